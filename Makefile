@@ -1,0 +1,42 @@
+# `make demo` and `make test` need git, make and Python 3.11 or newer; all else goes into .venv here.
+# `make demo PYTHON=/path/to/python3.12` chooses the Python.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: demo test setup format lint clean
+
+demo: .venv/.core
+	$(BIN)/fedhelp train --config=configs/quickstart.py --workdir=$(DEMO)/fedhelp
+	$(BIN)/fedhelp train --config=configs/quickstart.py --workdir=$(DEMO)/local \
+		--config.algorithm.name=local
+	$(BIN)/fedhelp show $(DEMO)/fedhelp $(DEMO)/local
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+setup: .venv/.dev
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv dist $(DEMO)
+
+# A stamp is written only after its installation went through; pyproject.toml makes it stale.
+.venv/.core: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/.dev: .venv/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
