@@ -1,0 +1,184 @@
+"""Fed-ISIC2019: dermoscopy images of the ISIC 2019 challenge, one client per centre."""
+
+import csv
+import logging
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fedhelp_jax.data.images import existing_path, find_images, load_images
+from fedhelp_jax.data.partition import split_validation
+from fedhelp_jax.data.types import ClientSplit, FederatedDataset
+from fedhelp_jax.errors import UserError
+
+LABEL_NAMES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
+
+logger = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """One line of the split file; `lesion` is the image's own id where none is given."""
+
+    image_id: str
+    target: int
+    center: int
+    fold: str
+    lesion: str
+
+
+def load_fed_isic2019(
+    dir: str | None,
+    split_csv: str | None,
+    *,
+    split: str,
+    image_size: int,
+    validation_fraction: float,
+    max_train: int | None,
+    seed: int,
+    cache_dir: str | None,
+) -> FederatedDataset:
+    """Returns Fed-ISIC2019, one client `centre_<k>` per centre that has images.
+
+    A centre none of whose images is in `dir` is left out, with a warning.
+
+    Args:
+        dir: `data.dir`, a folder or zip file with `images/<id>.jpg` or `<id>.jpg`.
+        split_csv: `data.split_csv`, a file with columns image_id, target (0..7), center,
+            fold (train or test), lesion_id.
+        split: "official" keeps the published folds, in which some lesions have images on both
+            sides; "grouped" drops the training images whose lesion is in any test fold.
+        image_size: Height and width of the result.
+        validation_fraction: Share of a centre's training images held out, by lesion.
+        max_train: At most so many training examples per centre; None keeps all.
+        seed: The run's seed.
+        cache_dir: Folder of the image cache; None takes the default.
+
+    Raises:
+        UserError: A file, column, value or image is missing or not as described.
+
+    References:
+        du Terrail et al., FLamby, NeurIPS 2022, arXiv:2210.04620.
+    """
+    if split not in ("grouped", "official"):
+        raise UserError(f"data.split must be grouped or official, got {split!r}")
+    source = existing_path(dir, "data.dir", "a folder or zip file of images")
+    table = existing_path(split_csv, "data.split_csv", "the Fed-ISIC2019 split file")
+    rows, has_lesions = read_split(table)
+    rows, files = _with_images(rows, source, table)
+    # Sorted, so that nothing below depends on the order of lines.
+    rows.sort(key=lambda row: (row.center, row.image_id))
+
+    tested = {row.lesion for row in rows if row.fold == "test"}
+    leaks = {row.lesion for row in rows if row.fold == "train"} & tested
+    if split == "grouped":
+        if not has_lesions:
+            raise UserError(
+                f"data.split_csv: {table} has no column lesion_id, which data.split=grouped "
+                f"needs; use data.split=official"
+            )
+        rows = [row for row in rows if row.fold == "test" or row.lesion not in leaks]
+    else:
+        count = str(len(leaks)) if has_lesions else "an unknown number of"
+        logger.warning("data.split=official: %s lesions have images in both train and test", count)
+
+    centers = np.array([row.center for row in rows])
+    is_test = np.array([row.fold == "test" for row in rows])
+    lesions = np.array([row.lesion for row in rows])
+    clients = []
+    for center in np.unique(centers).tolist():
+        train = np.flatnonzero((centers == center) & ~is_test)
+        test = np.flatnonzero((centers == center) & is_test).astype(np.int32)
+        if not len(train) or not len(test):
+            # Said here rather than after decoding thousands of images.
+            part = "test" if len(train) else "train"
+            raise UserError(
+                f"data.split_csv: {table} leaves client centre_{center} no {part} example "
+                f"with data.split={split}; every client needs at least one"
+            )
+        train, validation = split_validation(
+            train,
+            lesions[train],
+            validation_fraction=validation_fraction,
+            max_train=max_train,
+            seed=seed,
+            client=center,
+        )
+        clients.append(ClientSplit(f"centre_{center}", train, validation, test))
+    names = [files[row.image_id] for row in rows]
+    return FederatedDataset(
+        name="fed_isic2019",
+        synthetic=False,
+        images=load_images(source, names, image_size, cache_dir=cache_dir),
+        labels=np.array([row.target for row in rows], np.int32),
+        label_names=LABEL_NAMES,
+        clients=tuple(clients),
+    )
+
+
+def read_split(table: Path) -> tuple[list[Row], bool]:
+    """Returns the lines of a split file, and whether it has lesion ids.
+
+    Raises:
+        UserError: The file is no such table, or a line holds an unusable value.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or ()
+            lines = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data.split_csv: {table} cannot be read as a CSV file") from error
+    for column in ("image_id", "target", "center", "fold"):
+        if column not in columns:
+            raise UserError(f"data.split_csv: {table} has no column {column}")
+    if not lines:
+        raise UserError(f"data.split_csv: {table} has no rows")
+    # The heading is line 1.
+    rows = [_parse(line, f"data.split_csv: {table} row {n}") for n, line in enumerate(lines, 2)]
+    image_id, count = Counter(row.image_id for row in rows).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"data.split_csv: {table} lists image {image_id} {count} times")
+    return rows, "lesion_id" in columns
+
+
+def _parse(line: dict[str, str | None], where: str) -> Row:
+    image_id, target, center, fold = (
+        (line[column] or "").strip() for column in ("image_id", "target", "center", "fold")
+    )
+    # No path separators, or a line could reach outside the folder.
+    if not re.fullmatch(r"\w[\w.-]*", image_id, re.ASCII):
+        raise UserError(f"{where}: image_id {image_id!r} is not an image's name")
+    if target not in tuple("01234567"):
+        raise UserError(f"{where} ({image_id}): target must be in 0..7, got {target!r}")
+    if not re.fullmatch(r"[0-9]{1,6}", center):
+        raise UserError(f"{where} ({image_id}): center must be a whole number, got {center!r}")
+    if fold not in ("train", "test"):
+        raise UserError(f"{where} ({image_id}): fold must be train or test, got {fold!r}")
+    lesion = (line.get("lesion_id") or "").strip()
+    # Marked, so that an image's name never equals a lesion's.
+    return Row(image_id, int(target), int(center), fold, lesion or f"image {image_id}")
+
+
+def _with_images(rows: list[Row], source: Path, table: Path) -> tuple[list[Row], dict[str, str]]:
+    """Returns the rows of centres that have images, and where each image is."""
+    files = find_images(source, (row.image_id for row in rows))
+    present = {row.center for row in rows if row.image_id in files}
+    if not present:
+        raise UserError(
+            f"data.dir: {source} has none of the {len(rows)} images of {table}, "
+            f"such as {rows[0].image_id}.jpg or images/{rows[0].image_id}.jpg"
+        )
+    absent = sorted({row.center for row in rows} - present)
+    if absent:
+        logger.warning("data.dir: %s has no image of centres %s: left out", source, absent)
+    rows = [row for row in rows if row.center in present]
+    missing = [row.image_id for row in rows if row.image_id not in files]
+    if missing:
+        raise UserError(
+            f"data.dir: image {missing[0]} of {table} is not in {source} "
+            f"({len(missing)} of {len(rows)} are missing)"
+        )
+    return rows, files

@@ -1,0 +1,108 @@
+"""Procedural fields that the phantoms are drawn with: all NumPy, one call for many images."""
+
+import numpy as np
+
+
+def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns x and y of the pixel centres of a square from -1 to 1, float32 [1, size, size]."""
+    line = ((np.arange(size, dtype=np.float32) + 0.5) / size) * 2 - 1
+    y, x = np.meshgrid(line, line, indexing="ij")
+    return x[None], y[None]
+
+
+def uniform(rng: np.random.Generator, low: float, high: float, count: int) -> np.ndarray:
+    """Returns one number per image, float32 [count, 1, 1]."""
+    return rng.uniform(low, high, (count, 1, 1)).astype(np.float32)
+
+
+def turned(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the coordinates in axes turned by `angle`."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    return x * cos + y * sin, y * cos - x * sin
+
+
+def waves(
+    x: np.ndarray,
+    y: np.ndarray,
+    frequency: float,
+    rng: np.random.Generator,
+    count: int,
+    terms: int = 5,
+) -> np.ndarray:
+    """Returns a smooth random field per image with standard deviation near 1, [count, H, W]."""
+    field = np.zeros((count, *x.shape[1:]), np.float32)
+    for _ in range(terms):
+        along, _ = turned(x, y, uniform(rng, 0, 2 * np.pi, count))
+        speed = uniform(rng, 0.5 * frequency, 1.5 * frequency, count)
+        field += np.cos(speed * along + uniform(rng, 0, 2 * np.pi, count))
+    return field * np.float32(np.sqrt(2 / terms))
+
+
+def cells(
+    x: np.ndarray, y: np.ndarray, jitter: float, rng: np.random.Generator, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns cellular noise: one random point per unit square (Worley 1996).
+
+    Args:
+        x: [count or 1, H, W], in units of cells.
+        y: Likewise.
+        jitter: 0 for a regular lattice, 1 for a point anywhere in its square.
+        rng: Source of one lattice per image.
+        count: Number of images.
+
+    Returns:
+        Distance to the nearest point, distance to the second nearest, and a number in [0, 1)
+        that belongs to the nearest point; each [count, H, W].
+    """
+    salt = rng.integers(0, 2**32, (count, 1, 1), dtype=np.uint32)
+    column, row = np.floor(x).astype(np.int32), np.floor(y).astype(np.int32)
+    shape = np.broadcast_shapes(x.shape, salt.shape)
+    first, second = np.full(shape, 9, np.float32), np.full(shape, 9, np.float32)
+    mark = np.zeros(shape, np.float32)
+    for right in (-1, 0, 1):
+        for down in (-1, 0, 1):
+            bits = _mixed(column + right, row + down, salt)
+            shift_x = ((bits & 1023).astype(np.float32) / 1024 - 0.5) * jitter + 0.5
+            shift_y = (((bits >> 10) & 1023).astype(np.float32) / 1024 - 0.5) * jitter + 0.5
+            distance = np.hypot(column + right + shift_x - x, row + down + shift_y - y)
+            distance = distance.astype(np.float32)
+            nearer = distance < first
+            second = np.where(nearer, first, np.minimum(second, distance))
+            mark = np.where(nearer, (bits >> 20).astype(np.float32) / 4096, mark)
+            first = np.where(nearer, distance, first)
+    return first, second, mark
+
+
+def bump(value: np.ndarray, width: np.ndarray | float) -> np.ndarray:
+    """Returns 1 where `value` is 0, falling off as a Gaussian of the given width."""
+    return np.exp(-np.square(value / width))
+
+
+def step(value: np.ndarray, width: np.ndarray | float) -> np.ndarray:
+    """Returns 0 below 0 and 1 above it, with a soft edge of the given width."""
+    return 0.5 + 0.5 * np.tanh(value / width)
+
+
+def blurred(images: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Returns images after a Gaussian blur.
+
+    Args:
+        images: [n, H, W, 3].
+        sigma: Width of the blur in pixels, [n or 1, 1, 1].
+    """
+    pad = min(images.shape[1] - 1, 3 * int(np.ceil(sigma.max())) + 1)
+    images = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    fy = np.fft.fftfreq(images.shape[1])[:, None]
+    fx = np.fft.rfftfreq(images.shape[2])[None, :]
+    keep = np.exp(-2 * np.square(np.pi * sigma) * (fx**2 + fy**2)).astype(np.float32)
+    spectrum = np.fft.rfft2(images, axes=(1, 2)) * keep[..., None]
+    images = np.fft.irfft2(spectrum, s=images.shape[1:3], axes=(1, 2))
+    return images[:, pad:-pad, pad:-pad] if pad else images
+
+
+def _mixed(column: np.ndarray, row: np.ndarray, salt: np.ndarray) -> np.ndarray:
+    """Returns 32 bits that look random for each lattice square; uint32 wraps around."""
+    bits = column.astype(np.uint32) * np.uint32(374761393)
+    bits = bits + row.astype(np.uint32) * np.uint32(668265263) + salt
+    bits = (bits ^ (bits >> np.uint32(13))) * np.uint32(1274126177)
+    return bits ^ (bits >> np.uint32(16))

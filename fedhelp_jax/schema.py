@@ -1,0 +1,160 @@
+"""The schema of a run's settings: name, type, default, help and check of each, kept together.
+
+`fedhelp_jax.config` makes the whole of these parts, and checks what users write against them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+class Check(NamedTuple):
+    """A test of one value, and the words for what passes it, to be read after "must be"."""
+
+    passes: Callable[[Any], bool]
+    right: str
+    choices: tuple[str, ...] = ()
+
+
+def at_least(low: float) -> Check:
+    """`low` or more."""
+    return Check(lambda value: value >= low, f"at least {low:g}")
+
+
+def more_than(low: float) -> Check:
+    """More than `low`."""
+    return Check(lambda value: value > low, f"more than {low:g}")
+
+
+def within(low: float, high: float, *, closed: bool) -> Check:
+    """Between `low` (never itself) and `high` (itself too where `closed`)."""
+    if closed:
+        return Check(lambda value: low < value <= high, f"more than {low:g} and at most {high:g}")
+    return Check(lambda value: low < value < high, f"more than {low:g} and less than {high:g}")
+
+
+def one_of(*names: str) -> Check:
+    """Any of `names`."""
+    return Check(lambda value: value in names, f"one of {', '.join(names)}", names)
+
+
+def _are_fractions(values: tuple[float, ...]) -> bool:
+    return bool(values) and min(values) > 0 and abs(sum(values) - 1) <= 1e-6
+
+
+COUNT = at_least(1)
+SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
+FRACTION = within(0, 1, closed=True)
+_PART_OR_NONE = Check(lambda value: 0 <= value < 1, "at least 0 and less than 1")
+_FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
+_MODEL = one_of("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+
+# For the settings of the methods, by name: a name means the same in every method that has it.
+SETTING_CHECKS: dict[str, Check] = {
+    "temperature": more_than(0),
+    "lambda_fm": at_least(0),
+    "lambda_f": at_least(0),
+    "lambda_b": at_least(0),
+    "k": COUNT,
+    "margin": at_least(0),
+    "kd_warmup_rounds": at_least(0),
+    "public_batch_stats": one_of("discard", "shared"),
+}
+
+
+# --- the schema ---------------------------------------------------------------------------------
+
+
+def setting(default: Any, about: str, check: Check | None = None) -> Any:
+    """Returns a dataclass field with its help and its check; None is never given to the check."""
+    return dataclasses.field(default=default, metadata={"about": about, "check": check})
+
+
+def part(cls: type) -> Any:
+    """Returns a dataclass field that holds settings of its own."""
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The private images and how they are shared out among the clients."""
+
+    name: str = setting(
+        "phantoms", "private data set", one_of("phantoms", "fed_isic2019", "medmnist")
+    )
+    dir: str | None = setting(None, "folder or zip of images (fed_isic2019), .npz file (medmnist)")
+    split_csv: str | None = setting(None, "the official Fed-ISIC2019 split")
+    image_size: int = setting(32, "side in pixels to which images are resized", at_least(8))
+    split: str = setting(
+        "grouped",
+        "official, or grouped: no lesion on both sides of it",
+        one_of("grouped", "official"),
+    )
+    num_examples: int = setting(1600, "phantoms: images of all clients and splits", COUNT)
+    fractions: tuple[float, ...] = setting(
+        (0.60, 0.20, 0.08, 0.06, 0.04, 0.02),
+        "phantoms, medmnist: each client's part of the data",
+        _FRACTIONS,
+    )
+    max_train: int | None = setting(None, "cap on one client's training images", COUNT)
+    validation_fraction: float = setting(
+        0.1, "part of the training images kept for validation", _PART_OR_NONE
+    )
+    test_fraction: float = setting(
+        0.25, "phantoms: part of a client's images for its test", within(0, 1, closed=False)
+    )
+    cache_dir: str | None = setting(None, "where decoded images are kept between runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class PublicConfig:
+    """The public images that everyone has."""
+
+    name: str = setting(
+        "phantoms", "public data set", one_of("phantoms", "npz", "none")
+    )
+    path: str | None = setting(None, "npz: the file")
+    num_examples: int | None = setting(
+        None, "how many of them to use; all, or 512 phantoms, if None", COUNT
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The foundation model whose answers on public images are distilled."""
+
+    name: str = setting(
+        "simulated",
+        "stored answers, a simulated foundation model, or none",
+        one_of("simulated", "stored", "none"),
+    )
+    path: str | None = setting(None, "stored: the .npz file of its answers")
+    accuracy: float = setting(0.85, "simulated: how often it is right", FRACTION)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolesConfig:
+    """Which clients are large."""
+
+    top_n: int = setting(2, "so many clients with the most training images are large", at_least(0))
+    large: tuple[str, ...] = setting((), "names of the large clients; overrides top_n")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The two architectures."""
+
+    small: str = setting("resnet20", "small clients, and the proxy of large ones", _MODEL)
+    large: str = setting("resnet110", "large clients", _MODEL)
+
+
+@dataclasses.dataclass(frozen=True)
+class MappingConfig:
+    """How clients are spread over devices; changes speed, and rounding, but no meaning."""
+
+    cpu_devices: int | None = setting(None, "CPU devices; one per core (at most 8) if None", COUNT)
+    chunk_size: int | None = setting(
+        None, "clients computed at once on a device; the back end's best if None", COUNT
+    )

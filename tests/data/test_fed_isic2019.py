@@ -1,0 +1,249 @@
+import csv
+import io
+import logging
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedhelp_jax.data.fed_isic2019 import load_fed_isic2019
+from fedhelp_jax.data.types import check_federated
+from fedhelp_jax.errors import UserError
+
+COLUMNS = ("image_id", "target", "center", "fold", "lesion_id")
+
+
+def make_rows():
+    """Centre 1: 40 images of 20 lesions, lesions 0-3 on both sides; centre 4: two images."""
+    rows = []
+    for i in range(40):
+        fold = "test" if i >= 30 or i in (0, 2) else "train"
+        lesion = i // 2 if i < 30 else 15 + (i - 30) // 2
+        rows.append([f"ISIC_{i:03}", i % 8, 1, fold, f"HAM_{lesion}"])
+    rows[38][4] = "HAM_2"  # a test image of a lesion whose two images are in train
+    rows.append(["ISIC_100_downsampled", 7, 4, "train", ""])
+    rows.append(["ISIC_101", 0, 4, "test", ""])
+    return rows
+
+
+def jpeg(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def fixture(tmp_path):
+    return Fixture(tmp_path)
+
+
+class Fixture:
+    """A folder with a split file and a zip of images, both as the test wants them."""
+
+    def __init__(self, path):
+        self.path = path
+        self.table = path / "split.csv"
+        self.zip = path / "images.zip"
+        self.rows = make_rows()
+        self.write_zip(row[0] for row in self.rows)
+
+    def write_zip(self, ids):
+        with zipfile.ZipFile(self.zip, "w") as file:
+            for seed, image_id in enumerate(ids):
+                file.writestr(f"images/{image_id}.jpg", jpeg(seed))
+
+    def load(self, seed=0, columns=COLUMNS, **changes):
+        with self.table.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(row[: len(columns)] for row in self.rows)
+        settings = {
+            "split": "grouped",
+            "image_size": 8,
+            "validation_fraction": 0.1,
+            "max_train": None,
+            "cache_dir": str(self.path / "cache"),
+            "dir": str(self.zip),
+            "split_csv": str(self.table),
+        }
+        return load_fed_isic2019(seed=seed, **(settings | changes))
+
+    def ids(self):
+        """Image ids in the order of the pool of `split="official"`."""
+        return [row[0] for row in sorted(self.rows, key=lambda row: (row[2], row[0]))]
+
+
+def test_grouped_drops_lesions_of_the_test_fold(fixture):
+    data = check_federated(fixture.load())
+    big, small = data.clients
+    assert (big.name, small.name) == ("centre_1", "centre_4")
+    # Of 28 training images four go: the partners of 0 and 2, and lesion 2 twice.
+    assert len(data.labels) == 42 - 4
+    assert (len(big.train), len(big.validation), len(big.test)) == (22, 2, 12)
+    assert (len(small.train), len(small.validation), len(small.test)) == (1, 0, 1)
+    kept = [r for r in sorted(fixture.rows, key=lambda r: (r[2], r[0]))]
+    tested = {row[4] for row in kept if row[3] == "test" and row[4]}
+    kept = [row for row in kept if row[3] == "test" or row[4] not in tested]
+    assert [row[1] for row in kept] == data.labels.tolist()
+    sides = [{kept[i][4] for i in part} for part in big[1:]]
+    assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
+
+
+def test_official_keeps_all_and_says_so(fixture, caplog):
+    with caplog.at_level(logging.WARNING):
+        data = check_federated(fixture.load(split="official"))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "data.split=official: 3 lesions have images in both train and test"
+    )
+    assert len(data.labels) == 42
+    train = [*data.clients[0].train, *data.clients[0].validation]
+    lesion = {row[0]: row[4] for row in fixture.rows}
+    sides = [
+        {lesion[fixture.ids()[i]] for i in part}
+        for part in (data.clients[0].train, data.clients[0].validation)
+    ]
+    assert len(train) == 28 and not sides[0] & sides[1]
+
+
+def test_order_of_lines_does_not_matter(fixture):
+    one = fixture.load()
+    fixture.rows.reverse()
+    two = fixture.load()
+    assert np.array_equal(one.images, two.images) and np.array_equal(one.labels, two.labels)
+    for first, second in zip(one.clients, two.clients, strict=True):
+        assert first.name == second.name
+        assert all(map(np.array_equal, first[1:], second[1:]))
+
+
+def test_a_centre_does_not_depend_on_the_others(fixture):
+    both = fixture.load().clients[0]
+    fixture.rows = fixture.rows[:40]
+    (alone,) = fixture.load().clients
+    assert all(map(np.array_equal, alone[1:], both[1:]))
+
+
+def test_seed_and_cap(fixture):
+    def names(data):
+        return data.clients[0]
+
+    one, other, few = fixture.load(), fixture.load(seed=1), fixture.load(max_train=5)
+    assert not np.array_equal(names(one).validation, names(other).validation)
+    assert np.array_equal(names(one).test, names(other).test)
+    assert np.array_equal(names(one).validation, names(few).validation)
+    assert len(names(few).train) == 5 and set(names(few).train) <= set(names(one).train)
+
+
+def test_folder_and_zip_and_cache_are_equal(fixture):
+    first, second = fixture.load(), fixture.load()
+    with zipfile.ZipFile(fixture.zip) as file:
+        file.extractall(fixture.path / "folder")
+    third = fixture.load(dir=str(fixture.path / "folder"))
+    fourth = fixture.load(dir=str(fixture.path / "folder" / "images"))
+    for data in (second, third, fourth):
+        assert np.array_equal(first.images, data.images)
+
+
+def test_centres_without_images_are_left_out(fixture, caplog):
+    fixture.write_zip(row[0] for row in fixture.rows[:40])
+    with caplog.at_level(logging.WARNING):
+        data = fixture.load()
+    assert [client.name for client in data.clients] == ["centre_1"]
+    assert "images.zip has no image of centres [4]: left out" in caplog.text
+
+
+def test_without_lesion_ids(fixture, caplog):
+    with pytest.raises(UserError, match="has no column lesion_id.*use data.split=official"):
+        fixture.load(columns=COLUMNS[:4])
+    data = check_federated(fixture.load(columns=COLUMNS[:4], split="official"))
+    assert len(data.labels) == 42
+    assert "an unknown number of lesions" in caplog.text
+
+
+def test_missing_images_are_counted(fixture):
+    fixture.write_zip(row[0] for row in fixture.rows if row[0] not in ("ISIC_005", "ISIC_017"))
+    with pytest.raises(UserError) as caught:
+        fixture.load()
+    assert str(caught.value) == (
+        f"data.dir: image ISIC_005 of {fixture.table} is not in {fixture.zip} (2 of 42 are missing)"
+    )
+    fixture.write_zip(["other"])
+    with pytest.raises(UserError, match="has none of the 42 images .* such as ISIC_000.jpg"):
+        fixture.load()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (0, "", "row 5: image_id '' is not an image's name"),
+        (0, "../x", "row 5: image_id '../x' is not an image's name"),
+        (0, "ISIC_000", "lists image ISIC_000 2 times"),
+        (1, 8, "row 5 \\(ISIC_003\\): target must be in 0..7, got '8'"),
+        (1, -1, "target must be in 0..7, got '-1'"),
+        (1, "", "target must be in 0..7, got ''"),
+        (1, "1.0", "target must be in 0..7, got '1.0'"),
+        (2, "Vienna", "center must be a whole number, got 'Vienna'"),
+        (3, "val", "fold must be train or test, got 'val'"),
+    ],
+)
+def test_bad_values_name_their_row(fixture, column, value, message):
+    fixture.rows[3][column] = value
+    with pytest.raises(UserError, match=f"^data.split_csv: .*split.csv.*{message}"):
+        fixture.load()
+
+
+def test_a_line_that_is_cut(fixture):
+    fixture.rows[3] = fixture.rows[3][:2]
+    with pytest.raises(UserError, match="row 5 .*center must be a whole number"):
+        fixture.load()
+
+
+@pytest.mark.parametrize("column", COLUMNS[:4])
+def test_missing_column(fixture, column):
+    columns = ["other" if name == column else name for name in COLUMNS]
+    with pytest.raises(UserError, match=f"split.csv has no column {column}"):
+        fixture.load(columns=columns)
+
+
+def test_files_that_are_no_tables(fixture, tmp_path):
+    other = tmp_path / "other.csv"
+    for content, message in (
+        (b"", "has no column image_id"),
+        (b"image_id,target,center,fold\n", "has no rows"),
+        (b"\xff\xfe\x00", "cannot be read as a CSV file"),
+    ):
+        other.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            fixture.load(split_csv=str(other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dir": None}, "data.dir is not set; it must name a folder or zip file of images"),
+        ({"dir": "/no/where"}, "data.dir: /no/where does not exist"),
+        ({"split_csv": None}, "data.split_csv is not set"),
+        ({"split_csv": "/no/split.csv"}, "data.split_csv: /no/split.csv does not exist"),
+        ({"split": "random"}, "data.split must be grouped or official, got 'random'"),
+    ],
+)
+def test_bad_settings(fixture, changes, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        fixture.load(**changes)
+
+
+def test_corrupt_image(fixture):
+    with zipfile.ZipFile(fixture.zip, "w") as file:
+        for row in fixture.rows:
+            file.writestr(f"{row[0]}.jpg", jpeg(0) if row[0] != "ISIC_007" else jpeg(0)[:400])
+    with pytest.raises(UserError, match="image ISIC_007.jpg in .*images.zip cannot be decoded"):
+        fixture.load()
+
+
+@pytest.mark.parametrize(("fold", "lacks"), [("train", "test"), ("test", "train")])
+def test_empty_client_is_named(fixture, fold, lacks):
+    fixture.rows[40][3] = fixture.rows[41][3] = fold
+    with pytest.raises(UserError, match=f"leaves client centre_4 no {lacks} example"):
+        fixture.load()

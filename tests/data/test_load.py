@@ -1,0 +1,83 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedhelp_jax.data import fed_isic2019
+from fedhelp_jax.data.load import load_federated, load_public
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import DataConfig, PublicConfig
+
+
+@pytest.fixture
+def real():
+    folder = os.environ.get("FEDHELP_DATA_DIR")
+    if not folder:
+        pytest.skip("FEDHELP_DATA_DIR is not set: no real data to try")
+    return Path(folder)
+
+
+def test_phantoms_are_the_default():
+    config = DataConfig(num_examples=120, image_size=8)
+    data = load_federated(config, seed=0)
+    assert data.name == "phantoms" and data.synthetic and len(data.clients) == 6
+    assert np.array_equal(data.images, load_federated(config, seed=0).images)
+    public = load_public(PublicConfig(num_examples=20), 8, seed=0)
+    assert public.images.shape == (20, 8, 8, 3)
+
+
+def test_unknown_names():
+    with pytest.raises(UserError, match="data.name must be phantoms, fed_isic2019 or medmnist"):
+        load_federated(DataConfig(name="mnist"), 0)
+    with pytest.raises(UserError, match="public.name must be phantoms or npz, got 'web'"):
+        load_public(PublicConfig(name="web"), 8, 0)
+
+
+@pytest.mark.parametrize("split", ["official", "grouped"])
+def test_real_centres(real, split, tmp_path, monkeypatch):
+    if split == "official":
+        # Its images are mostly those of "grouped": once is enough to decode them.
+        def blank(source, names, size, **_):
+            return np.full((len(names), size, size, 3), 150, np.uint8)
+
+        monkeypatch.setattr(fed_isic2019, "load_images", blank)
+    config = DataConfig(
+        name="fed_isic2019",
+        dir=str(real / "ham10000_200x150.zip"),
+        split_csv=str(real / "fed_isic2019_ham_split.csv"),
+        split=split,
+        cache_dir=os.environ.get("FEDHELP_CACHE_DIR", str(tmp_path)),
+    )
+    data = load_federated(config, seed=0)
+    assert [client.name for client in data.clients] == [f"centre_{k}" for k in (1, 2, 3, 5)]
+    assert [len(client.test) for client in data.clients] == [791, 672, 452, 88]
+    trains = [len(client.train) + len(client.validation) for client in data.clients]
+    official = [3163, 2691, 1807, 351]
+    if split == "official":
+        assert trains == official
+    else:
+        assert all(few < many for few, many in zip(trains, official, strict=True))
+    for client, count in zip(data.clients, trains, strict=True):
+        assert 0.07 < len(client.validation) / count <= 0.1
+    assert data.images.shape[1:] == (32, 32, 3) and 100 < data.images.mean() < 200
+
+
+def test_real_pneumonia(real):
+    config = DataConfig(
+        name="medmnist", dir=str(real / "pneumoniamnist_rebuilt.npz"), image_size=28
+    )
+    data = load_federated(config, seed=0)
+    assert data.label_names == ("normal", "pneumonia")
+    assert sum(len(c.train) + len(c.validation) for c in data.clients) == 5232
+    assert sum(len(c.test) for c in data.clients) == 624
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "classes"),
+    [("pathmnist_1000_clip", 1000, 9), ("cifar100_6000", 6000, 100)],
+)
+def test_real_public(real, name, count, classes):
+    public = load_public(PublicConfig(name="npz", path=str(real / f"{name}.npz")), 32, 0)
+    assert public.images.shape == (count, 32, 32, 3)
+    assert public.label_names is not None and len(public.label_names) == classes

@@ -1,0 +1,58 @@
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fedhelp_jax.data.types import ClientSplit, FederatedDataset, check_federated, image_sha256
+from fedhelp_jax.errors import UserError
+
+
+def split(name="a", train=(0,), validation=(), test=(1,)):
+    return ClientSplit(name, *(np.array(part, np.int32) for part in (train, validation, test)))
+
+
+def dataset(*clients, labels=(0, 1, 0, 1)):
+    images = np.zeros((len(labels), 4, 4, 3), np.uint8)
+    return FederatedDataset("toy", True, images, np.array(labels, np.int32), ("x", "y"), clients)
+
+
+def test_a_client_with_one_example_to_train_on_is_enough():
+    toy = dataset(split(), split("b", (2,), (), (3,)))
+    assert check_federated(toy) is toy
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (dataset(), "no client has any images"),
+        (dataset(split(), split("far", train=())), "client far has no train example"),
+        (dataset(split("far", test=())), "client far has no test example"),
+        (dataset(split("far", train=(0, 1))), "client far holds an example twice"),
+        (dataset(split(), split("far", test=(2,))), "client far holds .* of another client"),
+        (dataset(split("far", test=(4,))), "client far has an index outside the pool"),
+        (dataset(split(), labels=(0, 0, 0, 2)), "label 2 of example 3 is not in 0..1"),
+    ],
+)
+def test_unusable_data_is_refused_by_name(bad, message):
+    with pytest.raises(UserError, match=message):
+        check_federated(bad)
+
+
+def test_hash_is_of_shape_and_pixels():
+    image = np.arange(12, dtype=np.uint8).reshape(2, 6)
+    assert image_sha256(image) == hashlib.sha256(b"(2, 6)" + bytes(range(12))).hexdigest()
+    assert image_sha256(image) != image_sha256(image.reshape(6, 2))
+    assert image_sha256(np.asfortranarray(image)) == image_sha256(image)
+    with pytest.raises(TypeError, match="uint8"):
+        image_sha256(image.astype(np.float32))
+
+
+def test_data_does_not_bring_jax_along():
+    code = "import sys, fedhelp_jax.data.load; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    roots = {name.split(".")[0] for name in loaded.stdout.split()}
+    assert not roots & {"jax", "flax", "rich", "ml_collections"}
