@@ -1,0 +1,1 @@
+"""Networks behind one small interface, :class:`fedhelp_jax.models.model.Model`."""

@@ -1,0 +1,156 @@
+"""Flax layers on channels-first activations, with PyTorch's conventions."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fedhelp_jax.models.conv import conv
+
+# torch.nn.init.kaiming_normal_(mode="fan_in"), as in the CIFAR ResNets that papers compare with.
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+# Name of the submodules whose variables are stacked on a leading axis, one block each.
+STACKED = "rest"
+
+
+class Conv(nn.Module):
+    """A ``size``-wide convolution without bias, padded by ``size // 2``."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size,) * (x.ndim - 2) + (x.shape[0], self.features)
+        return conv(x, self.param("kernel", he_normal, shape), self.stride)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over ``[C, B, *spatial]`` as PyTorch defines it.
+
+    A batch is normalised by its biased variance; the running variance takes the unbiased one
+    (``n / (n - 1)``), ``running = 0.9 * running + 0.1 * batch``, and eps is 1e-5. ``flax.linen.BatchNorm``
+    differs in the first two points, so it is not used here.
+
+    Statistics run over the examples where ``mask`` is true; a batch without any leaves the running ones
+    untouched.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+        channels = x.shape[0]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        if not train:
+            gain = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+            shift = bias - running_mean.value * gain
+            return x * _per_channel(gain, x) + _per_channel(shift, x)
+        if mask is None:
+            mask = jnp.ones(x.shape[1], bool)
+        normalized, mean, var = normalize(x, mask, self.epsilon)
+        if not self.is_initializing():
+            count = jnp.sum(mask) * x[0, 0].size
+            step = jnp.where(count > 0, 1 - self.momentum, 0).astype(x.dtype)
+            unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(x.dtype)
+            running_mean.value += step * (mean - running_mean.value)
+            running_var.value += step * (unbiased - running_var.value)
+        return normalized * _per_channel(scale, x) + _per_channel(bias, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def normalize(
+    x: jax.Array, mask: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``(x - mean) / sqrt(var + epsilon)`` per channel, over the examples where ``mask`` is true.
+
+    The gradient is written by hand: two reductions instead of the many that autodiff makes of the mean and
+    the variance, which is less to run and half as much to compile. No gradient flows through the returned
+    mean and variance, which only feed running statistics.
+
+    Args:
+      x: ``[C, B, *spatial]``.
+      mask: ``[B]`` boolean.
+      epsilon: Added to the variance.
+
+    Returns:
+      ``(normalized, mean [C], biased variance [C])``.
+    """
+    return _normalize_forward(x, mask, epsilon)[0]
+
+
+def _normalize_forward(x, mask, epsilon):
+    weight, total = _weights(x, mask)
+    mean = _channel_sum(x * weight) / total
+    centred = x - _per_channel(mean, x)
+    var = _channel_sum(jnp.square(centred) * weight) / total
+    inverse = jax.lax.rsqrt(var + epsilon)
+    normalized = centred * _per_channel(inverse, x)
+    return (normalized, mean, var), (normalized, inverse, mask)
+
+
+def _normalize_backward(epsilon, residuals, grads):
+    del epsilon
+    normalized, inverse, mask = residuals
+    grad = grads[0]
+    weight, total = _weights(normalized, mask)
+    # Every example feels the statistics, only those of the mask shape them.
+    mean_grad = _channel_sum(grad) / total
+    mean_product = _channel_sum(grad * normalized) / total
+    through = _per_channel(mean_grad, grad) + normalized * _per_channel(mean_product, grad)
+    return (grad - weight * through) * _per_channel(inverse, grad), None
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _weights(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weight = mask.astype(x.dtype).reshape(1, -1, *(1,) * (x.ndim - 2))
+    return weight, jnp.maximum(jnp.sum(weight) * x[0, 0].size, 1)
+
+
+def _channel_sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+
+
+def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
+    return values.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def draw_variables(key: jax.Array, shapes: Any) -> Any:
+    """First values of a network's variables: He-normal kernels, unit scales and variances, zero rest.
+
+    All kernels are cut from one draw of normals: the layers' own initialisers, a draw each, take longer to
+    compile than the training step does.
+
+    Args:
+      key: The key of the draw.
+      shapes: The variables' shapes, ``jax.eval_shape`` of a Flax ``init``; a kernel's last axis is its
+        output and, stacked blocks apart, ``[*spatial, in]`` lie before it.
+
+    Returns:
+      Arrays of those shapes.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    kinds = [path[-1].key for path, _ in leaves]
+    sizes = [leaf.size if kind == "kernel" else 0 for kind, (_, leaf) in zip(kinds, leaves)]
+    normals = jax.random.normal(key, (sum(sizes),))
+    values, start = [], 0
+    for kind, size, (path, leaf) in zip(kinds, sizes, leaves, strict=True):
+        if kind == "kernel":
+            stacked = any(entry.key == STACKED for entry in path)
+            fan_in = math.prod(leaf.shape[1 if stacked else 0 : -1])
+            values.append(normals[start : start + size].reshape(leaf.shape) * (2 / fan_in) ** 0.5)
+            start += size
+        else:
+            values.append(jnp.full(leaf.shape, 1.0 if kind in ("scale", "var") else 0.0, leaf.dtype))
+    return jax.tree.unflatten(structure, values)

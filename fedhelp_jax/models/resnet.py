@@ -1,0 +1,137 @@
+"""CIFAR-style residual networks: ResNet-20, 32, 44, 56, 110."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fedhelp_jax.models.layers import BatchNorm, Conv, draw_variables, he_normal
+from fedhelp_jax.models.model import Model, Variables
+
+RESNET_DEPTHS = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56, 110)}
+_WIDTHS = (16, 32, 64)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and an option-A shortcut: subsampled, padded with zero channels."""
+
+    features: int
+    stride: int
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+        y = Conv(self.features, stride=self.stride, name="conv1")(x)
+        y = nn.relu(BatchNorm(name="bn1")(y, train=self.train, mask=mask))
+        y = Conv(self.features, name="conv2")(y)
+        y = BatchNorm(name="bn2")(y, train=self.train, mask=mask)
+        more = self.features - x.shape[0]
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        shortcut = jnp.pad(shortcut, ((more // 2, more - more // 2), (0, 0), (0, 0), (0, 0)))
+        # The pair is what nn.scan asks of its body: carry, and nothing to stack.
+        return nn.relu(y + shortcut), None
+
+
+class Stage(nn.Module):
+    """A first block that may change the shape, then identical ones, scanned so as to compile once."""
+
+    features: int
+    stride: int
+    blocks: int
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        x, _ = Block(self.features, self.stride, self.train, name="first")(x, mask)
+        if self.blocks > 1:
+            scanned = nn.scan(
+                Block,
+                variable_axes={"params": 0, "batch_stats": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.blocks - 1,
+            )
+            x, _ = scanned(self.features, 1, self.train, name="rest")(x, mask)
+        return x
+
+
+class ResNetFeatures(nn.Module):
+    """``[B, H, W, C] -> [B, 64]``: everything of a CIFAR ResNet up to the global average."""
+
+    blocks: int
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = jnp.transpose(x, (3, 0, 1, 2))
+        x = Stem(self.train, name="stem")(x, mask)
+        for i, width in enumerate(_WIDTHS):
+            stage = Stage(width, 1 if i == 0 else 2, self.blocks, self.train, name=f"stage{i + 1}")
+            x = stage(x, mask)
+        return jnp.mean(x, axis=(2, 3)).T
+
+
+class Stem(nn.Module):
+    """The first convolution."""
+
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        x = Conv(_WIDTHS[0], name="conv")(x)
+        return nn.relu(BatchNorm(name="bn")(x, train=self.train, mask=mask))
+
+
+def resnet(depth: int, num_classes: int) -> Model:
+    """A CIFAR ResNet of ``depth = 6 n + 2`` layers (He et al., arXiv:1512.03385, sec. 4.2).
+
+    Option-A shortcuts, He initialisation, PyTorch's batch normalisation. Blocks of a stage after the
+    first have their variables stacked on a leading axis (``params["features"]["stage1"]["rest"]``).
+
+    Args:
+      depth: 20, 32, 44, 56, 110 or any other ``6 n + 2``.
+      num_classes: Width ``C`` of the head.
+
+    Returns:
+      A :class:`Model`; ``features`` gives ``[B, 64]``, ``head`` ``[B, C]``.
+
+    Raises:
+      ValueError: If ``depth`` is not ``6 n + 2``.
+    """
+    blocks, remainder = divmod(depth - 2, 6)
+    if remainder or blocks < 1:
+        raise ValueError(f"a CIFAR ResNet has 6 n + 2 layers, got depth {depth}")
+
+    def init(key: jax.Array, sample_shape: tuple[int, ...]) -> Variables:
+        features_key, head_key = jax.random.split(key)
+        shapes = jax.eval_shape(
+            ResNetFeatures(blocks).init, features_key, jnp.zeros((1, *sample_shape))
+        )
+        variables = draw_variables(features_key, shapes)
+        head = init_linear(head_key, _WIDTHS[-1], num_classes)
+        return {
+            "params": {"features": variables["params"], "head": head},
+            "batch_stats": variables["batch_stats"],
+        }
+
+    def features(variables, x, *, train, mask=None):
+        collections = {
+            "params": variables["params"]["features"],
+            "batch_stats": variables["batch_stats"],
+        }
+        network = ResNetFeatures(blocks, train)
+        if not train:
+            return network.apply(collections, x, mask), variables["batch_stats"]
+        out, updated = network.apply(collections, x, mask, mutable=["batch_stats"])
+        return out, updated["batch_stats"]
+
+    return Model(init, features, linear)
+
+
+def init_linear(key: jax.Array, width: int, num_classes: int) -> Variables:
+    """Parameters of a linear head: He-normal kernel ``[D, C]``, zero bias ``[C]``."""
+    return {"kernel": he_normal(key, (width, num_classes)), "bias": jnp.zeros((num_classes,))}
+
+
+def linear(params: Variables, features: jax.Array) -> jax.Array:
+    """``features @ kernel + bias``: ``[B, D] -> [B, C]``."""
+    return features @ params["kernel"] + params["bias"]

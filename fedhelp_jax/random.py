@@ -1,0 +1,30 @@
+"""Random keys: a fold of seed, round, client and purpose, and of nothing else.
+
+So no result depends on how clients are grouped, chunked, ordered or sharded, and every algorithm sees the
+same batches.
+"""
+
+import enum
+
+import jax
+
+
+class Purpose(enum.IntEnum):
+    """What a key is for. Numbers are part of a run's identity: never change or reuse one."""
+
+    SERVER_INIT = 0
+    CLIENT_INIT = 1
+    PARTICIPATION = 2
+    PRIVATE_BATCHES = 3
+    PUBLIC_BATCHES = 4
+    ROUNDS = 5
+
+
+def for_purpose(key: jax.Array, purpose: Purpose) -> jax.Array:
+    """The key of one purpose below ``key``."""
+    return jax.random.fold_in(key, int(purpose))
+
+
+def client_round_key(key: jax.Array, round: jax.Array | int, client: jax.Array | int) -> jax.Array:
+    """The key of a client in a round; ``key`` is the run's, from its seed."""
+    return jax.random.fold_in(jax.random.fold_in(for_purpose(key, Purpose.ROUNDS), round), client)

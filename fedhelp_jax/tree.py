@@ -1,0 +1,37 @@
+"""Small functions on pytrees."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def weighted_mean(trees: Sequence[Any], weights: Sequence[jax.Array]) -> Any:
+    """Mean of stacked trees over all their leading axes: ``sum_i a_i w_i / sum_i a_i``.
+
+    Args:
+      trees: One tree per group of clients, leaves ``[K_g, ...]``, all of the same structure.
+      weights: One ``[K_g]`` array of non-negative weights per group; 0 leaves a client out, whatever
+        its leaves hold.
+
+    Returns:
+      A tree of the same structure without the leading axis.
+    """
+    total = sum(jnp.sum(w) for w in weights)
+
+    def mean(*stacks: jax.Array) -> jax.Array:
+        parts = [_weighted_sum(s, w.astype(s.dtype)) for s, w in zip(stacks, weights, strict=True)]
+        return sum(parts[1:], parts[0]) / total.astype(stacks[0].dtype)
+
+    return jax.tree.map(mean, *trees)
+
+
+def _weighted_sum(stack: jax.Array, weights: jax.Array) -> jax.Array:
+    weights = weights.reshape(-1, *(1,) * (stack.ndim - 1))
+    return jnp.sum(jnp.where(weights > 0, stack * weights, 0), axis=0)
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all leaves; works on ``jax.eval_shape`` results too."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
