@@ -1,0 +1,59 @@
+"""Skin lesions, 8 classes, real centres: the Fed-ISIC2019 task of the paper.
+
+Paper: arXiv:2412.19654, sec. 4; the split is FLamby's (Ogier du Terrail et al., NeurIPS 2022). The
+paper's public set and foundation model are replaced by PathMNIST and stored answers of a
+MobileNetV2. The image size, 64, is our choice.
+
+    export FEDHELP_DATA_DIR=/path/to/data
+    fedhelp train --config=configs/fed_isic2019.py --workdir=runs/isic      # paper's scale: a GPU
+    fedhelp train --config=configs/fed_isic2019.py:cpu --workdir=runs/isic  # two CPU cores
+
+`:cpu` is smaller: 32x32 images, ResNet-32 as the large model, at most 600 training images a client,
+batches of 16, 12 rounds.
+
+Files, under FEDHELP_DATA_DIR or by --config.data.dir and so on: `ham10000_200x150.zip` (images),
+`fed_isic2019_ham_split.csv` (official split), `pathmnist_1000_clip.npz` (public images). The
+answers, `answers/pathmnist_mobilenet_v2.npz`, are computed once.
+
+Measured: (to be filled in)
+"""
+
+import os
+
+from ml_collections import config_dict
+
+from fedhelp_jax.config import default_config
+
+
+def get_config(scale: str = "paper") -> config_dict.ConfigDict:
+    """Returns the settings; `scale` is "paper" or "cpu"."""
+    if scale not in ("paper", "cpu"):
+        raise ValueError(f"{scale!r} must be paper or cpu")
+    config = default_config()
+    config.data.name = "fed_isic2019"
+    config.data.split = "grouped"
+    config.data.image_size = 64
+    config.public.name = "npz"
+    config.teacher.name = "stored"
+    config.teacher.path = "answers/pathmnist_mobilenet_v2.npz"
+    folder = os.environ.get("FEDHELP_DATA_DIR")
+    if folder:
+        config.data.dir = os.path.join(folder, "ham10000_200x150.zip")
+        config.data.split_csv = os.path.join(folder, "fed_isic2019_ham_split.csv")
+        config.public.path = os.path.join(folder, "pathmnist_1000_clip.npz")
+
+    config.rounds = 50
+    config.batch_size = 4
+    config.public_batch_size = 4
+    config.roles.top_n = 2
+    config.model.small = "resnet20"
+    config.model.large = "resnet110"
+
+    if scale == "cpu":
+        config.rounds = 12
+        config.batch_size = 16
+        config.public_batch_size = 16
+        config.data.image_size = 32
+        config.data.max_train = 600
+        config.model.large = "resnet32"
+    return config

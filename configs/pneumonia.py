@@ -1,0 +1,44 @@
+"""Chest X-rays, pneumonia or not: the paper's second classification task, on PneumoniaMNIST.
+
+Paper: arXiv:2412.19654, sec. 4 (six clients with .60/.20/.08/.06/.04/.02 of the data, two large).
+The images are MedMNIST's 28x28 ones (Yang et al., Scientific Data 2023) rather than NIH's;
+PathMNIST with stored answers of a MobileNetV2 replaces the public set and the foundation model.
+
+    export FEDHELP_DATA_DIR=/path/to/data
+    fedhelp train --config=configs/pneumonia.py --workdir=runs/pneumonia
+
+Files, under FEDHELP_DATA_DIR or by --config.data.dir and --config.public.path:
+`pneumoniamnist_rebuilt.npz`, or MedMNIST's own `pneumoniamnist.npz`, and `pathmnist_1000_clip.npz`
+(public images). The answers, `answers/pathmnist_mobilenet_v2.npz`, are computed once.
+
+Measured: (to be filled in)
+"""
+
+import os
+
+from ml_collections import config_dict
+
+from fedhelp_jax.config import default_config
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Returns the settings."""
+    config = default_config()
+    config.data.name = "medmnist"
+    config.data.image_size = 28
+    config.data.fractions = (0.60, 0.20, 0.08, 0.06, 0.04, 0.02)
+    config.public.name = "npz"
+    config.teacher.name = "stored"
+    config.teacher.path = "answers/pathmnist_mobilenet_v2.npz"
+    folder = os.environ.get("FEDHELP_DATA_DIR")
+    if folder:
+        config.data.dir = os.path.join(folder, "pneumoniamnist_rebuilt.npz")
+        config.public.path = os.path.join(folder, "pathmnist_1000_clip.npz")
+
+    config.rounds = 50
+    config.batch_size = 4
+    config.public_batch_size = 4
+    config.roles.top_n = 2
+    config.model.small = "resnet20"
+    config.model.large = "resnet110"
+    return config

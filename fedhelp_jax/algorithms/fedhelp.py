@@ -1,0 +1,360 @@
+"""FedHelp: Wang et al., "Asymmetrical Reciprocity-based Federated Learning for Resolving Disparities in
+Medical Diagnosis", KDD 2025, arXiv:2412.19654.
+
+Per private batch every client takes two optimizer steps, each with a state of its own:
+
+    small client (sec. 3.3), surrogate (theta, phi), public heads psi
+      A on (theta, phi):  CE(h_phi(f_theta(x)), y)
+      B on (theta, psi):  CE(h_psi(f_theta(x_p)), y_p) + lambda_fm T^2 KL(sigma(z_p/T) || sigma(h_psi(f_theta(x_p))/T))
+
+    large client (sec. 3.4), proxy v, large model W
+      A on v:  CE(v(x), y) + lambda_f T^2 KL(sigma(W(x)/T) || sigma(v(x)/T))      W in evaluation mode
+      B on W:  CE(W(x), y) + lambda_b R_k(W(x); v(x))                             v as A left it, in evaluation mode
+
+    server (sec. 3.5):  w <- mean of all surrogates (theta, phi) and proxies v
+
+``z_p`` are the foundation model's answers, asked once before the first round. Surrogates and proxies share
+one architecture and start each round from ``w``; ``psi`` and ``W`` never leave their client.
+
+Notes, where this departs from the authors' released code or the paper is silent:
+
+* Step B of a small client normalises by its public batch and discards the running statistics it would
+  give: they would be those of the wrong images (``public_batch_stats="shared"`` keeps them, as released).
+* No distillation in the first ``kd_warmup_rounds``: a fresh deep network in evaluation mode, with initial
+  running statistics, emits logits of order 1e8 and teaches garbage.
+* The backward ranking punishes disagreement and is averaged over pairs; the released code's sign is
+  inverted (see ``fedhelp_jax.released``).
+* Optimizer states start anew each round.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedhelp_jax.algorithms.base import (
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    Setup,
+    client_init_key,
+    init_own,
+    init_shared,
+    supervised_loss,
+)
+from fedhelp_jax.client import Batch, Info, PublicBatch, gradient_step, public_batches, run_epochs
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.federation import ClientData
+from fedhelp_jax.losses import masked_mean
+from fedhelp_jax.models.model import Variables, apply_model
+from fedhelp_jax.random import Purpose, for_purpose
+from fedhelp_jax.tree import weighted_mean
+
+
+class FedHelpSettings(NamedTuple):
+    """Settings of FedHelp; the paper's symbols in brackets.
+
+    Attributes:
+      temperature: Softens both distillations (T).
+      lambda_fm: Weight of the foundation model's answers; 0 turns them off.
+      lambda_f: Weight of the forward distillation, large model to proxy; 0 turns it off.
+      lambda_b: Weight of the backward ranking, proxy to large model; 0 turns it off.
+      k: Classes above the line in the ranking; None takes 5 of 8 classes, 1 of 2, and that share elsewhere.
+      margin: Margin of the ranking, in logits.
+      kd_warmup_rounds: Rounds at the start with lambda_f = lambda_b = 0.
+      public_batch_stats: "discard" or "shared", see the notes above.
+      joint: Small clients take one step on the sum of both losses instead of two.
+    """
+
+    temperature: float = 1.0
+    lambda_fm: float = 1.0
+    lambda_f: float = 1.0
+    lambda_b: float = 0.2
+    k: int | None = None
+    margin: float = 0.0
+    kd_warmup_rounds: int = 1
+    public_batch_stats: str = "discard"
+    joint: bool = False
+
+
+class Broadcast(NamedTuple):
+    """The server's state and what clients receive: ``w`` and how many rounds are done."""
+
+    variables: Variables
+    round: jax.Array
+
+
+class SmallState(NamedTuple):
+    """A small client between rounds: its surrogate after local training, and its public heads psi."""
+
+    surrogate: Variables
+    public_heads: Variables
+
+
+class SmallCarry(NamedTuple):
+    """A small client within a round."""
+
+    surrogate: Variables
+    public_heads: Variables
+    opt_private: Any
+    opt_public: Any
+
+
+class LargeCarry(NamedTuple):
+    """A large client within a round."""
+
+    proxy: Variables
+    large: Variables
+    opt_proxy: Any
+    opt_large: Any
+
+
+def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
+    """FedHelp for the given models, task and public set.
+
+    Raises:
+      UserError: If ``k`` does not fit the number of classes.
+    """
+    if settings.k is not None and settings.k >= setup.num_classes:
+        raise UserError(
+            f"algorithm.k: {settings.k} must be less than the {setup.num_classes} classes there are"
+        )
+
+    def aggregate(
+        server_state: Broadcast, uploads: tuple[Any, ...], weights: tuple[jax.Array, ...]
+    ) -> Broadcast:
+        return Broadcast(weighted_mean(uploads, weights), server_state.round + 1)
+
+    return FederatedAlgorithm(
+        init=lambda run_key: Broadcast(init_shared(setup, run_key), jnp.int32(0)),
+        download=lambda server_state: server_state,
+        clients={"small": small_client(setup, settings), "large": large_client(setup, settings)},
+        aggregate=aggregate,
+    )
+
+
+def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
+    """Knowledge-guided surrogate training (sec. 3.3)."""
+    model = setup.models["small"]
+
+    def init(run_key: jax.Array, client_id: jax.Array) -> SmallState:
+        heads = init_public_heads(setup, client_init_key(run_key, client_id))
+        return SmallState(init_shared(setup, run_key), heads)
+
+    def update(key: jax.Array, download: Broadcast, state: SmallState, data: ClientData) -> Any:
+        carry = init_small_carry(setup, settings, download.variables, state.public_heads)
+        next_public = None
+        if setup.public is not None:
+            next_public = public_batches(
+                for_purpose(key, Purpose.PUBLIC_BATCHES), data.public, setup.public_batch_size
+            )
+
+        def step(carry: SmallCarry, batch: Batch, index: jax.Array) -> tuple[SmallCarry, Info]:
+            public = None if next_public is None else next_public(index)
+            return small_step(setup, settings, carry, batch, public)
+
+        carry, info = run_epochs(
+            step,
+            carry,
+            data,
+            for_purpose(key, Purpose.PRIVATE_BATCHES),
+            batch_size=setup.batch_size,
+            local_epochs=setup.local_epochs,
+        )
+        return SmallState(carry.surrogate, carry.public_heads), carry.surrogate, info
+
+    def deploy(download: Broadcast, state: SmallState) -> dict[str, Variables]:
+        return {"personal": state.surrogate, "global": download.variables}
+
+    return ClientAlgorithm({"personal": model, "global": model}, init, update, deploy)
+
+
+def init_public_heads(setup: Setup, key: jax.Array) -> Variables:
+    """psi: a head over the public labels and one over the foundation model's classes, or one for both."""
+    if setup.public is None:
+        return {}
+    small = jax.eval_shape(lambda: setup.models["small"].init(key, setup.sample_shape))
+    image = jax.ShapeDtypeStruct((1, *setup.sample_shape), float)
+    features, _ = jax.eval_shape(
+        lambda variables, x: setup.models["small"].features(variables, x, train=False, mask=None),
+        small,
+        image,
+    )
+    labels, answers = setup.public.num_labels, setup.public.num_answers
+    widths = {"labels": labels, "answers": None if setup.public.shared else answers}
+    return {
+        name: setup.task.init_head(jax.random.fold_in(key, i), features.shape[-1], width)
+        for i, (name, width) in enumerate(widths.items())
+        if width is not None
+    }
+
+
+def init_small_carry(
+    setup: Setup, settings: FedHelpSettings, surrogate: Variables, public_heads: Variables
+) -> SmallCarry:
+    """A small client at the start of a round: fresh optimizer states over exactly what each step trains."""
+    params = surrogate["params"]
+    public = {"features": params["features"], "public_heads": public_heads}
+    private = {**params, "public_heads": public_heads} if settings.joint else params
+    return SmallCarry(surrogate, public_heads, setup.tx.init(private), setup.tx.init(public))
+
+
+def small_step(
+    setup: Setup,
+    settings: FedHelpSettings,
+    carry: SmallCarry,
+    batch: Batch,
+    public: PublicBatch | None,
+) -> tuple[SmallCarry, Info]:
+    """Steps A and B of a small client on one private and one public batch."""
+    model = setup.models["small"]
+
+    def public_loss(params: Variables, batch_stats: Variables) -> tuple[jax.Array, Variables]:
+        variables = {"params": {"features": params["features"]}, "batch_stats": batch_stats}
+        features, stats = model.features(variables, public.images, train=True, mask=None)
+        loss = auxiliary_loss(setup, settings, params["public_heads"], features, public)
+        return loss, batch_stats if settings.public_batch_stats == "discard" else stats
+
+    stats = carry.surrogate["batch_stats"]
+    private_loss = supervised_loss(setup, model, stats, batch)
+    if settings.joint and public is not None:
+
+        def both(params: Variables) -> tuple[jax.Array, Any]:
+            own, (_, stats) = private_loss({k: params[k] for k in ("features", "head")})
+            auxiliary, stats = public_loss(params, stats)
+            return own + auxiliary, (own, auxiliary, stats)
+
+        params = {**carry.surrogate["params"], "public_heads": carry.public_heads}
+        params, opt_private, _, (loss, auxiliary, stats) = gradient_step(
+            setup.tx, both, params, carry.opt_private
+        )
+        heads = params.pop("public_heads")
+        surrogate = {"params": params, "batch_stats": stats}
+        info = {"loss": loss, "public_loss": auxiliary}
+        return SmallCarry(surrogate, heads, opt_private, carry.opt_public), info
+
+    params, opt_private, loss, (_, stats) = gradient_step(
+        setup.tx, private_loss, carry.surrogate["params"], carry.opt_private
+    )
+    if public is None:
+        surrogate = {"params": params, "batch_stats": stats}
+        return carry._replace(surrogate=surrogate, opt_private=opt_private), {"loss": loss}
+
+    trained = {"features": params["features"], "public_heads": carry.public_heads}
+    trained, opt_public, auxiliary, stats = gradient_step(
+        setup.tx, lambda p: public_loss(p, stats), trained, carry.opt_public
+    )
+    surrogate = {
+        "params": {"features": trained["features"], "head": params["head"]},
+        "batch_stats": stats,
+    }
+    info = {"loss": loss, "public_loss": auxiliary}
+    return SmallCarry(surrogate, trained["public_heads"], opt_private, opt_public), info
+
+
+def auxiliary_loss(
+    setup: Setup,
+    settings: FedHelpSettings,
+    public_heads: Variables,
+    features: jax.Array,
+    public: PublicBatch,
+) -> jax.Array:
+    """L_public, averaged over the public batch: its labels where known, the answers where asked."""
+    task, loss = setup.task, jnp.zeros(features.shape[0])
+    if public.labels is not None:
+        loss += task.loss(task.head(public_heads["labels"], features), public.labels, where=None)
+    if public.answers is not None:
+        head = public_heads["labels" if setup.public.shared else "answers"]
+        loss += settings.lambda_fm * task.distill(
+            task.head(head, features),
+            public.answers,
+            temperature=settings.temperature,
+            where=None,
+        )
+    return jnp.mean(loss)
+
+
+def large_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
+    """Asymmetric dual knowledge distillation (sec. 3.4)."""
+    model = setup.models["large"]
+
+    def update(key: jax.Array, download: Broadcast, state: Variables, data: ClientData) -> Any:
+        warm = download.round >= settings.kd_warmup_rounds
+
+        def step(carry: LargeCarry, batch: Batch, _: jax.Array) -> tuple[LargeCarry, Info]:
+            return large_step(setup, settings, carry, batch, warm)
+
+        carry, info = run_epochs(
+            step,
+            init_large_carry(setup, download.variables, state),
+            data,
+            for_purpose(key, Purpose.PRIVATE_BATCHES),
+            batch_size=setup.batch_size,
+            local_epochs=setup.local_epochs,
+        )
+        return carry.large, carry.proxy, info
+
+    def deploy(download: Broadcast, state: Variables) -> dict[str, Variables]:
+        return {"large": state, "global": download.variables}
+
+    return ClientAlgorithm(
+        models={"large": model, "global": setup.models["small"]},
+        init=lambda run_key, client_id: init_own(setup, model, run_key, client_id),
+        update=update,
+        deploy=deploy,
+    )
+
+
+def init_large_carry(setup: Setup, proxy: Variables, large: Variables) -> LargeCarry:
+    """A large client at the start of a round, with fresh optimizer states."""
+    return LargeCarry(
+        proxy, large, setup.tx.init(proxy["params"]), setup.tx.init(large["params"])
+    )
+
+
+def large_step(
+    setup: Setup,
+    settings: FedHelpSettings,
+    carry: LargeCarry,
+    batch: Batch,
+    warm: jax.Array | bool = True,
+) -> tuple[LargeCarry, Info]:
+    """Steps A and B of a large client on one private batch; without ``warm`` there is no distillation."""
+    task, small, large = setup.task, setup.models["small"], setup.models["large"]
+    k = settings.k if settings.k is not None else task.default_k(setup.num_classes)
+
+    # A mask, not a factor: 0 times the overflow of an untrained teacher would be NaN.
+    taught = batch.mask & warm
+    teacher_logits, _ = apply_model(large, carry.large, batch.images)
+    supervised_proxy = supervised_loss(setup, small, carry.proxy["batch_stats"], batch)
+
+    def proxy_loss(params: Variables) -> tuple[jax.Array, Variables]:
+        loss, (logits, stats) = supervised_proxy(params)
+        forward = task.distill(
+            logits, teacher_logits, temperature=settings.temperature, where=taught
+        )
+        return loss + settings.lambda_f * masked_mean(forward, batch.mask), stats
+
+    params, opt_proxy, proxy_value, stats = gradient_step(
+        setup.tx, proxy_loss, carry.proxy["params"], carry.opt_proxy
+    )
+    proxy = {"params": params, "batch_stats": stats}
+
+    ranking_logits, _ = apply_model(small, proxy, batch.images)
+    supervised_large = supervised_loss(setup, large, carry.large["batch_stats"], batch)
+
+    def large_loss(params: Variables) -> tuple[jax.Array, Variables]:
+        loss, (logits, stats) = supervised_large(params)
+        backward = task.rank(
+            logits, ranking_logits, k=k, margin=settings.margin, where=taught
+        )
+        return loss + settings.lambda_b * masked_mean(backward, batch.mask), stats
+
+    params, opt_large, large_value, stats = gradient_step(
+        setup.tx, large_loss, carry.large["params"], carry.opt_large
+    )
+    teacher_loss = masked_mean(
+        task.loss(teacher_logits, batch.targets, where=batch.mask), batch.mask
+    )
+    info = {"loss": large_value, "proxy_loss": proxy_value, "teacher_loss": teacher_loss}
+    large_variables = {"params": params, "batch_stats": stats}
+    return LargeCarry(proxy, large_variables, opt_proxy, opt_large), info

@@ -1,0 +1,62 @@
+"""Local training: every client alone, no message to anyone. The reference that all methods must beat.
+
+A small client trains the small architecture, a large one the large architecture, each from the weights it
+would have started from under any other method.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from fedhelp_jax.algorithms.base import (
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    Setup,
+    init_own,
+    init_shared,
+    train_locally,
+)
+from fedhelp_jax.federation import ClientData
+from fedhelp_jax.models.model import Variables
+
+
+class LocalSettings(NamedTuple):
+    """Settings of local training.
+
+    Attributes:
+      small_only: Large clients train the small architecture too.
+    """
+
+    small_only: bool = False
+
+
+def local(setup: Setup, settings: LocalSettings) -> FederatedAlgorithm:
+    """Local training of each client's own architecture."""
+
+    def client(role: str) -> ClientAlgorithm:
+        role = "small" if settings.small_only else role
+        model = setup.models[role]
+
+        def init(run_key: jax.Array, client_id: jax.Array) -> Variables:
+            if role == "small":
+                return init_shared(setup, run_key)
+            return init_own(setup, model, run_key, client_id)
+
+        def update(key: jax.Array, download: None, state: Variables, data: ClientData) -> Any:
+            del download
+            variables, info = train_locally(setup, model, key, state, data)
+            return variables, None, info
+
+        def deploy(download: None, state: Variables) -> dict[str, Variables]:
+            del download
+            return {"personal" if role == "small" else "large": state}
+
+        names = {"personal" if role == "small" else "large": model}
+        return ClientAlgorithm(names, init, update, deploy)
+
+    return FederatedAlgorithm(
+        init=lambda run_key: None,
+        download=lambda server_state: None,
+        clients={"small": client("small"), "large": client("large")},
+        aggregate=lambda server_state, uploads, weights: None,
+    )

@@ -1,0 +1,202 @@
+"""Checkpoints of the whole run state: what is loaded is bit for bit what was saved, or refused.
+
+Orbax writes a checkpoint beside its place and renames it, so that a killed run leaves a whole one
+or none. Damage on the disk it may not see (a byte that flips in a stored array can load without an
+error), or tell of from threads of its own. So the digests of a checkpoint's files are written into
+it, in the format of ``sha256sum -c``, and compared before Orbax reads it.
+"""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fedhelp_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+_KEEP = 2  # the newest, and the one before in case the newest cannot be read
+_SUMS = "SHA256SUMS"
+
+
+class Checkpointer:
+    """Saves a run's state by round in a folder and restores the newest that can be read.
+
+    Args:
+        folder: where they stand, usually ``workdir/checkpoints``; made if it does not exist.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder.absolute()
+        self._manager = self._open()
+        self._unreadable: list[int] = []
+
+    def save(self, round: int, state: Any, meta: dict[str, Any]) -> None:
+        """Saves `state` and returns once it is on disk; only the last two checkpoints are kept.
+
+        Args:
+            round: completed rounds; more than in any checkpoint that `restore_latest` could read.
+            state: any pytree of arrays.
+            meta: JSON-able; given back as it is.
+        """
+        self._set_unreadable_aside()
+        leaves = _leaves(state)
+        # An array without elements has no bytes to keep, and Orbax refuses it.
+        arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
+        envelope = {"meta": meta, "leaves": _describe(leaves)}
+        self._manager.save(
+            round,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(arrays), envelope=ocp.args.JsonSave(envelope)
+            ),
+            force=True,
+        )
+        _write_sums(self._folder / str(round))
+
+    def restore_latest(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Returns (round, state, meta) of the newest readable checkpoint; None if none exists.
+
+        One that cannot be read is passed over with a warning in favour of the one before.
+
+        Args:
+            template: a pytree like the saved state; leaves need `shape` and `dtype` only, so that
+                `jax.eval_shape` makes one.
+
+        Returns:
+            The state has the template's structure, with NumPy arrays as leaves.
+
+        Raises:
+            UserError: There are checkpoints, but none can be read or fits the template.
+        """
+        rounds = sorted(self._manager.all_steps(), reverse=True)
+        reasons: list[str] = []
+        for round in rounds:
+            try:
+                state, meta = self._restore(round, template)
+            except Exception as error:  # Orbax and TensorStore raise whatever the damage leads to
+                reasons.append(f"{self._folder / str(round)} ({_first_line(error)})")
+                continue
+            if reasons:
+                self._unreadable = rounds[: len(reasons)]
+                _log.warning(
+                    "checkpoint %s cannot be read; going on from the one before, %s",
+                    " and ".join(reasons),
+                    self._folder / str(round),
+                )
+            return round, state, meta
+        if reasons:
+            raise UserError(
+                f"no checkpoint can be read: {' and '.join(reasons)}; "
+                "--overwrite begins the run anew"
+            )
+        return None
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._manager.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=_KEEP,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,  # what a killed run was writing
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def _restore(self, round: int, template: Any) -> tuple[Any, dict[str, Any]]:
+        _check_sums(self._folder / str(round))
+        restored = self._manager.restore(
+            round, args=ocp.args.Composite(envelope=ocp.args.JsonRestore())
+        )
+        envelope = restored["envelope"]
+        wanted = _describe(_leaves(template, shapes_only=True))
+        _check_fit(envelope["leaves"], wanted)
+        leaves = {name: np.zeros(shape, dtype) for name, (dtype, shape) in wanted.items()}
+        arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
+        restored = self._manager.restore(
+            round, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays))
+        )
+        leaves |= restored["state"]
+        return jax.tree.unflatten(jax.tree.structure(template), leaves.values()), envelope["meta"]
+
+    def _set_unreadable_aside(self) -> None:
+        """Renames checkpoints that were passed over, so that their rounds can be saved again."""
+        if not self._unreadable:
+            return
+        self._manager.close()
+        for round in self._unreadable:
+            aside = self._folder / f"unreadable_{round}"
+            number = 1
+            while aside.exists():
+                number += 1
+                aside = self._folder / f"unreadable_{round}_{number}"
+            (self._folder / str(round)).rename(aside)
+        self._unreadable = []
+        self._manager = self._open()
+
+
+def _leaves(state: Any, *, shapes_only: bool = False) -> dict[str, Any]:
+    """Returns the leaves by their path, in the order of the tree."""
+    paths, _ = jax.tree.flatten_with_path(state)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        if shapes_only
+        else np.asarray(leaf)
+        for path, leaf in paths
+    }
+    assert len(named) == len(paths), "two leaves of the state have the same path"
+    return named
+
+
+def _describe(leaves: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: [np.dtype(x.dtype).name, list(x.shape)] for name, x in leaves.items()}
+
+
+def _check_fit(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in [*saved, *(name for name in wanted if name not in saved)]:
+        if saved.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{name} is {saved.get(name, 'not there')}, this run needs "
+                f"{wanted.get(name, 'no such leaf')}"
+            )
+
+
+def _sums(checkpoint: Path) -> dict[str, str]:
+    """Returns the digest of each file by its path inside the checkpoint."""
+    return {
+        file.relative_to(checkpoint).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(checkpoint.rglob("*"))
+        if file.is_file() and file.name not in (_SUMS, f".{_SUMS}")
+    }
+
+
+def _write_sums(checkpoint: Path) -> None:
+    beside = checkpoint / f".{_SUMS}"
+    beside.write_text("".join(f"{sha}  {name}\n" for name, sha in _sums(checkpoint).items()))
+    os.replace(beside, checkpoint / _SUMS)
+
+
+def _check_sums(checkpoint: Path) -> None:
+    """Raises ValueError if a file is not as it was saved; one killed before its end has no sums."""
+    try:
+        lines = (checkpoint / _SUMS).read_text().splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"it was not saved to the end: {_SUMS} is missing") from None
+    saved = {name: sha for sha, _, name in (line.partition("  ") for line in lines)}
+    found = _sums(checkpoint)
+    for name in saved | found:
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if found[name] != saved.get(name):
+            raise ValueError(f"{name} is not as it was saved")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,268 @@
+"""The command ``fedhelp``: train, evaluate, show; what went wrong becomes an exit code.
+
+0: done. 2: something the user can mend, told in one line on stderr. 1: our own failure, with its
+traceback. 130: interrupted, after the run was saved.
+
+Nothing heavy is imported before it is needed, so that ``fedhelp --help`` answers at once, and so
+that the number of CPU devices can be set before JAX starts.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from fedhelp_jax.errors import UserError
+
+if TYPE_CHECKING:  # these bring jax along
+    from fedhelp_jax.config import RunConfig
+
+USAGE = """\
+usage: fedhelp COMMAND [--flag=value ...]
+
+commands:
+  train     train the clients of a federation, or go on where a stopped run was saved
+            fedhelp train --config=configs/quickstart.py --workdir=runs/demo \\
+                --config.algorithm.name=fedavg --config.seed=3
+  evaluate  measure a trained run again, from its newest checkpoint
+            fedhelp evaluate --workdir=runs/demo
+  show      print finished runs side by side
+            fedhelp show runs/demo/fedhelp runs/demo/local
+
+`fedhelp train --help` lists all settings.
+"""
+
+TRAIN_USAGE = """\
+usage: fedhelp train --config=FILE.py[:ARGUMENT] --workdir=FOLDER [--overwrite]
+                     [--config.KEY=VALUE ...]
+
+  --config     a Python file with get_config(), which returns the settings
+  --workdir    the run folder; a run stopped there goes on, if its settings are the same
+  --overwrite  remove what is in the run folder and begin anew
+
+settings, with their defaults:
+"""
+
+
+def main_entry() -> None:
+    """Runs the command line of this process and exits with its code."""
+    sys.exit(main(sys.argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; may be called many times in a process.
+
+    Args:
+        argv: program name, command, flags; as `sys.argv`.
+    """
+    try:
+        return _command(list(argv))
+    except UserError as error:
+        _complain(str(error))
+        return 2
+    except flags.Error as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:  # `fedhelp show | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _command(argv: list[str]) -> int:
+    commands = {"train": _train, "evaluate": _evaluate, "show": _show}
+    name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
+    if name in ("--help", "-h", "-help", "help"):
+        print(USAGE, end="")
+        return 0
+    if name not in commands:
+        said = f"{name!r} is not a command" if name else "no command is given"
+        raise UserError(f"{said}; it is one of {', '.join(commands)} (see fedhelp --help)")
+    if any(argument in ("--help", "-h", "-help") for argument in arguments):
+        print(_train_help() if name == "train" else USAGE, end="")
+        return 0
+    return commands[name](arguments)
+
+
+def _train(arguments: list[str]) -> int:
+    own = _flags("workdir", "config")
+    flags.DEFINE_bool("overwrite", False, "begin anew", flag_values=own)
+    overrides = own(["fedhelp", *arguments], known_only=True)[1:]
+    config = _load_config(_required(own, "config", "configs/quickstart.py"), overrides)
+    workdir = Path(_required(own, "workdir", "runs/demo"))
+
+    from fedhelp_jax.report import console, files
+
+    files.prepare_folder(workdir)
+    _use_cpu_devices(config)
+    from fedhelp_jax import runner
+
+    try:
+        summary = runner.train(config, workdir, own["overwrite"].value)
+    except runner.Interrupted as stop:
+        _complain(str(stop) or f"interrupted; the same command goes on from {workdir}")
+        return 130
+    console.print_summary(summary)
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    own = _flags("workdir")
+    _refuse_rest(own(["fedhelp", *arguments])[1:])
+    workdir = Path(_required(own, "workdir", "runs/demo"))
+
+    from fedhelp_jax import config as config_lib
+    from fedhelp_jax.report import console
+
+    _use_cpu_devices(config_lib.load(workdir / "config.json"))
+    from fedhelp_jax import runner
+
+    console.print_summary(runner.evaluate(workdir))
+    return 0
+
+
+def _show(arguments: list[str]) -> int:
+    folders = flags.FlagValues()(["fedhelp", *arguments])[1:]
+    if not folders:
+        raise UserError(
+            "no run folder is given; e.g. fedhelp show runs/demo/fedhelp runs/demo/local"
+        )
+    from fedhelp_jax.report import console
+
+    console.show([Path(folder) for folder in folders])
+    return 0
+
+
+def _train_help() -> str:
+    from fedhelp_jax import config as config_lib
+
+    lines = [
+        f"  --config.{key}={default}".ljust(48) + f" {about}"
+        for key, default, about in config_lib.describe()
+    ]
+    return TRAIN_USAGE + "\n".join(lines) + "\n"
+
+
+# --- flags and settings -------------------------------------------------------------------------
+
+
+def _flags(*names: str) -> flags.FlagValues:
+    """Returns string flags of their own, so that calls of `main` share no state."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    for name in names:
+        flags.DEFINE_string(name, None, name, flag_values=values)
+    return values
+
+
+def _required(values: flags.FlagValues, name: str, example: str) -> str:
+    value = values[name].value
+    if not value:
+        raise UserError(f"--{name} is missing; e.g. --{name}={example}")
+    return value
+
+
+def _refuse_rest(arguments: Sequence[str]) -> None:
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is one argument too many; flags are --name=value")
+
+
+def _load_config(source: str, overrides: list[str]) -> "RunConfig":
+    """Returns the settings of a config file, changed by ``--config.a.b=...`` and checked."""
+    from ml_collections import config_dict, config_flags
+
+    from fedhelp_jax import config as config_lib
+
+    config = _call_get_config(source)
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(
+            f"{source}: get_config() must return fedhelp_jax.config.default_config(), changed; "
+            f"it returned {type(config).__name__}"
+        )
+    types = _types(config)
+    _refuse_unknown_flags(overrides, types)
+    values = flags.FlagValues()
+    argv = ["fedhelp", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        _refuse_rest(values(argv)[1:])
+    except flags.IllegalFlagValueError as error:
+        flag = str(error).removeprefix("flag ").split(": ", 1)[0]
+        kind = types[flag.removeprefix("--").split("=", 1)[0]]
+        raise UserError(f"{flag} must be of type {kind.__name__}") from None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        # ml_collections lets some of these through as they are; all are about an override.
+        raise UserError(f"{' '.join(overrides)}: {error}") from None
+    return config_lib.validate(config)
+
+
+def _call_get_config(source: str) -> Any:
+    """Runs a config file and returns what its get_config gives; ``file.py:x`` hands it "x"."""
+    path, *argument = source.split(":", 1)
+    if not Path(path).is_file():
+        raise UserError(f"--config={source}: there is no file {path}")
+    loader = SourceFileLoader("fedhelp_config", path)
+    spec = spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    try:
+        loader.exec_module(module)
+        return module.get_config(*argument)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config={source}: raised {type(error).__name__}: {error}") from None
+
+
+def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
+    """Returns the type of each setting in a `ConfigDict`, by its flag's name."""
+    types: dict[str, type] = {}
+    for key in config:
+        if hasattr(config[key], "keys"):
+            types |= _types(config[key], f"{prefix}{key}.")
+        else:
+            types[prefix + key] = config.get_type(key)
+    return types
+
+
+def _refuse_unknown_flags(arguments: Sequence[str], keys: Iterable[str]) -> None:
+    """Refuses a misspelt flag by the closest known one; ml_collections would raise its own way."""
+    from fedhelp_jax.config import suggest
+
+    known = [f"--{key}" for key in (*keys, "config", "workdir", "overwrite")]
+    for argument in arguments:
+        if not argument.startswith("-") or argument == "--":
+            continue
+        name = "--" + argument.lstrip("-").split("=", 1)[0]
+        # A switch is turned off by a leading "no".
+        if name not in known and name.replace("--no", "--", 1) not in known:
+            raise UserError(f"{name} is not a known flag{suggest(name, known)}")
+
+
+# --- the process --------------------------------------------------------------------------------
+
+
+def _use_cpu_devices(config: "RunConfig") -> None:
+    """Sets how many devices the CPU stands for, if JAX has not started yet."""
+    import jax
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        jax.config.update("jax_num_cpu_devices", config.mapping.cpu_devices or min(cores or 1, 8))
+    except RuntimeError:
+        pass  # a back end is in use: a library's caller, or an earlier call, has chosen
+
+
+def _complain(message: str) -> None:
+    print("fedhelp:", " ".join(message.split()), file=sys.stderr)

@@ -1,0 +1,373 @@
+"""The settings of a run: from config files and flags to one checked, frozen `RunConfig`.
+
+`default_config` turns the schema (`fedhelp_jax.schema`) into the `ConfigDict` that config files
+and ``--config.a.b=...`` change, and `validate` turns that back into a `RunConfig`, which is all
+that the rest of the package sees: no other module reads a `ConfigDict`.
+
+A method's own settings live with the method (`fedhelp_jax.algorithms.SETTINGS`). A config declares
+those of all methods, as None (the method's default), because ml_collections refuses to override a
+key that is not there; one that is set but that the chosen method does not have is refused.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+from ml_collections import config_dict
+
+from fedhelp_jax.algorithms import SETTINGS
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import (
+    COUNT,
+    FRACTION,
+    SEED,
+    SETTING_CHECKS,
+    Check,
+    DataConfig,
+    MappingConfig,
+    ModelConfig,
+    PublicConfig,
+    RolesConfig,
+    TeacherConfig,
+    at_least,
+    more_than,
+    one_of,
+    part,
+    setting,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+    """The method, and its own settings with the defaults filled in."""
+
+    name: str = setting("fedhelp", "the method", one_of(*SETTINGS))
+    settings: Any = dataclasses.field(default_factory=lambda: SETTINGS["fedhelp"]())
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run."""
+
+    seed: int = setting(0, "all randomness of the run follows from it", SEED)
+    rounds: int = setting(50, "communication rounds", COUNT)
+    batch_size: int = setting(4, "private images a step", COUNT)
+    public_batch_size: int = setting(4, "public images a step", COUNT)
+    local_epochs: int = setting(1, "passes over its images a client makes in a round", COUNT)
+    learning_rate: float = setting(1e-3, "Adam's", more_than(0))
+    weight_decay: float = setting(1e-4, "L2: added to the gradient before Adam", at_least(0))
+    client_weights: str = setting(
+        "uniform",
+        "a client's weight in the server's mean: uniform, or its number of examples",
+        one_of("uniform", "examples"),
+    )
+    participation: float = setting(1.0, "part of each group that takes part in a round", FRACTION)
+    evaluate_every: int = setting(1, "rounds from one evaluation to the next", COUNT)
+    checkpoint_every: int = setting(5, "rounds from one checkpoint to the next", COUNT)
+    data: DataConfig = part(DataConfig)
+    public: PublicConfig = part(PublicConfig)
+    teacher: TeacherConfig = part(TeacherConfig)
+    roles: RolesConfig = part(RolesConfig)
+    model: ModelConfig = part(ModelConfig)
+    mapping: MappingConfig = part(MappingConfig)
+    algorithm: AlgorithmConfig = part(AlgorithmConfig)
+
+
+# --- config files and their values --------------------------------------------------------------
+
+
+# Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
+def default_config() -> Any:
+    """Returns a locked `ConfigDict` of all settings at their defaults, for config files to change.
+
+    Example:
+        >>> config = default_config()
+        >>> config.data.name, config.rounds, config.algorithm.lambda_b
+        ('phantoms', 50, None)
+    """
+    return config_dict.ConfigDict(_declare(RunConfig)).lock()
+
+
+def validate(config: config_dict.ConfigDict) -> RunConfig:
+    """Returns the settings as a `RunConfig`, checked one by one and together.
+
+    Args:
+        config: made by `default_config`, then changed.
+
+    Raises:
+        UserError: A key is unknown or missing, a value has the wrong type or is out of range, or
+            the chosen method does not have a setting that is set. The message names the key.
+    """
+    values = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
+    values = _mapping(values, "config")
+    algorithm = _mapping(values.get("algorithm", {}), "config.algorithm")
+    _refuse_unknown(algorithm, _algorithm_keys(), "config.algorithm")
+    chosen = {key: v for key, v in algorithm.items() if key != "name" and v is not None}
+    name = algorithm.get("name")
+    if isinstance(name, str) and name in SETTINGS:
+        for key in chosen:
+            if key not in SETTINGS[name]._fields:
+                having = [method for method, cls in SETTINGS.items() if key in cls._fields]
+                raise UserError(
+                    f"config.algorithm.{key} is set, but {name} has no such setting "
+                    f"({' and '.join(having)} has)"
+                )
+        chosen = SETTINGS[name]()._asdict() | chosen
+    return _run_config({**values, "algorithm": {"name": name, "settings": chosen}})
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings as plain dicts, lists, numbers and strings, which JSON keeps exactly."""
+    values = dataclasses.asdict(config)
+    values["algorithm"]["settings"] = config.algorithm.settings._asdict()
+    return _listed(values)
+
+
+def from_dict(values: Any) -> RunConfig:
+    """Returns the `RunConfig` that `to_dict` was given; the inverse of `to_dict`.
+
+    Raises:
+        UserError: A key is unknown or missing, or a value is not one that `validate` lets pass.
+    """
+    return _run_config(_mapping(values, "config"))
+
+
+def load(path: Path) -> RunConfig:
+    """Returns the settings in the ``config.json`` at `path`.
+
+    Raises:
+        UserError: There is no such file, it is not JSON, or `from_dict` refuses it.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); is this a run folder?"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); was it edited by hand?") from None
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
+    """Returns one ``key: value -> value`` for each setting in which two configurations differ.
+
+    Example:
+        >>> differences(RunConfig(), RunConfig(rounds=12))
+        ('rounds: 50 -> 12',)
+    """
+    before, after = dict(_flat(to_dict(ours))), dict(_flat(to_dict(theirs)))
+    keys = [*before, *(key for key in after if key not in before)]
+    return tuple(
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    )
+
+
+def describe() -> list[tuple[str, Any, str]]:
+    """Returns (key, default, help) of each setting, in the order of the schema.
+
+    A method's settings are told by the "Attributes" of its settings' docstring.
+    """
+    rows: list[tuple[str, Any, str]] = []
+    for field in dataclasses.fields(RunConfig):
+        if field.name == "algorithm":
+            continue
+        if not dataclasses.is_dataclass(field.type):
+            rows.append((field.name, field.default, field.metadata["about"]))
+            continue
+        for inner in dataclasses.fields(field.type):
+            rows.append((f"{field.name}.{inner.name}", inner.default, inner.metadata["about"]))
+    rows.append(("algorithm.name", "fedhelp", f"the method: {', '.join(SETTINGS)}"))
+    for method, cls in SETTINGS.items():
+        abouts = dict(re.findall(r"^ +(\w+): (.+)$", cls.__doc__ or "", re.MULTILINE))
+        for key, default in cls()._asdict().items():
+            rows.append((f"algorithm.{key}", default, f"{method}: {abouts.get(key, '')}"))
+    return rows
+
+
+# --- how it is done -----------------------------------------------------------------------------
+
+
+def _declare(cls: type) -> dict[str, Any]:
+    """Returns what a `ConfigDict` declares for a dataclass of the schema."""
+    declared: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if cls is AlgorithmConfig and field.name == "settings":
+            for key in _algorithm_keys():
+                if key != "name":
+                    declared[key] = config_dict.placeholder(object)
+        elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            declared[field.name] = _declare(field.type)
+        elif field.default is None:
+            # `object` for numbers, so that the command line can say None again; `str` for names, so
+            # that a folder called 2019 stays a string.
+            is_text = str in typing.get_args(field.type)
+            declared[field.name] = config_dict.placeholder(str if is_text else object)
+        else:
+            declared[field.name] = field.default
+    return declared
+
+
+def _algorithm_keys() -> list[str]:
+    keys = {"name": None}
+    for cls in SETTINGS.values():
+        keys.update(dict.fromkeys(cls._fields))
+    return list(keys)
+
+
+def _run_config(values: Mapping[str, Any]) -> RunConfig:
+    config = cast(RunConfig, _build(RunConfig, values, "config"))
+    _check_together(config)
+    return config
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    """Returns a dataclass of the schema from a dict with exactly its keys."""
+    values = _mapping(values, path)
+    fields = dataclasses.fields(cls)
+    _refuse_unknown(values, [field.name for field in fields], path)
+    built: dict[str, Any] = {}
+    for field in fields:
+        key = f"{path}.{field.name}"
+        if field.name not in values:
+            raise UserError(f"{key} is missing; start from fedhelp_jax.config.default_config()")
+        value = values[field.name]
+        if cls is AlgorithmConfig and field.name == "settings":
+            built["settings"] = _build_settings(SETTINGS[built["name"]], value, path)
+        elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            built[field.name] = _build(field.type, value, key)
+        else:
+            built[field.name] = _value(value, field.type, field.metadata["check"], key)
+    return cls(**built)
+
+
+def _build_settings(cls: Any, values: Any, path: str) -> Any:
+    values = _mapping(values, f"{path}.settings")
+    _refuse_unknown(values, cls._fields, path)
+    for key in cls._fields:
+        if key not in values:
+            raise UserError(f"{path}.{key} is missing; the method has this setting")
+    hints = typing.get_type_hints(cls)
+    return cls(
+        **{
+            key: _value(values[key], hints[key], SETTING_CHECKS.get(key), f"{path}.{key}")
+            for key in cls._fields
+        }
+    )
+
+
+def _value(value: Any, kind: Any, check: Check | None, key: str) -> Any:
+    """Returns `value` as the type `kind` it stands for, if it does and passes its check."""
+    converted = _convert(value, kind)
+    if converted is _WRONG:
+        raise UserError(f"{key} = {value!r} must be {_kind_name(kind)}{_hint(value, check)}")
+    if check is not None and converted is not None and not check.passes(converted):
+        raise UserError(f"{key} = {value!r} must be {check.right}{_hint(value, check)}")
+    return converted
+
+
+_WRONG = object()
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Returns `value` as a `kind`, or `_WRONG`. An int stands for a float, a bool for no number."""
+    if isinstance(kind, types.UnionType):
+        kinds = typing.get_args(kind)
+        if value is None:
+            return None if types.NoneType in kinds else _WRONG
+        return _convert(value, next(k for k in kinds if k is not types.NoneType))
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list):
+            return _WRONG
+        items = tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
+        return _WRONG if any(item is _WRONG for item in items) else items
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if number and math.isfinite(value) else _WRONG
+    if kind is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _WRONG
+    return value if isinstance(value, kind) else _WRONG
+
+
+def _kind_name(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_kind_name(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a tuple, of each item " + _kind_name(typing.get_args(kind)[0])
+    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string"}
+    return names.get(kind, "None")
+
+
+def _hint(value: Any, check: Check | None) -> str:
+    return suggest(value, check.choices) if check and isinstance(value, str) else ""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns ``; did you mean ...?`` with the closest known name, or nothing if none is close."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], path: str) -> None:
+    known = list(known)
+    for key in values:
+        if key not in known:
+            raise UserError(f"{path}.{key} is not a setting{suggest(str(key), known)}")
+
+
+def _mapping(values: Any, path: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} = {values!r} must hold settings by name")
+    return dict(values)
+
+
+def _check_together(config: RunConfig) -> None:
+    """Refuses settings of which each is right but which do not go together."""
+    needed = []
+    if config.data.name == "fed_isic2019":
+        needed = [
+            ("data.dir", config.data.dir, "the folder or zip of its images"),
+            ("data.split_csv", config.data.split_csv, "the CSV file of its official split"),
+        ]
+    if config.data.name == "medmnist":
+        needed = [("data.dir", config.data.dir, "its .npz file")]
+    if config.public.name == "npz":
+        needed.append(("public.path", config.public.path, "its .npz file"))
+    if config.teacher.name == "stored":
+        needed.append(("teacher.path", config.teacher.path, "the .npz file of its answers"))
+    for key, value, what in needed:
+        if not value:
+            owner = key.split(".")[0]
+            name = getattr(config, owner).name
+            raise UserError(
+                f"config.{key} is not set, but {owner} {name} needs {what}: give --config.{key}=..."
+            )
+
+
+def _listed(value: Any) -> Any:
+    """Returns `value` with its tuples as the lists that JSON makes of them."""
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_listed(item) for item in value]
+    return value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,145 @@
+"""A federation on the device: one flat pool of examples and, per group of clients, tables of indices."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset
+from fedhelp_jax.errors import UserError
+
+ROLES = ("small", "large")
+SPLITS = ("train", "validation", "test")
+
+
+class Pool(NamedTuple):
+    """All private examples of a simulation, once: images uint8 ``[N, H, W, C]``, targets ``[N, ...]``."""
+
+    images: jax.Array
+    targets: jax.Array
+
+
+class PublicPool(NamedTuple):
+    """Public examples: images uint8 ``[P, H, W, C]``, labels ``[P]`` or None, answers ``[P, F]`` or None."""
+
+    images: jax.Array
+    labels: jax.Array | None
+    answers: jax.Array | None
+
+
+class Table(NamedTuple):
+    """Which pool entries belong to whom: ``index`` int32 ``[K, n_max]``, the first ``size[i]`` are real."""
+
+    index: jax.Array
+    size: jax.Array
+
+
+class ClientData(NamedTuple):
+    """What one client sees in a round: its row of a :class:`Table`, the pool, and the public set."""
+
+    pool: Pool
+    public: PublicPool | None
+    index: jax.Array
+    size: jax.Array
+
+
+class Group(NamedTuple):
+    """Clients of one role, and so of one architecture. ``ids`` int32 ``[K]`` are positions in the data set."""
+
+    role: str
+    names: tuple[str, ...]
+    ids: jax.Array
+    train: Table
+    validation: Table
+    test: Table
+
+
+class Federation(NamedTuple):
+    """Everything a simulation trains and evaluates on; ``groups`` holds one or two roles."""
+
+    pool: Pool
+    public: PublicPool | None
+    groups: tuple[Group, ...]
+
+
+def assign_roles(
+    dataset: FederatedDataset, *, top_n: int, large: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The role of each client: "large" for the ``top_n`` with most training data, or for those named.
+
+    Clients with equally many training examples rank by their order in the data set.
+
+    Args:
+      dataset: The private data.
+      top_n: How many clients are large, ``0 <= top_n <= K``; unused where ``large`` is given.
+      large: Names of the large clients.
+
+    Returns:
+      One of "small" and "large" per client.
+
+    Raises:
+      UserError: If ``top_n`` is out of range or a name unknown.
+    """
+    names = [client.name for client in dataset.clients]
+    if large:
+        unknown = [name for name in large if name not in names]
+        if unknown:
+            raise UserError(f"roles.large: no client {unknown[0]!r}; there are {', '.join(names)}")
+        return tuple("large" if name in large else "small" for name in names)
+    if top_n > len(names):
+        raise UserError(f"roles.top_n: {top_n} is more than the {len(names)} clients there are")
+    by_size = sorted(range(len(names)), key=lambda i: -len(dataset.clients[i].train))
+    largest = set(by_size[:top_n])
+    return tuple("large" if i in largest else "small" for i in range(len(names)))
+
+
+def make_federation(
+    dataset: FederatedDataset,
+    roles: Sequence[str],
+    public: PublicDataset | None = None,
+    answers: np.ndarray | None = None,
+) -> Federation:
+    """Puts the data on the device.
+
+    Args:
+      dataset: The private data.
+      roles: "small" or "large" per client.
+      public: The public data, or None.
+      answers: float ``[P, F]`` the foundation model's logits in the order of ``public``, or None.
+
+    Returns:
+      The federation; roles that nobody has make no group.
+    """
+    groups = []
+    for role in ROLES:
+        ids = [i for i, r in enumerate(roles) if r == role]
+        if not ids:
+            continue
+        clients = [dataset.clients[i] for i in ids]
+        tables = [_table([getattr(client, split) for client in clients]) for split in SPLITS]
+        names = tuple(client.name for client in clients)
+        groups.append(Group(role, names, jnp.asarray(ids, jnp.int32), *tables))
+    public_pool = None
+    if public is not None:
+        public_pool = PublicPool(
+            images=jnp.asarray(public.images),
+            labels=None if public.labels is None else jnp.asarray(public.labels, jnp.int32),
+            answers=None if answers is None else jnp.asarray(answers),
+        )
+    pool = Pool(jnp.asarray(dataset.images), jnp.asarray(dataset.labels, jnp.int32))
+    return Federation(pool, public_pool, tuple(groups))
+
+
+def normalize_images(images: jax.Array) -> jax.Array:
+    """Pixels 0..255 to floats in [-1, 1]."""
+    return images.astype(float) / 127.5 - 1.0
+
+
+def _table(rows: Sequence[np.ndarray]) -> Table:
+    width = max(1, *(len(row) for row in rows)) if rows else 1
+    index = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        index[i, : len(row)] = row
+    return Table(jnp.asarray(index), jnp.asarray([len(row) for row in rows], jnp.int32))

@@ -1,0 +1,298 @@
+"""What a person sees of a run: its progress, and tables of what came out.
+
+Everything goes to stdout; in a terminal the progress is one live line, elsewhere a plain line a
+round.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box, progress
+from rich.console import Console
+from rich.table import Table
+
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.report import files
+
+# Of a run: (key of summary.json, what a table calls it).
+_GROUP_ROWS = (
+    ("small_mean", "small clients, mean"),
+    ("worst_small", "small clients, worst"),
+    ("large_mean", "large clients, mean"),
+    ("gap", "gap, large - small"),
+)
+
+
+class Progress:
+    """Shows a run while it goes on; a context manager.
+
+    Args:
+        rounds: of the whole run.
+        first_round: completed before, when a stopped run goes on.
+        metric: name of the headline metric, for the heading.
+        console: where to; stdout if None.
+
+    Example:
+        >>> with Progress(2) as display:
+        ...     display.update({"round": 1, "loss": 1.5, "small_mean": 0.25, "seconds": 2.0})
+        round 1/2  loss 1.500  small 0.250  large -  worst small -  2.0 s/round  left 2s
+    """
+
+    def __init__(
+        self,
+        rounds: int,
+        *,
+        first_round: int = 0,
+        metric: str = "balanced_accuracy",
+        console: Console | None = None,
+    ):
+        self._rounds = rounds
+        self._first_round = first_round
+        self._metric = metric
+        self._console = console or _console()
+        self._seconds: list[float] = []
+        self._started = time.perf_counter()
+        self._live: progress.Progress | None = None
+        self._task = progress.TaskID(0)
+
+    def __enter__(self) -> "Progress":
+        """Starts the display."""
+        if self._console.is_terminal:
+            self._live = progress.Progress(
+                progress.SpinnerColumn(),
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=20),
+                progress.TimeElapsedColumn(),
+                console=self._console,
+                refresh_per_second=4,  # the cores are for the training
+            )
+            self._task = self._live.add_task(
+                "compiling", total=self._rounds, completed=self._first_round
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Ends the display and leaves its last state standing."""
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Shows a completed round.
+
+        Args:
+            row: `round`, and any of `loss`, `small_mean`, `large_mean`, `worst_small` and
+                `seconds`; each may be missing or None. `metric` names the headline metric.
+        """
+        if row.get("seconds") is not None:
+            self._seconds.append(float(row["seconds"]))
+        self._metric = row.get("metric") or self._metric
+        text = "  ".join(self._words(row))
+        if self._live is not None:
+            self._live.update(self._task, completed=row["round"], description=text)
+        else:
+            _print_line(self._console, text)
+
+    def note(self, message: str) -> None:
+        """Shows a message above the progress."""
+        _print_line(self._console, message)
+
+    def _words(self, row: Mapping[str, Any]) -> list[str]:
+        width = len(str(self._rounds))
+        words = [
+            f"round {row['round']:{width}d}/{self._rounds}",
+            f"loss {_number(row.get('loss'))}",
+            f"small {_number(row.get('small_mean'))}",
+            f"large {_number(row.get('large_mean'))}",
+            f"worst small {_number(row.get('worst_small'))}",
+        ]
+        if self._seconds:
+            # The first round of a process compiles, so it says nothing about those to come.
+            usual = statistics.median(self._seconds[1:] or self._seconds)
+            words.append(f"{self._seconds[-1]:.1f} s/round")
+            words.append(f"left {_duration(usual * (self._rounds - row['round']))}")
+        return words
+
+
+def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints what came out of a run: a table of its clients and one of its groups.
+
+    Args:
+        summary: as `summary.json` holds it.
+        console: where to; stdout if None.
+    """
+    console = console or _console()
+    metric = str(summary.get("metric", "balanced_accuracy"))
+    clients = summary.get("per_client") or []
+    names = [metric, *(name for name in _metric_names(clients) if name != metric)]
+    title = f"{summary.get('algorithm', '-')} on {_dataset(summary)}, teacher {_teacher(summary)}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("client", no_wrap=True)
+    table.add_column("role")
+    for name in ("train", "test", *names):
+        table.add_column(name.replace("_", " "), justify="right")
+    for client in clients:
+        metrics = client.get("metrics") or {}
+        table.add_row(
+            str(client.get("name", "-")),
+            str(client.get("role", "-")),
+            _whole(client.get("n_train")),
+            _whole(client.get("n_test")),
+            *(_number(metrics.get(name)) for name in names),
+        )
+    console.print(table)
+    groups = Table(
+        title=f"test {metric.replace('_', ' ')}", box=box.SIMPLE_HEAD, title_justify="left"
+    )
+    groups.add_column("group", no_wrap=True)
+    groups.add_column("", justify="right")
+    for key, label in _GROUP_ROWS:
+        groups.add_row(label, _number(summary.get(key)))
+    console.print(groups)
+
+
+def show(folders: Sequence[Path], console: Console | None = None) -> None:
+    """Prints finished runs side by side; with a `local` run among them, what each gains over it.
+
+    Raises:
+        UserError: A folder holds no finished run.
+    """
+    summaries = [files.read_summary(folder) for folder in folders]
+    for folder, summary in zip(folders, summaries, strict=True):
+        if "algorithm" not in summary or not isinstance(summary.get("per_client"), list):
+            raise UserError(f"{folder / 'summary.json'}: must hold algorithm and per_client")
+    print_comparison(_short_names(folders), summaries, console)
+
+
+def print_comparison(
+    names: Sequence[str], summaries: Sequence[Mapping[str, Any]], console: Console | None = None
+) -> None:
+    """Prints runs as columns: what they are, their groups, their clients, and what they cost."""
+    console = console or _console()
+    reference = _reference(summaries)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+
+    def add(label: str, cells: Sequence[str], *, last: bool = False) -> None:
+        table.add_row(label, *cells, end_section=last)
+
+    add("algorithm", [str(s.get("algorithm", "-")) for s in summaries])
+    add("data", [_dataset(s) for s in summaries])
+    add("teacher", [_teacher(s) for s in summaries])
+    add("seed, rounds", [f"{_whole(s.get('seed'))}, {_whole(s.get('rounds'))}" for s in summaries])
+    add("test metric", [str(s.get("metric", "-")).replace("_", " ") for s in summaries], last=True)
+    for key, label in _GROUP_ROWS:
+        base = reference.get(key) if reference else None
+        cells = [
+            _number(s.get(key)) + ("" if s is reference else _change(s.get(key), base))
+            for s in summaries
+        ]
+        add(label, cells, last=key == _GROUP_ROWS[-1][0])
+    clients = _client_rows(summaries)
+    for number, (label, values) in enumerate(clients, start=1):
+        add(label, [_number(value) for value in values], last=number == len(clients))
+    add("up a round", [_bytes(s.get("bytes_up_per_round")) for s in summaries])
+    add("down a round", [_bytes(s.get("bytes_down_per_round")) for s in summaries])
+    add("teacher queries", [_whole(s.get("teacher_queries")) for s in summaries])
+    add("time", [_duration(s.get("wall_s")) for s in summaries])
+    console.print(table)
+    if reference is not None and len(summaries) > 1:
+        _print_line(console, "In brackets: the change against local.")
+    if any(s.get("synthetic") for s in summaries):
+        _print_line(
+            console,
+            "Synthetic data: made by a procedure; shows that the method runs, not what it does for "
+            "patients.",
+        )
+
+
+# --- how it is done -----------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    """Returns a console on stdout, as it stands now; wide where nobody's window cuts it."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.file.flush()  # so that a log file can be followed
+
+
+def _metric_names(clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for c in clients for name in (c.get("metrics") or {})))
+
+
+def _dataset(summary: Mapping[str, Any]) -> str:
+    """Returns the data set's name, with "synthetic" beside it if it is."""
+    name = str(summary.get("dataset", "-"))
+    unmarked = summary.get("synthetic") and "synthetic" not in name
+    return f"{name} (synthetic)" if unmarked else name
+
+
+def _teacher(summary: Mapping[str, Any]) -> str:
+    return str(summary.get("teacher") or "none")
+
+
+def _reference(summaries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Returns the local run to hold the others against: same data, seed, rounds and metric."""
+    for summary in summaries:
+        same = all(
+            other.get(key) == summary.get(key)
+            for other in summaries
+            for key in ("dataset", "seed", "rounds", "metric")
+        )
+        if summary.get("algorithm") == "local" and same:
+            return summary
+    return None
+
+
+def _client_rows(
+    summaries: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, list[Any]]]:
+    """Returns (label, headline metric in each run) per client, in the order they first appear."""
+    rows: dict[str, list[Any]] = {}
+    for column, summary in enumerate(summaries):
+        for client in summary.get("per_client") or []:
+            label = f"{client.get('name')} ({client.get('role')}, {_whole(client.get('n_train'))})"
+            values = rows.setdefault(label, [None] * len(summaries))
+            values[column] = (client.get("metrics") or {}).get(summary.get("metric"))
+    return list(rows.items())
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """Returns the last part of each path, or the whole paths where that would say too little."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None or value != value else f"{value:.3f}"
+
+
+def _change(value: Any, base: Any) -> str:
+    return "" if value is None or base is None else f" ({value - base:+.3f})"
+
+
+def _whole(value: Any) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _bytes(value: Any) -> str:
+    return "-" if value is None else f"{value / 1e6:.2f} MB"
+
+
+def _duration(seconds: Any) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

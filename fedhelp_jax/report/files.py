@@ -1,0 +1,136 @@
+"""The files of a run folder: each is either as it was or as it shall be, however the run ends."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedhelp_jax.errors import UserError
+
+CLIENT_COLUMNS = ("client", "role", "model", "split", "metric", "value")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the run folder, if there is none, and tries that a file can be written there.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--workdir={folder}: cannot be written to ({error.strerror}); name another folder"
+        ) from None
+
+
+def plain(value: Any) -> Any:
+    """Returns `value` as JSON can keep it: arrays as lists, NaN and infinities as None.
+
+    Example:
+        >>> plain({"auroc": float("nan"), "shape": (2, 3)})
+        {'auroc': None, 'shape': [2, 3]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # a NumPy or JAX array or scalar
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON; the old file stands until the new one is whole."""
+    _replace(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds one line to ``metrics.jsonl``."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of ``metrics.jsonl``, less a last line that was cut off in the writing.
+
+    Raises:
+        UserError: Another line is not a JSON object with a round.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["round"] = int(row["round"])
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} must be a JSON object with a round") from None
+        rows.append(row)
+    return rows
+
+
+def cut_metrics(path: Path, last_round: int) -> None:
+    """Takes from ``metrics.jsonl`` all rows after `last_round`, from which the run goes on."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["round"] <= last_round]
+        _replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+
+
+def write_clients_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes ``clients.csv``: a row per client, model, split and metric; undefined values empty.
+
+    Args:
+        path: the file.
+        rows: dicts with the keys `CLIENT_COLUMNS`.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CLIENT_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain(row) for row in rows)
+    _replace(path, text.getvalue())
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Returns the ``summary.json`` of a finished run.
+
+    Raises:
+        UserError: There is none, or it is not a JSON object.
+    """
+    path = folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); is {folder} the folder of a finished run?"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    return summary
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

@@ -1,0 +1,281 @@
+"""The orchestrator: rounds, evaluation, checkpoints and the run folder.
+
+A run folder holds ``config.json``, ``metrics.jsonl`` (a line a round), ``checkpoints/`` and, at the end,
+``clients.csv`` and ``summary.json``. The same command on the same folder goes on where it stopped, and ends
+with the same bits as if it had never stopped.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedhelp_jax import config as configs
+from fedhelp_jax.checkpoint import Checkpointer
+from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.config import RunConfig
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.experiment import Experiment, build_experiment
+from fedhelp_jax.report import files
+from fedhelp_jax.report.console import Progress
+from fedhelp_jax.report.summary import (
+    client_rows,
+    group_summary,
+    headline,
+    per_client,
+    versions,
+)
+from fedhelp_jax.simulation import RoundInfo, RunState
+
+_log = logging.getLogger(__name__)
+
+_CONFIG, _METRICS, _CLIENTS, _SUMMARY = "config.json", "metrics.jsonl", "clients.csv", "summary.json"
+_CHECKPOINTS = "checkpoints"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+
+def train(config: RunConfig, workdir: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Runs, or goes on with, a run in a folder.
+
+    Args:
+      config: The settings.
+      workdir: The run folder.
+      overwrite: Begin anew, removing what an earlier run left there.
+
+    Returns:
+      The content of ``summary.json``.
+
+    Raises:
+      UserError: If the settings, the data or the folder do not allow the run.
+      Interrupted: After SIGINT or SIGTERM, once the state is saved.
+    """
+    if overwrite:
+        _remove_run(workdir)
+    _check_same_config(config, workdir)
+    experiment = build_experiment(config)
+    files.write_json(workdir / _CONFIG, configs.to_dict(config))
+    checkpointer = Checkpointer(workdir / _CHECKPOINTS)
+    try:
+        done, state = _restore(experiment, checkpointer)
+        files.cut_metrics(workdir / _METRICS, done)
+        if done:
+            _log.warning("going on after round %d of %d", done, config.rounds)
+        with _StopRequest() as stop:
+            state = _run_rounds(experiment, checkpointer, workdir, state, done, stop)
+        return _finish(experiment, workdir, state)
+    finally:
+        checkpointer.close()
+
+
+def evaluate(workdir: Path) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run folder anew and rewrites its ``summary.json``.
+
+    Returns:
+      The content of ``summary.json``.
+
+    Raises:
+      UserError: If the folder holds no checkpoint or is not as the run left it.
+    """
+    config = configs.load(workdir / _CONFIG)
+    if not (workdir / _CHECKPOINTS).is_dir():
+        raise UserError(f"--workdir={workdir}: there is no checkpoint; train first")
+    experiment = build_experiment(config)
+    checkpointer = Checkpointer(workdir / _CHECKPOINTS)
+    try:
+        done, state = _restore(experiment, checkpointer)
+    finally:
+        checkpointer.close()
+    if done < config.rounds:
+        raise UserError(
+            f"--workdir={workdir}: the run stopped after round {done} of {config.rounds}; "
+            "the same train command goes on with it"
+        )
+    return _finish(experiment, workdir, state)
+
+
+def _run_rounds(
+    experiment: Experiment,
+    checkpointer: Checkpointer,
+    workdir: Path,
+    state: RunState,
+    done: int,
+    stop: "_StopRequest",
+) -> RunState:
+    config, simulation = experiment.config, experiment.simulation
+    metric = experiment.task.headline
+    with Progress(config.rounds, first_round=done, metric=metric) as display:
+        for round in range(done, config.rounds):
+            started, compiled = time.perf_counter(), compile_totals()
+            state, info = simulation.round(state, round)
+            row: dict[str, Any] = {"round": round + 1, **_round_losses(experiment, info)}
+            last = round + 1 == config.rounds
+            if last or (round + 1) % config.evaluate_every == 0:
+                results = _host(simulation.evaluate(state, "validation", headline_only=True))
+                row |= {"split": "validation", "metric": metric}
+                row |= group_summary(headline(results, metric))
+            jax.block_until_ready(state)
+            row["wall_s"] = time.perf_counter() - started
+            row["compile_s"] = compile_totals().seconds - compiled.seconds
+            files.append_metrics(workdir / _METRICS, row)
+            display.update(files.plain(row) | {"seconds": row["wall_s"] - row["compile_s"]})
+            if last or stop.requested or (round + 1) % config.checkpoint_every == 0:
+                checkpointer.save(round + 1, state, _program(experiment))
+            if stop.requested and not last:
+                raise Interrupted(
+                    f"stopped after round {round + 1} of {config.rounds}, saved in {workdir}; "
+                    "the same command goes on from there"
+                )
+    return state
+
+
+def _finish(experiment: Experiment, workdir: Path, state: RunState) -> dict[str, Any]:
+    started, compiled = time.perf_counter(), compile_totals()
+    simulation, config = experiment.simulation, experiment.config
+    results = {split: _host(simulation.evaluate(state, split)) for split in ("validation", "test")}
+    names = {group.role: group.names for group in simulation.groups}
+    files.write_clients_csv(workdir / _CLIENTS, client_rows(names, results))
+    rows = files.read_metrics(workdir / _METRICS)
+    metric = experiment.task.headline
+    payload = simulation.payload_bytes()
+    participants = {g.role: simulation.num_participants(g) for g in simulation.groups}
+    sizes = {
+        g.role: (np.asarray(g.train.size).tolist(), np.asarray(g.test.size).tolist())
+        for g in simulation.groups
+    }
+    public, answers = experiment.public, experiment.answers
+    summary = {
+        "algorithm": config.algorithm.name,
+        "dataset": experiment.dataset.name,
+        "synthetic": experiment.dataset.synthetic,
+        "public": None if public is None else public.name,
+        "teacher": None if answers is None else answers.fingerprint,
+        "teacher_queries": 0 if answers is None or public is None else len(set(public.sha256)),
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "metric": metric,
+        **group_summary(headline(results["test"], metric)),
+        "evaluated": {role: list(models) for role, models in results["test"].items()},
+        "global": group_summary(
+            {
+                role: models["global"][metric]
+                for role, models in results["test"].items()
+                if "global" in models
+            }
+        ),
+        "per_client": per_client(names, sizes, results["test"]),
+        "bytes_up_per_round": sum(payload[role][0] * n for role, n in participants.items()),
+        "bytes_down_per_round": sum(payload[role][1] * n for role, n in participants.items()),
+        "program": _program(experiment)["program"],
+        "compile_s": sum(row["compile_s"] for row in rows)
+        + compile_totals().seconds
+        - compiled.seconds,
+        "wall_s": sum(row["wall_s"] for row in rows) + time.perf_counter() - started,
+        "versions": versions(),
+    }
+    summary = files.plain(summary)
+    files.write_json(workdir / _SUMMARY, summary)
+    return summary
+
+
+def _round_losses(experiment: Experiment, info: RoundInfo) -> dict[str, Any]:
+    """The round's mean loss over all who took part, and the means of each role's report."""
+    details, losses = {}, []
+    for group in experiment.simulation.groups:
+        took_part = np.asarray(info.participants[group.role]) < len(group.names)
+        report = _host(info.info[group.role])
+        details[group.role] = {name: float(v[took_part].mean()) for name, v in report.items()}
+        losses.extend(report["loss"][took_part].tolist())
+    return {"loss": float(np.mean(losses)), "train": details}
+
+
+def _host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _program(experiment: Experiment) -> dict[str, Any]:
+    """What decides the last bits of a result besides the settings; kept in each checkpoint."""
+    mapping = experiment.simulation.mapping
+    text = json.dumps(configs.to_dict(experiment.config), sort_keys=True)
+    return {
+        "program": {
+            "platform": mapping.mesh.devices.flat[0].platform,
+            "devices": mapping.num_devices,
+            "chunk_size": mapping.chunk_size,
+        },
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def _restore(experiment: Experiment, checkpointer: Checkpointer) -> tuple[int, RunState]:
+    """The newest checkpoint's round and state, or round 0 and the first state."""
+    simulation = experiment.simulation
+    found = checkpointer.restore_latest(simulation.state_shapes())
+    if found is None:
+        return 0, simulation.init()
+    done, state, meta = found
+    ours = _program(experiment)
+    if meta["config_sha256"] != ours["config_sha256"]:
+        raise UserError(
+            f"{_CONFIG} is not the one this run was started with; was it edited by hand? "
+            "Put it back, or --overwrite"
+        )
+    if meta["program"] != ours["program"]:
+        raise UserError(
+            f"the run was started with {meta['program']}, this is {ours['program']}: it would not "
+            "end with the same bits; set config.mapping alike, or --overwrite"
+        )
+    return done, jax.device_put(state, simulation.mapping.replicated)
+
+
+def _check_same_config(config: RunConfig, workdir: Path) -> None:
+    path = workdir / _CONFIG
+    if not path.exists():
+        return
+    changed = configs.differences(configs.load(path), config)
+    if changed:
+        raise UserError(
+            f"--workdir={workdir}: holds a run of another configuration ({'; '.join(changed)}); "
+            "name another folder, or --overwrite"
+        )
+
+
+def _remove_run(workdir: Path) -> None:
+    for name in (_CONFIG, _METRICS, _CLIENTS, _SUMMARY):
+        (workdir / name).unlink(missing_ok=True)
+    shutil.rmtree(workdir / _CHECKPOINTS, ignore_errors=True)
+
+
+class _StopRequest:
+    """Turns the first SIGINT or SIGTERM into a wish to stop after the round; a second one kills."""
+
+    _signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._ask) for s in self._signals}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        del frame
+        self.requested = True
+        signal.signal(number, self._before[number])
+        _log.warning("stopping after this round; once more to stop at once, without saving")

@@ -1,0 +1,1 @@
+"""Foundation models: what they answered about public images, asked once."""
