@@ -1,0 +1,299 @@
+import json
+import shlex
+import subprocess
+import sys
+import textwrap
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import fedhelp_jax
+from fedhelp_jax.cli import main
+from fedhelp_jax.config import RunConfig, to_dict
+from fedhelp_jax.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    """A runner that remembers its calls and does nothing."""
+    fake = types.ModuleType("fedhelp_jax.runner")
+    calls = []
+
+    def train(config, workdir, overwrite):
+        calls.append((config, workdir, overwrite))
+        return {"algorithm": config.algorithm.name, "per_client": []}
+
+    def evaluate(workdir):
+        calls.append(workdir)
+        return {"algorithm": "fedhelp", "per_client": []}
+
+    fake.__dict__.update(train=train, evaluate=evaluate, Interrupted=Interrupted, calls=calls)
+    monkeypatch.setitem(sys.modules, "fedhelp_jax.runner", fake)
+    monkeypatch.setattr(fedhelp_jax, "runner", fake, raising=False)
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch):
+    monkeypatch.delenv("FEDHELP_DATA_DIR", raising=False)
+
+
+def fedhelp(command: str) -> int:
+    return main(["fedhelp", *shlex.split(command)])
+
+
+def train(tmp_path: Path, rest: str = "", *, config: str = "quickstart.py") -> int:
+    return fedhelp(f"train --config={CONFIGS / config} --workdir={tmp_path / 'run'} {rest}")
+
+
+def refusal(capsys, code: int) -> str:
+    """Returns the one line on stderr of a command that ended with exit code 2."""
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("fedhelp: ")
+    return lines[0]
+
+
+def test_help_is_quick_and_shows_each_command():
+    script = "import sys; from fedhelp_jax import cli; sys.exit(cli.main(['fedhelp', '--help']))"
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert time.perf_counter() - start < 5
+    for word in ("fedhelp train --config", "fedhelp evaluate --workdir", "fedhelp show runs"):
+        assert word in result.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert "absl" in imported
+    assert not imported & {"jax", "numpy", "flax", "orbax", "rich"}
+
+
+def test_help_of_train_lists_the_settings(capsys):
+    assert fedhelp("train --help") == 0
+    out = capsys.readouterr().out
+    assert "--config.rounds=50" in out and "--config.algorithm.lambda_b=0.2" in out
+
+
+def test_overrides_reach_the_runner(tmp_path, runner):
+    rest = (
+        "--config.algorithm.name=fedhelp --config.seed=3 --config.learning_rate=1 "
+        "--config.algorithm.k=2 --config.algorithm.joint --config.algorithm.temperature=2 "
+        "--config.data.max_train=40 --config.data.fractions='(0.5, 0.5)' "
+        "--config.roles.large=a --config.roles.large=b --config.data.dir=2019 --overwrite"
+    )
+    assert train(tmp_path, rest) == 0
+    config, workdir, overwrite = runner.calls[0]
+    assert (workdir, overwrite) == (tmp_path / "run", True)
+    assert config.algorithm.name == "fedhelp"
+    assert (config.seed, config.learning_rate) == (3, 1.0)
+    assert config.algorithm.settings.k == 2
+    assert config.algorithm.settings.joint is True
+    assert config.algorithm.settings.temperature == 2.0
+    assert config.data.max_train == 40
+    assert config.data.fractions == (0.5, 0.5)
+    assert config.roles.large == ("a", "b")
+    assert config.data.dir == "2019"
+
+
+def test_an_optional_setting_can_be_unset_again(tmp_path, runner, monkeypatch):
+    monkeypatch.setenv("FEDHELP_DATA_DIR", "/data")
+    assert train(tmp_path, "--config.data.max_train=None", config="fed_isic2019.py:cpu") == 0
+    assert runner.calls[0][0].data.max_train is None
+
+
+def test_calls_share_no_state(tmp_path, runner):
+    assert train(tmp_path, "--config.seed=3 --overwrite") == 0
+    assert train(tmp_path) == 0
+    assert (runner.calls[1][0].seed, runner.calls[1][2]) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "large"),
+    [
+        ("quickstart.py", "phantoms", "resnet32"),
+        ("fed_isic2019.py", "fed_isic2019", "resnet110"),
+        ("fed_isic2019.py:cpu", "fed_isic2019", "resnet32"),
+        ("pneumonia.py", "medmnist", "resnet110"),
+    ],
+)
+def test_each_config_is_valid(tmp_path, runner, monkeypatch, config, name, large):
+    monkeypatch.setenv("FEDHELP_DATA_DIR", "/data")
+    assert train(tmp_path, config=config) == 0
+    got = runner.calls[0][0]
+    assert (got.data.name, got.model.large) == (name, large)
+
+
+@pytest.mark.parametrize("config", ["fed_isic2019.py", "pneumonia.py"])
+def test_configs_without_a_data_folder_say_what_to_set(tmp_path, runner, capsys, config):
+    assert "--config.data.dir" in refusal(capsys, train(tmp_path, config=config))
+    assert not runner.calls
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ("--config.roundz=3", ["--config.roundz", "--config.rounds"]),
+        ("--config.data.nam=x", ["--config.data.nam", "--config.data.name"]),
+        ("--wrkdir=x", ["--wrkdir", "--workdir"]),
+        ("--config.data=3", ["--config.data"]),
+        ("--config.rounds=many", ["--config.rounds=many", "int"]),
+        ("--config.rounds=1.5", ["--config.rounds=1.5", "int"]),
+        ("--config.rounds=true", ["--config.rounds=true", "int"]),
+        ("--config.learning_rate=fast", ["--config.learning_rate=fast", "float"]),
+        ("--config.data.fractions='(0.5,'", ["--config.data.fractions"]),
+        ("--config.data.max_train=few", ["config.data.max_train", "few", "integer or None"]),
+        ("--config.algorithm.joint=perhaps", ["config.algorithm.joint", "True or False"]),
+        ("--config.rounds", ["--config.rounds", "alue"]),
+        ("--config.rounds=0", ["config.rounds", "at least 1"]),
+        ("--config.algorithm.temperature=-1", ["config.algorithm.temperature", "more than 0"]),
+        ("--config.algorithm.name=fedhlp", ["config.algorithm.name", "fedhelp"]),
+        (
+            "--config.algorithm.name=fedavg --config.algorithm.lambda_f=1",
+            ["config.algorithm.lambda_f", "fedavg"],
+        ),
+        ("--config.seed=1 stray", ["stray"]),
+        ("--overwrite=perhaps", ["overwrite", "perhaps"]),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, runner, capsys, rest, words):
+    message = refusal(capsys, train(tmp_path, rest))
+    for word in words:
+        assert word in message
+    assert not runner.calls
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("", "train, evaluate, show"),
+        ("tran", "tran"),
+        ("train", "--config"),
+        ("train --config=nowhere.py --workdir=x", "nowhere.py"),
+        ("train --config= --workdir=x", "--config"),
+        (f"train --config={CONFIGS} --workdir=x", "configs"),
+        (f"train --config={CONFIGS / 'quickstart.py'}", "--workdir"),
+        (f"train --config={CONFIGS / 'quickstart.py'}:cpu --workdir=x", "quickstart.py:cpu"),
+        (f"train --config={CONFIGS / 'fed_isic2019.py'}:gpu --workdir=x", "'gpu'"),
+        ("evaluate", "--workdir"),
+        ("evaluate --workdir=nowhere", "config.json"),
+        ("evaluate --workdir=x --config.rounds=3", "config.rounds"),
+        ("evaluate --workdir=x y", "y"),
+        ("show", "run folder"),
+        ("show nowhere", "summary.json"),
+        ("show --all", "all"),
+    ],
+)
+def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, command, word):
+    monkeypatch.chdir(tmp_path)
+    assert word in refusal(capsys, fedhelp(command))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def get_config(:", ["SyntaxError"]),
+        ("x = 3", ["get_config"]),
+        ("raise RuntimeError('two\\nlines')", ["RuntimeError", "two lines"]),
+        ("import nonsuch_module", ["nonsuch_module"]),
+        ("def get_config(): return {'rounds': 3}", ["default_config", "dict"]),
+        ("def get_config(): return None", ["default_config"]),
+        (
+            """
+            from fedhelp_jax.config import default_config
+            def get_config():
+                config = default_config()
+                config.roundz = 3
+                return config
+            """,
+            ["roundz", "rounds"],
+        ),
+        (
+            """
+            from fedhelp_jax.config import default_config
+            def get_config():
+                config = default_config()
+                config.rounds = "many"
+                return config
+            """,
+            ["TypeError", "many"],
+        ),
+        (
+            """
+            from ml_collections import ConfigDict
+            def get_config():
+                return ConfigDict({"rounds": 3})
+            """,
+            ["config.", "default_config"],
+        ),
+    ],
+)
+def test_a_bad_config_file_is_one_line_and_exit_code_2(tmp_path, runner, capsys, source, words):
+    file = tmp_path / "mine.py"
+    file.write_text(textwrap.dedent(source))
+    message = refusal(capsys, fedhelp(f"train --config={file} --workdir={tmp_path / 'run'}"))
+    for word in words:
+        assert word in message
+    assert not runner.calls
+
+
+def test_an_unwritable_workdir_is_named(tmp_path, runner, capsys):
+    (tmp_path / "file").write_text("")
+    code = fedhelp(f"train --config={CONFIGS / 'quickstart.py'} --workdir={tmp_path / 'file/run'}")
+    assert "file/run" in refusal(capsys, code)
+    assert not runner.calls
+
+
+def test_what_the_runner_finds_wrong_is_one_line(tmp_path, runner, capsys):
+    def train_of_the_runner(config, workdir, overwrite):
+        raise UserError("data.dir: there is\nno folder")
+
+    runner.train = train_of_the_runner
+    assert refusal(capsys, train(tmp_path)) == "fedhelp: data.dir: there is no folder"
+
+
+def test_an_interrupted_run_ends_with_130(tmp_path, runner, capsys):
+    def train_of_the_runner(config, workdir, overwrite):
+        raise Interrupted("saved after round 3")
+
+    runner.train = train_of_the_runner
+    assert train(tmp_path) == 130
+    assert capsys.readouterr().err == "fedhelp: saved after round 3\n"
+
+
+def test_interrupted_before_anything_could_be_saved_ends_with_130(tmp_path, runner):
+    def train_of_the_runner(config, workdir, overwrite):
+        raise KeyboardInterrupt
+
+    runner.train = train_of_the_runner
+    assert train(tmp_path) == 130
+
+
+def test_our_own_failure_shows_its_traceback(tmp_path, runner, capsys):
+    def train_of_the_runner(config, workdir, overwrite):
+        raise AssertionError("ours")
+
+    runner.train = train_of_the_runner
+    assert train(tmp_path) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_evaluate_reads_the_settings_of_the_run(tmp_path, runner, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(RunConfig())))
+    assert fedhelp(f"evaluate --workdir={tmp_path}") == 0
+    assert runner.calls == [tmp_path]
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(RunConfig()) | {"rounds": "all"}))
+    assert "config.rounds" in refusal(capsys, fedhelp(f"evaluate --workdir={tmp_path}"))

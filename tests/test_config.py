@@ -1,0 +1,188 @@
+import json
+
+import pytest
+from ml_collections import config_dict
+
+from fedhelp_jax import config as config_lib
+from fedhelp_jax.algorithms import SETTINGS
+from fedhelp_jax.config import RunConfig, default_config, from_dict, to_dict, validate
+from fedhelp_jax.errors import UserError
+
+
+def changed(**changes):
+    """Returns the default config with keys like data__name changed."""
+    config = default_config()
+    with config.unlocked():  # as a config file of its own making might be
+        for key, value in changes.items():
+            *owners, last = key.split("__")
+            owner = config
+            for name in owners:
+                owner = owner[name]
+            with owner.ignore_type():
+                owner[last] = value
+    return config
+
+
+def refusal(config) -> str:
+    with pytest.raises(UserError) as error:
+        validate(config)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_are_those_of_the_schema():
+    assert validate(default_config()) == RunConfig()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_method_gets_its_own_defaults(name):
+    config = validate(changed(algorithm__name=name))
+    assert config.algorithm.settings == SETTINGS[name]()
+
+
+def test_settings_of_the_method_are_filled_in_and_converted():
+    config = validate(changed(algorithm__k=3, algorithm__temperature=2))
+    assert config.algorithm.settings == SETTINGS["fedhelp"](k=3, temperature=2.0)
+    assert isinstance(config.algorithm.settings.temperature, float)
+
+
+def test_an_int_stands_for_a_float_and_a_list_for_a_tuple():
+    config = validate(changed(learning_rate=1, data__fractions=[0.5, 0.5]))
+    assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float)
+    assert config.data.fractions == (0.5, 0.5)
+
+
+def test_a_locked_config_refuses_unknown_keys_at_once():
+    with pytest.raises(AttributeError, match="rounds"):
+        default_config().roundz = 3
+
+
+REFUSED = [
+    ({"rounds": 0}, ["config.rounds", "0", "at least 1"]),
+    ({"rounds": True}, ["config.rounds", "True", "integer"]),
+    ({"rounds": 1.5}, ["config.rounds", "integer"]),
+    ({"rounds": None}, ["config.rounds", "integer"]),
+    ({"roundz": 3}, ["config.roundz", "rounds"]),
+    ({"data__naem": "x"}, ["config.data.naem", "name"]),
+    ({"data": 3}, ["config.data", "settings"]),
+    ({"seed": -1}, ["config.seed"]),
+    ({"batch_size": 0}, ["config.batch_size", "at least 1"]),
+    ({"public_batch_size": 0}, ["config.public_batch_size"]),
+    ({"learning_rate": 0}, ["config.learning_rate", "more than 0"]),
+    ({"learning_rate": "fast"}, ["config.learning_rate", "number"]),
+    ({"learning_rate": float("nan")}, ["config.learning_rate", "finite"]),
+    ({"weight_decay": -1e-4}, ["config.weight_decay"]),
+    ({"participation": 0}, ["config.participation"]),
+    ({"participation": 1.01}, ["config.participation", "at most 1"]),
+    ({"client_weights": "exmples"}, ["config.client_weights", "did you mean examples"]),
+    ({"data__name": "phantom"}, ["config.data.name", "did you mean phantoms"]),
+    ({"data__fractions": (0.5, 0.4)}, ["config.data.fractions", "add up to 1"]),
+    ({"data__fractions": (1.5, -0.5)}, ["config.data.fractions", "positive"]),
+    ({"data__fractions": ("a",)}, ["config.data.fractions", "number"]),
+    ({"data__fractions": ()}, ["config.data.fractions"]),
+    ({"data__max_train": 0}, ["config.data.max_train"]),
+    ({"data__name": "fed_isic2019"}, ["config.data.dir", "--config.data.dir"]),
+    ({"data__name": "fed_isic2019", "data__dir": "x"}, ["config.data.split_csv"]),
+    ({"data__name": "medmnist"}, ["config.data.dir", ".npz"]),
+    ({"public__name": "npz"}, ["config.public.path"]),
+    ({"teacher__name": "stored"}, ["config.teacher.path"]),
+    ({"teacher__accuracy": 1.2}, ["config.teacher.accuracy"]),
+    ({"roles__top_n": -1}, ["config.roles.top_n"]),
+    ({"roles__large": "clinic-1"}, ["config.roles.large", "tuple"]),
+    ({"model__large": "resnet111"}, ["config.model.large", "did you mean resnet110"]),
+    ({"mapping__chunk_size": 0}, ["config.mapping.chunk_size"]),
+    ({"algorithm__name": "fedhlp"}, ["config.algorithm.name", "did you mean fedhelp"]),
+    ({"algorithm__name": 3}, ["config.algorithm.name", "string"]),
+    ({"algorithm__tempreature": 1.0}, ["config.algorithm.tempreature", "temperature"]),
+    ({"algorithm__temperature": -1.0}, ["config.algorithm.temperature", "more than 0"]),
+    ({"algorithm__lambda_b": -0.1}, ["config.algorithm.lambda_b", "at least 0"]),
+    ({"algorithm__margin": -1}, ["config.algorithm.margin"]),
+    ({"algorithm__k": 0}, ["config.algorithm.k", "at least 1"]),
+    ({"algorithm__k": 2.0}, ["config.algorithm.k", "integer or None"]),
+    ({"algorithm__kd_warmup_rounds": -1}, ["config.algorithm.kd_warmup_rounds"]),
+    ({"algorithm__public_batch_stats": "share"}, ["public_batch_stats", "did you mean shared"]),
+    ({"algorithm__joint": 1}, ["config.algorithm.joint", "True or False"]),
+    (
+        {"algorithm__name": "fedavg", "algorithm__k": 2},
+        ["config.algorithm.k", "fedavg", "fedhelp has"],
+    ),
+    ({"algorithm__small_only": True}, ["config.algorithm.small_only", "local has"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_is_named_with_what_would_be_right(changes, words):
+    message = refusal(changed(**changes))
+    for word in words:
+        assert word in message
+
+
+def test_a_config_with_a_missing_key_is_refused():
+    config = default_config()
+    with config.unlocked():
+        del config["seed"]
+    assert "config.seed is missing" in refusal(config)
+
+
+def test_a_config_file_of_its_own_making_is_told_where_to_start():
+    assert "default_config" in refusal(config_dict.ConfigDict({"rounds": 3}))
+
+
+def test_config_json_gives_the_same_run_back():
+    config = validate(changed(rounds=7, algorithm__k=3, roles__large=("a", "b"), data__max_train=9))
+    assert from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
+
+
+def test_every_setting_in_config_json_is_needed():
+    """Takes each key out, one at a time, wherever it stands."""
+
+    def paths(values, prefix=()):
+        for key, value in values.items():
+            yield (*prefix, key)
+            if isinstance(value, dict):
+                yield from paths(value, (*prefix, key))
+
+    whole = to_dict(RunConfig())
+    for path in paths(whole):
+        edited = json.loads(json.dumps(whole))
+        owner = edited
+        for key in path[:-1]:
+            owner = owner[key]
+        del owner[path[-1]]
+        with pytest.raises(UserError, match=path[-1]):
+            from_dict(edited)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "No such file"),
+        ("{", "not JSON"),
+        ("[]", "settings by name"),
+        ('{"round": 3}', "config.round "),
+        (json.dumps(to_dict(RunConfig()) | {"rounds": "50"}), "config.rounds = '50'"),
+        (json.dumps(to_dict(RunConfig()) | {"more": 1}), "config.more"),
+    ],
+)
+def test_a_config_json_edited_by_hand_is_refused_by_the_key(tmp_path, content, word):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as error:
+        config_lib.load(path)
+    assert str(path) in str(error.value) and word in str(error.value)
+
+
+def test_differences_name_the_keys():
+    ours, theirs = validate(changed(rounds=3)), validate(changed(algorithm__name="local"))
+    keys = [line.split(":")[0] for line in config_lib.differences(ours, theirs)]
+    assert keys[:2] == ["rounds", "algorithm.name"]
+    assert "algorithm.settings.temperature" in keys
+    assert config_lib.differences(ours, ours) == ()
+
+
+def test_every_setting_is_described():
+    described = {key: about for key, _, about in config_lib.describe()}
+    assert {"rounds", "data.name", "algorithm.name", "algorithm.k"} <= set(described)
+    assert all(about and not about.endswith(": ") for about in described.values())

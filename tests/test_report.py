@@ -1,0 +1,199 @@
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.report import console, files
+
+
+def capture(*, terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120)
+
+
+def text_of(out: Console) -> str:
+    assert isinstance(out.file, io.StringIO)
+    return out.file.getvalue()
+
+
+def make_summary(algorithm="fedhelp", **changes):
+    client = {"name": "clinic-5", "role": "small", "n_train": 24, "n_test": 8}
+    summary = {
+        "algorithm": algorithm,
+        "dataset": "phantoms",
+        "synthetic": True,
+        "teacher": "simulated (accuracy 0.85)",
+        "seed": 0,
+        "rounds": 6,
+        "metric": "balanced_accuracy",
+        "small_mean": 0.5,
+        "large_mean": 0.75,
+        "worst_small": 0.25,
+        "gap": 0.25,
+        "evaluated": {"small": "personal", "large": "large"},
+        "per_client": [client | {"metrics": {"balanced_accuracy": 0.125, "auroc": None}}],
+        "bytes_up_per_round": 6_540_000,
+        "bytes_down_per_round": 6_540_000,
+        "teacher_queries": 512,
+        "compile_s": 20.0,
+        "wall_s": 61.0,
+        "versions": {},
+    }
+    return summary | changes
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_no_nan_ever_stands_in_json(tmp_path):
+    value = {
+        "a": float("nan"),
+        "b": np.float32(np.inf),
+        "c": (np.arange(2), np.bool_(True)),
+        3: "x",
+    }
+    files.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"a": None, "b": None, "c": [[0, 1], True], "3": "x"}
+    assert "NaN" not in text and "Infinity" not in text
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_metrics_are_cut_back_to_a_round(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for round in range(1, 6):
+        files.append_metrics(path, {"round": round, "loss": np.float32("nan")})
+    with path.open("a") as file:
+        file.write('{"round": 6, "lo')  # killed while writing
+    files.cut_metrics(path, 3)
+    files.append_metrics(path, {"round": 4, "loss": 1.0})
+    assert [row["round"] for row in files.read_metrics(path)] == [1, 2, 3, 4]
+    assert files.read_metrics(path)[0] == {"round": 1, "loss": None}
+
+
+def test_no_metrics_yet_is_nothing_to_cut(tmp_path):
+    files.cut_metrics(tmp_path / "metrics.jsonl", 3)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_broken_line_in_the_middle_of_metrics_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"round": 1}\n{"roun\n{"round": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        files.cut_metrics(path, 3)
+
+
+def test_clients_csv_has_a_row_per_value(tmp_path):
+    path = tmp_path / "clients.csv"
+    row = {"client": "a, b", "role": "small", "model": "personal", "split": "test"}
+    rows = [
+        row | {"metric": "accuracy", "value": np.float32(0.5)},
+        row | {"metric": "auroc", "value": float("nan")},
+    ]
+    files.write_clients_csv(path, rows)
+    with path.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [r["client"] for r in read] == ["a, b"] * 2
+    assert [r["value"] for r in read] == ["0.5", ""]
+    assert tuple(read[0]) == files.CLIENT_COLUMNS
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run"):
+        files.prepare_folder(tmp_path / "file" / "run")
+    files.prepare_folder(tmp_path / "a" / "run")
+    assert list((tmp_path / "a" / "run").iterdir()) == []
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+def test_progress_without_a_terminal_is_one_plain_line_a_round():
+    out = capture()
+    with console.Progress(12, console=out) as display:
+        display.note("a note [with brackets]")
+        display.update({"round": 1, "loss": None, "seconds": 30.0})
+        display.update(
+            {
+                "round": 2,
+                "loss": 1.25,
+                "small_mean": 0.5,
+                "large_mean": 0.75,
+                "worst_small": float("nan"),
+                "metric": "balanced_accuracy",
+                "seconds": 6.0,
+            }
+        )
+    lines = text_of(out).splitlines()
+    assert lines == [
+        "a note [with brackets]",
+        "round  1/12  loss -  small -  large -  worst small -  30.0 s/round  left 5m30s",
+        "round  2/12  loss 1.250  small 0.500  large 0.750  worst small -  6.0 s/round  left 1m00s",
+    ]
+    assert "\x1b" not in text_of(out)
+
+
+def test_progress_in_a_terminal_is_live():
+    out = capture(terminal=True)
+    with console.Progress(2, console=out) as display:
+        display.update({"round": 2, "loss": 0.5, "seconds": 1.0})
+    assert "\x1b" in text_of(out)
+    assert "loss 0.500" in text_of(out)
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def test_the_summary_names_clients_groups_and_what_is_not_real():
+    out = capture()
+    console.print_summary(make_summary(), out)
+    text = text_of(out)
+    for word in ("synthetic", "simulated", "clinic-5", "0.125", "worst", "0.250", "gap"):
+        assert word in text
+
+
+def test_runs_stand_side_by_side_with_what_they_gain_over_local():
+    out = capture()
+    ours, alone = make_summary(), make_summary("local", small_mean=0.375, teacher=None)
+    console.print_comparison(["a", "b"], [ours, alone], out)
+    text = text_of(out)
+    assert "0.500 (+0.125)" in text
+    assert "0.375 (" not in text
+    assert text.count("phantoms (synthetic)") == 2
+    assert "simulated" in text
+    assert "clinic-5 (small, 24)" in text
+
+
+def test_runs_of_other_data_are_not_held_against_local():
+    out = capture()
+    console.print_comparison(["a", "b"], [make_summary(), make_summary("local", seed=1)], out)
+    assert "(+" not in text_of(out)
+
+
+def test_show_reads_run_folders(tmp_path):
+    for name in ("fedhelp", "local"):
+        files.prepare_folder(tmp_path / name)
+        files.write_json(tmp_path / name / "summary.json", make_summary(name, worst_small=None))
+    out = capture()
+    console.show([tmp_path / "fedhelp", tmp_path / "local"], out)
+    assert "fedhelp" in text_of(out) and "local" in text_of(out)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_show_of_no_finished_run_names_the_file(tmp_path, content):
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match="summary.json"):
+        console.show([tmp_path])
