@@ -1,0 +1,1 @@
+"""Benchmarks and the scripts behind the numbers in the docs."""
