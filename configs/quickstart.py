@@ -22,7 +22,8 @@ def get_config() -> config_dict.ConfigDict:
     config.public_batch_size = 16
 
     config.data.name = "phantoms"
-    config.data.num_examples = 1600
+    config.data.num_examples = 1200
+    config.data.image_size = 24
     config.data.fractions = (0.60, 0.20, 0.08, 0.06, 0.04, 0.02)
     config.public.name = "phantoms"
     config.teacher.name = "simulated"

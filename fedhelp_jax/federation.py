@@ -118,7 +118,9 @@ def make_federation(
         if not ids:
             continue
         clients = [dataset.clients[i] for i in ids]
-        tables = [_table([getattr(client, split) for client in clients]) for split in SPLITS]
+        # One width for all splits, so that evaluating another split compiles nothing.
+        width = max(len(getattr(client, split)) for client in clients for split in SPLITS)
+        tables = [_table([getattr(client, split) for client in clients], width) for split in SPLITS]
         names = tuple(client.name for client in clients)
         groups.append(Group(role, names, jnp.asarray(ids, jnp.int32), *tables))
     public_pool = None
@@ -137,8 +139,7 @@ def normalize_images(images: jax.Array) -> jax.Array:
     return images.astype(float) / 127.5 - 1.0
 
 
-def _table(rows: Sequence[np.ndarray]) -> Table:
-    width = max(1, *(len(row) for row in rows)) if rows else 1
+def _table(rows: Sequence[np.ndarray], width: int) -> Table:
     index = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
         index[i, : len(row)] = row

@@ -121,7 +121,7 @@ def _run_rounds(
             row: dict[str, Any] = {"round": round + 1, **_round_losses(experiment, info)}
             last = round + 1 == config.rounds
             if last or (round + 1) % config.evaluate_every == 0:
-                results = _host(simulation.evaluate(state, "validation", headline_only=True))
+                results = _host(simulation.evaluate(state, "validation"))
                 row |= {"split": "validation", "metric": metric}
                 row |= group_summary(headline(results, metric))
             jax.block_until_ready(state)

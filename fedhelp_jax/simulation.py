@@ -86,10 +86,7 @@ class Simulation:
         }
         self._aggregate = jit(algorithm.aggregate, donate_argnums=0)
         self._evaluate = {
-            g.role: jit(
-                functools.partial(self._evaluate_fn, g), static_argnames=("split", "headline_only")
-            )
-            for g in self.groups
+            g.role: jit(functools.partial(self._evaluate_fn, g)) for g in self.groups
         }
 
     def init(self) -> RunState:
@@ -121,15 +118,12 @@ class Simulation:
         server = self._aggregate(state.server, tuple(uploads), tuple(weights))
         return RunState(server, clients), RoundInfo(participants, info)
 
-    def evaluate(
-        self, state: RunState, split: str, *, headline_only: bool = False
-    ) -> dict[str, dict[str, Rows]]:
+    def evaluate(self, state: RunState, split: str) -> dict[str, dict[str, Rows]]:
         """Metrics of every client's deployed models on a split.
 
         Args:
           state: The state of the run.
           split: "train", "validation" or "test".
-          headline_only: Only the first model of each role instead of all.
 
         Returns:
           ``{role: {model name: {metric: [K]}}}``.
@@ -138,9 +132,8 @@ class Simulation:
             g.role: self._evaluate[g.role](
                 state.clients[g.role],
                 state.server,
-                self.federation,
-                split=split,
-                headline_only=headline_only,
+                self.federation.pool,
+                self.federation.groups[g.role][split],
             )
             for g in self.groups
         }
@@ -234,14 +227,10 @@ class Simulation:
         group: Group,
         states: Any,
         server: Any,
-        data: "Arrays",
-        *,
-        split: str,
-        headline_only: bool,
+        pool: Any,
+        table: Any,
     ) -> dict[str, Rows]:
         client = self.algorithm.clients[group.role]
-        names = list(client.models)[: 1 if headline_only else None]
-        table = data.groups[group.role][split]
         slots = -len(group.names) % self.mapping.num_devices
 
         def one(shared: Any, own: Any) -> dict[str, Rows]:
@@ -251,20 +240,18 @@ class Simulation:
             mask = jnp.arange(index.shape[0]) < size
             return {
                 name: self.task.metrics(
-                    predict(
-                        client.models[name], deployed[name], pool, index, size, self.eval_batch_size
-                    ),
+                    predict(model, deployed[name], pool, index, size, self.eval_batch_size),
                     pool.targets[index],
                     mask,
                 )
-                for name in names
+                for name, model in client.models.items()
             }
 
         own = jax.tree.map(
             lambda leaf: jnp.pad(leaf, [(0, slots)] + [(0, 0)] * (leaf.ndim - 1)),
             (states, table.index, table.size),
         )
-        shared = (self.algorithm.download(server), data.pool)
+        shared = (self.algorithm.download(server), pool)
         results = over_clients(one, self.mapping)(shared, own)
         return jax.tree.map(lambda leaf: leaf[: len(group.names)], results)
 

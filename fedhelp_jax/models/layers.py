@@ -93,7 +93,8 @@ def _normalize_forward(x, mask, epsilon):
     mean = _channel_sum(x * weight) / total
     centred = x - _per_channel(mean, x)
     var = _channel_sum(jnp.square(centred) * weight) / total
-    inverse = jax.lax.rsqrt(var + epsilon)
+    # Without any example the variance is 0, and 1/sqrt(eps) a layer would overflow a deep network.
+    inverse = jax.lax.rsqrt(jnp.where(mask.any(), var, 1) + epsilon)
     normalized = centred * _per_channel(inverse, x)
     return (normalized, mean, var), (normalized, inverse, mask)
 
