@@ -1,11 +1,13 @@
-"""Asks a MobileNetV2 in a LiteRT file about a public .npz once, and stores its answers.
+r"""Asks a MobileNetV2 in a LiteRT file about a public .npz once, and stores its answers.
 
     pip install ai-edge-litert
     python -m benchmarks.answer_public_images --model=mobilenet_v2_1.0_224_quant.tflite \
-        --labels=imagenet_labels.txt --public=pathmnist_1000_clip.npz --out=answers/pathmnist_mobilenet_v2.npz
+        --labels=imagenet_labels.txt --public=pathmnist_1000_clip.npz \
+        --out=answers/pathmnist_mobilenet_v2.npz
 
-A real pretrained network, though of natural images: it stands in for the foundation model in the studies of
-``docs/results.md``. Its logits, not its 8-bit probabilities, are kept: a tensor inside the graph.
+A real pretrained network, though of natural images: it stands in for the foundation model in the
+studies of ``docs/results.md``. Its logits, not its 8-bit probabilities, are kept: a tensor inside
+the graph.
 """
 
 import hashlib
@@ -40,10 +42,14 @@ def main(_: list[str]) -> None:
     input_index = network.get_input_details()[0]["index"]
     rows = []
     for image in images:
-        picture = Image.fromarray(image).convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        picture = (
+            Image.fromarray(image).convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        )
         network.set_tensor(input_index, np.asarray(picture)[None])
         network.invoke()
-        rows.append((network.get_tensor(logits_tensor["index"])[0].astype(np.float32) - zero) * scale)
+        rows.append(
+            (network.get_tensor(logits_tensor["index"])[0].astype(np.float32) - zero) * scale
+        )
     digest = hashlib.sha256(Path(_MODEL.value).read_bytes()).hexdigest()[:12]
     answers = Answers(
         logits=np.stack(rows),

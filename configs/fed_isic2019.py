@@ -55,6 +55,9 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.public_batch_size = 16
         config.data.image_size = 32
         config.data.max_train = 600
-        config.roles.large = ("centre_1", "centre_2")  # the cap leaves their size no longer the largest
+        config.roles.large = (
+            "centre_1",
+            "centre_2",
+        )  # the cap leaves their size no longer the largest
         config.model.large = "resnet32"
     return config

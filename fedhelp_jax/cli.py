@@ -109,7 +109,7 @@ def _train(arguments: list[str]) -> int:
     from fedhelp_jax import runner
 
     try:
-        summary = runner.train(config, workdir, own["overwrite"].value)
+        summary = runner.train(config, workdir, bool(own["overwrite"].value))
     except runner.Interrupted as stop:
         _complain(str(stop) or f"interrupted; the same command goes on from {workdir}")
         return 130

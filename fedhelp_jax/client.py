@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
 
 class PublicBatch(NamedTuple):
-    """Public examples: images float ``[B, H, W, C]``, labels ``[B]`` or None, answers ``[B, F]`` or None."""
+    """Public: images float ``[B, H, W, C]``; labels ``[B]``, answers ``[B, F]``, or None."""
 
     images: jax.Array
     labels: jax.Array | None
@@ -31,7 +31,7 @@ class PublicBatch(NamedTuple):
 
 
 def adam_l2(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-    """Adam whose weight decay is added to the gradient first, as in ``torch.optim.Adam``; not AdamW."""
+    """Adam with weight decay added to the gradient first, as in ``torch.optim.Adam``; not AdamW."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
 
@@ -60,8 +60,8 @@ def gradient_step(
 def shuffled(key: jax.Array, size: jax.Array | int, length: int) -> jax.Array:
     """The positions ``0..size-1`` in random order, then the rest; int32 ``[length]``.
 
-    A stable argsort of random bits: unlike ``jax.random.permutation`` the order does not change with
-    the padding ``length - size``.
+    A stable argsort of random bits: unlike ``jax.random.permutation`` the order does not change
+    with the padding ``length - size``.
     """
     bits = jax.random.bits(key, (length,))
     valid = jnp.arange(length) < size
@@ -80,8 +80,8 @@ def run_epochs(
 ) -> tuple[Any, Info]:
     """Takes ``step`` over every private batch of ``local_epochs`` epochs, each in a fresh order.
 
-    A client runs as many steps as its own data gives, ``local_epochs * ceil(size / batch_size)``; the
-    last, shorter batch is kept and masked.
+    A client runs as many steps as its own data gives, ``local_epochs * ceil(size / batch_size)``;
+    the last, shorter batch is kept and masked.
 
     Args:
       step: ``(carry, batch, step_index) -> (carry, info)``; ``info`` holds means over the batch.
@@ -142,7 +142,12 @@ def public_batches(
 
 
 def predict(
-    model: Model, variables: Variables, pool: Pool, index: jax.Array, size: jax.Array, batch_size: int
+    model: Model,
+    variables: Variables,
+    pool: Pool,
+    index: jax.Array,
+    size: jax.Array,
+    batch_size: int,
 ) -> jax.Array:
     """A model's logits on the pool entries ``index``, in evaluation mode.
 

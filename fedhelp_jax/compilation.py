@@ -18,9 +18,9 @@ class _Counter:
         self.totals = CompileTotals(0, 0.0)
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.totals = CompileTotals(self.totals.programs + 1, self.totals.seconds + duration)
+            self.totals = CompileTotals(self.totals.programs + 1, self.totals.seconds + duration_secs)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A federation on the device: one flat pool of examples and, per group of clients, tables of indices."""
+"""A federation on the device: one flat pool of examples, and tables of who owns which."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,14 +15,14 @@ SPLITS = ("train", "validation", "test")
 
 
 class Pool(NamedTuple):
-    """All private examples of a simulation, once: images uint8 ``[N, H, W, C]``, targets ``[N, ...]``."""
+    """All private examples, once: images uint8 ``[N, H, W, C]``, targets ``[N, ...]``."""
 
     images: jax.Array
     targets: jax.Array
 
 
 class PublicPool(NamedTuple):
-    """Public examples: images uint8 ``[P, H, W, C]``, labels ``[P]`` or None, answers ``[P, F]`` or None."""
+    """Public: images uint8 ``[P, H, W, C]``; labels ``[P]``, answers ``[P, F]``, or None."""
 
     images: jax.Array
     labels: jax.Array | None
@@ -30,14 +30,14 @@ class PublicPool(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Which pool entries belong to whom: ``index`` int32 ``[K, n_max]``, the first ``size[i]`` are real."""
+    """Who owns which examples: ``index`` int32 ``[K, n_max]``, the first ``size[i]`` are real."""
 
     index: jax.Array
     size: jax.Array
 
 
 class ClientData(NamedTuple):
-    """What one client sees in a round: its row of a :class:`Table`, the pool, and the public set."""
+    """What one client sees in a round: its row of a `Table`, the pool, and the public set."""
 
     pool: Pool
     public: PublicPool | None
@@ -46,7 +46,7 @@ class ClientData(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Clients of one role, and so of one architecture. ``ids`` int32 ``[K]`` are positions in the data set."""
+    """Clients of one role, so of one architecture; ``ids`` int32 ``[K]``: places in the data."""
 
     role: str
     names: tuple[str, ...]
@@ -67,7 +67,7 @@ class Federation(NamedTuple):
 def assign_roles(
     dataset: FederatedDataset, *, top_n: int, large: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """The role of each client: "large" for the ``top_n`` with most training data, or for those named.
+    """The role of each client: "large" for the ``top_n`` with most training data, or if named.
 
     Clients with equally many training examples rank by their order in the data set.
 

@@ -1,6 +1,6 @@
 """Losses of FedHelp, each per example, unreduced and maskable.
 
-This module stands alone: it needs JAX, optax and chex, and nothing else of the package, so that other
+This module stands alone: it needs JAX and nothing else of the package, so that other
 research can write ``from fedhelp_jax import losses``. Every function
 
 * takes logits as ``[*B, C]`` (any leading axes, so that a segmentation map is just more of them),
@@ -14,10 +14,8 @@ Reference for all of them: FedHelp, arXiv:2412.19654, sec. 3.3 and 3.4.
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 
 class DualDistillation(NamedTuple):
@@ -27,7 +25,7 @@ class DualDistillation(NamedTuple):
     large_loss: jax.Array
 
 
-def masked_mean(values: chex.Array, where: chex.Array | None = None) -> chex.Array:
+def masked_mean(values: jax.Array, where: jax.Array | None = None) -> jax.Array:
     """Mean of ``values`` over the entries where ``where`` is true; 0 where there are none.
 
     Args:
@@ -43,14 +41,14 @@ def masked_mean(values: chex.Array, where: chex.Array | None = None) -> chex.Arr
     """
     if where is None:
         return jnp.mean(values)
-    chex.assert_equal_shape((values, where))
+    _check_shape("where", where, values.shape)
     total = jnp.sum(jnp.where(where, values, 0))
     return total / jnp.maximum(jnp.sum(where), 1).astype(total.dtype)
 
 
 def cross_entropy_loss(
-    logits: chex.Array, labels: chex.Array, *, where: chex.Array | None = None
-) -> chex.Array:
+    logits: jax.Array, labels: jax.Array, *, where: jax.Array | None = None
+) -> jax.Array:
     """Cross-entropy of integer labels.
 
     ``-log softmax(logits)[labels]``
@@ -64,27 +62,29 @@ def cross_entropy_loss(
       ``[*B]`` cross-entropy, nats.
 
     Raises:
-      AssertionError: If the shapes do not match.
+      ValueError: If the shapes do not match.
 
     Example:
-      >>> cross_entropy_loss(jnp.zeros((2, 4)), jnp.array([0, 3])).round(4).tolist()
-      [1.3862999677658081, 1.3862999677658081]
+      >>> jnp.exp(cross_entropy_loss(jnp.zeros((2, 4)), jnp.array([0, 3]))).round(3).tolist()
+      [4.0, 4.0]
     """
     logits = _at_least_float32(logits)
-    chex.assert_equal_shape_prefix((logits, labels), labels.ndim)
+    _check_shape("labels", labels, logits.shape[:-1])
     logits, where = _hide_masked(logits, where)
     labels = jnp.where(where, labels, 0)
-    values = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    # logsumexp(logits) less the label's logit would lose everything when both are large.
+    log_probs = jax.nn.log_softmax(logits)
+    values = -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
     return jnp.where(where, values, 0)
 
 
 def distillation_loss(
-    student_logits: chex.Array,
-    teacher_logits: chex.Array,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
     *,
-    temperature: float = 1.0,
-    where: chex.Array | None = None,
-) -> chex.Array:
+    temperature: float | jax.Array = 1.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
     """Knowledge distillation: the student learns the teacher's softened probabilities.
 
     ``T^2 KL( softmax(teacher / T) || softmax(student / T) )``
@@ -102,20 +102,20 @@ def distillation_loss(
       ``[*B]`` divergence, nats, at least 0 up to rounding.
 
     Raises:
-      AssertionError: If the shapes do not match.
-      ValueError: If ``temperature`` is a Python number and not positive.
+      ValueError: If the shapes do not match, or a Python ``temperature`` is not positive.
 
     References:
       Hinton et al., arXiv:1503.02531; FedHelp, arXiv:2412.19654, sec. 3.3 and 3.4.
 
     Example:
-      >>> distillation_loss(jnp.zeros((1, 2)), jnp.array([[0.0, jnp.log(3.0)]])).round(4).tolist()
-      [0.13079999387264252]
+      >>> teacher = jnp.log(jnp.array([[0.25, 0.75]]))
+      >>> print(distillation_loss(jnp.zeros((1, 2)), teacher).round(4))
+      [0.1308]
     """
     _check_temperature(temperature)
     student_logits = _at_least_float32(student_logits)
     teacher_logits = jax.lax.stop_gradient(_at_least_float32(teacher_logits))
-    chex.assert_equal_shape((student_logits, teacher_logits))
+    _check_shape("teacher_logits", teacher_logits, student_logits.shape)
     student_logits, where = _hide_masked(student_logits, where)
     teacher_logits, _ = _hide_masked(teacher_logits, where)
     student = jax.nn.log_softmax(student_logits / temperature)
@@ -127,20 +127,20 @@ def distillation_loss(
 
 
 def ranking_distillation_loss(
-    student_logits: chex.Array,
-    teacher_logits: chex.Array,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
     *,
     k: int,
-    margin: float = 0.0,
-    where: chex.Array | None = None,
-) -> chex.Array:
+    margin: float | jax.Array = 0.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
     """Ranking distillation: only *which* classes outrank which passes from teacher to student.
 
-    ``R_k(s; v) = 1/(k (C-k)) * sum_{t in top_k(v)} sum_{r not in top_k(v)} max(0, margin + s_r - s_t)``
+    ``R_k(s; v) = 1/(k (C-k)) * sum_{t in top_k(v), r not} max(0, margin + s_r - s_t)``
 
-    ``s`` are the student's logits and ``top_k(v)`` the teacher's ``k`` largest; equal logits rank by
-    class index, the smaller first. The loss is 0 as soon as every top class leads every other one by
-    ``margin``, and its gradient is zero at the hinge.
+    ``s`` are the student's logits and ``top_k(v)`` the teacher's ``k`` largest; equal logits rank
+    by class index, the smaller first. The loss is 0 as soon as every top class leads every other
+    one by ``margin``, and its gradient is zero at the hinge.
 
     Args:
       student_logits: ``[*B, C]`` unnormalised logits.
@@ -153,8 +153,7 @@ def ranking_distillation_loss(
       ``[*B]`` mean hinge, in logits.
 
     Raises:
-      AssertionError: If the shapes do not match.
-      ValueError: If ``k`` is not between 1 and ``C - 1``.
+      ValueError: If the shapes do not match, or ``k`` is not between 1 and ``C - 1``.
 
     References:
       FedHelp, arXiv:2412.19654, sec. 3.4 (backward distillation).
@@ -169,10 +168,11 @@ def ranking_distillation_loss(
         raise ValueError(f"k must be between 1 and C - 1 = {num_classes - 1}, got {k}")
     student_logits = _at_least_float32(student_logits)
     teacher_logits = jax.lax.stop_gradient(_at_least_float32(teacher_logits))
-    chex.assert_equal_shape((student_logits, teacher_logits))
+    _check_shape("teacher_logits", teacher_logits, student_logits.shape)
     student_logits, where = _hide_masked(student_logits, where)
     # lax.top_k puts the smaller index first among equals.
-    _, order = jax.lax.top_k(teacher_logits, k)
+    # To lax.top_k -0 is less than 0; to us they are equal.
+    _, order = jax.lax.top_k(jnp.where(teacher_logits == 0, 0, teacher_logits), k)
     is_top = jnp.any(jax.nn.one_hot(order, num_classes, dtype=bool), axis=-2)
     pair = is_top[..., :, None] & ~is_top[..., None, :]
     lead = student_logits[..., :, None] - student_logits[..., None, :]
@@ -182,18 +182,19 @@ def ranking_distillation_loss(
 
 
 def auxiliary_loss(
-    public_logits: chex.Array,
-    labels: chex.Array | None,
-    fm_student_logits: chex.Array,
-    fm_logits: chex.Array,
+    public_logits: jax.Array,
+    labels: jax.Array | None,
+    fm_student_logits: jax.Array,
+    fm_logits: jax.Array,
     *,
-    lambda_fm: float = 1.0,
-    temperature: float = 1.0,
-    where: chex.Array | None = None,
-) -> chex.Array:
+    lambda_fm: float | jax.Array = 1.0,
+    temperature: float | jax.Array = 1.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
     """A small client's loss on public images: their labels, and the foundation model's answers.
 
-    ``CE(public_logits, labels) + lambda_fm * T^2 KL( softmax(fm_logits / T) || softmax(fm_student_logits / T) )``
+    ``CE(public_logits, labels)
+    + lambda_fm * T^2 KL( softmax(fm_logits / T) || softmax(fm_student_logits / T) )``
 
     Args:
       public_logits: ``[*B, P]`` the surrogate's logits over the public labels.
@@ -209,16 +210,15 @@ def auxiliary_loss(
       ``[*B]`` loss, nats.
 
     Raises:
-      AssertionError: If the shapes do not match.
-      ValueError: If ``temperature`` is a Python number and not positive.
+      ValueError: If the shapes do not match, or a Python ``temperature`` is not positive.
 
     References:
       FedHelp, arXiv:2412.19654, sec. 3.3 (knowledge-guided surrogate training).
 
     Example:
       >>> z = jnp.zeros((1, 2))
-      >>> auxiliary_loss(z, jnp.array([1]), z, z).round(4).tolist()
-      [0.6930999755859375]
+      >>> print(auxiliary_loss(z, jnp.array([1]), z, z).round(4))
+      [0.6931]
     """
     loss = lambda_fm * distillation_loss(
         fm_student_logits, fm_logits, temperature=temperature, where=where
@@ -229,29 +229,30 @@ def auxiliary_loss(
 
 
 def asymmetric_dual_distillation(
-    proxy_train_logits: chex.Array,
-    large_eval_logits: chex.Array,
-    large_train_logits: chex.Array,
-    proxy_eval_logits: chex.Array,
-    labels: chex.Array,
+    proxy_train_logits: jax.Array,
+    large_eval_logits: jax.Array,
+    large_train_logits: jax.Array,
+    proxy_eval_logits: jax.Array,
+    labels: jax.Array,
     *,
     k: int,
-    lambda_f: float = 1.0,
-    lambda_b: float = 0.2,
-    temperature: float = 1.0,
-    margin: float = 0.0,
-    where: chex.Array | None = None,
+    lambda_f: float | jax.Array = 1.0,
+    lambda_b: float | jax.Array = 0.2,
+    temperature: float | jax.Array = 1.0,
+    margin: float | jax.Array = 0.0,
+    where: jax.Array | None = None,
 ) -> DualDistillation:
     """Both losses of a large client: the large model teaches in full, the proxy only ranks.
 
-    ``proxy_loss = CE(proxy_train, y) + lambda_f * T^2 KL( softmax(large_eval / T) || softmax(proxy_train / T) )``
+    ``proxy_loss = CE(proxy_train, y)
+    + lambda_f * T^2 KL( softmax(large_eval / T) || softmax(proxy_train / T) )``
 
     ``large_loss = CE(large_train, y) + lambda_b * R_k(large_train; proxy_eval)``
 
     "train" and "eval" say in which mode a network made the logits. Whatever stands on a teacher's
-    side is under ``stop_gradient``, so the sum of both may be differentiated by both models' parameters
-    at once. FedHelp itself takes the two steps one after the other, the second with the proxy as the
-    first left it; each step then uses one of the two fields.
+    side is under ``stop_gradient``, so the sum of both may be differentiated by both models'
+    parameters at once. FedHelp itself takes the two steps one after the other, the second with the
+    proxy as the first left it; each step then uses one of the two fields.
 
     Args:
       proxy_train_logits: ``[*B, C]`` the proxy being trained.
@@ -270,8 +271,8 @@ def asymmetric_dual_distillation(
       ``DualDistillation(proxy_loss, large_loss)``, each ``[*B]``, nats.
 
     Raises:
-      AssertionError: If the shapes do not match.
-      ValueError: If ``k`` is not between 1 and ``C - 1`` or a Python ``temperature`` is not positive.
+      ValueError: If the shapes do not match, ``k`` is not between 1 and ``C - 1``, or a Python
+        ``temperature`` is not positive.
 
     References:
       FedHelp, arXiv:2412.19654, sec. 3.4 (asymmetric dual knowledge distillation).
@@ -279,8 +280,8 @@ def asymmetric_dual_distillation(
     Example:
       >>> z = jnp.zeros((1, 2))
       >>> pair = asymmetric_dual_distillation(z, z, z, z, jnp.array([0]), k=1)
-      >>> pair.proxy_loss.round(4).tolist(), pair.large_loss.round(4).tolist()
-      ([0.6930999755859375], [0.6930999755859375])
+      >>> print(pair.proxy_loss.round(4), pair.large_loss.round(4))
+      [0.6931] [0.6931]
     """
     forward = distillation_loss(
         proxy_train_logits, large_eval_logits, temperature=temperature, where=where
@@ -290,22 +291,28 @@ def asymmetric_dual_distillation(
     )
     return DualDistillation(
         proxy_loss=cross_entropy_loss(proxy_train_logits, labels, where=where) + lambda_f * forward,
-        large_loss=cross_entropy_loss(large_train_logits, labels, where=where) + lambda_b * backward,
+        large_loss=cross_entropy_loss(large_train_logits, labels, where=where)
+        + lambda_b * backward,
     )
 
 
-def _at_least_float32(x: chex.Array) -> chex.Array:
+def _at_least_float32(x: jax.Array) -> jax.Array:
     return jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _hide_masked(logits: chex.Array, where: chex.Array | None) -> tuple[chex.Array, chex.Array]:
+def _hide_masked(logits: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Zeroes masked rows before any arithmetic: a NaN there would poison the gradients."""
     if where is None:
         return logits, jnp.ones(logits.shape[:-1], bool)
-    chex.assert_shape(where, logits.shape[:-1])
+    _check_shape("where", where, logits.shape[:-1])
     return jnp.where(where[..., None], logits, 0), where
 
 
-def _check_temperature(temperature: chex.Numeric) -> None:
+def _check_temperature(temperature: float | jax.Array) -> None:
     if isinstance(temperature, (int, float)) and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _check_shape(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {value.shape}")

@@ -33,14 +33,19 @@ class Mapping(NamedTuple):
         """The placement of what every device holds in full."""
         return NamedSharding(self.mesh, P())
 
+    @property
+    def by_client(self) -> NamedSharding:
+        """The placement of what has a leading axis of clients."""
+        return NamedSharding(self.mesh, P(_AXIS))
+
 
 def make_mapping(chunk_size: int | None = None, num_devices: int | None = None) -> Mapping:
     """A mapping over the first ``num_devices`` devices of the default back end.
 
     Args:
-      chunk_size: Clients vectorised at a time on a device. None takes the back end's default: 1 on CPU,
-        where a second client only pushes the first one's activations out of the cache, and 0 (all) on
-        accelerators.
+      chunk_size: Clients vectorised at a time on a device. None takes the back end's default: 1 on
+        CPU, where a second client only pushes the first one's activations out of the cache, and 0
+        (all) on accelerators.
       num_devices: None takes all.
 
     Returns:
@@ -60,7 +65,8 @@ def over_clients(fn: Callable[[Any, Any], Any], mapping: Mapping) -> Callable[[A
       mapping: How to run it.
 
     Returns:
-      A function whose second argument has leaves ``[K, ...]``, ``K`` a multiple of the number of devices.
+      A function whose second argument has leaves ``[K, ...]``, ``K`` a multiple of the number of
+      devices.
     """
 
     def on_one_device(shared: Any, stacked: Any) -> Any:

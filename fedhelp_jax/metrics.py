@@ -1,4 +1,4 @@
-"""Metrics of one client's whole split, masked, as scikit-learn defines them; NaN where undefined."""
+"""Metrics of one client's whole split, as scikit-learn defines them; NaN where undefined."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,8 @@ def _mean(values: jax.Array, where: jax.Array) -> jax.Array:
 def _auroc(probs: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
     def one_class(scores: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         positive, negative = mask & (labels == index), mask & (labels != index)
-        # Negatives only, the rest behind them: a positive wins over those below it, half over equals.
+        # Negatives only, the rest behind them: a positive wins over those below it, half over
+        # equals.
         ordered = jnp.sort(jnp.where(negative, scores, jnp.inf))
         below = jnp.searchsorted(ordered, scores, side="left")
         not_above = jnp.searchsorted(ordered, scores, side="right")

@@ -1,7 +1,7 @@
 """Random keys: a fold of seed, round, client and purpose, and of nothing else.
 
-So no result depends on how clients are grouped, chunked, ordered or sharded, and every algorithm sees the
-same batches.
+So no result depends on how clients are grouped, chunked, ordered or sharded, and every algorithm
+sees the same batches.
 """
 
 import enum

@@ -1,8 +1,8 @@
 """The orchestrator: rounds, evaluation, checkpoints and the run folder.
 
-A run folder holds ``config.json``, ``metrics.jsonl`` (a line a round), ``checkpoints/`` and, at the end,
-``clients.csv`` and ``summary.json``. The same command on the same folder goes on where it stopped, and ends
-with the same bits as if it had never stopped.
+A run folder holds ``config.json``, ``metrics.jsonl`` (a line a round), ``checkpoints/`` and, at the
+end, ``clients.csv`` and ``summary.json``. The same command on the same folder goes on where it
+stopped, and ends with the same bits as if it had never stopped.
 """
 
 import hashlib
@@ -37,7 +37,12 @@ from fedhelp_jax.simulation import RoundInfo, RunState
 
 _log = logging.getLogger(__name__)
 
-_CONFIG, _METRICS, _CLIENTS, _SUMMARY = "config.json", "metrics.jsonl", "clients.csv", "summary.json"
+_CONFIG, _METRICS, _CLIENTS, _SUMMARY = (
+    "config.json",
+    "metrics.jsonl",
+    "clients.csv",
+    "summary.json",
+)
 _CHECKPOINTS = "checkpoints"
 
 

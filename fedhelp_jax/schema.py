@@ -112,9 +112,7 @@ class DataConfig:
 class PublicConfig:
     """The public images that everyone has."""
 
-    name: str = setting(
-        "phantoms", "public data set", one_of("phantoms", "npz", "none")
-    )
+    name: str = setting("phantoms", "public data set", one_of("phantoms", "npz", "none"))
     path: str | None = setting(None, "npz: the file")
     num_examples: int | None = setting(
         None, "how many of them to use; all, or 512 phantoms, if None", COUNT

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fedhelp_jax.algorithms.base import FederatedAlgorithm
-from fedhelp_jax.client import ClientData, predict, shuffled
-from fedhelp_jax.federation import Federation, Group
+from fedhelp_jax.client import predict
+from fedhelp_jax.federation import ClientData, Federation, Group
 from fedhelp_jax.mapping import Mapping as ClientMapping
 from fedhelp_jax.mapping import over_clients
 from fedhelp_jax.random import Purpose, client_round_key, for_purpose
@@ -25,7 +26,7 @@ Rows = dict[str, jax.Array]
 
 
 class RunState(NamedTuple):
-    """The whole state of a run between rounds; keys are folds of the seed, so they are not part of it.
+    """The whole state of a run between rounds; keys are folds of the seed, so no part of it.
 
     Attributes:
       server: The method's server state.
@@ -36,8 +37,26 @@ class RunState(NamedTuple):
     clients: dict[str, Any]
 
 
+class Trained(NamedTuple):
+    """What a group's training phase returns; every leaf has a leading axis of the M slots.
+
+    Attributes:
+      state: The clients' new states.
+      upload: What they send.
+      weight: Their weight in the server's mean; 0 in an empty slot.
+      slot: Which client of the group trained there; K, past the end, for nobody.
+      info: Scalars to report.
+    """
+
+    state: Any
+    upload: Any
+    weight: jax.Array
+    slot: jax.Array
+    info: Rows
+
+
 class RoundInfo(NamedTuple):
-    """What a round reports, per role: who took part (``[M]`` rows of the group, K for nobody), and scalars."""
+    """What a round reports, per role: ``[M]`` rows that took part (K for nobody), and scalars."""
 
     participants: dict[str, jax.Array]
     info: dict[str, Rows]
@@ -79,14 +98,13 @@ class Simulation:
         self.client_weights = client_weights
         self.eval_batch_size = eval_batch_size
         self.run_key = jax.device_put(jax.random.key(seed), mapping.replicated)
-        jit = functools.partial(jax.jit, out_shardings=mapping.replicated)
-        self._init = jit(self._init_fn)
-        self._train = {
-            g.role: jit(functools.partial(self._train_fn, g), donate_argnums=0) for g in self.groups
-        }
-        self._aggregate = jit(algorithm.aggregate, donate_argnums=0)
+        whole = functools.partial(jax.jit, out_shardings=mapping.replicated)
+        by_client = functools.partial(jax.jit, out_shardings=mapping.by_client)
+        self._init = whole(self._init_fn)
+        self._aggregate = whole(self._aggregate_fn, donate_argnums=0)
+        self._train = {g.role: by_client(functools.partial(self._train_fn, g)) for g in self.groups}
         self._evaluate = {
-            g.role: jit(functools.partial(self._evaluate_fn, g)) for g in self.groups
+            g.role: by_client(functools.partial(self._evaluate_fn, g)) for g in self.groups
         }
 
     def init(self) -> RunState:
@@ -107,16 +125,23 @@ class Simulation:
         Returns:
           The state after it and what it reports.
         """
-        clients, uploads, weights, participants, info = {}, [], [], {}, {}
-        for group in self.groups:
-            role = group.role
-            clients[role], upload, weight, participants[role], info[role] = self._train[role](
+        trained = {
+            role: train(
                 state.clients[role], state.server, self.run_key, jnp.int32(round), self.federation
             )
-            uploads.append(upload)
-            weights.append(weight)
-        server = self._aggregate(state.server, tuple(uploads), tuple(weights))
-        return RunState(server, clients), RoundInfo(participants, info)
+            for role, train in self._train.items()
+        }
+        if self.mapping.num_devices > 1:
+            # The server's mean is a collective. A CPU device that reaches it long before the others
+            # warns that it may be stuck, and in the end gives up.
+            jax.block_until_ready(trained)
+        state = self._aggregate(
+            state, {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()}
+        )
+        return state, RoundInfo(
+            {role: t.slot for role, t in trained.items()},
+            {role: t.info for role, t in trained.items()},
+        )
 
     def evaluate(self, state: RunState, split: str) -> dict[str, dict[str, Rows]]:
         """Metrics of every client's deployed models on a split.
@@ -128,15 +153,12 @@ class Simulation:
         Returns:
           ``{role: {model name: {metric: [K]}}}``.
         """
-        return {
-            g.role: self._evaluate[g.role](
-                state.clients[g.role],
-                state.server,
-                self.federation.pool,
-                self.federation.groups[g.role][split],
-            )
-            for g in self.groups
+        tables = {g.role: self.federation.groups[g.role][split] for g in self.groups}
+        rows = {
+            role: evaluate(state.clients[role], state.server, self.federation.pool, tables[role])
+            for role, evaluate in self._evaluate.items()
         }
+        return {g.role: _first(rows[g.role], len(g.names)) for g in self.groups}
 
     def payload_bytes(self) -> dict[str, tuple[int, int]]:
         """Per role, what one client sends and receives in a round, in bytes ``(up, down)``."""
@@ -144,12 +166,11 @@ class Simulation:
         down = num_bytes(jax.eval_shape(self.algorithm.download, state.server))
         payload = {}
         for group in self.groups:
-            _, upload, *_ = self.train_shapes(group, state)
-            stacked = num_bytes(upload) // max(self._num_slots(group), 1)
-            payload[group.role] = (stacked, down)
+            upload = self.train_shapes(group, state).upload
+            payload[group.role] = (num_bytes(upload) // self._num_slots(group), down)
         return payload
 
-    def train_shapes(self, group: Group, state: RunState) -> Any:
+    def train_shapes(self, group: Group, state: RunState) -> Trained:
         """Shapes of all that a group's training phase returns, without running it."""
         return jax.eval_shape(
             functools.partial(self._train_fn, group),
@@ -180,7 +201,7 @@ class Simulation:
     def _participants(self, group: Group, run_key: jax.Array, round: jax.Array) -> jax.Array:
         """``[M]`` rows of the group that take part, ascending; K fills up the last device."""
         size, count = len(group.names), self.num_participants(group)
-        # The smallest draws take part; drawn by client id, so that grouping changes nothing of a draw.
+        # The smallest draws take part; drawn by client id, so no draw depends on the grouping.
         keys = jax.vmap(functools.partial(client_round_key, run_key, round))(group.ids)
         draws = jax.vmap(lambda key: jax.random.bits(for_purpose(key, Purpose.PARTICIPATION)))(keys)
         chosen = jnp.sort(jnp.argsort(draws, stable=True)[:count])
@@ -194,7 +215,7 @@ class Simulation:
         run_key: jax.Array,
         round: jax.Array,
         data: "Arrays",
-    ) -> tuple[Any, Any, jax.Array, jax.Array, Rows]:
+    ) -> Trained:
         client = self.algorithm.clients[group.role]
         tables = data.groups[group.role]
         participants = self._participants(group, run_key, round)
@@ -215,12 +236,15 @@ class Simulation:
         )
         shared = (self.algorithm.download(server), data.pool, data.public)
         updated, upload, info = over_clients(one, self.mapping)(shared, own)
-        # Rows past the end, the empty slots, are dropped.
-        states = jax.tree.map(
-            lambda old, new: old.at[participants].set(new, mode="drop"), states, updated
-        )
         weight = sizes if self.client_weights == "examples" else jnp.ones_like(sizes)
-        return states, upload, jnp.where(present, weight, 0), participants, info
+        return Trained(updated, upload, jnp.where(present, weight, 0), participants, info)
+
+    def _aggregate_fn(self, state: RunState, trained: dict[str, Any]) -> RunState:
+        clients = dict(state.clients)
+        for role, (updated, _, _, slot) in trained.items():
+            clients[role] = _scatter(clients[role], slot, updated)
+        _, uploads, weights, _ = zip(*trained.values(), strict=True)
+        return RunState(self.algorithm.aggregate(state.server, uploads, weights), clients)
 
     def _evaluate_fn(
         self,
@@ -252,8 +276,17 @@ class Simulation:
             (states, table.index, table.size),
         )
         shared = (self.algorithm.download(server), pool)
-        results = over_clients(one, self.mapping)(shared, own)
-        return jax.tree.map(lambda leaf: leaf[: len(group.names)], results)
+        return over_clients(one, self.mapping)(shared, own)
+
+
+def _scatter(states: Any, slot: jax.Array, updated: Any) -> Any:
+    """Puts clients' new states in their place; rows past the end, the empty slots, are dropped."""
+    return jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), states, updated)
+
+
+def _first(rows: Any, count: int) -> Any:
+    """The rows of real clients, on the host; past them stand the empty slots of the last device."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], rows)
 
 
 class Arrays(NamedTuple):

@@ -1,4 +1,4 @@
-"""``Task``: all that tells one kind of prediction from another. Nothing else in the package asks."""
+"""``Task``: all that tells one kind of prediction from another; nothing else asks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ class Task(NamedTuple):
       loss: ``(logits, targets, *, where) -> [B]``.
       distill: ``(student_logits, teacher_logits, *, temperature, where) -> [B]``.
       rank: ``(student_logits, teacher_logits, *, k, margin, where) -> [B]``.
-      init_head: ``(key, feature_width, num_classes) -> head_params`` of an extra head on the features.
+      init_head: ``(key, feature_width, num_classes) -> head_params`` of an extra head on the
+        features.
       head: ``(head_params, features) -> logits``.
       metrics: ``(logits [n, ...], targets [n, ...], mask [n]) -> {name: scalar}``.
       default_k: ``num_classes -> k`` of the ranking.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -12,13 +13,16 @@ def weighted_mean(trees: Sequence[Any], weights: Sequence[jax.Array]) -> Any:
 
     Args:
       trees: One tree per group of clients, leaves ``[K_g, ...]``, all of the same structure.
-      weights: One ``[K_g]`` array of non-negative weights per group; 0 leaves a client out, whatever
-        its leaves hold.
+      weights: One ``[K_g]`` array of non-negative weights per group; 0 leaves a client out,
+        whatever its leaves hold.
 
     Returns:
       A tree of the same structure without the leading axis.
     """
-    total = sum(jnp.sum(w) for w in weights)
+    chex.assert_trees_all_equal_structs(*trees)
+    for tree, w in zip(trees, weights, strict=True):
+        chex.assert_tree_shape_prefix(tree, w.shape)
+    total = jnp.sum(jnp.concatenate(weights))
 
     def mean(*stacks: jax.Array) -> jax.Array:
         parts = [_weighted_sum(s, w.astype(s.dtype)) for s, w in zip(stacks, weights, strict=True)]

@@ -5,6 +5,7 @@ agree with itself. In float32 one gradient is compared.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity
 reference = pytest.importorskip("torch_reference", reason="PyTorch is not installed")
 
 CLASSES, PUBLIC_CLASSES, ANSWERS = 8, 9, 17
-SMALL, LARGE = 20, 32
+# Depths; a ResNet-8 has no stacked blocks, and is compiled sooner.
+DEPTH, PROXY = 20, 8
 STEPS, BATCH, SIZE = 5, 4, 12
 
 
@@ -104,7 +106,7 @@ def test_forward_in_float64(depth):
 def value_and_gradient(variables, x, y, mask):
     def loss_fn(params):
         state = variables | {"params": params}
-        logits, stats = apply_model(resnet(SMALL, CLASSES), state, x, train=True, mask=mask)
+        logits, stats = apply_model(resnet(DEPTH, CLASSES), state, x, train=True, mask=mask)
         loss = masked_mean(cross_entropy_loss(logits, y, where=mask), mask)
         return loss, (logits, stats)
 
@@ -114,11 +116,11 @@ def value_and_gradient(variables, x, y, mask):
 @pytest.mark.parametrize("valid", [8, 5])
 def test_one_gradient_in_float32(valid):
     """A padded batch has the gradient, logits and statistics of its valid examples alone."""
-    variables = random_variables(SMALL, 1, np.float32)
+    variables = random_variables(DEPTH, 1, np.float32)
     x, y = random_batch(np.random.default_rng(1), 8, CLASSES, np.float32)
     x[valid:], y[valid:] = 100.0, -1
     (loss, (logits, stats)), grads = value_and_gradient(variables, x, y, np.arange(8) < valid)
-    theirs = reference.make_resnet(SMALL, variables).train()
+    theirs = reference.make_resnet(DEPTH, variables).train()
     their_logits = theirs(reference.images(x[:valid]))
     their_loss = reference.cross_entropy(their_logits, labels(y[:valid]))
     their_loss.backward()
@@ -130,7 +132,7 @@ def test_one_gradient_in_float32(valid):
 
 
 def test_a_batch_without_valid_examples_has_no_gradient_and_leaves_the_statistics_alone():
-    variables = random_variables(SMALL, 2, np.float32)
+    variables = random_variables(DEPTH, 2, np.float32)
     x, y = random_batch(np.random.default_rng(2), 8, CLASSES, np.float32)
     (loss, (_, stats)), grads = value_and_gradient(variables, x, y, np.zeros(8, bool))
     assert loss == 0.0
@@ -141,7 +143,7 @@ def test_a_batch_without_valid_examples_has_no_gradient_and_leaves_the_statistic
 def test_adam_on_given_gradients():
     rng = np.random.default_rng(3)
     start = {"a": rng.normal(size=(7, 5)), "b": 1e-3 * rng.normal(size=11)}
-    params = {name: value.astype(np.float32) for name, value in start.items()}
+    params: Any = {name: value.astype(np.float32) for name, value in start.items()}
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in params.items()}
     optimizer = reference.adam(theirs.values())
     tx = adam_l2(1e-3, 1e-4)
@@ -161,12 +163,12 @@ def test_adam_on_given_gradients():
 # --- Several steps of a client, in float64 ---
 
 
-def setup():
+def setup(small, large=DEPTH):
     return Setup(
         task=classification,
         num_classes=CLASSES,
         sample_shape=(SIZE, SIZE, 3),
-        models={"small": resnet(SMALL, CLASSES), "large": resnet(LARGE, CLASSES)},
+        models={"small": resnet(small, CLASSES), "large": resnet(large, CLASSES)},
         tx=adam_l2(1e-3, 1e-4),
         batch_size=BATCH,
         public_batch_size=BATCH + 1,
@@ -179,7 +181,8 @@ def padded(x, y):
     """A shorter batch as our steps get it: padded, with rubbish, and a mask."""
     more = BATCH - len(y)
     x = np.concatenate([x, np.full((more, *x.shape[1:]), 7.0)])
-    return Batch(x, np.concatenate([y, np.zeros(more, np.int32)]), np.arange(BATCH) < BATCH - more)
+    y, mask = np.concatenate([y, np.zeros(more, np.int32)]), np.arange(BATCH) < BATCH - more
+    return Batch(*map(jnp.asarray, (x, y, mask)))
 
 
 def moments(opt_state):
@@ -190,21 +193,21 @@ def moments(opt_state):
 
 
 @functools.cache
-def our_small_step(settings):
-    return jax.jit(functools.partial(small_step, setup(), settings))
+def our_small_step(depth, settings):
+    return jax.jit(functools.partial(small_step, setup(depth), settings))
 
 
 @functools.cache
 def our_large_step(settings):
-    return jax.jit(functools.partial(large_step, setup(), settings))
+    return jax.jit(functools.partial(large_step, setup(PROXY), settings))
 
 
-def our_small_steps(settings, surrogate, public_heads, batches, public):
-    carry = init_small_carry(setup(), settings, surrogate, public_heads)
+def our_small_steps(depth, settings, surrogate, public_heads, batches, public):
+    carry = init_small_carry(setup(depth), settings, surrogate, public_heads)
     losses = []
     for batch, public_batch in zip(batches, public, strict=True):
         batch, public_batch = padded(*batch), PublicBatch(*public_batch)
-        carry, info = our_small_step(settings)(carry, batch, public_batch)
+        carry, info = our_small_step(depth, settings)(carry, batch, public_batch)
         losses.append((info["loss"], info["public_loss"]))
     return {
         "surrogate": carry.surrogate,
@@ -216,7 +219,7 @@ def our_small_steps(settings, surrogate, public_heads, batches, public):
 
 
 def our_large_steps(settings, proxy, large, batches, warm=True):
-    carry = init_large_carry(setup(), proxy, large)
+    carry = init_large_carry(setup(PROXY), proxy, large)
     losses = []
     for batch in batches:
         carry, info = our_large_step(settings)(carry, padded(*batch), jnp.asarray(warm))
@@ -236,14 +239,14 @@ def private_batches(rng):
     return [random_batch(rng, size, CLASSES, np.float64) for size in sizes]
 
 
-@pytest.mark.parametrize("public_batch_stats", ["discard", "shared"])
-def test_small_client_in_float64(public_batch_stats):
+@pytest.mark.parametrize(("depth", "public_batch_stats"), [(DEPTH, "discard"), (8, "shared")])
+def test_small_client_in_float64(depth, public_batch_stats):
     rng = np.random.default_rng(4)
     settings = FedHelpSettings(
         temperature=2.0, lambda_fm=0.7, public_batch_stats=public_batch_stats
     )
     with jax.enable_x64(True):
-        surrogate = random_variables(SMALL, 4, np.float64)
+        surrogate = random_variables(depth, 4, np.float64)
         widths = {"labels": PUBLIC_CLASSES, "answers": ANSWERS}
         shapes = {
             name: jax.eval_shape(lambda w=width: init_linear(jax.random.key(0), 64, w))
@@ -253,9 +256,9 @@ def test_small_client_in_float64(public_batch_stats):
         batches = private_batches(rng)
         public = [random_batch(rng, BATCH + 1, PUBLIC_CLASSES, np.float64) for _ in batches]
         public = [(*batch, 3 * rng.normal(size=(BATCH + 1, ANSWERS))) for batch in public]
-        got = our_small_steps(settings, surrogate, heads, batches, public)
+        got = our_small_steps(depth, settings, surrogate, heads, batches, public)
 
-        client = reference.SmallClient(SMALL, surrogate, heads)
+        client = reference.SmallClient(depth, surrogate, heads)
         losses = [
             client.step(
                 reference.images(x),
@@ -292,18 +295,18 @@ def test_small_client_in_float64(public_batch_stats):
 def test_large_client_in_float64(warm):
     """A client that is not warm takes the steps that zero weights would give."""
     rng = np.random.default_rng(5)
-    weights = {"temperature": 2.0, "lambda_f": 0.7, "lambda_b": 0.4, "margin": 0.1}
+    weights: Any = {"temperature": 2.0, "lambda_f": 0.7, "lambda_b": 0.4, "margin": 0.1}
     with jax.enable_x64(True):
-        proxy = random_variables(SMALL, 5, np.float64)
-        large = random_variables(LARGE, 6, np.float64)
+        proxy = random_variables(PROXY, 5, np.float64)
+        large = random_variables(DEPTH, 6, np.float64)
         batches = private_batches(rng)
         got = our_large_steps(FedHelpSettings(**weights), proxy, large, batches, warm)
-    client = reference.LargeClient(SMALL, proxy, LARGE, large)
+    client = reference.LargeClient(PROXY, proxy, DEPTH, large)
     if not warm:
         weights |= {"lambda_f": 0.0, "lambda_b": 0.0}
     # k = 5 is the default for 8 classes.
     losses = [client.step(reference.images(x), labels(y), k=5, **weights) for x, y in batches]
-    expected = {
+    expected: dict[str, Any] = {
         name: [
             reference.params_tree(model, reference.moment(optimizer, moment))
             for moment in ("exp_avg", "exp_avg_sq")

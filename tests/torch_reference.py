@@ -212,7 +212,7 @@ def distillation(student, teacher, temperature):
 def ranking(student, teacher, k, margin):
     """1/(k (C-k)) sum over t in top_k(teacher), r elsewhere, of max(0, margin + s_r - s_t)."""
     order = torch.sort(teacher, dim=-1, descending=True, stable=True).indices
-    total = 0.0
+    total = torch.zeros_like(student[:, :1])
     for i in range(k):
         for j in range(k, student.shape[-1]):
             s_t = student.gather(-1, order[:, i : i + 1])

@@ -16,9 +16,12 @@ from fedhelp_jax.tree import weighted_mean
 
 
 class PublicSpec(NamedTuple):
-    """Label spaces of the public set: its own labels' size, the answers' size (None where there are none).
+    """Label spaces of the public set.
 
-    ``shared`` says that both are one label space, so that one head serves both.
+    Attributes:
+      num_labels: How many labels its images have, or None without labels.
+      num_answers: Over how many classes the foundation model answers, or None without answers.
+      shared: Whether both are one label space, so that one head serves both.
     """
 
     num_labels: int | None
@@ -46,8 +49,8 @@ class ClientAlgorithm(NamedTuple):
     Attributes:
       models: The networks this client could deploy, by name; the headline one first.
       init: ``(run_key, client_id) -> state``.
-      update: ``(key, download, state, data) -> (state, upload, info)``; ``key`` is the client's in this
-        round, ``upload`` a tree of arrays or None, ``info`` scalars to report: always "loss".
+      update: ``(key, download, state, data) -> (state, upload, info)``; ``key`` is the client's in
+        this round, ``upload`` a tree of arrays or None, ``info`` scalars to report: always "loss".
       deploy: ``(download, state) -> {name: variables}``, the names those of ``models``.
     """
 

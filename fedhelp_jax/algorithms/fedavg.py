@@ -1,10 +1,13 @@
-"""FedAvg: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
-AISTATS 2017, arXiv:1602.05629, algorithm 1.
+"""FedAvg.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS
+2017, arXiv:1602.05629, algorithm 1:
 
     w <- sum_i a_i w_i,  w_i = w after local epochs on client i
 
-One architecture, the small one, on every client. The broadcast model is what it deploys (``global``); a
-client's copy after its local training is reported beside it (``personal``), as fine-tuned FedAvg.
+One architecture, the small one, on every client. The broadcast model is what it deploys
+(``global``); a client's copy after its local training is reported beside it (``personal``), as
+fine-tuned FedAvg.
 
 Notes: batch statistics are averaged like parameters.
 """

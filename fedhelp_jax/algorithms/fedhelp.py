@@ -1,32 +1,38 @@
-"""FedHelp: Wang et al., "Asymmetrical Reciprocity-based Federated Learning for Resolving Disparities in
-Medical Diagnosis", KDD 2025, arXiv:2412.19654.
+"""FedHelp: asymmetrical reciprocity between large clients, small clients and a foundation model.
 
-Per private batch every client takes two optimizer steps, each with a state of its own:
+Wang et al., "Asymmetrical Reciprocity-based Federated Learning for Resolving Disparities in Medical
+Diagnosis", KDD 2025, arXiv:2412.19654. Per private batch every client takes two optimizer steps,
+each with a state of its own:
 
-    small client (sec. 3.3), surrogate (theta, phi), public heads psi
+    small client (sec. 3.3): surrogate (theta, phi), public heads psi
       A on (theta, phi):  CE(h_phi(f_theta(x)), y)
-      B on (theta, psi):  CE(h_psi(f_theta(x_p)), y_p) + lambda_fm T^2 KL(sigma(z_p/T) || sigma(h_psi(f_theta(x_p))/T))
+      B on (theta, psi):  CE(h_psi(f_theta(x_p)), y_p)
+                          + lambda_fm T^2 KL(sigma(z_p / T) || sigma(h_psi(f_theta(x_p)) / T))
 
-    large client (sec. 3.4), proxy v, large model W
-      A on v:  CE(v(x), y) + lambda_f T^2 KL(sigma(W(x)/T) || sigma(v(x)/T))      W in evaluation mode
-      B on W:  CE(W(x), y) + lambda_b R_k(W(x); v(x))                             v as A left it, in evaluation mode
+    large client (sec. 3.4): proxy v, large model W
+      A on v:  CE(v(x), y) + lambda_f T^2 KL(sigma(W(x) / T) || sigma(v(x) / T))
+      B on W:  CE(W(x), y) + lambda_b R_k(W(x); v(x)), v as A left it
+      (whoever teaches is in evaluation mode)
 
     server (sec. 3.5):  w <- mean of all surrogates (theta, phi) and proxies v
 
-``z_p`` are the foundation model's answers, asked once before the first round. Surrogates and proxies share
-one architecture and start each round from ``w``; ``psi`` and ``W`` never leave their client.
+``z_p`` are the foundation model's answers, asked once before the first round. Surrogates and
+proxies share one architecture and start each round from ``w``; ``psi`` and ``W`` never leave their
+client.
 
 Notes, where this departs from the authors' released code or the paper is silent:
 
-* Step B of a small client normalises by its public batch and discards the running statistics it would
-  give: they would be those of the wrong images (``public_batch_stats="shared"`` keeps them, as released).
-* No distillation in the first ``kd_warmup_rounds``: a fresh deep network in evaluation mode, with initial
-  running statistics, emits logits of order 1e8 and teaches garbage.
+* Step B of a small client normalises by its public batch and discards the running statistics it
+  would give: they would be those of the wrong images (``public_batch_stats="shared"`` keeps them,
+  as released).
+* No distillation in the first ``kd_warmup_rounds``: a fresh deep network in evaluation mode, with
+  initial running statistics, emits logits of order 1e8 and teaches garbage.
 * The backward ranking punishes disagreement and is averaged over pairs; the released code's sign is
   inverted (see ``fedhelp_jax.released``).
 * Optimizer states start anew each round.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +64,8 @@ class FedHelpSettings(NamedTuple):
       lambda_fm: Weight of the foundation model's answers; 0 turns them off.
       lambda_f: Weight of the forward distillation, large model to proxy; 0 turns it off.
       lambda_b: Weight of the backward ranking, proxy to large model; 0 turns it off.
-      k: Classes above the line in the ranking; None takes 5 of 8 classes, 1 of 2, and that share elsewhere.
+      k: Classes above the line in the ranking; None takes 5 of 8 classes, 1 of 2, and that share
+        elsewhere.
       margin: Margin of the ranking, in logits.
       kd_warmup_rounds: Rounds at the start with lambda_f = lambda_b = 0.
       public_batch_stats: "discard" or "shared", see the notes above.
@@ -84,7 +91,7 @@ class Broadcast(NamedTuple):
 
 
 class SmallState(NamedTuple):
-    """A small client between rounds: its surrogate after local training, and its public heads psi."""
+    """A small client between rounds: its locally trained surrogate, and its public heads psi."""
 
     surrogate: Variables
     public_heads: Variables
@@ -143,7 +150,7 @@ def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
     def update(key: jax.Array, download: Broadcast, state: SmallState, data: ClientData) -> Any:
         carry = init_small_carry(setup, settings, download.variables, state.public_heads)
         next_public = None
-        if setup.public is not None:
+        if data.public is not None:
             next_public = public_batches(
                 for_purpose(key, Purpose.PUBLIC_BATCHES), data.public, setup.public_batch_size
             )
@@ -169,7 +176,7 @@ def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
 
 
 def init_public_heads(setup: Setup, key: jax.Array) -> Variables:
-    """psi: a head over the public labels and one over the foundation model's classes, or one for both."""
+    """psi: heads over the public labels and over the answers' classes, or one for both."""
     if setup.public is None:
         return {}
     small = jax.eval_shape(lambda: setup.models["small"].init(key, setup.sample_shape))
@@ -191,11 +198,13 @@ def init_public_heads(setup: Setup, key: jax.Array) -> Variables:
 def init_small_carry(
     setup: Setup, settings: FedHelpSettings, surrogate: Variables, public_heads: Variables
 ) -> SmallCarry:
-    """A small client at the start of a round: fresh optimizer states over exactly what each step trains."""
+    """A small client at the start of a round, with an optimizer state for what each step trains."""
     params = surrogate["params"]
+    if settings.joint:
+        together = setup.tx.init({**params, "public_heads": public_heads})
+        return SmallCarry(surrogate, public_heads, together, None)
     public = {"features": params["features"], "public_heads": public_heads}
-    private = {**params, "public_heads": public_heads} if settings.joint else params
-    return SmallCarry(surrogate, public_heads, setup.tx.init(private), setup.tx.init(public))
+    return SmallCarry(surrogate, public_heads, setup.tx.init(params), setup.tx.init(public))
 
 
 def small_step(
@@ -205,32 +214,11 @@ def small_step(
     batch: Batch,
     public: PublicBatch | None,
 ) -> tuple[SmallCarry, Info]:
-    """Steps A and B of a small client on one private and one public batch."""
-    model = setup.models["small"]
-
-    def public_loss(params: Variables, batch_stats: Variables) -> tuple[jax.Array, Variables]:
-        variables = {"params": {"features": params["features"]}, "batch_stats": batch_stats}
-        features, stats = model.features(variables, public.images, train=True, mask=None)
-        loss = auxiliary_loss(setup, settings, params["public_heads"], features, public)
-        return loss, batch_stats if settings.public_batch_stats == "discard" else stats
-
+    """Steps A and B of a small client on one private and one public batch; A alone without one."""
     stats = carry.surrogate["batch_stats"]
-    private_loss = supervised_loss(setup, model, stats, batch)
+    private_loss = supervised_loss(setup, setup.models["small"], stats, batch)
     if settings.joint and public is not None:
-
-        def both(params: Variables) -> tuple[jax.Array, Any]:
-            own, (_, stats) = private_loss({k: params[k] for k in ("features", "head")})
-            auxiliary, stats = public_loss(params, stats)
-            return own + auxiliary, (own, auxiliary, stats)
-
-        params = {**carry.surrogate["params"], "public_heads": carry.public_heads}
-        params, opt_private, _, (loss, auxiliary, stats) = gradient_step(
-            setup.tx, both, params, carry.opt_private
-        )
-        heads = params.pop("public_heads")
-        surrogate = {"params": params, "batch_stats": stats}
-        info = {"loss": loss, "public_loss": auxiliary}
-        return SmallCarry(surrogate, heads, opt_private, carry.opt_public), info
+        return _joint_step(setup, settings, carry, private_loss, public)
 
     params, opt_private, loss, (_, stats) = gradient_step(
         setup.tx, private_loss, carry.surrogate["params"], carry.opt_private
@@ -241,36 +229,65 @@ def small_step(
 
     trained = {"features": params["features"], "public_heads": carry.public_heads}
     trained, opt_public, auxiliary, stats = gradient_step(
-        setup.tx, lambda p: public_loss(p, stats), trained, carry.opt_public
+        setup.tx,
+        lambda trained: public_loss(setup, settings, trained, stats, public),
+        trained,
+        carry.opt_public,
     )
-    surrogate = {
-        "params": {"features": trained["features"], "head": params["head"]},
-        "batch_stats": stats,
-    }
-    info = {"loss": loss, "public_loss": auxiliary}
-    return SmallCarry(surrogate, trained["public_heads"], opt_private, opt_public), info
+    params = {"features": trained["features"], "head": params["head"]}
+    surrogate = {"params": params, "batch_stats": stats}
+    carry = SmallCarry(surrogate, trained["public_heads"], opt_private, opt_public)
+    return carry, {"loss": loss, "public_loss": auxiliary}
 
 
-def auxiliary_loss(
+def _joint_step(
     setup: Setup,
     settings: FedHelpSettings,
-    public_heads: Variables,
-    features: jax.Array,
+    carry: SmallCarry,
+    private_loss: Callable[[Variables], Any],
     public: PublicBatch,
-) -> jax.Array:
-    """L_public, averaged over the public batch: its labels where known, the answers where asked."""
-    task, loss = setup.task, jnp.zeros(features.shape[0])
+) -> tuple[SmallCarry, Info]:
+    """One step on L_private + L_public instead of two."""
+
+    def both(params: Variables) -> tuple[jax.Array, Any]:
+        loss, (_, stats) = private_loss({name: params[name] for name in ("features", "head")})
+        auxiliary, stats = public_loss(setup, settings, params, stats, public)
+        return loss + auxiliary, (loss, auxiliary, stats)
+
+    params = {**carry.surrogate["params"], "public_heads": carry.public_heads}
+    params, opt_state, _, (loss, auxiliary, stats) = gradient_step(
+        setup.tx, both, params, carry.opt_private
+    )
+    public_heads = params.pop("public_heads")
+    carry = SmallCarry({"params": params, "batch_stats": stats}, public_heads, opt_state, None)
+    return carry, {"loss": loss, "public_loss": auxiliary}
+
+
+def public_loss(
+    setup: Setup,
+    settings: FedHelpSettings,
+    params: Variables,
+    batch_stats: Variables,
+    public: PublicBatch,
+) -> tuple[jax.Array, Variables]:
+    """L_public, averaged over a public batch, and the batch statistics to go on with.
+
+    Its labels count where they are known, the foundation model's answers where it was asked.
+    """
+    task, heads = setup.task, params["public_heads"]
+    variables = {"params": {"features": params["features"]}, "batch_stats": batch_stats}
+    features, stats = setup.models["small"].features(
+        variables, public.images, train=True, mask=None
+    )
+    loss = jnp.zeros(features.shape[0])
     if public.labels is not None:
-        loss += task.loss(task.head(public_heads["labels"], features), public.labels, where=None)
+        loss += task.loss(task.head(heads["labels"], features), public.labels, where=None)
     if public.answers is not None:
-        head = public_heads["labels" if setup.public.shared else "answers"]
+        logits = task.head(heads["answers" if "answers" in heads else "labels"], features)
         loss += settings.lambda_fm * task.distill(
-            task.head(head, features),
-            public.answers,
-            temperature=settings.temperature,
-            where=None,
+            logits, public.answers, temperature=settings.temperature, where=None
         )
-    return jnp.mean(loss)
+    return jnp.mean(loss), batch_stats if settings.public_batch_stats == "discard" else stats
 
 
 def large_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
@@ -306,9 +323,7 @@ def large_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
 
 def init_large_carry(setup: Setup, proxy: Variables, large: Variables) -> LargeCarry:
     """A large client at the start of a round, with fresh optimizer states."""
-    return LargeCarry(
-        proxy, large, setup.tx.init(proxy["params"]), setup.tx.init(large["params"])
-    )
+    return LargeCarry(proxy, large, setup.tx.init(proxy["params"]), setup.tx.init(large["params"]))
 
 
 def large_step(
@@ -318,7 +333,7 @@ def large_step(
     batch: Batch,
     warm: jax.Array | bool = True,
 ) -> tuple[LargeCarry, Info]:
-    """Steps A and B of a large client on one private batch; without ``warm`` there is no distillation."""
+    """Steps A and B of a large client on one private batch; no distillation unless ``warm``."""
     task, small, large = setup.task, setup.models["small"], setup.models["large"]
     k = settings.k if settings.k is not None else task.default_k(setup.num_classes)
 
@@ -344,9 +359,7 @@ def large_step(
 
     def large_loss(params: Variables) -> tuple[jax.Array, Variables]:
         loss, (logits, stats) = supervised_large(params)
-        backward = task.rank(
-            logits, ranking_logits, k=k, margin=settings.margin, where=taught
-        )
+        backward = task.rank(logits, ranking_logits, k=k, margin=settings.margin, where=taught)
         return loss + settings.lambda_b * masked_mean(backward, batch.mask), stats
 
     params, opt_large, large_value, stats = gradient_step(

@@ -1,7 +1,7 @@
-"""Local training: every client alone, no message to anyone. The reference that all methods must beat.
+"""Local training: every client alone, no message to anyone; the reference for all methods.
 
-A small client trains the small architecture, a large one the large architecture, each from the weights it
-would have started from under any other method.
+A small client trains the small architecture, a large one the large architecture, each from the
+weights it would have started from under any other method.
 """
 
 from typing import Any, NamedTuple

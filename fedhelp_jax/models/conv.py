@@ -1,9 +1,9 @@
 """Convolution as patches and one matrix product, the same program on CPU and accelerators.
 
-Why not ``lax.conv_general_dilated``: under ``vmap`` over clients it becomes a grouped convolution, and
-inside a loop XLA's CPU back end runs any convolution by naive code; both are tens of times slower than
-the product below (``docs/performance.md``). Activations are channels first, ``[C, B, *spatial]``: the long
-side of the product is then the contiguous one.
+Why not ``lax.conv_general_dilated``: under ``vmap`` over clients it becomes a grouped convolution,
+and inside a loop XLA's CPU back end runs any convolution by naive code; both are tens of times
+slower than the product below (``docs/performance.md``). Activations are channels first, ``[C, B,
+*spatial]``: the long side of the product is then the contiguous one.
 """
 
 import functools
@@ -21,8 +21,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
 
     ``out[o, b, p] = sum_{c, q} kernel[q, c, o] * x[c, b, stride * p + q - k // 2]``
 
-    Equal to ``lax.conv_general_dilated`` with that padding to float32 rounding, in value and in both
-    gradients.
+    Equal to ``lax.conv_general_dilated`` with that padding to float32 rounding, in value and in
+    both gradients.
 
     Args:
       x: ``[C_in, B, *spatial]`` activations, any number of spatial axes.
@@ -46,8 +46,8 @@ def _backward(stride, residuals, out_grad):
     patches = _patches(x, size, stride)
     rows = patches.reshape(patches.shape[0], -1)
     kernel_grad = rows @ out_grad.reshape(out_grad.shape[0], -1).T
-    # The gradient by x is a "same" correlation too: of the gradient, spread out to the input's grid, with
-    # the flipped, transposed kernel.
+    # The gradient by x is a "same" correlation too: of the gradient, spread out to the input's
+    # grid, with the flipped, transposed kernel.
     spread = [
         (0, n - stride * (m - 1) - 1, stride - 1)
         for n, m in zip(x.shape[2:], out_grad.shape[2:], strict=True)
@@ -70,7 +70,7 @@ def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """``[C, B, *spatial] -> [size**rank * C, B, *out]``, offsets outermost as in the flat kernel."""
+    """``[C, B, *spatial] -> [size**rank * C, B, *out]``, in the order of the flat kernel."""
     rank = x.ndim - 2
     strided = (slice(None), slice(None), *(slice(None, None, stride),) * rank)
     if size == 1:
@@ -84,8 +84,8 @@ def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
         return lax.dynamic_slice(padded, (0, 0, *offset), extent)[strided]
 
     if jax.default_backend() == "cpu":
-        # A loop compiles three times faster than a slice per offset and runs as fast; an accelerator would
-        # wait for the host at each turn.
+        # A loop compiles two to three times faster than a slice per offset and runs as fast; an
+        # accelerator would wait for the host at each turn.
         patches = lax.map(shifted, jnp.array(offsets))
         return patches.reshape(-1, *patches.shape[2:])
     return jnp.concatenate([shifted(offset) for offset in offsets])

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer."""
         shape = (self.size,) * (x.ndim - 2) + (x.shape[0], self.features)
         return conv(x, self.param("kernel", he_normal, shape), self.stride)
 
@@ -34,11 +35,11 @@ class BatchNorm(nn.Module):
     """Batch normalisation over ``[C, B, *spatial]`` as PyTorch defines it.
 
     A batch is normalised by its biased variance; the running variance takes the unbiased one
-    (``n / (n - 1)``), ``running = 0.9 * running + 0.1 * batch``, and eps is 1e-5. ``flax.linen.BatchNorm``
-    differs in the first two points, so it is not used here.
+    (``n / (n - 1)``), ``running = 0.9 * running + 0.1 * batch``, and eps is 1e-5.
+    ``flax.linen.BatchNorm`` differs in the first two points, so it is not used here.
 
-    Statistics run over the examples where ``mask`` is true; a batch without any leaves the running ones
-    untouched.
+    Statistics run over the examples where ``mask`` is true; a batch without any leaves the running
+    ones untouched.
     """
 
     momentum: float = 0.9
@@ -46,6 +47,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+        """Applies the layer."""
         channels = x.shape[0]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -67,15 +69,14 @@ class BatchNorm(nn.Module):
         return normalized * _per_channel(scale, x) + _per_channel(bias, x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def normalize(
     x: jax.Array, mask: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``(x - mean) / sqrt(var + epsilon)`` per channel, over the examples where ``mask`` is true.
 
-    The gradient is written by hand: two reductions instead of the many that autodiff makes of the mean and
-    the variance, which is less to run and half as much to compile. No gradient flows through the returned
-    mean and variance, which only feed running statistics.
+    The gradient is written by hand: two reductions instead of the many that autodiff makes of the
+    mean and the variance, which is less to run and half as much to compile. No gradient flows
+    through the returned mean and variance, which only feed running statistics.
 
     Args:
       x: ``[C, B, *spatial]``.
@@ -85,6 +86,12 @@ def normalize(
     Returns:
       ``(normalized, mean [C], biased variance [C])``.
     """
+    normalized, mean, var = cast(Any, _normalize(x, mask, epsilon))
+    return normalized, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normalize(x: jax.Array, mask: jax.Array, epsilon: float) -> Any:
     return _normalize_forward(x, mask, epsilon)[0]
 
 
@@ -111,7 +118,7 @@ def _normalize_backward(epsilon, residuals, grads):
     return (grad - weight * through) * _per_channel(inverse, grad), None
 
 
-normalize.defvjp(_normalize_forward, _normalize_backward)
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _weights(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,22 +135,24 @@ def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def draw_variables(key: jax.Array, shapes: Any) -> Any:
-    """First values of a network's variables: He-normal kernels, unit scales and variances, zero rest.
+    """First values of a network: He-normal kernels, unit scales and variances, the rest zero.
 
-    All kernels are cut from one draw of normals: the layers' own initialisers, a draw each, take longer to
-    compile than the training step does.
+    All kernels are cut from one draw of normals: the layers' own initialisers, a draw each, take
+    longer to compile than the training step does.
 
     Args:
       key: The key of the draw.
-      shapes: The variables' shapes, ``jax.eval_shape`` of a Flax ``init``; a kernel's last axis is its
-        output and, stacked blocks apart, ``[*spatial, in]`` lie before it.
+      shapes: The variables' shapes, ``jax.eval_shape`` of a Flax ``init``; a kernel's last axis is
+        its output and, stacked blocks apart, ``[*spatial, in]`` lie before it.
 
     Returns:
       Arrays of those shapes.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     kinds = [path[-1].key for path, _ in leaves]
-    sizes = [leaf.size if kind == "kernel" else 0 for kind, (_, leaf) in zip(kinds, leaves)]
+    sizes = [
+        leaf.size if kind == "kernel" else 0 for kind, (_, leaf) in zip(kinds, leaves, strict=True)
+    ]
     normals = jax.random.normal(key, (sum(sizes),))
     values, start = [], 0
     for kind, size, (path, leaf) in zip(kinds, sizes, leaves, strict=True):
@@ -153,5 +162,7 @@ def draw_variables(key: jax.Array, shapes: Any) -> Any:
             values.append(normals[start : start + size].reshape(leaf.shape) * (2 / fan_in) ** 0.5)
             start += size
         else:
-            values.append(jnp.full(leaf.shape, 1.0 if kind in ("scale", "var") else 0.0, leaf.dtype))
+            values.append(
+                jnp.full(leaf.shape, 1.0 if kind in ("scale", "var") else 0.0, leaf.dtype)
+            )
     return jax.tree.unflatten(structure, values)

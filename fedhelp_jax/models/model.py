@@ -11,15 +11,16 @@ Variables = dict[str, Any]
 class Model(NamedTuple):
     """A network as three pure functions over a plain dict of variables.
 
-    ``variables = {"params": {"features": ..., "head": ...}, "batch_stats": ...}``; ``batch_stats`` may be
-    empty. Any library can stand behind it: write the three functions.
+    ``variables = {"params": {"features": ..., "head": ...}, "batch_stats": ...}``; ``batch_stats``
+    may be empty. Any library can stand behind it: write the three functions.
 
     Attributes:
       init: ``(key, sample_shape) -> variables``, ``sample_shape`` being ``(*spatial, channels)``.
       features: ``(variables, x, *, train, mask) -> (features, batch_stats)``. ``x`` is float
-        ``[B, *spatial, channels]``; ``variables`` need hold no head. With ``train`` a batch is normalised
-        by its own statistics, over the examples where ``mask`` (``[B]`` boolean or None) is true, and the
-        updated running statistics come back; without, by the running ones, which come back unchanged.
+        ``[B, *spatial, channels]``; ``variables`` need hold no head. With ``train`` a batch is
+        normalised by its own statistics, over the examples where ``mask`` (``[B]`` boolean or None)
+        is true, and the updated running statistics come back; without, by the running ones, which
+        come back unchanged.
       head: ``(head_params, features) -> logits``.
     """
 

@@ -1,5 +1,7 @@
 """CIFAR-style residual networks: ResNet-20, 32, 44, 56, 110."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,7 +9,7 @@ from flax import linen as nn
 from fedhelp_jax.models.layers import BatchNorm, Conv, draw_variables, he_normal
 from fedhelp_jax.models.model import Model, Variables
 
-RESNET_DEPTHS = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56, 110)}
+RESNET_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 _WIDTHS = (16, 32, 64)
 
 
@@ -20,6 +22,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+        """Applies the layer."""
         y = Conv(self.features, stride=self.stride, name="conv1")(x)
         y = nn.relu(BatchNorm(name="bn1")(y, train=self.train, mask=mask))
         y = Conv(self.features, name="conv2")(y)
@@ -32,7 +35,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """A first block that may change the shape, then identical ones, scanned so as to compile once."""
+    """A first block that may change the shape, then identical ones, scanned to compile once."""
 
     features: int
     stride: int
@@ -41,13 +44,14 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Applies the layer."""
         x, _ = Block(self.features, self.stride, self.train, name="first")(x, mask)
         if self.blocks > 1:
             scanned = nn.scan(
                 Block,
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=cast(int, nn.broadcast),  # flax's annotation forgets its own constant
                 length=self.blocks - 1,
             )
             x, _ = scanned(self.features, 1, self.train, name="rest")(x, mask)
@@ -62,6 +66,7 @@ class ResNetFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Applies the layer."""
         x = jnp.transpose(x, (3, 0, 1, 2))
         x = Stem(self.train, name="stem")(x, mask)
         for i, width in enumerate(_WIDTHS):
@@ -77,6 +82,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Applies the layer."""
         x = Conv(_WIDTHS[0], name="conv")(x)
         return nn.relu(BatchNorm(name="bn")(x, train=self.train, mask=mask))
 
@@ -84,8 +90,9 @@ class Stem(nn.Module):
 def resnet(depth: int, num_classes: int) -> Model:
     """A CIFAR ResNet of ``depth = 6 n + 2`` layers (He et al., arXiv:1512.03385, sec. 4.2).
 
-    Option-A shortcuts, He initialisation, PyTorch's batch normalisation. Blocks of a stage after the
-    first have their variables stacked on a leading axis (``params["features"]["stage1"]["rest"]``).
+    Option-A shortcuts, He initialisation, PyTorch's batch normalisation. Blocks of a stage after
+    the first have their variables stacked on a leading axis
+    (``params["features"]["stage1"]["rest"]``).
 
     Args:
       depth: 20, 32, 44, 56, 110 or any other ``6 n + 2``.
@@ -113,7 +120,9 @@ def resnet(depth: int, num_classes: int) -> Model:
             "batch_stats": variables["batch_stats"],
         }
 
-    def features(variables, x, *, train, mask=None):
+    def features(
+        variables: Variables, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> Any:
         collections = {
             "params": variables["params"]["features"],
             "batch_stats": variables["batch_stats"],

@@ -1,4 +1,4 @@
-"""What a run came to, as plain numbers: group means, the rows of ``clients.csv``, ``summary.json``."""
+"""What a run came to, as plain numbers: for ``clients.csv`` and ``summary.json``."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,12 @@ def group_summary(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Means of one metric by role, the worst small client, and the gap between the roles.
 
     Args:
-      values: Per role, one value per client; NaN where a client has none, which then counts nowhere.
+      values: Per role, one value per client; NaN where a client has none, which then counts
+        nowhere.
 
     Returns:
-      ``small_mean``, ``large_mean``, ``worst_small`` and ``gap = large_mean - small_mean``; NaN where no
-      client has a value.
+      ``small_mean``, ``large_mean``, ``worst_small`` and ``gap = large_mean - small_mean``; NaN
+      where no client has a value.
 
     Example:
       >>> group_summary({"small": [0.25, 0.75], "large": [1.0]})

@@ -1,4 +1,4 @@
-"""A foundation model's answers: a file of logits, joined to public images by what the images are."""
+"""A foundation model's answers: a file of logits, joined to public images by their hash."""
 
 import zipfile
 from pathlib import Path
@@ -41,8 +41,8 @@ def load_answers(path: Path) -> Answers:
     """Reads and checks a file of answers.
 
     Raises:
-      UserError: If the file is missing or unreadable, or its logits are not finite floats ``[M, F]``
-        with one hash per row and one label name per column.
+      UserError: If the file is missing or unreadable, or its logits are not finite floats ``[M,
+        F]`` with one hash per row and one label name per column.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -70,7 +70,9 @@ def load_answers(path: Path) -> Answers:
             f"teacher.path: logits in {path} must be finite; {bad.size} rows are not, the first is "
             f"row {bad[0]}"
         )
-    return Answers(logits.astype(np.float32), _text(sha256), _text(label_names), _text(fingerprint)[0])
+    return Answers(
+        logits.astype(np.float32), _text(sha256), _text(label_names), _text(fingerprint)[0]
+    )
 
 
 def join_answers(answers: Answers, public: PublicDataset) -> np.ndarray:
@@ -86,8 +88,8 @@ def join_answers(answers: Answers, public: PublicDataset) -> np.ndarray:
     missing = [sha for sha in public.sha256 if sha not in rows]
     if missing:
         raise UserError(
-            f"teacher.path: {len(missing)} of the {len(public.sha256)} images of {public.name} have "
-            f"no answer, the first has sha256 {missing[0]}; the file must answer all of them"
+            f"teacher.path: {len(missing)} of the {len(public.sha256)} images of {public.name} "
+            f"have no answer, the first has sha256 {missing[0]}; the file must answer all of them"
         )
     return answers.logits[[rows[sha] for sha in public.sha256]]
 

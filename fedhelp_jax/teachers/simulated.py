@@ -1,4 +1,4 @@
-"""A simulated foundation model, for synthetic public images. It knows their labels; nothing real does."""
+"""A simulated foundation model for synthetic public images; it knows their labels."""
 
 import numpy as np
 
@@ -12,8 +12,8 @@ _LEAD = 2.0
 def simulate_answers(public: PublicDataset, accuracy: float) -> Answers:
     """Logits that name the true class with probability ``accuracy``, else another one.
 
-    ``z ~ N(0, 1)`` per class, and the named class leads the rest by ``2 + |N(0, 1)|``. The draws depend on
-    the image alone, so the same image gets the same answer in every run.
+    ``z ~ N(0, 1)`` per class, and the named class leads the rest by ``2 + |N(0, 1)|``. The draws
+    depend on the image alone, so the same image gets the same answer in every run.
 
     Args:
       public: Public images with labels.

@@ -1,0 +1,124 @@
+"""Convolutions against XLA's, normalisation against its formula, the shape of networks."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from fedhelp_jax.models import layers
+from fedhelp_jax.models.conv import conv
+from fedhelp_jax.models.model import apply_model
+from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
+
+
+def xla_conv(x, kernel, stride):
+    """The same correlation by XLA, on our channels-first layout."""
+    rank = x.ndim - 2
+    letters = "DHW"[-rank:]
+    pad = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride,) * rank,
+        padding=[(pad, pad)] * rank,
+        dimension_numbers=("CN" + letters, letters + "IO", "CN" + letters),
+    )
+
+
+CASES = [
+    (spatial, size, stride)
+    for spatial, size, stride in itertools.product(
+        [(9,), (8, 8), (7, 10), (5, 6, 4)], [1, 3, 5], [1, 2, 3]
+    )
+]
+
+
+@pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
+def test_conv_equals_xla_in_value_and_both_gradients(spatial, size, stride):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, 2, *spatial))
+    kernel = jax.random.normal(keys[1], (*(size,) * len(spatial), 3, 4))
+    ours, pull = jax.vjp(lambda x, k: conv(x, k, stride), x, kernel)
+    theirs, reference_pull = jax.vjp(lambda x, k: xla_conv(x, k, stride), x, kernel)
+    cotangent = jax.random.normal(keys[2], theirs.shape)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    for got, wanted in zip(pull(cotangent), reference_pull(cotangent), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-4)
+
+
+def test_patches_for_accelerators_equal_those_for_cpu(monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (3, 2, 6, 7))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    on_cpu = conv(x, kernel, 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(conv(x, kernel, 2), on_cpu)
+
+
+def test_conv_over_stacked_clients_equals_one_by_one():
+    x = jax.random.normal(jax.random.key(0), (5, 3, 2, 6, 6))
+    kernels = jax.random.normal(jax.random.key(1), (5, 3, 3, 3, 4))
+    together = jax.vmap(conv)(x, kernels)
+    for i in range(5):
+        np.testing.assert_allclose(together[i], conv(x[i], kernels[i]), rtol=1e-5, atol=1e-5)
+
+
+def test_normalize_is_differentiated_as_autodiff_would():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2, 2)) * 3 + 1
+    mask = jnp.array([True, True, False, True, True])
+    weights = jax.random.normal(jax.random.key(1), x.shape)
+
+    def plain(x):
+        weight = mask.astype(x.dtype)[None, :, None, None]
+        count = jnp.sum(mask) * 4
+        mean = jnp.sum(x * weight, (1, 2, 3), keepdims=True) / count
+        var = jnp.sum((x - mean) ** 2 * weight, (1, 2, 3), keepdims=True) / count
+        return (x - mean) / jnp.sqrt(var + 1e-5)
+
+    got = jax.grad(lambda x: jnp.sum(layers.normalize(x, mask, 1e-5)[0] * weights))(x)
+    wanted = jax.grad(lambda x: jnp.sum(plain(x) * weights))(x)
+    np.testing.assert_allclose(layers.normalize(x, mask, 1e-5)[0], plain(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_depth_is_the_number_of_layers_with_weights():
+    for depth in RESNET_DEPTHS.values():
+        shapes = jax.eval_shape(lambda d=depth: resnet(d, 8).init(jax.random.key(0), (32, 32, 3)))
+        stacked = 0
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
+            if path[-1].key == "kernel":
+                blocks = any(entry.key == layers.STACKED for entry in path)
+                stacked += leaf.shape[0] if blocks else 1
+        assert stacked == depth
+
+
+@pytest.mark.parametrize("depth", [0, 2, 19, 21])
+def test_another_depth_is_refused(depth):
+    with pytest.raises(ValueError, match="6 n \\+ 2"):
+        resnet(depth, 8)
+
+
+def test_he_initialisation():
+    variables = jax.jit(resnet(20, 10).init, static_argnums=1)(jax.random.key(0), (32, 32, 3))
+    features = variables["params"]["features"]
+    for kernel, fan_in in [
+        (features["stage3"]["rest"]["conv1"]["kernel"], 9 * 64),
+        (features["stage2"]["first"]["conv1"]["kernel"], 9 * 16),
+        (variables["params"]["head"]["kernel"], 64),
+    ]:
+        assert np.std(kernel) == pytest.approx(np.sqrt(2 / fan_in), rel=0.1)
+        assert abs(np.mean(kernel)) < 0.1 * np.sqrt(2 / fan_in)
+    # Blocks that are stacked start differently.
+    rest = features["stage1"]["rest"]["conv1"]["kernel"]
+    assert np.abs(rest[0] - rest[1]).max() > 0.01
+
+
+def test_any_image_size_and_evaluation_mode_leave_the_statistics_alone():
+    model = resnet(8, 5)
+    variables = model.init(jax.random.key(0), (9, 13, 3))
+    x = jax.random.normal(jax.random.key(1), (2, 9, 13, 3))
+    logits, stats = apply_model(model, variables, x)
+    assert logits.shape == (2, 5)
+    jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
