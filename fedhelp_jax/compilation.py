@@ -20,7 +20,9 @@ class _Counter:
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.totals = CompileTotals(self.totals.programs + 1, self.totals.seconds + duration_secs)
+            self.totals = CompileTotals(
+                self.totals.programs + 1, self.totals.seconds + duration_secs
+            )
 
 
 @functools.cache

@@ -126,7 +126,7 @@ def _run_rounds(
             row: dict[str, Any] = {"round": round + 1, **_round_losses(experiment, info)}
             last = round + 1 == config.rounds
             if last or (round + 1) % config.evaluate_every == 0:
-                results = _host(simulation.evaluate(state, "validation"))
+                results = simulation.evaluate(state, "validation")
                 row |= {"split": "validation", "metric": metric}
                 row |= group_summary(headline(results, metric))
             jax.block_until_ready(state)
@@ -147,7 +147,7 @@ def _run_rounds(
 def _finish(experiment: Experiment, workdir: Path, state: RunState) -> dict[str, Any]:
     started, compiled = time.perf_counter(), compile_totals()
     simulation, config = experiment.simulation, experiment.config
-    results = {split: _host(simulation.evaluate(state, split)) for split in ("validation", "test")}
+    results = {split: simulation.evaluate(state, split) for split in ("validation", "test")}
     names = {group.role: group.names for group in simulation.groups}
     files.write_clients_csv(workdir / _CLIENTS, client_rows(names, results))
     rows = files.read_metrics(workdir / _METRICS)

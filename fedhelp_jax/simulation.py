@@ -151,14 +151,21 @@ class Simulation:
           split: "train", "validation" or "test".
 
         Returns:
-          ``{role: {model name: {metric: [K]}}}``.
+          ``{role: {model name: {metric: [K]}}}`` on the host, the headline model of a role first.
         """
         tables = {g.role: self.federation.groups[g.role][split] for g in self.groups}
         rows = {
             role: evaluate(state.clients[role], state.server, self.federation.pool, tables[role])
             for role, evaluate in self._evaluate.items()
         }
-        return {g.role: _first(rows[g.role], len(g.names)) for g in self.groups}
+        # By the method's own order, whose first model is the headline; JAX sorts a dict by its keys.
+        return {
+            g.role: {
+                name: _first(rows[g.role][name], len(g.names))
+                for name in self.algorithm.clients[g.role].models
+            }
+            for g in self.groups
+        }
 
     def payload_bytes(self) -> dict[str, tuple[int, int]]:
         """Per role, what one client sends and receives in a round, in bytes ``(up, down)``."""

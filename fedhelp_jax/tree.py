@@ -19,7 +19,7 @@ def weighted_mean(trees: Sequence[Any], weights: Sequence[jax.Array]) -> Any:
     Returns:
       A tree of the same structure without the leading axis.
     """
-    chex.assert_trees_all_equal_structs(*trees)
+    chex.assert_trees_all_equal_structs(trees[0], *trees)  # chex refuses a single tree
     for tree, w in zip(trees, weights, strict=True):
         chex.assert_tree_shape_prefix(tree, w.shape)
     total = jnp.sum(jnp.concatenate(weights))
