@@ -58,6 +58,6 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.roles.large = (
             "centre_1",
             "centre_2",
-        )  # the cap leaves their size no longer the largest
+        )  # the cap makes others as large
         config.model.large = "resnet32"
     return config

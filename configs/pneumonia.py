@@ -5,7 +5,11 @@ The images are MedMNIST's 28x28 ones (Yang et al., Scientific Data 2023) rather 
 PathMNIST with stored answers of a MobileNetV2 replaces the public set and the foundation model.
 
     export FEDHELP_DATA_DIR=/path/to/data
-    fedhelp train --config=configs/pneumonia.py --workdir=runs/pneumonia
+    fedhelp train --config=configs/pneumonia.py --workdir=runs/pneumonia          # a GPU
+    fedhelp train --config=configs/pneumonia.py:cpu --workdir=runs/pneumonia_cpu  # two CPU cores
+
+`:cpu` is smaller: ResNet-32 as the large model, at most 400 training images a client, batches of
+16, 8 rounds.
 
 Files, under FEDHELP_DATA_DIR or by --config.data.dir and --config.public.path:
 `pneumoniamnist_rebuilt.npz`, or MedMNIST's own `pneumoniamnist.npz`, and `pathmnist_1000_clip.npz`
@@ -21,8 +25,10 @@ from ml_collections import config_dict
 from fedhelp_jax.config import default_config
 
 
-def get_config() -> config_dict.ConfigDict:
-    """Returns the settings."""
+def get_config(scale: str = "paper") -> config_dict.ConfigDict:
+    """Returns the settings; `scale` is "paper" or "cpu"."""
+    if scale not in ("paper", "cpu"):
+        raise ValueError(f"{scale!r} must be paper or cpu")
     config = default_config()
     config.data.name = "medmnist"
     config.data.image_size = 28
@@ -41,4 +47,12 @@ def get_config() -> config_dict.ConfigDict:
     config.roles.top_n = 2
     config.model.small = "resnet20"
     config.model.large = "resnet110"
+
+    if scale == "cpu":
+        config.rounds = 8
+        config.batch_size = 16
+        config.public_batch_size = 16
+        config.data.max_train = 400
+        config.roles.large = ("client_0", "client_1")  # the cap makes others as large
+        config.model.large = "resnet32"
     return config
