@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
-
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
 from fedhelp_jax.client import adam_l2
@@ -89,7 +87,7 @@ def _answers(config: RunConfig, public: PublicDataset) -> Answers | None:
 
 
 def _public_spec(public: PublicDataset, answers: Answers | None) -> PublicSpec:
-    labels = None if public.labels is None else len(public.label_names or np.unique(public.labels))
+    labels = None if public.label_names is None else len(public.label_names)
     return PublicSpec(
         num_labels=labels,
         num_answers=None if answers is None else len(answers.label_names),

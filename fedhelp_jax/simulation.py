@@ -125,9 +125,10 @@ class Simulation:
         Returns:
           The state after it and what it reports.
         """
+        # The round as a NumPy scalar: to make it jax's would be a dispatch of its own.
         trained = {
             role: train(
-                state.clients[role], state.server, self.run_key, jnp.int32(round), self.federation
+                state.clients[role], state.server, self.run_key, np.int32(round), self.federation
             )
             for role, train in self._train.items()
         }
@@ -158,7 +159,7 @@ class Simulation:
             role: evaluate(state.clients[role], state.server, self.federation.pool, tables[role])
             for role, evaluate in self._evaluate.items()
         }
-        # By the method's own order, whose first model is the headline; JAX sorts a dict by its keys.
+        # In the method's own order, the headline model first; JAX sorts a dict by its keys.
         return {
             g.role: {
                 name: _first(rows[g.role][name], len(g.names))
@@ -184,7 +185,7 @@ class Simulation:
             state.clients[group.role],
             state.server,
             self.run_key,
-            jnp.int32(0),
+            np.int32(0),
             self.federation,
         )
 

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-# {role: {model: {metric: [one value per client]}}}, as a simulation evaluates.
-Results = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+# {role: {model: {metric: one value per client}}}, as a simulation evaluates; any kind of array.
+Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 _PACKAGES = ("fedhelp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def group_summary(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def group_summary(values: Mapping[str, Any]) -> dict[str, float]:
     """Means of one metric by role, the worst small client, and the gap between the roles.
 
     Args:
@@ -26,8 +26,8 @@ def group_summary(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
       >>> group_summary({"small": [0.25, 0.75], "large": [1.0]})
       {'small_mean': 0.5, 'large_mean': 1.0, 'worst_small': 0.25, 'gap': 0.5}
     """
-    small = [v for v in values.get("small", ()) if not math.isnan(v)]
-    large = [v for v in values.get("large", ()) if not math.isnan(v)]
+    small = [float(v) for v in values.get("small", ()) if not math.isnan(v)]
+    large = [float(v) for v in values.get("large", ()) if not math.isnan(v)]
     small_mean, large_mean = _mean(small), _mean(large)
     return {
         "small_mean": small_mean,
@@ -37,7 +37,7 @@ def group_summary(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     }
 
 
-def headline(results: Results, metric: str) -> dict[str, Sequence[float]]:
+def headline(results: Results, metric: str) -> dict[str, Any]:
     """The named metric of each role's first model, which is the one it deploys."""
     return {role: next(iter(models.values()))[metric] for role, models in results.items()}
 
