@@ -15,7 +15,8 @@ Files, under FEDHELP_DATA_DIR or by --config.data.dir and --config.public.path:
 `pneumoniamnist_rebuilt.npz`, or MedMNIST's own `pneumoniamnist.npz`, and `pathmnist_1000_clip.npz`
 (public images). The answers, `answers/pathmnist_mobilenet_v2.npz`, are computed once.
 
-Measured: (to be filled in)
+Measured, `:cpu` on two cores of a busy machine, one seed: FedHelp 4.5 minutes, balanced accuracy
+0.847 of small clients (worst 0.750), 0.801 of large ones. The paper's scale: not measured.
 """
 
 import os

@@ -17,12 +17,12 @@ from fedhelp_jax.config import default_config
 def get_config() -> config_dict.ConfigDict:
     """Returns the settings of the demo."""
     config = default_config()
-    config.rounds = 6
+    config.rounds = 4
     config.batch_size = 8
     config.public_batch_size = 8
 
     config.data.name = "phantoms"
-    config.data.num_examples = 800
+    config.data.num_examples = 600
     config.data.image_size = 24
     config.data.fractions = (0.60, 0.20, 0.08, 0.06, 0.04, 0.02)
     config.public.name = "phantoms"

@@ -94,6 +94,9 @@ def run_epochs(
     Returns:
       ``(carry, info)``, ``info`` averaged over the examples seen; zeros for a client without any.
     """
+    # Traced once, though it is asked for its shapes and then made a loop's body: for deep networks
+    # tracing takes as long as compiling.
+    step = jax.jit(step)
     steps = (data.size + batch_size - 1) // batch_size
     length = data.index.shape[0]
     # A slice that reached past the end would silently be moved back.
@@ -165,6 +168,7 @@ def predict(
     length = index.shape[0]
     padded = jnp.pad(index, (0, -length % batch_size))
 
+    @jax.jit  # traced once, for its shape and as the body of a loop
     def logits_at(start: jax.Array | int) -> jax.Array:
         batch = lax.dynamic_slice_in_dim(padded, start, batch_size)
         return apply_model(model, variables, normalize_images(pool.images[batch]))[0]
@@ -173,7 +177,7 @@ def predict(
         start = i * batch_size
         return lax.dynamic_update_slice_in_dim(out, logits_at(start), start, axis=0)
 
-    shape = jax.eval_shape(logits_at, 0)
+    shape = jax.eval_shape(logits_at, jnp.int32(0))
     out = jnp.zeros((padded.shape[0], *shape.shape[1:]), shape.dtype)
     out = lax.fori_loop(0, (size + batch_size - 1) // batch_size, one_batch, out)
     return out[:length]

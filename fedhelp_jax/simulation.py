@@ -113,7 +113,7 @@ class Simulation:
 
     def state_shapes(self) -> RunState:
         """The shapes of :meth:`init`'s state, without computing it."""
-        return jax.eval_shape(self._init_fn, self.run_key)
+        return self._init.eval_shape(self.run_key)
 
     def round(self, state: RunState, round: int) -> tuple[RunState, RoundInfo]:
         """One round: every group trains, then the server aggregates. ``state`` is consumed.
@@ -180,12 +180,12 @@ class Simulation:
 
     def train_shapes(self, group: Group, state: RunState) -> Trained:
         """Shapes of all that a group's training phase returns, without running it."""
-        return jax.eval_shape(
-            functools.partial(self._train_fn, group),
+        # By the compiled function, which has been traced already when a run asks.
+        return self._train[group.role].eval_shape(
             state.clients[group.role],
             state.server,
             self.run_key,
-            np.int32(0),
+            jnp.int32(0),
             self.federation,
         )
 

@@ -102,16 +102,28 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path, changes, words):
         assert word in message
 
 
-@pytest.mark.parametrize("content", [None, b"", b"logits,sha256\n", b"PK\x03\x04 cut off", "half"])
+@pytest.mark.parametrize("content", [b"", b"logits,sha256\n", b"PK\x03\x04 cut off"])
 def test_files_that_are_no_npz(tmp_path, content):
+    (tmp_path / "a.npz").write_bytes(content)
+    assert "is no readable .npz file" in refusal(tmp_path / "a.npz")
+
+
+def test_damaged_files(tmp_path, answers):
+    """Cut off, or with bytes flipped somewhere in the compressed logits."""
     path = tmp_path / "a.npz"
-    if content == "half":
-        whole = stored(path, logits=np.random.default_rng(0).normal(size=(3, 2))).read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-    elif content is not None:
+    save_answers(path, answers)
+    whole = path.read_bytes()
+    damaged = [whole[: len(whole) // 2]]
+    for start in (60, 100, 150, 200):
+        flipped = bytes(255 - byte for byte in whole[start : start + 4])
+        damaged.append(whole[:start] + flipped + whole[start + 4 :])
+    for content in damaged:
         path.write_bytes(content)
-    message = refusal(path)
-    assert "there is no file" in message or "is no readable .npz file" in message
+        assert "is no readable .npz file" in refusal(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "there is no file" in refusal(tmp_path / "a.npz")
 
 
 def test_a_single_array_is_no_file_of_answers(tmp_path):
@@ -193,5 +205,7 @@ def test_a_simulated_teacher_of_one_class_has_nothing_to_get_wrong(public):
 
 
 def test_a_simulated_teacher_needs_labels(public):
-    with pytest.raises(UserError, match="^teacher.name: .*tiny_public has none; use stored answers"):
+    with pytest.raises(
+        UserError, match="^teacher.name: .*tiny_public has none; use stored answers"
+    ):
         simulate_answers(public._replace(labels=None, label_names=None), 0.85)

@@ -1,6 +1,7 @@
 """A foundation model's answers: a file of logits, joined to public images by their hash."""
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from fedhelp_jax.data.types import PublicDataset
 from fedhelp_jax.errors import UserError
+
+_ARRAYS = ("logits", "sha256", "label_names", "fingerprint")
 
 
 class Answers(NamedTuple):
@@ -45,14 +48,18 @@ def load_answers(path: Path) -> Answers:
         F]`` with one hash per row and one label name per column.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            logits, sha256 = file["logits"], file["sha256"]
-            label_names, fingerprint = file["label_names"], file["fingerprint"]
-    except KeyError as error:
-        raise UserError(f"teacher.path: {path} lacks the array {error.args[0]!r}") from None
+        # Opened here: np.load leaves a damaged file open.
+        with path.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            missing = [name for name in _ARRAYS if name not in stored.files]
+            if missing:
+                raise UserError(f"teacher.path: {path} lacks the array {missing[0]!r}")
+            logits, sha256, label_names, fingerprint = (stored[name] for name in _ARRAYS)
     except FileNotFoundError:
         raise UserError(f"teacher.path: there is no file {path}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"teacher.path: {path} is no readable .npz file ({error})") from None
     if logits.ndim != 2 or not np.issubdtype(logits.dtype, np.floating):
         raise UserError(

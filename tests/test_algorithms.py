@@ -1,0 +1,204 @@
+"""What every method must do: one set of tests for all entries of ``ALGORITHMS``."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    PUBLIC,
+    assert_trees_equal,
+    build,
+    on_host,
+    row,
+    simulate,
+    tiny_federation,
+    tiny_public,
+    tiny_setup,
+)
+
+from fedhelp_jax.algorithms import ALGORITHMS
+from fedhelp_jax.checkpoint import Checkpointer
+from fedhelp_jax.client import adam_l2
+from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.models.model import apply_model
+from fedhelp_jax.tree import num_bytes
+
+ROUNDS, RESUMED = 4, 2
+DEVICES = min(2, len(jax.devices()))
+
+every_method = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+def make(name):
+    """A method as a run would build it, over two devices where there are two."""
+    uses_public = ALGORITHMS[name].uses_public
+    setup = tiny_setup(tx=adam_l2(1e-3, 1e-4), public=PUBLIC if uses_public else None)
+    data = tiny_federation(public=tiny_public() if uses_public else None)
+    return simulate(build(name, setup), data, num_devices=DEVICES)
+
+
+class Run:
+    """Some rounds of a method with an evaluation after each, and all that can be told of them."""
+
+    def __init__(self, name):
+        jax.clear_caches()  # so that whatever is dispatched in the first round compiles in it
+        self.simulation = simulation = make(name)
+        self.calls, self.compiled = [], []
+        self.states, self.infos, self.results = [], [], []
+        programs: Any = simulation  # not the types of JAX that it holds
+        for phases, phase in ((programs._train, "train"), (programs._evaluate, "evaluate")):
+            for role, program in list(phases.items()):
+                phases[role] = self._counted(f"{phase} {role}", program)
+        programs._aggregate = self._counted("aggregate", programs._aggregate)
+        state = simulation.init()
+        self.first = on_host(state)
+        for round in range(ROUNDS):
+            self.calls.append([])
+            before = compile_totals().programs
+            state, info = simulation.round(state, round)
+            results = {split: simulation.evaluate(state, split) for split in ("validation", "test")}
+            self.compiled.append(compile_totals().programs - before)
+            self.states.append(on_host(state))
+            self.infos.append(on_host(info))
+            self.results.append(results)
+
+    def _counted(self, what, program):
+        def call(*arguments):
+            self.calls[-1].append(what)
+            return program(*arguments)
+
+        return call
+
+
+@functools.cache
+def run_of(name):
+    compile_totals()
+    return Run(name)
+
+
+@every_method
+def test_states_are_finite_and_change(name):
+    run = run_of(name)
+    for state in run.states:
+        leaves = jax.tree.leaves(state)
+        assert leaves
+        assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert jax.tree.structure(run.states[-1]) == jax.tree.structure(run.first)
+    for role, clients in run.first.clients.items():
+        changed = jax.tree.map(
+            lambda a, b: not np.array_equal(a, b), clients, run.states[0].clients[role]
+        )
+        assert any(jax.tree.leaves(changed))
+
+
+@every_method
+def test_every_client_reports_its_loss(name):
+    run = run_of(name)
+    for info in run.infos:
+        for group in run.simulation.groups:
+            loss = info.info[group.role]["loss"]
+            present = info.participants[group.role] < len(group.names)
+            assert present.sum() == len(group.names)
+            assert np.isfinite(loss).all() and (loss[present] > 0).all()
+
+
+@every_method
+def test_what_is_deployed_are_the_models_with_the_headline_first(name):
+    run, simulation = run_of(name), run_of(name).simulation
+    state, headlines = run.states[-1], {}
+    x = jnp.zeros((2, *tiny_setup().sample_shape))
+    for group in simulation.groups:
+        client = simulation.algorithm.clients[group.role]
+        download = simulation.algorithm.download(state.server)
+        deployed = client.deploy(download, row(state.clients[group.role], 0))
+        assert set(deployed) == set(client.models)
+        for model_name, variables in deployed.items():
+            logits, _ = apply_model(client.models[model_name], variables, x)
+            assert logits.shape == (2, tiny_setup().num_classes)
+        for results in run.results[-1].values():
+            assert list(results[group.role]) == list(client.models)
+        headlines[group.role] = next(iter(run.results[-1]["test"][group.role]))
+    expected = {"fedavg": {"small": "global", "large": "global"}}
+    assert headlines == expected.get(name, {"small": "personal", "large": "large"})
+
+
+@every_method
+def test_nothing_compiles_after_the_first_round(name):
+    assert run_of(name).compiled[1:] == [0] * (ROUNDS - 1)
+
+
+@every_method
+def test_a_round_is_one_dispatch_per_group_and_phase(name):
+    """As many programs compile as are called, so nothing is dispatched besides them."""
+    run = run_of(name)
+    evaluated = ["evaluate large", "evaluate small"] * 2  # two splits, by one program
+    for calls in run.calls:
+        assert sorted(calls) == sorted(["aggregate", "train large", "train small", *evaluated])
+    assert run.compiled[0] == len(set(run.calls[0]))
+
+
+@every_method
+def test_what_comes_to_the_host_is_a_row_of_scalars_per_client(name):
+    simulation = make(name)
+    state = simulation.state_shapes()
+    for group in simulation.groups:
+        slots = -(-len(group.names) // DEVICES) * DEVICES
+        trained = simulation.train_shapes(group, state)
+        table = simulation.federation.groups[group.role]["validation"]
+        evaluated = jax.eval_shape(
+            simulation._evaluate[group.role],
+            state.clients[group.role],
+            state.server,
+            simulation.federation.pool,
+            table,
+        )
+        for leaf in jax.tree.leaves((trained.slot, trained.info, evaluated)):
+            assert leaf.shape == (slots,) and leaf.dtype.itemsize == 4
+        for model in run_of(name).results[0]["validation"][group.role].values():
+            for values in model.values():
+                assert isinstance(values, np.ndarray) and values.shape == (len(group.names),)
+
+
+@every_method
+def test_resumed_is_uninterrupted_bit_for_bit(name, tmp_path):
+    """A checkpoint of the state is all that a run needs to go on with."""
+    run = run_of(name)
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    checkpointer.save(RESUMED, run.states[RESUMED - 1], {})
+    checkpointer.close()
+    simulation = make(name)
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    found = checkpointer.restore_latest(simulation.state_shapes())
+    checkpointer.close()
+    assert found is not None
+    done, state, _ = found
+    state = jax.device_put(state, simulation.mapping.replicated)
+    for round in range(done, ROUNDS):
+        state, _ = simulation.round(state, round)
+    assert_trees_equal(on_host(state), run.states[-1])
+
+
+@every_method
+def test_only_small_models_travel(name):
+    """Bytes of one client a round; a round counter of 4 bytes may come with the broadcast."""
+    simulation = make(name)
+    model = tiny_setup().models["small"]
+    small = num_bytes(jax.eval_shape(lambda: model.init(jax.random.key(0), (8, 8, 3))))
+    expected = {
+        "fedhelp": (small, small + 4),
+        "fedavg": (small, small),
+        "local": (0, 0),
+    }
+    assert simulation.payload_bytes() == dict.fromkeys(("small", "large"), expected[name])
+
+
+def test_local_can_train_the_small_model_everywhere():
+    simulation = simulate(build("local", tiny_setup(), small_only=True), tiny_federation())
+    states = simulation.state_shapes().clients
+    models = {role: list(c.models) for role, c in simulation.algorithm.clients.items()}
+    assert models == {"small": ["personal"], "large": ["personal"]}
+    shapes = jax.tree.map(lambda leaf: leaf.shape[1:], states)
+    assert shapes["large"] == shapes["small"]

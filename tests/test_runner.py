@@ -1,0 +1,371 @@
+"""Runs from the command line: what they leave, how they go on, what stops them."""
+
+import csv
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from commands import fedhelp, read, refusal, train, train_command
+from helpers import assert_trees_equal, use_tiny_networks
+from jax.experimental.compilation_cache import compilation_cache
+
+from fedhelp_jax import config as config_lib
+from fedhelp_jax import experiment, mapping
+from fedhelp_jax.checkpoint import Checkpointer
+from fedhelp_jax.experiment import build_experiment
+from fedhelp_jax.models.resnet import resnet
+
+TESTS = Path(__file__).parent
+ROUNDS = 6
+# name -> (training, test images, role); the last one's validation is empty.
+CLIENTS = {
+    "client_0": (36, 13, "large"),
+    "client_1": (20, 8, "small"),
+    "client_2": (11, 4, "small"),
+    "client_3": (1, 1, "small"),
+}
+FIELDS = (
+    "algorithm dataset synthetic teacher seed rounds metric small_mean large_mean worst_small gap "
+    "evaluated per_client bytes_up_per_round bytes_down_per_round teacher_queries compile_s wall_s "
+    "versions"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_networks():
+    with pytest.MonkeyPatch.context() as patch:
+        use_tiny_networks(patch)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache_of_the_module(tmp_path_factory):
+    """The same run is compiled many times here."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield settings
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def stopped_run(workdir: Path, signal: str, where: str, round: int, environment=None):
+    """The result of a process that a signal hits in its run."""
+    script = [sys.executable, str(TESTS / "tiny_fedhelp.py"), signal, where, str(round)]
+    return subprocess.run(
+        [*script, *shlex.split(train_command(workdir))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | (environment or {}),
+    )
+
+
+def without_times(values: dict) -> dict:
+    return {k: v for k, v in values.items() if not k.endswith("_s") and k != "versions"}
+
+
+def last_state(workdir: Path):
+    run = build_experiment(config_lib.load(workdir / "config.json"))
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    found = checkpointer.restore_latest(run.simulation.state_shapes())
+    checkpointer.close()
+    assert found is not None
+    return found[:2]
+
+
+def assert_same_run(workdir: Path, expected: Path):
+    """As if it had never stopped: state bit for bit, files but for times, each round once."""
+    (done, state), (all_rounds, final) = last_state(workdir), last_state(expected)
+    assert done == all_rounds == ROUNDS
+    assert_trees_equal(state, final)
+    ours, theirs = read(workdir / "summary.json"), read(expected / "summary.json")
+    assert without_times(ours) == without_times(theirs)
+    rows = [without_times(row) for row in read(workdir / "metrics.jsonl")]
+    assert [row["round"] for row in rows] == list(range(1, ROUNDS + 1))
+    assert rows == [without_times(row) for row in read(expected / "metrics.jsonl")]
+    assert (workdir / "clients.csv").read_bytes() == (expected / "clients.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run to its end; not to be changed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert train(workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# --- what a run leaves ---
+
+
+def test_the_summary_says_what_was_run(finished):
+    summary = read(finished / "summary.json")
+    assert set(FIELDS) <= set(summary)
+    assert summary["algorithm"] == "fedhelp"
+    assert summary["synthetic"] is True
+    assert "phantom" in summary["dataset"]
+    assert summary["teacher"] == "simulated (accuracy 0.85)"
+    assert summary["teacher_queries"] == 12
+    assert (summary["seed"], summary["rounds"]) == (0, ROUNDS)
+    assert summary["evaluated"] == {"small": ["personal", "global"], "large": ["large", "global"]}
+    assert summary["program"]["devices"] == jax.device_count()
+    assert summary["wall_s"] > summary["compile_s"] > 0
+    assert summary["versions"]["jax"] == jax.__version__
+
+
+def test_the_summary_says_what_came_out(finished):
+    summary = read(finished / "summary.json")
+    assert summary["metric"] == "balanced_accuracy"
+    clients = {c["name"]: c for c in summary["per_client"]}
+    sizes = {name: (c["n_train"], c["n_test"], c["role"]) for name, c in clients.items()}
+    assert sizes == CLIENTS
+    deployed = {"small": "personal", "large": "large"}
+    scores = {"small": [], "large": []}
+    for client in clients.values():
+        assert client["model"] == deployed[client["role"]]
+        scores[client["role"]].append(client["metrics"]["balanced_accuracy"])
+    assert summary["small_mean"] == pytest.approx(np.mean(scores["small"]))
+    assert summary["worst_small"] == min(scores["small"])
+    assert summary["large_mean"] == pytest.approx(np.mean(scores["large"]))
+    assert summary["gap"] == pytest.approx(summary["large_mean"] - summary["small_mean"])
+
+
+def test_the_summary_counts_what_travels(finished):
+    """Small networks of 12 x 4 + 4 x 8 + 8 parameters and 8 statistics, and a counter downwards."""
+    summary = read(finished / "summary.json")
+    numbers = 12 * 4 + 4 * 8 + 8 + 8
+    assert summary["bytes_up_per_round"] == len(CLIENTS) * 4 * numbers
+    assert summary["bytes_down_per_round"] == len(CLIENTS) * 4 * (numbers + 1)
+
+
+def test_every_round_stands_in_metrics_once(finished):
+    rows = read(finished / "metrics.jsonl")
+    assert [row["round"] for row in rows] == list(range(1, ROUNDS + 1))
+    for row in rows:
+        assert math.isfinite(row["loss"]) and math.isfinite(row["small_mean"])
+        assert set(row["train"]) == {"small", "large"}
+        assert row["train"]["large"]["teacher_loss"] > 0
+        assert row["metric"] == "balanced_accuracy" and row["split"] == "validation"
+    assert rows[0]["compile_s"] > 0
+    assert [row["compile_s"] for row in rows[1:]] == [0] * (ROUNDS - 1)
+
+
+def test_clients_csv_has_every_value(finished):
+    with (finished / "clients.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    summary = read(finished / "summary.json")
+    metrics = summary["per_client"][0]["metrics"]
+    assert len(rows) == len(CLIENTS) * 2 * 2 * len(metrics)  # splits, models
+    values = {
+        tuple(row[k] for k in ("client", "model", "split", "metric")): row["value"] for row in rows
+    }
+    assert len(values) == len(rows)
+    for client in summary["per_client"]:
+        for metric, value in client["metrics"].items():
+            text = values[client["name"], client["model"], "test", metric]
+            assert text == ("" if value is None else str(value))
+
+
+def test_what_one_image_cannot_tell_is_null(finished):
+    """client_3 trains on one image, is tested on one, and has none to validate on."""
+    clients = {c["name"]: c for c in read(finished / "summary.json")["per_client"]}
+    metrics = clients["client_3"]["metrics"]
+    assert metrics["auroc"] is None
+    assert metrics["balanced_accuracy"] in (0.0, 1.0) and metrics["loss"] > 0
+    with (finished / "clients.csv").open(newline="") as file:
+        values = {
+            row["value"]
+            for row in csv.DictReader(file)
+            if (row["client"], row["split"]) == ("client_3", "validation")
+        }
+    assert values == {""}
+
+
+def test_config_json_holds_the_settings(finished):
+    config = config_lib.from_dict(read(finished / "config.json"))
+    assert (config.rounds, config.data.image_size, config.roles.top_n) == (ROUNDS, 8, 1)
+
+
+def test_evaluate_gives_the_summary_again(run, finished, capsys):
+    for name in ("summary.json", "clients.csv"):
+        (run / name).unlink()
+    assert fedhelp(f"evaluate --workdir={run}") == 0
+    assert "client_3" in capsys.readouterr().out
+    assert_same_run(run, finished)
+
+
+def test_a_finished_run_is_not_run_again(run, finished, capsys):
+    assert train(run) == 0
+    assert "round" not in capsys.readouterr().out.split("fedhelp on")[0]
+    assert_same_run(run, finished)
+
+
+def test_show_prints_it(finished, capsys):
+    assert fedhelp(f"show {finished}") == 0
+    out = capsys.readouterr().out
+    for word in ("fedhelp", "synthetic", "simulated"):
+        assert word in out
+
+
+# --- stopped and going on ---
+
+
+@pytest.mark.parametrize(
+    ("where", "round", "saved"), [("after-row", 3, ["2"]), ("before-sums", 4, ["2", "4"])]
+)
+def test_a_killed_run_goes_on_to_the_same_end(
+    finished, tmp_path, caplog, compilation_cache_of_the_module, where, round, saved
+):
+    """Killed between two checkpoints, and compiled anew; killed in the middle of saving one."""
+    workdir = tmp_path / "run"
+    environment = {}
+    if where == "before-sums":
+        environment = {k.upper(): str(v) for k, v in compilation_cache_of_the_module.items()}
+    result = stopped_run(workdir, "SIGKILL", where, round, environment)
+    assert result.returncode == -9, result.stderr
+    folders = sorted(p.name for p in (workdir / "checkpoints").iterdir())
+    assert folders == saved
+    assert len(read(workdir / "metrics.jsonl")) == round
+    assert not (workdir / "summary.json").exists()
+    assert train(workdir) == 0
+    assert f"going on after round 2 of {ROUNDS}" in caplog.text
+    assert ("was not saved to the end" in caplog.text) == (where == "before-sums")
+    assert_same_run(workdir, finished)
+
+
+def test_an_interrupted_run_is_saved_and_goes_on(
+    finished, tmp_path, capsys, caplog, compilation_cache_of_the_module
+):
+    workdir = tmp_path / "run"
+    environment = {k.upper(): str(v) for k, v in compilation_cache_of_the_module.items()}
+    result = stopped_run(workdir, "SIGINT", "after-row", 3, environment)
+    assert result.returncode == 130, result.stderr
+    assert f"stopped after round 3 of {ROUNDS}, saved in {workdir}" in result.stderr
+    assert "stopping after this round" in result.stderr and "Traceback" not in result.stderr
+    assert last_state(workdir)[0] == 3
+
+    message = refusal(capsys, fedhelp(f"evaluate --workdir={workdir}"))
+    assert f"stopped after round 3 of {ROUNDS}" in message and "train" in message
+    assert train(workdir) == 0
+    assert f"going on after round 3 of {ROUNDS}" in caplog.text
+    assert_same_run(workdir, finished)
+
+
+def test_a_corrupt_newest_checkpoint_is_passed_over(run, finished, capsys, caplog):
+    newest = run / "checkpoints" / str(ROUNDS)
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    message = refusal(capsys, fedhelp(f"evaluate --workdir={run}"))
+    assert f"stopped after round 4 of {ROUNDS}" in message
+    caplog.clear()
+    assert train(run) == 0
+    for word in (str(newest), "cannot be read", f"going on after round 4 of {ROUNDS}"):
+        assert word in caplog.text
+    assert_same_run(run, finished)
+
+
+# --- the folder of another run ---
+
+
+def test_another_configuration_is_refused_by_its_keys(run, finished, capsys):
+    rest = "--config.rounds=7 --config.algorithm.lambda_b=0.5"
+    message = refusal(capsys, train(run, rest))
+    for word in (str(run), "rounds: 6 -> 7", "algorithm.settings.lambda_b: 0.2 -> 0.5"):
+        assert word in message
+    assert "--overwrite" in message
+    assert_same_run(run, finished)
+
+
+def test_overwrite_begins_anew(run, capsys):
+    assert train(run, "--config.algorithm.name=local --config.rounds=1 --overwrite") == 0
+    assert [row["round"] for row in read(run / "metrics.jsonl")] == [1]
+    summary = read(run / "summary.json")
+    assert (summary["algorithm"], summary["rounds"]) == ("local", 1)
+    assert summary["teacher"] is None and summary["teacher_queries"] == 0
+    assert summary["bytes_up_per_round"] == summary["bytes_down_per_round"] == 0
+    assert summary["evaluated"] == {"small": ["personal"], "large": ["large"]}
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rounds", "all", ["config.json", "config.rounds"]),
+        ("roundz", 3, ["config.json", "config.roundz"]),
+        ("learning_rate", 0.5, ["config.json", "edited by hand"]),
+    ],
+)
+def test_a_config_edited_by_hand_is_refused(run, capsys, key, value, words):
+    """One that is still valid too: the checkpoints know the one that they belong to."""
+    path = run / "config.json"
+    path.write_text(json.dumps(read(path) | {key: value}))
+    message = refusal(capsys, fedhelp(f"evaluate --workdir={run}"))
+    for word in words:
+        assert word in message
+    message = refusal(capsys, train(run))
+    assert "config.json" in message or "learning_rate: 0.5 -> 0.001" in message
+    if key == "learning_rate":
+        assert "edited by hand" in refusal(capsys, train(run, "--config.learning_rate=0.5"))
+
+
+@pytest.mark.parametrize("difference", ["chunk_size", "devices"])
+def test_another_program_is_refused(run, capsys, monkeypatch, difference):
+    """What the settings leave to the machine, and the next machine may choose otherwise."""
+
+    def make_mapping(chunk_size):
+        if difference == "chunk_size":
+            return mapping.make_mapping(3)
+        return mapping.make_mapping(chunk_size, jax.device_count() - 1)
+
+    if difference == "devices" and jax.device_count() == 1:
+        pytest.skip("there is only one device")
+    monkeypatch.setattr(experiment, "make_mapping", make_mapping)
+    for again in (lambda: train(run), lambda: fedhelp(f"evaluate --workdir={run}")):
+        message = refusal(capsys, again())
+        assert difference in message and "same bits" in message
+
+
+# --- networks as they are ---
+
+
+def test_residual_networks_run_to_the_end_and_can_be_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "resnet", resnet)
+    """In a federation without large clients."""
+    rest = "--config.rounds=2 --config.data.fractions='(0.7,0.3)' --config.roles.top_n=0"
+    workdir = tmp_path / "run"
+    assert train(workdir, rest) == 0
+    rows = read(workdir / "metrics.jsonl")
+    assert [row["round"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert rows[1]["compile_s"] == 0
+    before = read(workdir / "summary.json")
+    assert 0 <= before["worst_small"] <= before["small_mean"] <= 1
+    assert before["large_mean"] is None and before["gap"] is None
+    assert before["evaluated"] == {"small": ["personal", "global"]}
+    # 269,722 parameters with a head of 10 classes, here of 8; 688 means and variances.
+    assert before["bytes_up_per_round"] == 2 * 4 * (269_722 - 2 * 65 + 2 * 688)
+    assert fedhelp(f"evaluate --workdir={workdir}") == 0
+    assert without_times(read(workdir / "summary.json")) == without_times(before)

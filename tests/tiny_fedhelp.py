@@ -1,0 +1,44 @@
+"""The command ``fedhelp`` with tiny networks for its ResNets, which stops itself where it is told.
+
+python tiny_fedhelp.py SIGNAL after-row|before-sums ROUND  train --config=... --workdir=...
+"""
+
+import os
+import signal
+import sys
+
+import pytest
+from helpers import use_tiny_networks
+
+from fedhelp_jax import checkpoint, cli
+from fedhelp_jax.report import files
+
+
+def main() -> int:
+    name, where, when, *arguments = sys.argv[1:]
+    number = signal.Signals[name]
+    with pytest.MonkeyPatch.context() as patch:
+        use_tiny_networks(patch)
+        if where == "after-row":
+            append = files.append_metrics
+
+            def append_then_stop(path, row):
+                append(path, row)
+                if row["round"] == int(when):
+                    os.kill(os.getpid(), number)
+
+            patch.setattr(files, "append_metrics", append_then_stop)
+        else:
+            write_sums = checkpoint._write_sums
+
+            def stop_then_write(folder):
+                if folder.name == when:
+                    os.kill(os.getpid(), number)
+                write_sums(folder)
+
+            patch.setattr(checkpoint, "_write_sums", stop_then_write)
+        return cli.main(["fedhelp", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
