@@ -115,9 +115,13 @@ def run_epochs(
 
         return lax.fori_loop(0, steps, one_step, state)
 
-    batch = jax.eval_shape(lambda: _gather(data, jnp.zeros(padded, int), 0, batch_size))
-    _, info = jax.eval_shape(step, carry, batch, jax.ShapeDtypeStruct((), jnp.int32))
-    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), info)
+    def first_step() -> Info:
+        # On the very arrays of the loop: shapes alone would be traced another time.
+        order = jnp.zeros_like(data.index, shape=(padded,))
+        zero = jnp.zeros_like(data.size)
+        return step(carry, _gather(data, order, zero, batch_size), zero)[1]
+
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(first_step))
     carry, sums = lax.fori_loop(0, local_epochs, one_epoch, (carry, sums))
     return carry, jax.tree.map(lambda s: s / jnp.maximum(data.size * local_epochs, 1), sums)
 
@@ -177,7 +181,7 @@ def predict(
         start = i * batch_size
         return lax.dynamic_update_slice_in_dim(out, logits_at(start), start, axis=0)
 
-    shape = jax.eval_shape(logits_at, jnp.int32(0))
+    shape = jax.eval_shape(lambda: logits_at(jnp.zeros_like(size)))
     out = jnp.zeros((padded.shape[0], *shape.shape[1:]), shape.dtype)
     out = lax.fori_loop(0, (size + batch_size - 1) // batch_size, one_batch, out)
     return out[:length]
