@@ -17,7 +17,7 @@ from fedhelp_jax.config import default_config
 def get_config() -> config_dict.ConfigDict:
     """Returns the settings of the demo."""
     config = default_config()
-    config.rounds = 4
+    config.rounds = 3
     config.batch_size = 8
     config.public_batch_size = 8
 
