@@ -28,12 +28,11 @@ from fedhelp_jax.config import default_config
 
 
 def get_config(scale: str = "paper") -> config_dict.ConfigDict:
-    """Returns the settings; `scale` is "paper" or "cpu"."""
+    """Returns the settings; `scale` is "paper" or "cpu". The defaults are the paper's."""
     if scale not in ("paper", "cpu"):
         raise ValueError(f"{scale!r} must be paper or cpu")
     config = default_config()
     config.data.name = "fed_isic2019"
-    config.data.split = "grouped"
     config.data.image_size = 64
     config.public.name = "npz"
     config.teacher.name = "stored"
@@ -43,13 +42,6 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.data.dir = os.path.join(folder, "ham10000_200x150.zip")
         config.data.split_csv = os.path.join(folder, "fed_isic2019_ham_split.csv")
         config.public.path = os.path.join(folder, "pathmnist_1000_clip.npz")
-
-    config.rounds = 50
-    config.batch_size = 4
-    config.public_batch_size = 4
-    config.roles.top_n = 2
-    config.model.small = "resnet20"
-    config.model.large = "resnet110"
 
     if scale == "cpu":
         config.rounds = 25

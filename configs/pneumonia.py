@@ -27,13 +27,12 @@ from fedhelp_jax.config import default_config
 
 
 def get_config(scale: str = "paper") -> config_dict.ConfigDict:
-    """Returns the settings; `scale` is "paper" or "cpu"."""
+    """Returns the settings; `scale` is "paper" or "cpu". The defaults are the paper's."""
     if scale not in ("paper", "cpu"):
         raise ValueError(f"{scale!r} must be paper or cpu")
     config = default_config()
     config.data.name = "medmnist"
     config.data.image_size = 28
-    config.data.fractions = (0.60, 0.20, 0.08, 0.06, 0.04, 0.02)
     config.public.name = "npz"
     config.teacher.name = "stored"
     config.teacher.path = "answers/pathmnist_mobilenet_v2.npz"
@@ -41,13 +40,6 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     if folder:
         config.data.dir = os.path.join(folder, "pneumoniamnist_rebuilt.npz")
         config.public.path = os.path.join(folder, "pathmnist_1000_clip.npz")
-
-    config.rounds = 50
-    config.batch_size = 4
-    config.public_batch_size = 4
-    config.roles.top_n = 2
-    config.model.small = "resnet20"
-    config.model.large = "resnet110"
 
     if scale == "cpu":
         config.rounds = 8

@@ -112,18 +112,9 @@ def distillation_loss(
       >>> print(distillation_loss(jnp.zeros((1, 2)), teacher).round(4))
       [0.1308]
     """
-    _check_temperature(temperature)
-    student_logits = _at_least_float32(student_logits)
-    teacher_logits = jax.lax.stop_gradient(_at_least_float32(teacher_logits))
-    _check_shape("teacher_logits", teacher_logits, student_logits.shape)
-    student_logits, where = _hide_masked(student_logits, where)
-    teacher_logits, _ = _hide_masked(teacher_logits, where)
-    student = jax.nn.log_softmax(student_logits / temperature)
-    teacher = jax.nn.log_softmax(teacher_logits / temperature)
-    probabilities = jnp.exp(teacher)
-    # 0 * (-inf - ...) would be NaN where a teacher's probability underflows to nothing.
-    terms = jnp.where(probabilities > 0, probabilities * (teacher - student), 0)
-    return jnp.where(where, temperature**2 * jnp.sum(terms, axis=-1), 0)
+    teacher_logits = jax.lax.stop_gradient(teacher_logits)
+    terms = _divergence_terms(student_logits, teacher_logits, temperature, where)
+    return temperature**2 * jnp.sum(terms, axis=-1)
 
 
 def ranking_distillation_loss(
@@ -294,6 +285,27 @@ def asymmetric_dual_distillation(
         large_loss=cross_entropy_loss(large_train_logits, labels, where=where)
         + lambda_b * backward,
     )
+
+
+def _divergence_terms(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    temperature: float | jax.Array,
+    where: jax.Array | None,
+) -> jax.Array:
+    """The ``[*B, C]`` summands of ``KL( softmax(teacher / T) || softmax(student / T) )``."""
+    _check_temperature(temperature)
+    student_logits = _at_least_float32(student_logits)
+    teacher_logits = _at_least_float32(teacher_logits)
+    _check_shape("teacher_logits", teacher_logits, student_logits.shape)
+    student_logits, where = _hide_masked(student_logits, where)
+    teacher_logits, _ = _hide_masked(teacher_logits, where)
+    student = jax.nn.log_softmax(student_logits / temperature)
+    teacher = jax.nn.log_softmax(teacher_logits / temperature)
+    probabilities = jnp.exp(teacher)
+    # 0 * (-inf - ...) would be NaN where a teacher's probability underflows to nothing.
+    terms = jnp.where(probabilities > 0, probabilities * (teacher - student), 0)
+    return jnp.where(where[..., None], terms, 0)
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from fedhelp_jax.losses import (
     _at_least_float32,
     _check_shape,
-    _check_temperature,
+    _divergence_terms,
     _hide_masked,
     cross_entropy_loss,
     ranking_distillation_loss,
@@ -116,17 +116,8 @@ def released_distillation_loss(
       >>> print(f"{float(released_distillation_loss(student, teacher)[0]):.4f}")
       0.0654
     """
-    _check_temperature(temperature)
-    student_logits = _at_least_float32(student_logits)
-    teacher_logits = _at_least_float32(teacher_logits)
-    _check_shape("teacher_logits", teacher_logits, student_logits.shape)
-    student_logits, where = _hide_masked(student_logits, where)
-    teacher_logits, _ = _hide_masked(teacher_logits, where)
-    student = jax.nn.log_softmax(student_logits / temperature)
-    teacher = jax.nn.log_softmax(teacher_logits / temperature)
-    probabilities = jnp.exp(teacher)
-    terms = jnp.where(probabilities > 0, probabilities * (teacher - student), 0)
-    return jnp.where(where, jnp.mean(terms, axis=-1), 0)
+    terms = _divergence_terms(student_logits, teacher_logits, temperature, where)
+    return jnp.mean(terms, axis=-1)
 
 
 def released_stored_logits_loss(

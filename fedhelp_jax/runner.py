@@ -198,14 +198,10 @@ def _round_losses(experiment: Experiment, info: RoundInfo) -> dict[str, Any]:
     details, losses = {}, []
     for group in experiment.simulation.groups:
         took_part = np.asarray(info.participants[group.role]) < len(group.names)
-        report = _host(info.info[group.role])
+        report = {name: np.asarray(v) for name, v in info.info[group.role].items()}
         details[group.role] = {name: float(v[took_part].mean()) for name, v in report.items()}
         losses.extend(report["loss"][took_part].tolist())
     return {"loss": float(np.mean(losses)), "train": details}
-
-
-def _host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
 
 
 def _program(experiment: Experiment) -> dict[str, Any]:

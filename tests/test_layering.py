@@ -10,7 +10,6 @@ import fedhelp_jax
 LAYERS: tuple[str, ...] = (
     "errors",
     "schema",
-    "typing",
     "tree",
     "random",
     "losses",
@@ -23,7 +22,6 @@ LAYERS: tuple[str, ...] = (
     "federation",
     "client",
     "mapping",
-    "aggregation",
     "algorithms",
     "simulation",
     "compilation",
