@@ -79,17 +79,18 @@ def load_fed_isic2019(
                 f"data.split_csv: {table} has no column lesion_id, which data.split=grouped "
                 f"needs; use data.split=official"
             )
-        rows = [row for row in rows if row.fold == "test" or row.lesion not in leaks]
     else:
         count = str(len(leaks)) if has_lesions else "an unknown number of"
         logger.warning("data.split=official: %s lesions have images in both train and test", count)
 
     centers = np.array([row.center for row in rows])
     is_test = np.array([row.fold == "test" for row in rows])
+    # Dropped images stay in the pool: they are a client's all the same, and kept from the public.
+    dropped = np.array([split == "grouped" and row.lesion in leaks for row in rows]) & ~is_test
     lesions = np.array([row.lesion for row in rows])
     clients = []
     for center in np.unique(centers).tolist():
-        train = np.flatnonzero((centers == center) & ~is_test)
+        train = np.flatnonzero((centers == center) & ~is_test & ~dropped)
         test = np.flatnonzero((centers == center) & is_test).astype(np.int32)
         if not len(train) or not len(test):
             # Said here rather than after decoding thousands of images.

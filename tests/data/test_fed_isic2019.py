@@ -80,14 +80,16 @@ def test_grouped_drops_lesions_of_the_test_fold(fixture):
     big, small = data.clients
     assert (big.name, small.name) == ("centre_1", "centre_4")
     # Of 28 training images four go: the partners of 0 and 2, and lesion 2 twice.
-    assert len(data.labels) == 42 - 4
+    assert sum(len(part) for client in data.clients for part in client[1:]) == 42 - 4
     assert (len(big.train), len(big.validation), len(big.test)) == (22, 2, 12)
     assert (len(small.train), len(small.validation), len(small.test)) == (1, 0, 1)
-    kept = [r for r in sorted(fixture.rows, key=lambda r: (r[2], r[0]))]
-    tested = {row[4] for row in kept if row[3] == "test" and row[4]}
-    kept = [row for row in kept if row[3] == "test" or row[4] not in tested]
-    assert [row[1] for row in kept] == data.labels.tolist()
-    sides = [{kept[i][4] for i in part} for part in big[1:]]
+    rows = sorted(fixture.rows, key=lambda r: (r[2], r[0]))
+    # All stay in the pool: dropped images are private too.
+    assert [row[1] for row in rows] == data.labels.tolist()
+    used = {i for client in data.clients for part in client[1:] for i in part.tolist()}
+    tested = {row[4] for row in rows if row[3] == "test" and row[4]}
+    assert used == {i for i, r in enumerate(rows) if r[3] == "test" or r[4] not in tested}
+    sides = [{rows[i][4] for i in part} for part in big[1:]]
     assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
 
 
