@@ -24,6 +24,7 @@ from fedhelp_jax.models.model import Model, Variables
 from fedhelp_jax.models.resnet import linear
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.task import classification
+from fedhelp_jax.teachers.foundation import PublicImages, clear_public
 
 SIZE, CLASSES, PUBLIC_CLASSES, ANSWERS = 8, 4, 5, 6
 BATCH, PUBLIC_BATCH = 4, 3
@@ -99,7 +100,14 @@ def tiny_public(num_examples: int = 10, seed: int = 1) -> PublicDataset:
     labels = rng.integers(0, PUBLIC_CLASSES, size=num_examples).astype(np.int32)
     names = tuple(f"p{i}" for i in range(PUBLIC_CLASSES))
     sha256 = tuple(image_sha256(image) for image in images)
-    return PublicDataset("tiny_public", True, images, labels, names, sha256)
+    return PublicDataset("tiny_public", True, images, labels, names, sha256, images)
+
+
+def public_images(images: np.ndarray) -> PublicImages:
+    """Images ``[B, H, W, C]``, or a list of such of any sizes, as a foundation model gets them."""
+    sha256 = tuple(image_sha256(image) for image in images)
+    public = tiny_public(len(sha256))._replace(sha256=sha256, originals=images)
+    return clear_public(public, tiny_dataset())
 
 
 def tiny_federation(

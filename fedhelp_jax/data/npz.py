@@ -187,6 +187,7 @@ def load_npz_public(path: str | None, num_examples: int | None, image_size: int)
         labels=labels,
         label_names=label_names,
         sha256=tuple(image_sha256(image) for image in images),
+        originals=images,
     )
 
 

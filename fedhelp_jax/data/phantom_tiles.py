@@ -64,6 +64,7 @@ def load_phantom_public(num_examples: int | None, image_size: int, seed: int) ->
         labels=labels,
         label_names=LABEL_NAMES,
         sha256=tuple(image_sha256(image) for image in images),
+        originals=images,
     )
 
 

@@ -1,6 +1,7 @@
 """What every data source returns, and the checks that all of it passes."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ class PublicDataset(NamedTuple):
         labels: int32 [P], or None where nobody labelled them.
         label_names: Name of each class, or None without labels.
         sha256: `image_sha256` of each image before resizing and before grey became RGB.
+        originals: Those images themselves, uint8 [H, W] or [H, W, channels] each; may be lazy.
     """
 
     name: str
@@ -55,6 +57,7 @@ class PublicDataset(NamedTuple):
     labels: np.ndarray | None
     label_names: tuple[str, ...] | None
     sha256: tuple[str, ...]
+    originals: Sequence[np.ndarray] | np.ndarray
 
 
 def image_sha256(image: np.ndarray) -> str:
