@@ -1,25 +1,32 @@
-"""A foundation model's answers: a file of logits, joined to public images by their hash."""
+"""A foundation model's answers: files of logits or embeddings, joined to images by their hash."""
 
+import hashlib
+import importlib
+import json
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from fedhelp_jax.data.types import PublicDataset
+from fedhelp_jax.data.npz import take_images
+from fedhelp_jax.data.types import PublicDataset, image_sha256
 from fedhelp_jax.errors import UserError
 
-_ARRAYS = ("logits", "sha256", "label_names", "fingerprint")
+_READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+_NOT_ANSWERS = ("sha256", "images", "label_names", "fingerprint")
 
 
 class Answers(NamedTuple):
     """What a foundation model said about some images.
 
     Attributes:
-      logits: float32 ``[M, F]`` over its own classes.
+      logits: float32 ``[M, F]`` over its own classes; ``[M, *spatial, F]`` of masks; embeddings
+        where there are no label names.
       sha256: ``[M]`` which image each row is about (:func:`fedhelp_jax.data.types.image_sha256`).
-      label_names: ``[F]`` its classes.
+      label_names: ``[F]`` its classes; empty for embeddings.
       fingerprint: Its name, version and preprocessing, for the record.
     """
 
@@ -29,64 +36,108 @@ class Answers(NamedTuple):
     fingerprint: str
 
 
+class _Stored(NamedTuple):
+    """What a file holds, unchecked; ``name`` is that of the array of answers."""
+
+    name: str
+    answers: np.ndarray
+    sha256: np.ndarray
+    label_names: np.ndarray
+    fingerprint: str
+
+
 def save_answers(path: Path, answers: Answers) -> None:
-    """Writes answers as a compressed ``.npz`` that :func:`load_answers` reads; no pickle."""
-    np.savez_compressed(
-        path,
-        logits=answers.logits,
-        sha256=np.array(answers.sha256),
-        label_names=np.array(answers.label_names),
-        fingerprint=np.array(answers.fingerprint),
-    )
+    """Writes answers as a file that :func:`load_answers` reads; no pickle.
+
+    Raises:
+      UserError: If the suffix is none of ``.npz``, ``.safetensors`` and ``.npy``.
+    """
+    name = "logits" if answers.label_names else "embeddings"
+    match path.suffix:
+        case ".npz":
+            arrays: dict[str, Any] = {
+                name: answers.logits,
+                "sha256": np.array(answers.sha256),
+                "label_names": np.array(answers.label_names, str),
+                "fingerprint": np.array(answers.fingerprint),
+            }
+            np.savez_compressed(path, **arrays)
+        case ".safetensors":
+            digests = b"".join(bytes.fromhex(sha) for sha in answers.sha256)
+            tensors = {
+                name: np.ascontiguousarray(answers.logits),
+                "sha256": np.frombuffer(digests, np.uint8).reshape(-1, 32),
+            }
+            names = json.dumps(answers.label_names)
+            metadata = {"label_names": names, "fingerprint": answers.fingerprint}
+            _safetensors(path).numpy.save_file(tensors, path, metadata)
+        case ".npy":
+            np.save(path, answers.logits, allow_pickle=False)
+            rest = answers._asdict()
+            del rest["logits"]
+            path.with_suffix(".json").write_text(json.dumps(rest), encoding="utf-8")
+        case _:
+            raise _wrong_suffix(path)
 
 
-def load_answers(path: Path) -> Answers:
-    """Reads and checks a file of answers.
+def load_answers(path: Path, array: str | None = None) -> Answers:
+    """Reads and checks a file of answers, in the format that its suffix tells.
+
+    ``.npz``: arrays ``logits``, ``sha256``, ``label_names``, ``fingerprint``. ``images``, uint8 at
+    their native size, may stand for ``sha256``; the fingerprint may then be missing.
+
+    ``.safetensors``: tensors ``logits`` and ``sha256`` (uint8 ``[M, 32]``), metadata
+    ``label_names`` (a JSON list) and ``fingerprint``.
+
+    ``.npy``: the logits; beside them, of the same name, a ``.json`` with the other three.
+
+    Args:
+      path: The file.
+      array: Which array holds the answers; None takes ``logits``, or else ``embeddings``. Label
+        names belong to ``logits`` alone: other arrays are embeddings.
 
     Raises:
       UserError: If the file is missing or unreadable, or its logits are not finite floats ``[M,
-        F]`` with one hash per row and one label name per column.
+        *spatial, F]`` with one hash per row and one label name per column.
     """
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".npy": _read_npy}
+    if path.suffix not in readers:
+        raise _wrong_suffix(path)
     try:
-        # Opened here: np.load leaves a damaged file open.
-        with path.open("rb") as file:
-            stored = np.load(file, allow_pickle=False)
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            missing = [name for name in _ARRAYS if name not in stored.files]
-            if missing:
-                raise UserError(f"teacher.path: {path} lacks the array {missing[0]!r}")
-            logits, sha256, label_names, fingerprint = (stored[name] for name in _ARRAYS)
+        stored = readers[path.suffix](path, array)
     except FileNotFoundError:
         raise UserError(f"teacher.path: there is no file {path}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"teacher.path: {path} is no readable .npz file ({error})") from None
-    if logits.ndim != 2 or not np.issubdtype(logits.dtype, np.floating):
+    except _READ_ERRORS as error:
+        words = f"{path} is no readable {path.suffix} file"
+        raise UserError(f"teacher.path: {words} ({error})") from None
+    name, logits, sha256, label_names, fingerprint = stored
+    if logits.ndim < 2 or not jnp.issubdtype(logits.dtype, np.floating):
         raise UserError(
-            f"teacher.path: logits in {path} must be floats [M, F], got {logits.dtype} "
-            f"{list(logits.shape)}"
+            f"teacher.path: {name} in {path} must be floats [M, F], or [M, *spatial, F] of masks, "
+            f"got {logits.dtype} {list(logits.shape)}"
         )
-    if sha256.shape != logits.shape[:1] or label_names.shape != logits.shape[1:]:
+    columns = logits.shape[-1:] if label_names.size else (0,)
+    if sha256.shape != logits.shape[:1] or label_names.shape != columns:
         raise UserError(
             f"teacher.path: {path} must hold one sha256 per row and one label name per column of "
-            f"logits {list(logits.shape)}, got {list(sha256.shape)} and {list(label_names.shape)}"
+            f"{name} {list(logits.shape)}, got {list(sha256.shape)} and {list(label_names.shape)}"
         )
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    with np.errstate(over="ignore"):
+        logits = logits.astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=tuple(range(1, logits.ndim))))
     if bad.size:
         raise UserError(
-            f"teacher.path: logits in {path} must be finite; {bad.size} rows are not, the first is "
+            f"teacher.path: {name} in {path} must be finite; {bad.size} rows are not, the first is "
             f"row {bad[0]}"
         )
-    return Answers(
-        logits.astype(np.float32), _text(sha256), _text(label_names), _text(fingerprint)[0]
-    )
+    return Answers(logits, _text(sha256), _text(label_names), fingerprint)
 
 
 def join_answers(answers: Answers, public: PublicDataset) -> np.ndarray:
     """The answers in the order of the public images, matched by hash and never by position.
 
     Returns:
-      float32 ``[P, F]``.
+      float32 ``[P, *spatial, F]``.
 
     Raises:
       UserError: If an image has no answer.
@@ -99,6 +150,125 @@ def join_answers(answers: Answers, public: PublicDataset) -> np.ndarray:
             f"have no answer, the first has sha256 {missing[0]}; the file must answer all of them"
         )
     return answers.logits[[rows[sha] for sha in public.sha256]]
+
+
+def _read_npz(path: Path, array: str | None) -> _Stored:
+    # Opened here: np.load leaves a damaged file open.
+    with path.open("rb") as file:
+        stored = np.load(file, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        name = _name_of_answers(path, array, stored.files)
+        hashed = "sha256" in stored.files or "images" not in stored.files
+        needed = ["sha256"] if hashed else ["images"]
+        needed += ["label_names"] if name == "logits" else []
+        needed += ["fingerprint"] if hashed or "fingerprint" in stored.files else []
+        missing = [needs for needs in needed if needs not in stored.files]
+        if missing:
+            raise UserError(f"teacher.path: {path} lacks the array {missing[0]!r}")
+        arrays = {one: stored[one] for one in (name, *needed)}
+    if hashed:
+        sha256 = arrays["sha256"]
+    else:
+        images = take_images(arrays, "images", f"teacher.path: {path}")
+        sha256 = np.array([image_sha256(image) for image in images])
+    if "fingerprint" in arrays:
+        fingerprint = _text(arrays["fingerprint"])[0]
+    else:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        fingerprint = f"{path.stem} (sha256 {digest[:12]})"
+    label_names = arrays.get("label_names", np.array([], str))
+    return _Stored(name, arrays[name], sha256, label_names, fingerprint)
+
+
+def _read_safetensors(path: Path, array: str | None) -> _Stored:
+    library = _safetensors(path)
+    try:
+        with library.safe_open(path, framework="np") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+            name = _name_of_answers(path, array, names)
+            if "sha256" not in names:
+                raise UserError(f"teacher.path: {path} lacks the tensor 'sha256'")
+            answers, digests = file.get_tensor(name), file.get_tensor("sha256")
+    except (library.SafetensorError, AttributeError) as error:
+        # An AttributeError where NumPy does not know a tensor's type.
+        raise ValueError(error) from None
+    if digests.dtype != np.uint8 or digests.shape[1:] != (32,):
+        raise UserError(
+            f"teacher.path: sha256 in {path} must be uint8 [M, 32], got {digests.dtype} "
+            f"{list(digests.shape)}"
+        )
+    sha256 = np.array([digest.tobytes().hex() for digest in digests], str)
+    where = f"the metadata of {path}"
+    label_names = np.array([], str)
+    if name == "logits":
+        try:
+            names = json.loads(metadata.get("label_names", "null"))
+        except ValueError:
+            names = None
+        label_names = _strings(names, "label_names", where)
+    return _Stored(name, answers, sha256, label_names, _string(metadata, where))
+
+
+def _read_npy(path: Path, array: str | None) -> _Stored:
+    if array is not None:
+        raise UserError(f"teacher.array must not be set for {path}, which holds a single array")
+    with path.open("rb") as file:
+        answers = np.load(file, allow_pickle=False)
+    if not isinstance(answers, np.ndarray):
+        raise ValueError("several arrays")
+    beside = path.with_suffix(".json")
+    where = f"{beside}, beside {path},"
+    try:
+        rest = json.loads(beside.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"teacher.path: there is no file {beside} beside {path}; it must hold sha256, "
+            "label_names and fingerprint"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher.path: {where} is no readable JSON file ({error})") from None
+    if not isinstance(rest, dict):
+        raise UserError(f"teacher.path: {where} must hold sha256, label_names and fingerprint")
+    sha256, label_names = (_strings(rest.get(k), k, where) for k in ("sha256", "label_names"))
+    return _Stored("logits", answers, sha256, label_names, _string(rest, where))
+
+
+def _name_of_answers(path: Path, array: str | None, names: list[str]) -> str:
+    if array is None:
+        array = "embeddings" if "embeddings" in names and "logits" not in names else "logits"
+    if array in names:
+        return array
+    others = [name for name in names if name not in _NOT_ANSWERS]
+    hint = f"; teacher.array may name one of {', '.join(others)}" if others else ""
+    raise UserError(f"teacher.path: {path} lacks the array {array!r}{hint}")
+
+
+def _strings(value: Any, name: str, where: str) -> np.ndarray:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"teacher.path: {where} must hold {name}, a JSON list of strings")
+    return np.array(value, str)
+
+
+def _string(values: dict[str, Any], where: str) -> str:
+    if not isinstance(values.get("fingerprint"), str):
+        raise UserError(f"teacher.path: {where} must hold fingerprint, a string")
+    return values["fingerprint"]
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        importlib.import_module("safetensors.numpy")
+        return importlib.import_module("safetensors")
+    except ImportError:
+        raise UserError(
+            f"teacher.path: {path} needs the package safetensors; pip install safetensors"
+        ) from None
+
+
+def _wrong_suffix(path: Path) -> UserError:
+    return UserError(f"teacher.path: {path} must end in .npz, .safetensors or .npy")
 
 
 def _text(array: np.ndarray) -> tuple[str, ...]:
