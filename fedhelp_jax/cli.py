@@ -1,4 +1,4 @@
-"""The command ``fedhelp``: train, evaluate, show; what went wrong becomes an exit code.
+"""The command ``fedhelp``: teach, train, evaluate, show; what went wrong becomes an exit code.
 
 0: done. 2: something the user can mend, told in one line on stderr. 1: our own failure, with its
 traceback. 130: interrupted, after the run was saved.
@@ -8,6 +8,7 @@ that the number of CPU devices can be set before JAX starts.
 """
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,8 @@ commands:
   train     train the clients of a federation, or go on where a stopped run was saved
             fedhelp train --config=configs/quickstart.py --workdir=runs/demo \\
                 --config.algorithm.name=fedavg --config.seed=3
+  teach     ask the foundation model about the public images, once; train reads the answers
+            fedhelp teach --config=configs/fed_isic2019.py --dry-run
   evaluate  measure a trained run again, from its newest checkpoint
             fedhelp evaluate --workdir=runs/demo
   show      print finished runs side by side
@@ -45,6 +48,16 @@ usage: fedhelp train --config=FILE.py[:ARGUMENT] --workdir=FOLDER [--overwrite]
   --config     a Python file with get_config(), which returns the settings
   --workdir    the run folder; a run stopped there goes on, if its settings are the same
   --overwrite  remove what is in the run folder and begin anew
+
+settings, with their defaults:
+"""
+
+
+TEACH_USAGE = """\
+usage: fedhelp teach --config=FILE.py[:ARGUMENT] [--dry-run] [--config.KEY=VALUE ...]
+
+  --config   a Python file with get_config(), which returns the settings
+  --dry-run  only print what would be asked: images, requests, bytes, cost
 
 settings, with their defaults:
 """
@@ -81,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _command(argv: list[str]) -> int:
-    commands = {"train": _train, "evaluate": _evaluate, "show": _show}
+    commands = {"teach": _teach, "train": _train, "evaluate": _evaluate, "show": _show}
     name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if name in ("--help", "-h", "-help", "help"):
         print(USAGE, end="")
@@ -90,16 +103,31 @@ def _command(argv: list[str]) -> int:
         said = f"{name!r} is not a command" if name else "no command is given"
         raise UserError(f"{said}; it is one of {', '.join(commands)} (see fedhelp --help)")
     if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(_train_help() if name == "train" else USAGE, end="")
+        usages = {"train": TRAIN_USAGE, "teach": TEACH_USAGE}
+        print(usages[name] + _settings_help() if name in usages else USAGE, end="")
         return 0
     return commands[name](arguments)
+
+
+def _teach(arguments: list[str]) -> int:
+    own = _flags("config")
+    flags.DEFINE_bool("dry_run", False, "only print the plan", flag_values=own)
+    # --dry-run, as every other command line spells it.
+    arguments = [a.replace("--dry-run", "--dry_run", 1) for a in arguments]
+    overrides = own(["fedhelp", *arguments], known_only=True)[1:]
+    config = _load_config(_required(own, "config", "configs/fed_isic2019.py"), overrides)
+    from fedhelp_jax.teach import teach
+
+    teach(config, dry_run=bool(own["dry_run"].value))
+    return 0
 
 
 def _train(arguments: list[str]) -> int:
     own = _flags("workdir", "config")
     flags.DEFINE_bool("overwrite", False, "begin anew", flag_values=own)
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
-    config = _load_config(_required(own, "config", "configs/quickstart.py"), overrides)
+    source = _required(own, "config", "configs/quickstart.py")
+    config = _load_config(source, overrides)
     workdir = Path(_required(own, "workdir", "runs/demo"))
 
     from fedhelp_jax.report import console, files
@@ -107,9 +135,13 @@ def _train(arguments: list[str]) -> int:
     files.prepare_folder(workdir)
     _use_cpu_devices(config)
     from fedhelp_jax import runner
+    from fedhelp_jax.teachers.resolve import AnswersMissing
 
     try:
         summary = runner.train(config, workdir, bool(own["overwrite"].value))
+    except AnswersMissing as error:
+        command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
+        raise UserError(f"{error}; get them by: {command}") from None
     except runner.Interrupted as stop:
         _complain(str(stop) or f"interrupted; the same command goes on from {workdir}")
         return 130
@@ -144,14 +176,14 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
-def _train_help() -> str:
+def _settings_help() -> str:
     from fedhelp_jax import config as config_lib
 
     lines = [
         f"  --config.{key}={default}".ljust(48) + f" {about}"
         for key, default, about in config_lib.describe()
     ]
-    return TRAIN_USAGE + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 # --- flags and settings -------------------------------------------------------------------------
@@ -240,7 +272,7 @@ def _refuse_unknown_flags(arguments: Sequence[str], keys: Iterable[str]) -> None
     """Refuses a misspelt flag by the closest known one; ml_collections would raise its own way."""
     from fedhelp_jax.config import suggest
 
-    known = [f"--{key}" for key in (*keys, "config", "workdir", "overwrite")]
+    known = [f"--{key}" for key in (*keys, "config", "workdir", "overwrite", "dry_run")]
     for argument in arguments:
         if not argument.startswith("-") or argument == "--":
             continue

@@ -31,6 +31,7 @@ from fedhelp_jax.schema import (
     SETTING_CHECKS,
     Check,
     DataConfig,
+    FoundationConfig,
     MappingConfig,
     ModelConfig,
     PublicConfig,
@@ -248,9 +249,22 @@ def _build(cls: type, values: Any, path: str) -> Any:
             built["settings"] = _build_settings(SETTINGS[built["name"]], value, path)
         elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             built[field.name] = _build(field.type, value, key)
+        elif field.name == "members":
+            built[field.name] = _build_members(value, key)
         else:
             built[field.name] = _value(value, field.type, field.metadata["check"], key)
     return cls(**built)
+
+
+def _build_members(values: Any, path: str) -> tuple[FoundationConfig, ...]:
+    """Returns the members of an ensemble; what one leaves out has its default."""
+    if not isinstance(values, tuple | list):
+        raise UserError(f"{path} = {values!r} must be a tuple of dicts, one for each member")
+    defaults = dataclasses.asdict(FoundationConfig())
+    items = [_mapping(value, f"{path}[{i}]") for i, value in enumerate(values)]
+    return tuple(
+        _build(FoundationConfig, defaults | item, f"{path}[{i}]") for i, item in enumerate(items)
+    )
 
 
 def _build_settings(cls: Any, values: Any, path: str) -> Any:
@@ -345,8 +359,6 @@ def _check_together(config: RunConfig) -> None:
         needed = [("data.dir", config.data.dir, "its .npz file")]
     if config.public.name == "npz":
         needed.append(("public.path", config.public.path, "its .npz file"))
-    if config.teacher.name == "stored":
-        needed.append(("teacher.path", config.teacher.path, "the .npz file of its answers"))
     for key, value, what in needed:
         if not value:
             owner = key.split(".")[0]
@@ -354,6 +366,55 @@ def _check_together(config: RunConfig) -> None:
             raise UserError(
                 f"config.{key} is not set, but {owner} {name} needs {what}: give --config.{key}=..."
             )
+    _check_teacher(config.teacher)
+
+
+def _check_teacher(teacher: TeacherConfig) -> None:
+    ensemble = teacher.name == "ensemble"
+    if ensemble != bool(teacher.members):
+        raise UserError(
+            "config.teacher.members must name the members of a teacher called ensemble, and of no "
+            f"other; teacher.name = {teacher.name!r} has {len(teacher.members)} of them"
+        )
+    weights = teacher.weights
+    if weights and (len(weights) != len(teacher.members) or min(weights) <= 0):
+        raise UserError(
+            f"config.teacher.weights = {weights} must be {len(teacher.members)} positive numbers, "
+            "one for each member"
+        )
+    if not ensemble:
+        _check_foundation(teacher, "config.teacher")
+    for i, member in enumerate(teacher.members):
+        if member.name in ("ensemble", "none"):
+            raise UserError(f"config.teacher.members[{i}].name must be a model of its own")
+        _check_foundation(member, f"config.teacher.members[{i}]")
+
+
+def _check_foundation(config: FoundationConfig, path: str) -> None:
+    endpoint = [("url", "its address"), ("model", "the name of the model there")]
+    needed = {
+        "stored": [("path", "the file of its answers")],
+        "open_inference": endpoint,
+        "hf_zero_shot": endpoint,
+        "litert": [("path", "the model file")],
+        "onnx": [("path", "the model file")],
+    }
+    for key, what in needed.get(config.name, []):
+        if not getattr(config, key):
+            raise UserError(
+                f"{path}.{key} is not set, but teacher {config.name} needs {what}: give "
+                f"--{path}.{key}=..."
+            )
+    # What is written here ends in config.json, so a key in its place must not pass; nor be shown.
+    if config.api_key_env and not re.fullmatch(r"[A-Z][A-Z0-9_]*", config.api_key_env):
+        raise UserError(
+            f"{path}.api_key_env must be the name of an environment variable, in capitals, not "
+            "the key itself"
+        )
+    if config.api_key_env and config.api_key_file:
+        raise UserError(f"{path}.api_key_env and api_key_file are both set; one of them holds it")
+    if config.template is not None and "{}" not in config.template:
+        raise UserError(f"{path}.template = {config.template!r} must hold {{}} for the label")
 
 
 def _listed(value: Any) -> Any:

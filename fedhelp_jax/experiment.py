@@ -1,7 +1,6 @@
 """From settings to what runs: data, roles, teacher, models and method put together."""
 
 import dataclasses
-from pathlib import Path
 
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
@@ -15,8 +14,8 @@ from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.task import Task, classification
-from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers
-from fedhelp_jax.teachers.simulated import simulate_answers
+from fedhelp_jax.teachers.answers import Answers, join_answers
+from fedhelp_jax.teachers.resolve import resolve_answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ def build_experiment(config: RunConfig) -> Experiment:
     public, answers, joined = None, None, None
     if method.uses_public and config.public.name != "none":
         public = load_public(config.public, config.data.image_size, config.seed)
-        answers = _answers(config, public)
+        answers = resolve_answers(config.teacher, public)
         joined = None if answers is None else join_answers(answers, public)
         if joined is None and public.labels is None:
             raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
@@ -74,16 +73,6 @@ def build_experiment(config: RunConfig) -> Experiment:
         client_weights=config.client_weights,
     )
     return Experiment(config, task, dataset, roles, public, answers, simulation)
-
-
-def _answers(config: RunConfig, public: PublicDataset) -> Answers | None:
-    match config.teacher.name:
-        case "stored":
-            return load_answers(Path(str(config.teacher.path)))
-        case "simulated":
-            return simulate_answers(public, config.teacher.accuracy)
-        case _:
-            return None
 
 
 def _public_spec(public: PublicDataset, answers: Answers | None) -> PublicSpec:

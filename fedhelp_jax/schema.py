@@ -49,6 +49,8 @@ SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
 FRACTION = within(0, 1, closed=True)
 _PART_OR_NONE = Check(lambda value: 0 <= value < 1, "at least 0 and less than 1")
 _FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
+_ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
+PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")
 _MODEL = one_of("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 
 # For the settings of the methods, by name: a name means the same in every method that has it.
@@ -120,16 +122,59 @@ class PublicConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherConfig:
-    """The foundation model whose answers on public images are distilled."""
+class FoundationConfig:
+    """One foundation model: where it is, what it takes and gives, and how it is asked."""
 
     name: str = setting(
         "simulated",
-        "stored answers, a simulated foundation model, or none",
-        one_of("simulated", "stored", "none"),
+        "simulated, stored (a file of answers), ensemble, none, or asked by fedhelp teach: "
+        "open_inference, hf_zero_shot (endpoints), litert, onnx (files), self_trained",
+        one_of(*_ASKED, "simulated", "stored", "ensemble", "none"),
     )
-    path: str | None = setting(None, "stored: the .npz file of its answers")
+    path: str | None = setting(None, "stored: file of answers; litert, onnx: the model file")
+    array: str | None = setting(None, "stored: its array; logits, else embeddings, if None")
     accuracy: float = setting(0.85, "simulated: how often it is right", FRACTION)
+    epochs: int = setting(10, "self_trained: epochs on the public images", COUNT)
+    url: str | None = setting(None, "endpoints: https://...; http:// for this machine only")
+    model: str | None = setting(None, "endpoints: the model's name there")
+    version: str | None = setting(None, "endpoints: its version; answers are stored under it")
+    template: str | None = setting(None, "hf_zero_shot: sentence around a label, with {}")
+    api_key_env: str | None = setting(
+        None, "endpoints: NAME of the environment variable that holds the key"
+    )
+    api_key_file: str | None = setting(None, "endpoints: file of mode 0600 that holds the key")
+    labels: str | None = setting(None, "text file of the model's classes, one a line")
+    input: str = setting("input", "open_inference, onnx: name of the input tensor")
+    output: str | None = setting(None, "name of the output tensor; the first if None")
+    image_size: int | None = setting(None, "side that images are resized to; native if None", COUNT)
+    scale: str = setting("uint8", "pixel values the model takes", one_of(*PIXEL_SCALES))
+    layout: str = setting("nhwc", "axes of the images it takes", one_of("nhwc", "nchw"))
+    head: str | None = setting(
+        None, "turns embeddings into logits: probe (fitted on public labels) or class vectors .npz"
+    )
+    store: str = setting("answers", "folder of the store of answers")
+    dtype: str = setting("float32", "of stored answers", one_of("float32", "float16"))
+    top_k: int | None = setting(None, "store only so many of the largest logits", COUNT)
+    batch_size: int = setting(16, "images a request", COUNT)
+    concurrency: int = setting(4, "requests under way at once", COUNT)
+    requests_per_second: float | None = setting(None, "at most; no limit if None", more_than(0))
+    timeout: float = setting(30.0, "seconds for a request", more_than(0))
+    max_attempts: int = setting(5, "times a request is tried", COUNT)
+    max_wait: float = setting(60.0, "longest pause in seconds before a try", at_least(0))
+    max_queries: int | None = setting(
+        None, "most images ever sent to the model, tries counted; no limit if None", at_least(0)
+    )
+    price_per_query: float | None = setting(None, "of an image, for the plan", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig(FoundationConfig):
+    """The foundation model whose answers on public images are distilled, or an ensemble of them."""
+
+    members: tuple[FoundationConfig, ...] = setting(
+        (), "ensemble: dicts of the settings above, those that differ from the defaults"
+    )
+    weights: tuple[float, ...] = setting((), "ensemble: of the members; equal if empty")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fedhelp_jax.config import default_config, validate
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
@@ -20,7 +22,10 @@ def test_there_are_blocks_to_run():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_block_runs(block):
-    exec(compile(block, "documentation", "exec"), {"__name__": "documentation"})
+    names = {"__name__": "documentation", "config": default_config()}
+    exec(compile(block, "documentation", "exec"), names)
+    # A block that changes settings is a part of a config file.
+    validate(names["config"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

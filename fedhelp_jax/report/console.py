@@ -114,7 +114,7 @@ class Progress:
             # The first round of a process compiles, so it says nothing about those to come.
             usual = statistics.median(self._seconds[1:] or self._seconds)
             words.append(f"{self._seconds[-1]:.1f} s/round")
-            words.append(f"left {_duration(usual * (self._rounds - row['round']))}")
+            words.append(f"left {duration(usual * (self._rounds - row['round']))}")
         return words
 
 
@@ -200,7 +200,7 @@ def print_comparison(
     add("up a round", [_bytes(s.get("bytes_up_per_round")) for s in summaries])
     add("down a round", [_bytes(s.get("bytes_down_per_round")) for s in summaries])
     add("teacher queries", [_whole(s.get("teacher_queries")) for s in summaries])
-    add("time", [_duration(s.get("wall_s")) for s in summaries])
+    add("time", [duration(s.get("wall_s")) for s in summaries])
     console.print(table)
     if reference is not None and len(summaries) > 1:
         _print_line(console, "In brackets: the change against local.")
@@ -288,7 +288,8 @@ def _bytes(value: Any) -> str:
     return "-" if value is None else f"{value / 1e6:.2f} MB"
 
 
-def _duration(seconds: Any) -> str:
+def duration(seconds: Any) -> str:
+    """Returns seconds as hours and minutes, or minutes and seconds; "-" for None."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,0 +1,152 @@
+"""``fedhelp teach``: asks the foundation model about the public images, once."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedhelp_jax.config import RunConfig
+from fedhelp_jax.data.load import load_federated, load_public
+from fedhelp_jax.data.types import PublicDataset
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.metrics import classification_metrics
+from fedhelp_jax.report.teaching import AskingProgress, print_agreement, print_plan, print_stored
+from fedhelp_jax.schema import FoundationConfig
+from fedhelp_jax.teachers.answers import Answers
+from fedhelp_jax.teachers.ask import Pace, Plan, carry_out, make_plan
+from fedhelp_jax.teachers.foundation import PublicImages, clear_public
+from fedhelp_jax.teachers.heads import linear_probe_logits
+from fedhelp_jax.teachers.resolve import (
+    foundation_model,
+    is_asked,
+    members,
+    open_store,
+    resolve_answers,
+)
+
+# Enough to see whether a teacher is of use, in seconds.
+_MOST_PROBED = 1000  # images
+_PROBE_ITERATIONS = 30
+
+
+def teach(config: RunConfig, *, dry_run: bool = False) -> dict[str, Any]:
+    """Gets the teacher's answers about all public images into its store, and tells how good it is.
+
+    Every public image is first compared with all private ones; nothing is sent if one is both.
+
+    Args:
+      config: The settings of the run that will train on the answers.
+      dry_run: Only print what would be asked.
+
+    Returns:
+      What `agreement` says; empty for a dry run.
+
+    Raises:
+      UserError: If a public image is a client's, a budget does not suffice, or a model does not
+        answer.
+    """
+    if config.public.name == "none" or config.teacher.name == "none":
+        raise UserError(
+            "teach needs public images and a teacher: config.public.name and config.teacher.name "
+            "must not be none"
+        )
+    public = load_public(config.public, config.data.image_size, config.seed)
+    images = clear_public(public, load_federated(config.data, config.seed))
+    for member in members(config.teacher):
+        if is_asked(member):
+            _ask_one(member, public, images, dry_run)
+        else:
+            print_stored(member.name)
+    if dry_run:
+        return {}
+    answers = resolve_answers(config.teacher, public)
+    assert answers is not None
+    found = agreement(answers, public)
+    print_agreement(answers.fingerprint, public.name, found)
+    return found
+
+
+def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
+    """How well answers go with the public labels, so that a bad teacher is seen before it teaches.
+
+    Where the teacher's classes are the public ones: top-1 accuracy, calibration error (15 bins) and
+    cross-entropy of the answers themselves. Where they are others: the same of a cross-fitted
+    linear probe on the answers (`linear_probe_logits`, 30 iterations), which shows what they tell
+    of the labels; of at most 1,000 images. ``chance`` is the share of the most frequent label.
+
+    Returns:
+      ``images``, ``classes``; with public labels also ``probed``, ``chance``, ``top_1``, ``ece``
+      and ``loss``, or ``note`` where they cannot be had.
+    """
+    found: dict[str, Any] = {"images": len(public.sha256), "classes": answers.logits.shape[-1]}
+    if public.labels is None or public.label_names is None:
+        return found | {"note": f"{public.name} has no labels to compare with"}
+    if answers.logits.ndim != 2:
+        return found | {"note": "masks are not compared with labels of whole images"}
+    logits, labels, sha256 = answers.logits, public.labels, public.sha256
+    probed = answers.label_names != public.label_names
+    if probed:
+        logits, labels, sha256 = (
+            logits[:_MOST_PROBED],
+            labels[:_MOST_PROBED],
+            sha256[:_MOST_PROBED],
+        )
+        try:
+            logits = linear_probe_logits(
+                logits,
+                labels,
+                len(public.label_names),
+                sha256,
+                max_iterations=_PROBE_ITERATIONS,
+            )
+        except ValueError as error:
+            return found | {"note": str(error)}
+    metrics = classification_metrics(
+        jnp.asarray(logits), jnp.asarray(labels), jnp.ones(len(labels), bool)
+    )
+    return found | {
+        "probed": probed,
+        "chance": float(np.bincount(labels).max() / len(labels)),
+        "top_1": float(metrics["accuracy"]),
+        "ece": float(metrics["ece"]),
+        "loss": float(metrics["loss"]),
+    }
+
+
+def _ask_one(
+    config: FoundationConfig, public: PublicDataset, images: PublicImages, dry_run: bool
+) -> None:
+    if find_spec("tenacity") is None or find_spec("filelock") is None:
+        raise UserError("fedhelp teach needs pip install 'fedhelp_jax[teach]'")
+    fields = {field: getattr(config, field) for field in Pace._fields}
+    model, pace = foundation_model(config, public), Pace(**fields)
+    try:
+        with open_store(config, model, write=False) as store:
+            plan = make_plan(model, images, store, pace)
+        print_plan(model.fingerprint, config, plan, len(public.sha256))
+        if dry_run:
+            return
+        if plan.batches:
+            with open_store(config, model, write=True) as store:
+                with store.alone(lambda: AskingProgress.note_waiting(config.store)):
+                    # Anew: another process may have asked since.
+                    plan = make_plan(model, images, store, pace)
+                    _check_budget(plan, pace)
+                    with AskingProgress(plan.to_ask) as progress:
+                        carry_out(plan, model, images, store, pace, progress.advance)
+    finally:
+        model.close()
+    with open_store(config, model, write=False) as store:
+        lost = [stored.nats_lost for stored in store.read(images.sha256).values()]
+        print_stored(config.name, config.store, store.sent, float(np.mean(lost)))
+
+
+def _check_budget(plan: Plan, pace: Pace) -> None:
+    limit = pace.max_queries
+    if limit is not None and plan.sent_before + plan.to_ask > limit:
+        raise UserError(
+            f"teacher.max_queries = {limit} does not suffice: {plan.to_ask} images are to be asked "
+            f"and {plan.sent_before} were sent before; nothing was sent. Raise it, or lower "
+            "public.num_examples"
+        )

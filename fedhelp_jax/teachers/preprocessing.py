@@ -1,0 +1,89 @@
+"""From public images at their native size to what a foundation model takes."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fedhelp_jax.data.images import resize_arrays
+
+# Mean and standard deviation per channel, of pixels in [0, 1]; None leaves pixels as they are.
+_STATISTICS = {
+    "uint8": None,
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "signed": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+SCALES = tuple(_STATISTICS)
+LAYOUTS = ("nhwc", "nchw")
+
+
+class _Settings(NamedTuple):
+    size: int | None
+    scale: str
+    layout: str
+
+
+class Preprocessing(_Settings):
+    """What is done to an image before a foundation model sees it.
+
+    Attributes:
+      size: Side of the square that the model takes; None keeps each image's own size.
+      scale: "uint8": pixels 0..255 as they are; "unit": in [0, 1]; "signed": ``x / 127.5 - 1``;
+        "imagenet", "clip": in [0, 1], then less the mean and over the deviation of each channel
+        that these models were trained with.
+      layout: "nhwc" or "nchw".
+
+    >>> print(Preprocessing(224, "clip", "nchw"))
+    bicubic 224, clip, nchw
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls, size: int | None = None, scale: str = "uint8", layout: str = "nhwc"
+    ) -> "Preprocessing":
+        """Checks the settings.
+
+        Raises:
+          ValueError: If a scale or layout is unknown.
+        """
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        return super().__new__(cls, size, scale, layout)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Images as the model takes them.
+
+        Args:
+          pixels: uint8 ``[B, H, W, C]``, ``C`` 1 (grey, repeated over the channels) or 3.
+
+        Returns:
+          ``[B, S, S, 3]``, or ``[B, 3, S, S]`` where the layout is "nchw"; uint8 where the scale is
+          "uint8", else float32.
+
+        Raises:
+          ValueError: If ``pixels`` are no such images.
+        """
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
+            raise ValueError(
+                f"pixels must be uint8 [B, H, W, 1 or 3], got {pixels.dtype} {list(pixels.shape)}"
+            )
+        if self.size is None:
+            pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+        else:
+            pixels = resize_arrays(pixels, self.size)
+        statistics = _STATISTICS[self.scale]
+        if statistics is not None:
+            mean, deviation = (255 * np.array(values) for values in statistics)
+            pixels = ((pixels - mean) / deviation).astype(np.float32)
+        if self.layout == "nchw":
+            pixels = np.moveaxis(pixels, -1, 1)
+        return np.ascontiguousarray(pixels)
+
+    def __str__(self) -> str:
+        """For fingerprints."""
+        size = "native size" if self.size is None else f"bicubic {self.size}"
+        return f"{size}, {self.scale}, {self.layout}"

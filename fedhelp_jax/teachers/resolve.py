@@ -1,0 +1,220 @@
+"""From settings to a foundation model, or to its answers, which is all that training needs."""
+
+from pathlib import Path
+
+import numpy as np
+from scipy.special import log_softmax
+
+from fedhelp_jax.data.npz import read_npz
+from fedhelp_jax.data.types import PublicDataset
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import FoundationConfig, TeacherConfig
+from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers
+from fedhelp_jax.teachers.foundation import FoundationModel
+from fedhelp_jax.teachers.heads import class_vector_logits, linear_probe_logits
+from fedhelp_jax.teachers.hf_zero_shot import HuggingFaceZeroShot
+from fedhelp_jax.teachers.litert import LiteRTModel
+from fedhelp_jax.teachers.onnx import OnnxModel
+from fedhelp_jax.teachers.open_inference import OpenInferenceModel
+from fedhelp_jax.teachers.preprocessing import Preprocessing
+from fedhelp_jax.teachers.self_trained import SelfTrained
+from fedhelp_jax.teachers.simulated import simulate_answers
+from fedhelp_jax.teachers.store import AnswerStore, Precision
+from fedhelp_jax.teachers.transport import Transport
+
+
+class AnswersMissing(UserError):
+    """The store lacks answers that ``fedhelp teach`` would get."""
+
+
+def members(config: TeacherConfig) -> tuple[FoundationConfig, ...]:
+    """Returns the foundation models of a teacher: those of the ensemble, or the one it is."""
+    return config.members if config.name == "ensemble" else (config,)
+
+
+def is_asked(config: FoundationConfig) -> bool:
+    """Whether the model's answers come by ``fedhelp teach``, rather than with the settings."""
+    return config.name not in ("simulated", "stored", "none")
+
+
+def foundation_model(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
+    """Returns the model that settings name; connects to nothing yet.
+
+    Raises:
+      UserError: If a file is missing, or a setting is.
+    """
+    labels = _labels(config, public)
+    preprocessing = Preprocessing(config.image_size, config.scale, config.layout)
+    match config.name:
+        case "open_inference":
+            return OpenInferenceModel(
+                _transport(config),
+                str(config.model),
+                config.version,
+                labels,
+                config.input,
+                config.output,
+                preprocessing,
+            )
+        case "hf_zero_shot":
+            return HuggingFaceZeroShot(
+                _transport(config), str(config.model), config.version, labels, config.template
+            )
+        case "litert":
+            return LiteRTModel(Path(str(config.path)), labels, config.output, preprocessing)
+        case "onnx":
+            return OnnxModel(
+                Path(str(config.path)), labels, config.input, config.output, preprocessing
+            )
+        case "self_trained":
+            return SelfTrained(public, config.epochs, seed=0)
+        case name:
+            raise UserError(f"teacher.name: {name} is not asked")
+
+
+def open_store(config: FoundationConfig, model: FoundationModel, *, write: bool) -> AnswerStore:
+    """Returns the store of a model's answers, to be used as a context manager."""
+    precision = Precision(config.dtype, config.top_k)
+    return AnswerStore(Path(config.store), model.fingerprint, precision, write=write)
+
+
+def resolve_answers(config: TeacherConfig, public: PublicDataset) -> Answers | None:
+    """Returns the teacher's answers to all public images, without asking anyone.
+
+    Of an ensemble: ``log sum_m a_m softmax(z_m)``, the members' probabilities averaged.
+
+    Returns:
+      Answers in the order of ``public``, or None for no teacher.
+
+    Raises:
+      AnswersMissing: If ``fedhelp teach`` has not been run.
+      UserError: If a file is unusable, or members differ in their classes.
+    """
+    found = [_one(member, public) for member in members(config)]
+    answers = [one for one in found if one is not None]
+    if config.name != "ensemble":
+        return answers[0] if answers else None
+    names = answers[0].label_names
+    for number, other in enumerate(answers[1:], start=1):
+        if other.label_names != names or other.logits.shape != answers[0].logits.shape:
+            raise UserError(
+                f"teacher.members: member {number} has other classes than member 0; an ensemble "
+                "needs the same ones in the same order"
+            )
+    weights = np.array(config.weights or [1.0] * len(answers))
+    weights = weights / weights.sum()
+    log_probs = np.stack([log_softmax(a.logits.astype(np.float64), axis=-1) for a in answers])
+    shape = (-1,) + (1,) * answers[0].logits.ndim
+    logits = np.logaddexp.reduce(log_probs + np.log(weights).reshape(shape), axis=0)
+    shares = " + ".join(f"{w:.2g} {a.fingerprint}" for w, a in zip(weights, answers, strict=True))
+    return Answers(logits.astype(np.float32), tuple(public.sha256), names, f"ensemble of {shares}")
+
+
+def _one(config: FoundationConfig, public: PublicDataset) -> Answers | None:
+    match config.name:
+        case "none":
+            return None
+        case "simulated":
+            return simulate_answers(public, config.accuracy)
+        case "stored":
+            loaded = load_answers(Path(str(config.path)), config.array)
+            answers = loaded._replace(
+                logits=join_answers(loaded, public), sha256=tuple(public.sha256)
+            )
+        case _:
+            answers = _from_store(config, public)
+    return _with_head(config, answers, public)
+
+
+def _from_store(config: FoundationConfig, public: PublicDataset) -> Answers:
+    model = foundation_model(config, public)
+    wanted = set(public.sha256)
+    with open_store(config, model, write=False) as store:
+        stored = store.read(sorted(wanted))
+    if len(stored) < len(wanted):
+        raise AnswersMissing(
+            f"teacher.store: {config.store} lacks {len(wanted) - len(stored)} of the "
+            f"{len(wanted)} answers of {model.fingerprint} about {public.name}"
+        )
+    logits = np.stack([stored[sha].answer for sha in public.sha256])
+    fingerprint = model.fingerprint
+    kept = Precision(config.dtype, config.top_k)
+    note = "" if kept == Precision() else f", kept as {kept.dtype}"
+    if kept.top_k is not None:
+        note += f", top {kept.top_k}"
+    return Answers(logits, tuple(public.sha256), fingerprint.label_names, f"{fingerprint}{note}")
+
+
+def _with_head(config: FoundationConfig, answers: Answers, public: PublicDataset) -> Answers:
+    if config.head is None:
+        if not answers.label_names:
+            raise UserError(
+                f"teacher.head is not set, but {answers.fingerprint} gives embeddings: set it to "
+                "probe, or to an .npz file of class_vectors; or name its classes in teacher.labels"
+            )
+        return answers
+    if answers.logits.ndim != 2:
+        raise UserError("teacher.head is for one vector an image, not for masks")
+    if config.head == "probe":
+        if public.labels is None or public.label_names is None:
+            raise UserError(f"teacher.head: a probe is fitted on labels, {public.name} has none")
+        try:
+            logits = linear_probe_logits(
+                answers.logits, public.labels, len(public.label_names), public.sha256
+            )
+        except ValueError as error:
+            raise UserError(f"teacher.head: {error}") from None
+        said = f"{answers.fingerprint}, linear probe on the labels of {public.name}"
+        return Answers(logits, answers.sha256, public.label_names, said)
+    vectors, names, scale = _class_vectors(Path(config.head))
+    if vectors.shape[1] != answers.logits.shape[1]:
+        raise UserError(
+            f"teacher.head: {config.head} has class vectors of length {vectors.shape[1]}, the "
+            f"embeddings have {answers.logits.shape[1]}"
+        )
+    logits = class_vector_logits(answers.logits, vectors, scale)
+    said = f"{answers.fingerprint}, class vectors of {Path(config.head).name}"
+    return Answers(logits, answers.sha256, names, said)
+
+
+def _class_vectors(path: Path) -> tuple[np.ndarray, tuple[str, ...], float]:
+    if not path.is_file():
+        raise UserError(f"teacher.head must be probe, or an .npz file; there is no file {path}")
+    arrays = read_npz(path, "teacher.head")
+    for name in ("class_vectors", "label_names"):
+        if name not in arrays:
+            raise UserError(f"teacher.head: {path} lacks the array {name!r}")
+    vectors, names = arrays["class_vectors"], arrays["label_names"]
+    right = vectors.ndim == 2 and np.issubdtype(vectors.dtype, np.floating)
+    if not right or not np.isfinite(vectors).all() or names.shape != vectors.shape[:1]:
+        raise UserError(
+            f"teacher.head: {path} must hold class_vectors, finite floats [P, D], and label_names "
+            f"[P]; got {vectors.dtype} {list(vectors.shape)} and {list(names.shape)}"
+        )
+    return vectors, tuple(str(n) for n in names.tolist()), float(arrays.get("logit_scale", 100.0))
+
+
+def _labels(config: FoundationConfig, public: PublicDataset) -> tuple[str, ...]:
+    """Returns the model's classes: of the file; for zero-shot, else those of the public set."""
+    if config.labels is None:
+        if config.name != "hf_zero_shot":
+            return ()
+        if public.label_names is None:
+            raise UserError(
+                f"teacher.labels is not set, and {public.name} has no label names either: give "
+                "a text file of candidate labels, one a line"
+            )
+        return public.label_names
+    path = Path(config.labels).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"teacher.labels: {path} cannot be read as a text file ({error})") from None
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names:
+        raise UserError(f"teacher.labels: {path} is empty; it must name a class a line")
+    return names
+
+
+def _transport(config: FoundationConfig) -> Transport:
+    return Transport(str(config.url), config.timeout, config.api_key_env, config.api_key_file)

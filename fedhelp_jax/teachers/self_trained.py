@@ -1,0 +1,149 @@
+"""A network of our own trained on the public labels, in place of a foundation model; no download.
+
+It knows nothing that the public set does not say, and is called self-trained wherever it appears.
+"""
+
+import hashlib
+import json
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedhelp_jax.algorithms.base import Setup, init_own, train_locally
+from fedhelp_jax.client import adam_l2, predict
+from fedhelp_jax.data.types import PublicDataset
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.federation import ClientData, Pool
+from fedhelp_jax.mapping import make_mapping, over_clients
+from fedhelp_jax.models.resnet import resnet
+from fedhelp_jax.random import client_round_key
+from fedhelp_jax.task import classification
+from fedhelp_jax.teachers.foundation import Fingerprint, PublicImages
+from fedhelp_jax.teachers.preprocessing import Preprocessing
+
+_BATCH = 32
+_EVAL_BATCH = 64
+_LEARNING_RATE = 1e-3
+_WEIGHT_DECAY = 1e-4
+
+
+class SelfTrained:
+    """Two ResNet-20, each trained on one half of the public set and answering the other half.
+
+    A network that answered its own training images would repeat their labels, surer than it can be
+    of any new image. The halves are told apart by hash, so identical images fall into one.
+
+    Args:
+      public: Labelled public images; others are not answered.
+      epochs: Epochs that each network is trained for, at the first answer.
+      seed: Of the first weights and of the batches.
+
+    Attributes:
+      fingerprint: The settings, and a hash over all that is trained on.
+      batch_limit: None.
+
+    Raises:
+      UserError: If the images have no labels, or all fall into one half.
+    """
+
+    batch_limit: int | None = None
+
+    def __init__(self, public: PublicDataset, epochs: int, seed: int):
+        if public.labels is None or public.label_names is None:
+            raise UserError(
+                f"teacher.name: a self_trained teacher needs public labels, and {public.name} has "
+                "none; use another teacher"
+            )
+        self._halves = np.array([int(sha[:8], 16) % 2 for sha in public.sha256])
+        if len(set(self._halves.tolist())) < 2:
+            raise UserError(
+                f"public.num_examples: {len(self._halves)} images of {public.name} are too few for "
+                "a self_trained teacher, which answers one half of them after training on the other"
+            )
+        self._public, self._epochs, self._seed = public, epochs, seed
+        side = public.images.shape[1]
+        trained_on = json.dumps([public.sha256, public.labels.tolist(), public.images.shape])
+        digest = hashlib.sha256(trained_on.encode()).hexdigest()[:12]
+        self.fingerprint = Fingerprint(
+            f"self-trained resnet20 on {public.name}",
+            f"{epochs} epochs, seed {seed}, sha256 {digest}",
+            str(Preprocessing(side, "signed")),
+            public.label_names,
+        )
+        self._lock = threading.Lock()
+        self._answers: dict[str, np.ndarray] = {}
+
+    def answer(self, images: PublicImages) -> np.ndarray:
+        """Logits over the public labels, by a network that saw no label of the image; trains first.
+
+        Returns:
+          float32 ``[B, C]``.
+
+        Raises:
+          UserError: If an image is none of the public set that this was made for.
+        """
+        known = set(self._public.sha256)
+        others = [sha for sha in images.sha256 if sha not in known]
+        if others:
+            raise UserError(
+                f"teacher.name: a self_trained teacher answers images of {self._public.name} only; "
+                f"{len(others)} of {len(images)} are others, the first has sha256 {others[0]}"
+            )
+        with self._lock:
+            if not self._answers:
+                logits = self._train_and_answer()
+                self._answers = dict(zip(self._public.sha256, logits, strict=True))
+        return np.stack([self._answers[sha] for sha in images.sha256])
+
+    def request_bytes(self, images: PublicImages) -> int:
+        """Nothing leaves this machine."""
+        return 0
+
+    def close(self) -> None:
+        """Forgets the answers."""
+        with self._lock:
+            self._answers = {}
+
+    def _train_and_answer(self) -> np.ndarray:
+        """Returns float32 ``[P, C]``."""
+        public = self._public
+        assert public.labels is not None and public.label_names is not None
+        model = resnet(20, len(public.label_names))
+        setup = Setup(
+            task=classification,
+            num_classes=len(public.label_names),
+            sample_shape=public.images.shape[1:],
+            models={"small": model},
+            tx=adam_l2(_LEARNING_RATE, _WEIGHT_DECAY),
+            batch_size=_BATCH,
+            public_batch_size=_BATCH,
+            local_epochs=self._epochs,
+            public=None,
+        )
+
+        def cross_fitted(shared: tuple[jax.Array, Pool], own: Any) -> jax.Array:
+            run_key, pool = shared
+            half, (fitted, fitted_size), (asked, asked_size) = own
+            key = client_round_key(run_key, 0, half)
+            variables = init_own(setup, model, run_key, half)
+            data = ClientData(pool, None, fitted, fitted_size)
+            variables, _ = train_locally(setup, model, key, variables, data)
+            return predict(model, variables, pool, asked, asked_size, _EVAL_BATCH)
+
+        rows = [np.flatnonzero(self._halves == half) for half in (0, 1)]
+        width = max(map(len, rows))
+        index = np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int32)
+        size = np.array([len(row) for row in rows], np.int32)
+        pool = Pool(jnp.asarray(public.images), jnp.asarray(public.labels, jnp.int32))
+        # As two clients that have the set between them: at once where there are two devices.
+        mapping = make_mapping(num_devices=min(2, jax.device_count()))
+        own = (np.arange(2, dtype=np.int32), (index, size), (index[::-1], size[::-1]))
+        shared = (jax.random.key(self._seed), pool)
+        found = np.asarray(jax.jit(over_clients(cross_fitted, mapping))(shared, own))
+        logits = np.empty((len(public.sha256), found.shape[-1]), np.float32)
+        for asked, answers in zip(rows[::-1], found, strict=True):
+            logits[asked] = answers[: len(asked)]
+        return logits

@@ -1,0 +1,302 @@
+"""The store of answers: a folder on disk in which each image was asked about once.
+
+An LMDB database: every batch of answers is one transaction, so that a run that is killed leaves
+whole answers only; readers map it into memory and never wait. Keys are the fingerprint of the
+foundation model and the hash of the image. Not for folders that several hosts write to over a
+network file system, which LMDB does not support.
+"""
+
+import json
+import math
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+from scipy.special import log_softmax
+
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.teachers.foundation import Fingerprint
+
+if TYPE_CHECKING:
+    import lmdb
+
+_T = TypeVar("_T")
+_VERSION = 1
+# Version, bytes a number, numbers kept of each row (0: all), nats lost, number of axes.
+_HEADER = struct.Struct("<BBHfB")
+_FLOATS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+_FREE_BYTES = 2**30  # of the map, not of the disk: the file grows as it fills
+
+
+class Precision(NamedTuple):
+    """How much of an answer is kept.
+
+    Attributes:
+      dtype: "float32" or "float16".
+      top_k: So many of the largest logits; the rest share their probability evenly. None: all.
+    """
+
+    dtype: str = "float32"
+    top_k: int | None = None
+
+    def covers(self, other: "Precision") -> bool:
+        """Whether answers kept so can be turned into answers kept as ``other``."""
+        wide = _FLOATS[self.dtype].itemsize >= _FLOATS[other.dtype].itemsize
+        if self.top_k is None:
+            return wide
+        return wide and other.top_k is not None and self.top_k >= other.top_k
+
+
+class Stored(NamedTuple):
+    """A stored answer: float32 ``[*spatial, P]``, its precision, and the nats lost by it.
+
+    ``nats_lost`` is ``KL(softmax(answer) || softmax(as stored))``, averaged over pixels.
+    """
+
+    answer: np.ndarray
+    precision: Precision
+    nats_lost: float
+
+
+def encode(answer: np.ndarray, precision: Precision) -> bytes:
+    """Returns an answer, float32 ``[*spatial, P]``, as the store keeps it.
+
+    Raises:
+      UserError: If a logit is beyond what ``precision.dtype`` can hold.
+    """
+    dtype, classes = _FLOATS[precision.dtype], answer.shape[-1]
+    limit = float(np.finfo(dtype).max)
+    if np.abs(answer).max(initial=0.0) > limit:
+        raise UserError(f"teacher.dtype: a logit is beyond {limit:g}; use float32")
+    top_k = precision.top_k if precision.top_k is not None and precision.top_k < classes else 0
+    if top_k:
+        # Stable, so that ties break by class index.
+        kept, left = np.split(np.argsort(-answer, axis=-1, kind="stable"), [top_k], axis=-1)
+        others = np.take_along_axis(answer, left, axis=-1)
+        payload = (
+            kept.astype("<u4").tobytes()
+            + np.take_along_axis(answer, kept, axis=-1).astype(dtype).tobytes()
+            + np.logaddexp.reduce(others.astype(np.float64), axis=-1).astype("<f4").tobytes()
+        )
+    else:
+        payload = answer.astype(dtype).tobytes()
+    axes = struct.pack(f"<{answer.ndim}I", *answer.shape)
+
+    def record(nats_lost: float) -> bytes:
+        header = _HEADER.pack(_VERSION, dtype.itemsize, top_k, nats_lost, answer.ndim)
+        return header + axes + payload
+
+    return record(_nats_lost(answer, decode(record(0.0)).answer))
+
+
+def decode(record: Any) -> Stored:
+    """Returns the answer in a record, bytes or a view of them."""
+    version, itemsize, top_k, nats_lost, ndim = _HEADER.unpack_from(record)
+    if version != _VERSION:
+        raise UserError(f"teacher.store: holds records of version {version}, this reads {_VERSION}")
+    shape = struct.unpack_from(f"<{ndim}I", record, _HEADER.size)
+    start = _HEADER.size + 4 * ndim
+    name = next(name for name, dtype in _FLOATS.items() if dtype.itemsize == itemsize)
+    rows, classes = math.prod(shape[:-1]), shape[-1]
+    if not top_k:
+        answer = np.frombuffer(record, _FLOATS[name], rows * classes, start).reshape(shape)
+        return Stored(answer.astype(np.float32), Precision(name), nats_lost)
+    count = rows * top_k
+    kept = np.frombuffer(record, "<u4", count, start).reshape(rows, top_k)
+    values = np.frombuffer(record, _FLOATS[name], count, start + 4 * count).reshape(rows, top_k)
+    others = np.frombuffer(record, "<f4", rows, start + (4 + itemsize) * count)
+    answer = np.repeat((others - np.log(classes - top_k))[:, None], classes, axis=1)
+    np.put_along_axis(answer, kept.astype(np.int64), values.astype(np.float32), axis=1)
+    answer = answer.astype(np.float32).reshape(shape)
+    return Stored(answer, Precision(name, top_k), nats_lost)
+
+
+def _nats_lost(answer: np.ndarray, stored: np.ndarray) -> float:
+    before, after = (log_softmax(x.astype(np.float64), axis=-1) for x in (answer, stored))
+    return float(np.mean(np.sum(np.exp(before) * (before - after), axis=-1)))
+
+
+def _number(record: Any) -> int:
+    return 0 if record is None else int(bytes(record))
+
+
+class AnswerStore:
+    """The answers of one foundation model in a store; a context manager around the open file.
+
+    Args:
+      folder: The store.
+      fingerprint: Whose answers.
+      precision: How they are kept, and read: what is stored with more is read with just this much.
+      write: Whether answers will be added; makes the folder where there is none.
+
+    Raises:
+      UserError: If the store cannot be opened.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: Fingerprint, precision: Precision, *, write: bool = False
+    ):
+        self._folder, self._fingerprint, self._precision = folder, fingerprint, precision
+        self._id = bytes.fromhex(fingerprint.digest)
+        self._writing = threading.Lock()
+        self._env: lmdb.Environment | None = None
+        if write or (folder / "data.mdb").exists():
+            self._env = self._open(write)
+
+    def __enter__(self) -> "AnswerStore":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes the file."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def read(self, sha256: Sequence[str]) -> dict[str, Stored]:
+        """Returns what is stored about images, by hash, of those that have an answer.
+
+        Answers kept with less than the asked precision do not count; more is reduced to it.
+        """
+        found: dict[str, Stored] = {}
+        if self._env is None:
+            return found
+        with self._guarded(), self._env.begin(buffers=True) as transaction:
+            for sha in sha256:
+                record = transaction.get(self._key(b"a", sha))
+                if record is None:
+                    continue
+                stored = decode(record)
+                if stored.precision.covers(self._precision):
+                    found[sha] = self._reduced(stored)
+        return found
+
+    def known(self, sha256: Sequence[str]) -> set[str]:
+        """Returns which images have an answer that is kept precisely enough."""
+        return set(self.read(sha256))
+
+    def put(self, sha256: Sequence[str], answers: np.ndarray) -> None:
+        """Adds answers, float32 ``[B, ..., P]``, all or none.
+
+        Raises:
+          UserError: If they are of another shape than those stored before, or the disk is full.
+        """
+        records = [encode(answer, self._precision) for answer in answers]
+        about = {**self._fingerprint._asdict(), "shape": list(answers.shape[1:])}
+
+        def write(transaction: "lmdb.Transaction") -> None:
+            before = transaction.get(self._key(b"f"))
+            if before is None:
+                transaction.put(self._key(b"f"), json.dumps(about).encode())
+            elif (shape := json.loads(bytes(before))["shape"]) != about["shape"]:
+                raise UserError(
+                    f"teacher: {self._fingerprint.name} answered {about['shape']}, but "
+                    f"{shape} before; is it still the same model? "
+                    "Give it another teacher.version"
+                )
+            for sha, record in zip(sha256, records, strict=True):
+                transaction.put(self._key(b"a", sha), record)
+
+        self._write(write)
+
+    @property
+    def sent(self) -> int:
+        """How many images were ever sent to the model, each try counted."""
+        if self._env is None:
+            return 0
+        with self._guarded(), self._env.begin() as transaction:
+            return _number(transaction.get(self._key(b"q")))
+
+    def spend(self, images: int, limit: int | None) -> None:
+        """Counts images that are about to be sent.
+
+        Raises:
+          UserError: If that would be more than ``limit`` in all; then none are counted.
+        """
+
+        def write(transaction: "lmdb.Transaction") -> None:
+            total = _number(transaction.get(self._key(b"q"))) + images
+            if limit is not None and total > limit:
+                raise UserError(
+                    f"teacher.max_queries = {limit} is spent: {total - images} images were sent to "
+                    f"{self._fingerprint.name} so far, tries counted; what it answered is kept"
+                )
+            transaction.put(self._key(b"q"), str(total).encode())
+
+        self._write(write)
+
+    @contextmanager
+    def alone(self, on_wait: Callable[[], None]) -> Iterator[None]:
+        """While held, no other process asks this model; freed by the system if we are killed.
+
+        Args:
+          on_wait: Called once if another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._folder / f"{self._fingerprint.digest[:16]}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _key(self, kind: bytes, sha: str = "") -> bytes:
+        return kind + self._id + bytes.fromhex(sha)
+
+    def _reduced(self, stored: Stored) -> Stored:
+        if self._precision.covers(stored.precision):
+            return stored
+        less = decode(encode(stored.answer, self._precision))
+        return less._replace(nats_lost=stored.nats_lost + less.nats_lost)
+
+    def _open(self, write: bool) -> "lmdb.Environment":
+        import lmdb
+
+        with self._guarded():
+            if write:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._folder / "data.mdb"
+            size = file.stat().st_size if file.exists() else 0
+            # Readers need the lock file too, unless nobody can write here.
+            lock = os.access(self._folder, os.W_OK)
+            map_size = 2 * size + _FREE_BYTES
+            return lmdb.open(str(self._folder), map_size=map_size, readonly=not write, lock=lock)
+
+    def _write(self, change: Callable[["lmdb.Transaction"], _T]) -> _T:
+        import lmdb
+
+        assert self._env is not None
+        with self._writing, self._guarded():
+            while True:
+                try:
+                    with self._env.begin(write=True) as transaction:
+                        return change(transaction)
+                except lmdb.MapFullError:
+                    self._env.set_mapsize(2 * self._env.info()["map_size"])
+                except lmdb.MapResizedError:  # another process made it larger
+                    self._env.set_mapsize(0)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turns what the disk and the library say into one line."""
+        import lmdb
+
+        try:
+            yield
+        except (lmdb.MapFullError, lmdb.MapResizedError):
+            raise
+        except (lmdb.Error, OSError) as error:
+            raise UserError(
+                f"teacher.store: {self._folder} cannot be used ({error}); answers stored before "
+                "are kept"
+            ) from None

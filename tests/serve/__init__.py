@@ -1,0 +1,1 @@
+"""A real inference server, Seldon MLServer, for tests; it runs in a Python of its own."""

@@ -1,0 +1,20 @@
+"""The settings of a teacher on a real inference server, asked about all images of a file."""
+
+from ml_collections import config_dict
+
+from fedhelp_jax.config import default_config
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Returns the settings; the test says where the images, the labels and the server are."""
+    config = default_config()
+    config.data.image_size = 16
+    config.data.num_examples = 48
+    config.data.fractions = (0.6, 0.4)
+    config.roles.top_n = 1
+    config.public.name = "npz"
+    config.teacher.name = "open_inference"
+    config.teacher.scale = "uint8"
+    config.teacher.batch_size = 16
+    config.teacher.concurrency = 4
+    return config
