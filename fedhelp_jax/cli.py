@@ -141,7 +141,7 @@ def _train(arguments: list[str]) -> int:
         summary = runner.train(config, workdir, bool(own["overwrite"].value))
     except AnswersMissing as error:
         command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
-        raise UserError(f"{error}; get them by: {command}") from None
+        raise UserError(f"{error}: {command}") from None
     except runner.Interrupted as stop:
         _complain(str(stop) or f"interrupted; the same command goes on from {workdir}")
         return 130

@@ -46,6 +46,11 @@ def build_experiment(config: RunConfig) -> Experiment:
         public = load_public(config.public, config.data.image_size, config.seed)
         answers = resolve_answers(config.teacher, public)
         joined = None if answers is None else join_answers(answers, public)
+        if joined is not None and joined.ndim != 2:
+            raise UserError(
+                f"teacher: its answers about {public.name} are masks {list(joined.shape[1:])}, but "
+                f"{task.name} needs one row of logits for each image"
+            )
         if joined is None and public.labels is None:
             raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
     num_classes = len(dataset.label_names)

@@ -51,6 +51,7 @@ _PART_OR_NONE = Check(lambda value: 0 <= value < 1, "at least 0 and less than 1"
 _FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
 _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
 PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")
+PIXEL_LAYOUTS = ("nhwc", "nchw")
 _MODEL = one_of("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 
 # For the settings of the methods, by name: a name means the same in every method that has it.
@@ -148,7 +149,7 @@ class FoundationConfig:
     output: str | None = setting(None, "name of the output tensor; the first if None")
     image_size: int | None = setting(None, "side that images are resized to; native if None", COUNT)
     scale: str = setting("uint8", "pixel values the model takes", one_of(*PIXEL_SCALES))
-    layout: str = setting("nhwc", "axes of the images it takes", one_of("nhwc", "nchw"))
+    layout: str = setting("nhwc", "axes of the images it takes", one_of(*PIXEL_LAYOUTS))
     head: str | None = setting(
         None, "turns embeddings into logits: probe (fitted on public labels) or class vectors .npz"
     )

@@ -269,3 +269,11 @@ def test_stored_answers_work(tmp_path, answers):
     assert summary["teacher"] == "a model of mine"
     assert summary["teacher_queries"] == 12
     assert json.dumps(summary["program"]["devices"]) == str(jax.device_count())
+
+
+def test_answers_that_are_masks_do_not_teach_whole_images(tmp_path, capsys, answers):
+    path = tmp_path / "answers.npz"
+    save_answers(path, answers._replace(logits=np.stack([answers.logits] * 4, axis=1)))
+    rest = f"--config.teacher.name=stored --config.teacher.path={path}"
+    line = refusal(capsys, train(tmp_path / "run", rest))
+    assert "masks [4, " in line and "classification needs one row of logits" in line

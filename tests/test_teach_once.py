@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import fedhelp, refusal
 from foundation_server import FoundationServer, hang, status
 from teaching import BATCH, DISTINCT, Study, stored
 
@@ -207,3 +208,14 @@ def test_an_interrupted_run_keeps_what_was_answered(study, last):
     assert study.teach() == 0
     assert set(study.server.received()) == set(study.sha256) - before
     study.assert_stored_rightly()
+
+
+def test_training_without_answers_names_the_command_that_gets_them(study, capsys):
+    workdir = study.folder / "run"
+    train = study.command(f"--workdir={workdir}", "train")
+    line = refusal(capsys, fedhelp(train))
+    assert "lacks 34 of the 34 answers of tiny" in line
+    command = line.split("fedhelp teach gets them: fedhelp ")[1]
+    assert study.server.requests == [] and not study.store.exists()
+    assert fedhelp(command) == 0
+    assert study.server.received().total() == DISTINCT

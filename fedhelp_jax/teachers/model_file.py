@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import importlib
-import math
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -63,13 +62,7 @@ class ModelFile:
         self._input_shape: Sequence[Any] = ()
 
     def answer(self, images: PublicImages) -> np.ndarray:
-        """What the file answers, its classes or features on the last axis.
-
-        A mask in the layout "nchw" is turned to ``[B, H, W, P]``; spatial axes of length one, as
-        after pooling, are dropped.
-
-        Returns:
-          float32 ``[B, P]`` or ``[B, *spatial, P]``.
+        """What the file answers; see `FoundationModel` and `Preprocessing.answer_of`.
 
         Raises:
           UserError: If the file cannot be loaded, or does not fit the images or the labels.
@@ -145,16 +138,13 @@ class ModelFile:
                 f"teacher.output: {name} has the shape {list(raw.shape)} for {count} images; "
                 f"it must be [{count}, ...]"
             )
-        if self.preprocessing.layout == "nchw" and raw.ndim == 4:
-            raw = np.moveaxis(raw, 1, -1)
-        if math.prod(raw.shape[1:]) == max(raw.shape[1:]):
-            raw = raw.reshape(count, -1)
-        if self.labels and raw.shape[-1] != len(self.labels):
+        answer = self.preprocessing.answer_of(raw)
+        if self.labels and answer.shape[-1] != len(self.labels):
             raise UserError(
-                f"teacher.labels: {len(self.labels)} names for the {raw.shape[-1]} classes of "
+                f"teacher.labels: {len(self.labels)} names for the {answer.shape[-1]} classes of "
                 f"{name}; there must be one name per class"
             )
-        return np.ascontiguousarray(raw, np.float32)
+        return answer
 
 
 def named(name: str, names: Iterable[str], key: str, path: Path) -> str:

@@ -98,8 +98,7 @@ class OpenInferenceModel:
             raise UserError(f"teacher.url: the answer is no inference response{said}") from None
         if answer is None:
             raise UserError(f"teacher.output: {name} came without its data")
-        with np.errstate(over="ignore"):  # infinite then, and refused as such
-            return answer.astype(np.float32)
+        return self._preprocessing.answer_of(answer) if answer.ndim > 1 else answer
 
     def request_bytes(self, images: PublicImages) -> int:
         """See `FoundationModel`; as raw bytes, JSON may take four times as many."""

@@ -1,10 +1,12 @@
 """From public images at their native size to what a foundation model takes."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from fedhelp_jax.data.images import resize_arrays
+from fedhelp_jax.schema import PIXEL_LAYOUTS, PIXEL_SCALES
 
 # Mean and standard deviation per channel, of pixels in [0, 1]; None leaves pixels as they are.
 _STATISTICS = {
@@ -14,8 +16,6 @@ _STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-SCALES = tuple(_STATISTICS)
-LAYOUTS = ("nhwc", "nchw")
 
 
 class _Settings(NamedTuple):
@@ -48,10 +48,10 @@ class Preprocessing(_Settings):
         Raises:
           ValueError: If a scale or layout is unknown.
         """
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if scale not in PIXEL_SCALES:
+            raise ValueError(f"scale must be one of {', '.join(PIXEL_SCALES)}, got {scale!r}")
+        if layout not in PIXEL_LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(PIXEL_LAYOUTS)}, got {layout!r}")
         return super().__new__(cls, size, scale, layout)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -82,6 +82,22 @@ class Preprocessing(_Settings):
         if self.layout == "nchw":
             pixels = np.moveaxis(pixels, -1, 1)
         return np.ascontiguousarray(pixels)
+
+    def answer_of(self, output: np.ndarray) -> np.ndarray:
+        """The model's output with its classes or features on the last axis.
+
+        In the layout "nchw" a mask ``[B, P, H, W]`` is turned; spatial axes of length one, as after
+        pooling, are dropped.
+
+        Returns:
+          float32 ``[B, P]`` or ``[B, *spatial, P]``.
+        """
+        if self.layout == "nchw" and output.ndim == 4:
+            output = np.moveaxis(output, 1, -1)
+        if output.ndim > 2 and math.prod(output.shape[1:]) == max(output.shape[1:]):
+            output = output.reshape(len(output), -1)
+        with np.errstate(over="ignore"):  # infinite then, and refused as such
+            return np.ascontiguousarray(output, np.float32)
 
     def __str__(self) -> str:
         """For fingerprints."""

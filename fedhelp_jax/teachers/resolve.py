@@ -134,7 +134,8 @@ def _from_store(config: FoundationConfig, public: PublicDataset) -> Answers:
     if len(stored) < len(wanted):
         raise AnswersMissing(
             f"teacher.store: {config.store} lacks {len(wanted) - len(stored)} of the "
-            f"{len(wanted)} answers of {model.fingerprint} about {public.name}"
+            f"{len(wanted)} answers of {model.fingerprint} about {public.name}; fedhelp teach gets "
+            "them"
         )
     logits = np.stack([stored[sha].answer for sha in public.sha256])
     fingerprint = model.fingerprint

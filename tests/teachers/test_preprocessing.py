@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedhelp_jax.teachers.preprocessing import LAYOUTS, SCALES, Preprocessing
+from fedhelp_jax.schema import PIXEL_LAYOUTS, PIXEL_SCALES
+from fedhelp_jax.teachers.preprocessing import Preprocessing
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (4, 10, 12, 3), dtype=np.uint8)
 GREY = COLOUR[..., :1]
@@ -42,7 +43,7 @@ def test_scales_by_their_formulas():
         "imagenet": imagenet,
         "clip": (x / 255 - mean) / std,
     }
-    assert {*expected, "uint8"} == set(SCALES)
+    assert {*expected, "uint8"} == set(PIXEL_SCALES)
     for scale, values in expected.items():
         got = Preprocessing(scale=scale)(COLOUR)
         assert got.dtype == np.float32
@@ -55,7 +56,7 @@ def test_ends_of_the_scales_are_exact():
     np.testing.assert_array_equal(Preprocessing(scale="signed")(ends)[:, 0, 0, 0], [-1, 1])
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", PIXEL_SCALES)
 def test_layouts_are_the_same_numbers(scale):
     last = Preprocessing(8, scale, "nhwc")(COLOUR)
     first = Preprocessing(8, scale, "nchw")(COLOUR)
@@ -83,8 +84,8 @@ def test_the_fingerprint_tells_all_settings():
     every = {
         str(Preprocessing(size, scale, layout))
         for size in (None, 8, 224)
-        for scale in SCALES
-        for layout in LAYOUTS
+        for scale in PIXEL_SCALES
+        for layout in PIXEL_LAYOUTS
     }
-    assert len(every) == 3 * len(SCALES) * len(LAYOUTS)
+    assert len(every) == 3 * len(PIXEL_SCALES) * len(PIXEL_LAYOUTS)
     assert Preprocessing(224) == Preprocessing(224, "uint8", "nhwc") != Preprocessing(225)
