@@ -138,7 +138,7 @@ def _ask_one(
     finally:
         model.close()
     with open_store(config, model, write=False) as store:
-        lost = [stored.nats_lost for stored in store.read(images.sha256).values()]
+        lost = list(store.nats_lost(images.sha256).values())
         print_stored(config.name, config.store, store.sent, float(np.mean(lost)))
 
 

@@ -30,6 +30,7 @@ _VERSION = 1
 # Version, bytes a number, numbers kept of each row (0: all), nats lost, number of axes.
 _HEADER = struct.Struct("<BBHfB")
 _FLOATS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+_SPARE_PAGES = 8
 _FREE_BYTES = 2**30  # of the map, not of the disk: the file grows as it fills
 
 
@@ -96,24 +97,30 @@ def encode(answer: np.ndarray, precision: Precision) -> bytes:
 
 def decode(record: Any) -> Stored:
     """Returns the answer in a record, bytes or a view of them."""
+    precision, nats_lost, shape, start = _header(record)
+    dtype, top_k = _FLOATS[precision.dtype], precision.top_k
+    rows, classes = math.prod(shape[:-1]), shape[-1]
+    if top_k is None:
+        answer = np.frombuffer(record, dtype, rows * classes, start).reshape(shape)
+        return Stored(answer.astype(np.float32), precision, nats_lost)
+    count = rows * top_k
+    kept = np.frombuffer(record, "<u4", count, start).reshape(rows, top_k)
+    values = np.frombuffer(record, dtype, count, start + 4 * count).reshape(rows, top_k)
+    others = np.frombuffer(record, "<f4", rows, start + (4 + dtype.itemsize) * count)
+    answer = np.repeat((others - np.log(classes - top_k))[:, None], classes, axis=1)
+    np.put_along_axis(answer, kept.astype(np.int64), values.astype(np.float32), axis=1)
+    answer = answer.astype(np.float32).reshape(shape)
+    return Stored(answer, precision, nats_lost)
+
+
+def _header(record: Any) -> tuple[Precision, float, tuple[int, ...], int]:
+    """Returns precision, nats lost, shape of the answer, and where its numbers begin."""
     version, itemsize, top_k, nats_lost, ndim = _HEADER.unpack_from(record)
     if version != _VERSION:
         raise UserError(f"teacher.store: holds records of version {version}, this reads {_VERSION}")
     shape = struct.unpack_from(f"<{ndim}I", record, _HEADER.size)
-    start = _HEADER.size + 4 * ndim
     name = next(name for name, dtype in _FLOATS.items() if dtype.itemsize == itemsize)
-    rows, classes = math.prod(shape[:-1]), shape[-1]
-    if not top_k:
-        answer = np.frombuffer(record, _FLOATS[name], rows * classes, start).reshape(shape)
-        return Stored(answer.astype(np.float32), Precision(name), nats_lost)
-    count = rows * top_k
-    kept = np.frombuffer(record, "<u4", count, start).reshape(rows, top_k)
-    values = np.frombuffer(record, _FLOATS[name], count, start + 4 * count).reshape(rows, top_k)
-    others = np.frombuffer(record, "<f4", rows, start + (4 + itemsize) * count)
-    answer = np.repeat((others - np.log(classes - top_k))[:, None], classes, axis=1)
-    np.put_along_axis(answer, kept.astype(np.int64), values.astype(np.float32), axis=1)
-    answer = answer.astype(np.float32).reshape(shape)
-    return Stored(answer, Precision(name, top_k), nats_lost)
+    return Precision(name, top_k or None), nats_lost, shape, _HEADER.size + 4 * ndim
 
 
 def _nats_lost(answer: np.ndarray, stored: np.ndarray) -> float:
@@ -163,22 +170,18 @@ class AnswerStore:
 
         Answers kept with less than the asked precision do not count; more is reduced to it.
         """
-        found: dict[str, Stored] = {}
-        if self._env is None:
-            return found
-        with self._guarded(), self._env.begin(buffers=True) as transaction:
-            for sha in sha256:
-                record = transaction.get(self._key(b"a", sha))
-                if record is None:
-                    continue
-                stored = decode(record)
-                if stored.precision.covers(self._precision):
-                    found[sha] = self._reduced(stored)
-        return found
+        return self._each(sha256, lambda record: self._reduced(decode(record)))
 
     def known(self, sha256: Sequence[str]) -> set[str]:
         """Returns which images have an answer that is kept precisely enough."""
-        return set(self.read(sha256))
+        return set(self.nats_lost(sha256))
+
+    def nats_lost(self, sha256: Sequence[str]) -> dict[str, float]:
+        """Returns what storing lost, by hash, of the images that `read` returns; reads no logits.
+
+        In nats, as `Stored.nats_lost`.
+        """
+        return self._each(sha256, lambda record: _header(record)[1])
 
     def put(self, sha256: Sequence[str], answers: np.ndarray) -> None:
         """Adds answers, float32 ``[B, ..., P]``, all or none.
@@ -209,8 +212,7 @@ class AnswerStore:
         """How many images were ever sent to the model, each try counted."""
         if self._env is None:
             return 0
-        with self._guarded(), self._env.begin() as transaction:
-            return _number(transaction.get(self._key(b"q")))
+        return self._read(lambda transaction: _number(transaction.get(self._key(b"q"))))
 
     def spend(self, images: int, limit: int | None) -> None:
         """Counts images that are about to be sent.
@@ -240,15 +242,31 @@ class AnswerStore:
         from filelock import FileLock, Timeout
 
         lock = FileLock(self._folder / f"{self._fingerprint.digest[:16]}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            on_wait()
-            lock.acquire()
+        with self._guarded():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                on_wait()
+                lock.acquire()
         try:
             yield
         finally:
             lock.release()
+
+    def _each(self, sha256: Sequence[str], about: Callable[[Any], _T]) -> dict[str, _T]:
+        """Returns something about each record that is kept precisely enough, by hash."""
+        if self._env is None:
+            return {}
+
+        def read(transaction: "lmdb.Transaction") -> dict[str, _T]:
+            found = {}
+            for sha in sha256:
+                record = transaction.get(self._key(b"a", sha))
+                if record is not None and _header(record)[0].covers(self._precision):
+                    found[sha] = about(record)
+            return found
+
+        return self._read(read)
 
     def _key(self, kind: bytes, sha: str = "") -> bytes:
         return kind + self._id + bytes.fromhex(sha)
@@ -270,7 +288,29 @@ class AnswerStore:
             # Readers need the lock file too, unless nobody can write here.
             lock = os.access(self._folder, os.W_OK)
             map_size = 2 * size + _FREE_BYTES
-            return lmdb.open(str(self._folder), map_size=map_size, readonly=not write, lock=lock)
+            opened = lmdb.open(str(self._folder), map_size=map_size, readonly=not write, lock=lock)
+            # Reading a page that is not there would kill the process. The last few may be free
+            # pages, which are never written.
+            needed = (opened.info()["last_pgno"] - _SPARE_PAGES) * opened.stat()["psize"]
+            if size and needed > file.stat().st_size:
+                opened.close()
+                raise UserError(
+                    f"teacher.store: {self._folder} cannot be used (data.mdb is cut off, its "
+                    f"{size} bytes are not all); copy it again"
+                )
+            return opened
+
+    def _read(self, look: Callable[["lmdb.Transaction"], _T]) -> _T:
+        import lmdb
+
+        assert self._env is not None
+        with self._guarded():
+            while True:
+                try:
+                    with self._env.begin(buffers=True) as transaction:
+                        return look(transaction)
+                except lmdb.MapResizedError:  # another process made it larger
+                    self._env.set_mapsize(0)
 
     def _write(self, change: Callable[["lmdb.Transaction"], _T]) -> _T:
         import lmdb
