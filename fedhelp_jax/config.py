@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from ml_collections import config_dict
 
@@ -250,21 +251,33 @@ def _build(cls: type, values: Any, path: str) -> Any:
         elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             built[field.name] = _build(field.type, value, key)
         elif field.name == "members":
-            built[field.name] = _build_members(value, key)
+            built[field.name] = _build_members(value, values, key)
         else:
             built[field.name] = _value(value, field.type, field.metadata["check"], key)
     return cls(**built)
 
 
-def _build_members(values: Any, path: str) -> tuple[FoundationConfig, ...]:
-    """Returns the members of an ensemble; what one leaves out has its default."""
+_KEY_SETTINGS = ("api_key_env", "api_key_file")
+
+
+def _build_members(
+    values: Any, teacher: Mapping[str, Any], path: str
+) -> tuple[FoundationConfig, ...]:
+    """Returns the members of an ensemble; what one leaves out is as in the teacher itself."""
     if not isinstance(values, tuple | list):
-        raise UserError(f"{path} = {values!r} must be a tuple of dicts, one for each member")
-    defaults = dataclasses.asdict(FoundationConfig())
-    items = [_mapping(value, f"{path}[{i}]") for i, value in enumerate(values)]
-    return tuple(
-        _build(FoundationConfig, defaults | item, f"{path}[{i}]") for i, item in enumerate(items)
-    )
+        # Without the value, here and below: a key may stand in it by mistake.
+        raise UserError(f"{path} must be a tuple of dicts, one for each member")
+    names = {field.name for field in dataclasses.fields(FoundationConfig)} - {"name"}
+    shared = {name: value for name, value in teacher.items() if name in names}
+    # A key is for one host, and written in one way.
+    no_key = dict.fromkeys(_KEY_SETTINGS)
+    built = []
+    for i, item in enumerate(values):
+        if not isinstance(item, Mapping):
+            raise UserError(f"{path}[{i}] must be a dict of settings")
+        own = shared | no_key if {"url", *_KEY_SETTINGS} & set(item) else shared
+        built.append(_build(FoundationConfig, {**own, **item}, f"{path}[{i}]"))
+    return tuple(built)
 
 
 def _build_settings(cls: Any, values: Any, path: str) -> Any:
@@ -299,7 +312,8 @@ def _convert(value: Any, kind: Any) -> Any:
     """Returns `value` as a `kind`, or `_WRONG`. An int stands for a float, a bool for no number."""
     if isinstance(kind, types.UnionType):
         kinds = typing.get_args(kind)
-        if value is None:
+        # As the command line says it of a setting that holds text.
+        if value is None or value == "None":
             return None if types.NoneType in kinds else _WRONG
         return _convert(value, next(k for k in kinds if k is not types.NoneType))
     if typing.get_origin(kind) is tuple:
@@ -382,6 +396,7 @@ def _check_teacher(teacher: TeacherConfig) -> None:
             f"config.teacher.weights = {weights} must be {len(teacher.members)} positive numbers, "
             "one for each member"
         )
+    _check_keys(teacher, "config.teacher")
     if not ensemble:
         _check_foundation(teacher, "config.teacher")
     for i, member in enumerate(teacher.members):
@@ -405,6 +420,22 @@ def _check_foundation(config: FoundationConfig, path: str) -> None:
                 f"{path}.{key} is not set, but teacher {config.name} needs {what}: give "
                 f"--{path}.{key}=..."
             )
+    asked_for_logits = config.name in ("open_inference", "litert", "onnx")
+    if asked_for_logits and config.labels is None and config.head is None:
+        raise UserError(
+            f"{path}.labels is not set: give a text file of the model's classes, one a line; or, "
+            f"if it gives embeddings, {path}.head"
+        )
+    if config.head is not None and config.top_k is not None:
+        raise UserError(f"{path}.top_k is for logits; with {path}.head the store keeps embeddings")
+    if config.name == "open_inference" and re.search(r"/v2(/|$)", urlsplit(str(config.url)).path):
+        raise UserError(f"{path}.url must be what stands before /v2, such as https://host.example")
+    if config.template is not None and "{}" not in config.template:
+        raise UserError(f"{path}.template = {config.template!r} must hold {{}} for the label")
+    _check_keys(config, path)
+
+
+def _check_keys(config: FoundationConfig, path: str) -> None:
     # What is written here ends in config.json, so a key in its place must not pass; nor be shown.
     if config.api_key_env and not re.fullmatch(r"[A-Z][A-Z0-9_]*", config.api_key_env):
         raise UserError(
@@ -413,8 +444,6 @@ def _check_foundation(config: FoundationConfig, path: str) -> None:
         )
     if config.api_key_env and config.api_key_file:
         raise UserError(f"{path}.api_key_env and api_key_file are both set; one of them holds it")
-    if config.template is not None and "{}" not in config.template:
-        raise UserError(f"{path}.template = {config.template!r} must hold {{}} for the label")
 
 
 def _listed(value: Any) -> Any:

@@ -145,7 +145,9 @@ class FoundationConfig:
     )
     api_key_file: str | None = setting(None, "endpoints: file of mode 0600 that holds the key")
     labels: str | None = setting(None, "text file of the model's classes, one a line")
-    input: str = setting("input", "open_inference, onnx: name of the input tensor")
+    input: str | None = setting(
+        None, "name of the input tensor; if None, input (open_inference) or the only one (onnx)"
+    )
     output: str | None = setting(None, "name of the output tensor; the first if None")
     image_size: int | None = setting(None, "side that images are resized to; native if None", COUNT)
     scale: str = setting("uint8", "pixel values the model takes", one_of(*PIXEL_SCALES))
@@ -173,7 +175,7 @@ class TeacherConfig(FoundationConfig):
     """The foundation model whose answers on public images are distilled, or an ensemble of them."""
 
     members: tuple[FoundationConfig, ...] = setting(
-        (), "ensemble: dicts of the settings above, those that differ from the defaults"
+        (), "ensemble: dicts of the settings above; what one leaves out is as they are here"
     )
     weights: tuple[float, ...] = setting((), "ensemble: of the members; equal if empty")
 

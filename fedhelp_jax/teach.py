@@ -12,7 +12,7 @@ from fedhelp_jax.data.types import PublicDataset
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.metrics import classification_metrics
 from fedhelp_jax.report.teaching import AskingProgress, print_agreement, print_plan, print_stored
-from fedhelp_jax.schema import FoundationConfig
+from fedhelp_jax.schema import FoundationConfig, TeacherConfig
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.ask import Pace, Plan, carry_out, make_plan
 from fedhelp_jax.teachers.foundation import PublicImages, clear_public
@@ -53,6 +53,7 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> dict[str, Any]:
         )
     public = load_public(config.public, config.data.image_size, config.seed)
     images = clear_public(public, load_federated(config.data, config.seed))
+    _check_same_classes(config.teacher, public)
     for member in members(config.teacher):
         if is_asked(member):
             _ask_one(member, public, images, dry_run)
@@ -76,10 +77,18 @@ def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
     of the labels; of at most 1,000 images. ``chance`` is the share of the most frequent label.
 
     Returns:
-      ``images``, ``classes``; with public labels also ``probed``, ``chance``, ``top_1``, ``ece``
-      and ``loss``, or ``note`` where they cannot be had.
+      ``images``, ``classes``, ``look_like_probabilities``; with public labels also ``probed``,
+      ``chance``, ``top_1``, ``ece`` and ``loss``, or ``note`` where they cannot be had.
     """
-    found: dict[str, Any] = {"images": len(public.sha256), "classes": answers.logits.shape[-1]}
+    found: dict[str, Any] = {
+        "images": len(public.sha256),
+        "classes": answers.logits.shape[-1],
+        "look_like_probabilities": bool(
+            answers.logits.min() >= 0
+            and np.allclose(answers.logits.sum(axis=-1), 1, atol=0.02)
+            and answers.logits.shape[-1] > 1
+        ),
+    }
     if public.labels is None or public.label_names is None:
         return found | {"note": f"{public.name} has no labels to compare with"}
     if answers.logits.ndim != 2:
@@ -87,14 +96,12 @@ def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
     logits, labels, sha256 = answers.logits, public.labels, public.sha256
     probed = answers.label_names != public.label_names
     if probed:
-        logits, labels, sha256 = (
-            logits[:_MOST_PROBED],
-            labels[:_MOST_PROBED],
-            sha256[:_MOST_PROBED],
-        )
+        # By hash: a file may be sorted by class.
+        some = np.argsort(sha256)[:_MOST_PROBED]
+        labels, sha256 = labels[some], tuple(sha256[row] for row in some)
         try:
             logits = linear_probe_logits(
-                logits,
+                logits[some],
                 labels,
                 len(public.label_names),
                 sha256,
@@ -125,6 +132,9 @@ def _ask_one(
         with open_store(config, model, write=False) as store:
             plan = make_plan(model, images, store, pace)
         print_plan(model.fingerprint, config, plan, len(public.sha256))
+        if plan.batches:
+            _check_budget(plan, pace)
+            model.open()
         if dry_run:
             return
         if plan.batches:
@@ -140,6 +150,17 @@ def _ask_one(
     with open_store(config, model, write=False) as store:
         lost = list(store.nats_lost(images.sha256).values())
         print_stored(config.name, config.store, store.sent, float(np.mean(lost)))
+
+
+def _check_same_classes(config: TeacherConfig, public: PublicDataset) -> None:
+    """Refuses an ensemble that could not be averaged before it is asked rather than after."""
+    asked = [m for m in members(config) if is_asked(m) and m.head is None]
+    spaces = [foundation_model(member, public).fingerprint.label_names for member in asked]
+    if len(set(spaces)) > 1:
+        raise UserError(
+            "teacher.members: an ensemble needs the same classes in the same order; "
+            f"{asked[0].name} has {len(spaces[0])}, others have other ones. Nothing was asked"
+        )
 
 
 def _check_budget(plan: Plan, pace: Pace) -> None:

@@ -31,12 +31,18 @@ LABEL_NAMES = {
 }
 
 
-def read_npz(path: Path, key: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz file that images and labels may stand under.
+_IMAGES_AND_LABELS = ("images", "labels", "label_names")
+
+
+def read_npz(
+    path: Path, key: str, endings: tuple[str, ...] = _IMAGES_AND_LABELS
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file whose names end so.
 
     Args:
         path: The file.
         key: The configuration key that names it, for messages.
+        endings: Ends of names; other arrays may be large, and stay unread.
 
     Raises:
         UserError: The file is damaged, holds pickled objects, or is no .npz file.
@@ -47,8 +53,7 @@ def read_npz(path: Path, key: str) -> dict[str, np.ndarray]:
             stored = np.load(file, allow_pickle=False)
             if not isinstance(stored, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")
-            # Other members (embeddings, say) may be large, and are not needed.
-            wanted = [n for n in stored.files if n.endswith(("images", "labels", "label_names"))]
+            wanted = [name for name in stored.files if name.endswith(endings)]
             return {name: stored[name] for name in wanted}
     except _READ_ERRORS as error:
         raise UserError(f"{key}: {path} cannot be read as an .npz file without pickles") from error
@@ -176,8 +181,8 @@ def load_npz_public(path: str | None, num_examples: int | None, image_size: int)
             raise UserError(
                 f"public.num_examples must be in 1..{len(images)} for {file}, got {num_examples}"
             )
-        chosen = rng_for(0, "public subset").choice(len(images), num_examples, replace=False)
-        chosen.sort()
+        # The first of one order, so that asking for more images asks about the new ones only.
+        chosen = np.sort(rng_for(0, "public subset").permutation(len(images))[:num_examples])
         images = images[chosen]
         labels = None if labels is None else labels[chosen]
     return PublicDataset(

@@ -37,7 +37,7 @@ def print_stored(name: str, store: str = "", sent: int = 0, nats_lost: float = 0
     if not store:
         _say(f"teacher    {name}: there is nothing to ask")
         return
-    _say(f"stored     in {store}; {sent:,} images sent in all, tries counted")
+    _say(f"stored     in {store}; {sent:,} images asked about so far, tries counted")
     if nats_lost:
         _say(f"lost       {nats_lost:.2g} nats an image by storing less than float32 logits")
 
@@ -45,16 +45,18 @@ def print_stored(name: str, store: str = "", sent: int = 0, nats_lost: float = 0
 def print_agreement(fingerprint: str, public: str, found: Mapping[str, Any]) -> None:
     """Prints how well the answers go with the public labels."""
     _say(f"answers    {found['images']:,} over {found['classes']:,} classes, of {fingerprint}")
+    if found["look_like_probabilities"]:
+        _say("warning    these look like probabilities; name the output before the softmax")
     if "top_1" not in found:
         _say(f"agreement  not measured: {found.get('note', '')}")
         return
-    how = " by a linear probe, its classes being others" if found["probed"] else ""
+    how = " by a linear probe, as its classes are others" if found["probed"] else ""
     _say(
         f"agreement  with the labels of {public}{how}: top-1 {found['top_1']:.3f} (the most "
         f"frequent label alone {found['chance']:.3f}), calibration error {found['ece']:.3f}, "
         f"loss {found['loss']:.3f} nats"
     )
-    if found["top_1"] <= found["chance"]:
+    if found["top_1"] <= found["chance"] + 1e-6 and found["images"] >= 100:
         _say("warning    these answers say nothing about the labels; is it the right model?")
 
 
@@ -85,9 +87,11 @@ class AskingProgress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Ends the display."""
+        """Ends the display, and tells what is kept of a run that did not come to its end."""
         if self._live is not None:
             self._live.stop()
+        if exception[0] is not None:
+            _say(f"kept       {self._done:,} answers of {self._total:,}; the same command goes on")
 
     def advance(self, images: int) -> None:
         """Shows that so many more images are answered and stored."""

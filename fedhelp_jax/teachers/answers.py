@@ -46,12 +46,13 @@ class _Stored(NamedTuple):
     fingerprint: str
 
 
-def save_answers(path: Path, answers: Answers) -> None:
+def save_answers(path: str | Path, answers: Answers) -> None:
     """Writes answers as a file that :func:`load_answers` reads; no pickle.
 
     Raises:
       UserError: If the suffix is none of ``.npz``, ``.safetensors`` and ``.npy``.
     """
+    path = Path(path)
     name = "logits" if answers.label_names else "embeddings"
     match path.suffix:
         case ".npz":

@@ -149,9 +149,15 @@ def carry_out(
     finally:
         pool.shutdown()
     if isinstance(failure, TransientError):
+        why = f"gave up after {pace.max_attempts} tries (teacher.max_attempts)"
+        if (failure.retry_after or 0) > pace.max_wait:
+            why = (
+                f"it asks to wait {failure.retry_after:.0f} s, longer than teacher.max_wait = "
+                f"{pace.max_wait:g}"
+            )
         raise UserError(
-            f"teacher: {failure}; gave up after {pace.max_attempts} tries or a wait beyond "
-            "teacher.max_wait. What was answered is kept: the same command asks for the rest"
+            f"teacher: {failure}; {why}. What was answered is kept: the same command asks for "
+            "the rest"
         )
     if failure is not None:
         raise failure
@@ -215,6 +221,8 @@ def _checked(model: FoundationModel, answer: np.ndarray, count: int) -> np.ndarr
             f"teacher: {name} answered {answer.shape[-1]} classes, but teacher.labels names "
             f"{len(labels)}"
         )
+    with np.errstate(over="ignore"):
+        answer = answer.astype(np.float32)
     if not np.isfinite(answer).all():
         raise UserError(f"teacher: {name} answered numbers that are not finite (NaN or infinity)")
-    return answer.astype(np.float32)
+    return answer

@@ -127,6 +127,14 @@ class FoundationModel(Protocol):
     fingerprint: Fingerprint
     batch_limit: int | None
 
+    def open(self) -> None:
+        """Makes ready to be asked, as far as that sends nothing: reads the file, or the key.
+
+        Raises:
+          UserError: If that cannot be had.
+        """
+        ...
+
     def answer(self, images: PublicImages) -> np.ndarray:
         """Returns float32 ``[B, P]`` logits or embeddings, or ``[B, *spatial, P]`` of masks.
 
@@ -164,13 +172,20 @@ def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImag
             f"{type(public).__name__} and {type(private).__name__}"
         )
     pool = {image_sha256(image): row for row, image in enumerate(private.images)}
-    for number, (image, native) in enumerate(zip(public.images, public.sha256, strict=True)):
-        row = pool.get(image_sha256(image), pool.get(native))
-        if row is not None:
-            raise UserError(
-                f"public image {number} of {public.name} (sha256 {public.sha256[number]}) is "
-                f"{_whose(private, row)}; nothing was sent. Take it out of the public data"
-            )
+    shared = [
+        (number, pool[sha])
+        for number, (image, native) in enumerate(zip(public.images, public.sha256, strict=True))
+        for sha in {image_sha256(image), native}
+        if sha in pool
+    ]
+    if shared:
+        number, row = shared[0]
+        others = len({number for number, _ in shared}) - 1
+        more = f"; so are {others} more" if others else ""
+        raise UserError(
+            f"public image {number} of {public.name} (sha256 {public.sha256[number]}) is "
+            f"{_whose(private, row)}{more}; nothing was sent. Take it out of the public data"
+        )
     # The first of identical images stands for all.
     firsts = {sha: number for number, sha in reversed(list(enumerate(public.sha256)))}
     rows = sorted(firsts.values())

@@ -49,6 +49,10 @@ class HuggingFaceZeroShot:
         how = f"PNG at native size, template {template or 'the endpoint’s own'}"
         self.fingerprint = Fingerprint(model, which, how, label_names)
 
+    def open(self) -> None:
+        """See `FoundationModel`."""
+        self._transport.open()
+
     def answer(self, images: PublicImages) -> np.ndarray:
         """See `FoundationModel`."""
         return np.stack([self._scores(body) for body in self._bodies(images)])
@@ -76,15 +80,16 @@ class HuggingFaceZeroShot:
     def _scores(self, body: bytes) -> np.ndarray:
         reply = self._transport.post("", body, {"Content-Type": "application/json"})
         try:
-            scores = {str(row["label"]): float(row["score"]) for row in json.loads(reply.body)}
-        except (ValueError, TypeError, KeyError, RecursionError):
+            rows = json.loads(reply.body)
+            scores = {str(row["label"]): float(row["score"]) for row in rows}
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
             said = self._transport.quote(reply.body)
             raise UserError(
                 f"teacher.url: the answer is no list of labels and scores{said}"
             ) from None
-        if set(scores) != set(self._labels):
+        if set(scores) != set(self._labels) or len(rows) != len(scores):
             raise UserError(
-                f"teacher.url: the answer scores {len(scores)} labels, not the {len(self._labels)} "
+                f"teacher.url: the answer scores {len(rows)} labels, not the {len(self._labels)} "
                 "candidates that were sent"
             )
         values = np.array([scores[label] for label in self._labels])

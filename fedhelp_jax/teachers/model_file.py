@@ -61,6 +61,12 @@ class ModelFile:
         self._network: Any = None
         self._input_shape: Sequence[Any] = ()
 
+    def open(self) -> None:
+        """Loads the file."""
+        with self._lock:
+            if self._network is None:
+                self._network, self._input_shape = self._load()
+
     def answer(self, images: PublicImages) -> np.ndarray:
         """What the file answers; see `FoundationModel` and `Preprocessing.answer_of`.
 
@@ -68,9 +74,8 @@ class ModelFile:
           UserError: If the file cannot be loaded, or does not fit the images or the labels.
         """
         inputs = self.preprocessing(images.pixels)
+        self.open()
         with self._lock:
-            if self._network is None:
-                self._network, self._input_shape = self._load()
             step = self._check_input(inputs) or len(inputs)
             parts = []
             for start in range(0, len(inputs), step):

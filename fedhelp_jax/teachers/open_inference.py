@@ -61,8 +61,12 @@ class OpenInferenceModel:
         if version:
             self._path += f"/versions/{quote(version, safe='')}"
         which = f"version {version}" if version else "(no version)"
-        how = f"{preprocessing}, output {output or 'first'}"
+        how = f"{preprocessing}, {f'output {output}' if output else 'first output'}"
         self.fingerprint = Fingerprint(model, which, how, label_names)
+
+    def open(self) -> None:
+        """See `FoundationModel`."""
+        self._transport.open()
 
     def answer(self, images: PublicImages) -> np.ndarray:
         """See `FoundationModel`."""

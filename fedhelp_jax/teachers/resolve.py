@@ -52,7 +52,7 @@ def foundation_model(config: FoundationConfig, public: PublicDataset) -> Foundat
                 str(config.model),
                 config.version,
                 labels,
-                config.input,
+                config.input or "input",
                 config.output,
                 preprocessing,
             )
@@ -132,10 +132,10 @@ def _from_store(config: FoundationConfig, public: PublicDataset) -> Answers:
     with open_store(config, model, write=False) as store:
         stored = store.read(sorted(wanted))
     if len(stored) < len(wanted):
+        folder, lacking = Path(config.store).resolve(), len(wanted) - len(stored)
         raise AnswersMissing(
-            f"teacher.store: {config.store} lacks {len(wanted) - len(stored)} of the "
-            f"{len(wanted)} answers of {model.fingerprint} about {public.name}; fedhelp teach gets "
-            "them"
+            f"teacher.store: {folder} lacks {lacking} of the {len(wanted)} answers of "
+            f"{model.fingerprint} about {public.name}; fedhelp teach gets them"
         )
     logits = np.stack([stored[sha].answer for sha in public.sha256])
     fingerprint = model.fingerprint
@@ -181,7 +181,7 @@ def _with_head(config: FoundationConfig, answers: Answers, public: PublicDataset
 def _class_vectors(path: Path) -> tuple[np.ndarray, tuple[str, ...], float]:
     if not path.is_file():
         raise UserError(f"teacher.head must be probe, or an .npz file; there is no file {path}")
-    arrays = read_npz(path, "teacher.head")
+    arrays = read_npz(path, "teacher.head", ("class_vectors", "label_names", "logit_scale"))
     for name in ("class_vectors", "label_names"):
         if name not in arrays:
             raise UserError(f"teacher.head: {path} lacks the array {name!r}")
@@ -192,7 +192,10 @@ def _class_vectors(path: Path) -> tuple[np.ndarray, tuple[str, ...], float]:
             f"teacher.head: {path} must hold class_vectors, finite floats [P, D], and label_names "
             f"[P]; got {vectors.dtype} {list(vectors.shape)} and {list(names.shape)}"
         )
-    return vectors, tuple(str(n) for n in names.tolist()), float(arrays.get("logit_scale", 100.0))
+    scale = arrays.get("logit_scale", np.array(100.0))
+    if scale.ndim or scale.dtype.kind not in "iuf" or not np.isfinite(scale):
+        raise UserError(f"teacher.head: logit_scale in {path} must be one finite number")
+    return vectors, tuple(str(n) for n in names.tolist()), float(scale)
 
 
 def _labels(config: FoundationConfig, public: PublicDataset) -> tuple[str, ...]:

@@ -76,6 +76,9 @@ class SelfTrained:
         self._lock = threading.Lock()
         self._answers: dict[str, np.ndarray] = {}
 
+    def open(self) -> None:
+        """Trains at the first answer only."""
+
     def answer(self, images: PublicImages) -> np.ndarray:
         """Logits over the public labels, by a network that saw no label of the image; trains first.
 

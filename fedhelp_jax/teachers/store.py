@@ -30,7 +30,6 @@ _VERSION = 1
 # Version, bytes a number, numbers kept of each row (0: all), nats lost, number of axes.
 _HEADER = struct.Struct("<BBHfB")
 _FLOATS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
-_SPARE_PAGES = 8
 _FREE_BYTES = 2**30  # of the map, not of the disk: the file grows as it fills
 
 
@@ -128,6 +127,11 @@ def _nats_lost(answer: np.ndarray, stored: np.ndarray) -> float:
     return float(np.mean(np.sum(np.exp(before) * (before - after), axis=-1)))
 
 
+def _length(env: "lmdb.Environment") -> int:
+    """Returns how many bytes the file of a whole database has at least."""
+    return (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+
+
 def _number(record: Any) -> int:
     return 0 if record is None else int(bytes(record))
 
@@ -174,14 +178,17 @@ class AnswerStore:
 
     def known(self, sha256: Sequence[str]) -> set[str]:
         """Returns which images have an answer that is kept precisely enough."""
-        return set(self.nats_lost(sha256))
+        return set(self._each(sha256, lambda record: None))
 
     def nats_lost(self, sha256: Sequence[str]) -> dict[str, float]:
-        """Returns what storing lost, by hash, of the images that `read` returns; reads no logits.
+        """Returns `Stored.nats_lost` of what `read` returns, by hash, without logits if it can."""
 
-        In nats, as `Stored.nats_lost`.
-        """
-        return self._each(sha256, lambda record: _header(record)[1])
+        def lost(record: Any) -> float:
+            precision, nats_lost, *_ = _header(record)
+            whole = self._precision.covers(precision)
+            return nats_lost if whole else self._reduced(decode(record)).nats_lost
+
+        return self._each(sha256, lost)
 
     def put(self, sha256: Sequence[str], answers: np.ndarray) -> None:
         """Adds answers, float32 ``[B, ..., P]``, all or none.
@@ -289,10 +296,8 @@ class AnswerStore:
             lock = os.access(self._folder, os.W_OK)
             map_size = 2 * size + _FREE_BYTES
             opened = lmdb.open(str(self._folder), map_size=map_size, readonly=not write, lock=lock)
-            # Reading a page that is not there would kill the process. The last few may be free
-            # pages, which are never written.
-            needed = (opened.info()["last_pgno"] - _SPARE_PAGES) * opened.stat()["psize"]
-            if size and needed > file.stat().st_size:
+            # Reading a page that is not there would kill the process.
+            if size and _length(opened) > file.stat().st_size:
                 opened.close()
                 raise UserError(
                     f"teacher.store: {self._folder} cannot be used (data.mdb is cut off, its "
@@ -320,7 +325,12 @@ class AnswerStore:
             while True:
                 try:
                     with self._env.begin(write=True) as transaction:
-                        return change(transaction)
+                        result = change(transaction)
+                    # Free pages at the end are never written; then the file would look cut off.
+                    file, length = self._folder / "data.mdb", _length(self._env)
+                    if file.stat().st_size < length:
+                        os.truncate(file, length)
+                    return result
                 except lmdb.MapFullError:
                     self._env.set_mapsize(2 * self._env.info()["map_size"])
                 except lmdb.MapResizedError:  # another process made it larger

@@ -57,6 +57,10 @@ class Transport:
         self._session: requests.Session | None = None
         self._key: str | None = None
 
+    def open(self) -> None:
+        """Reads the key; sends nothing."""
+        self._opened()
+
     def get(self, path: str) -> Reply:
         """Asks for what stands at a path; raises as `post` does."""
         return self._request("GET", path, None, {})
