@@ -193,7 +193,9 @@ def describe() -> list[tuple[str, Any, str]]:
             rows.append((f"{field.name}.{inner.name}", inner.default, inner.metadata["about"]))
     rows.append(("algorithm.name", "fedhelp", f"the method: {', '.join(SETTINGS)}"))
     for method, cls in SETTINGS.items():
-        abouts = dict(re.findall(r"^ +(\w+): (.+)$", cls.__doc__ or "", re.MULTILINE))
+        # A name, and its text with the further lines of it, which are indented more.
+        found = re.findall(r"^( +)(\w+): (.+(?:\n\1 +.+)*)", cls.__doc__ or "", re.MULTILINE)
+        abouts = {key: " ".join(text.split()) for _, key, text in found}
         for key, default in cls()._asdict().items():
             rows.append((f"algorithm.{key}", default, f"{method}: {abouts.get(key, '')}"))
     return rows
