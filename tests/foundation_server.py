@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -57,8 +58,10 @@ class FoundationServer:
         busiest: Most requests that were under way at once.
     """
 
-    def __init__(self, classes: int = 5, delay: float = 0.0) -> None:
-        self.classes, self.delay = classes, delay
+    def __init__(
+        self, classes: int = 5, delay: float = 0.0, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.classes, self.delay, self.tls = classes, delay, tls
         self.faults: list[Fault | None] = []
         self.always: Fault | None = None
         self.extensions: list[str] | None = ["binary_tensor_data"]
@@ -73,6 +76,8 @@ class FoundationServer:
     def __enter__(self) -> "FoundationServer":
         self._http = _Server(("127.0.0.1", 0), Exchange)
         self._http.owner = self
+        if self.tls is not None:
+            self._http.socket = self.tls.wrap_socket(self._http.socket, server_side=True)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
         self._thread.start()
         return self
@@ -94,7 +99,7 @@ class FoundationServer:
     @property
     def url(self) -> str:
         """Its address, without a path."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
 
     @property
     def port(self) -> int:

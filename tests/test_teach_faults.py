@@ -1,10 +1,12 @@
 """What a foundation model can do wrong: the run goes on, or ends in one line and loses nothing."""
 
 import email.utils
+import ssl
 import time
 
 import numpy as np
 import pytest
+import trustme
 from commands import fedhelp
 from foundation_server import (
     FoundationServer,
@@ -136,8 +138,8 @@ LASTING = {
     "error-with-200": (body(b'{"error": "model is loading"}'), "model is loading"),
     "huge": (flood(1 << 33), ""),
     "endless": (flood(None), ""),
-    "redirect-302": (302, "redirects"),
-    "redirect-307": (307, "redirects"),
+    "redirect-302": (302, "302, a redirect"),
+    "redirect-307": (307, "307, a redirect"),
 }
 
 
@@ -410,3 +412,23 @@ def test_a_key_in_the_address_is_refused_or_kept(study, capsys):
     line = refused(capsys, study.teach(f"--config.teacher.url={address}"))
     assert "teacher.url" in line
     assert study.server.requests == []
+
+
+@pytest.mark.parametrize("fault", ["another's authority", "another host's", None])
+def test_only_a_certificate_of_a_known_authority_is_trusted(tmp_path, capsys, monkeypatch, fault):
+    authority, other = trustme.CA(), trustme.CA()
+    (other if fault == "another's authority" else authority).cert_pem.write_to_path(
+        tmp_path / "authority.pem"
+    )
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "authority.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    host = "192.0.2.1" if fault == "another host's" else "127.0.0.1"
+    authority.issue_cert(host).configure_cert(context)
+    with FoundationServer(tls=context) as server:
+        study = Study(tmp_path, server)
+        if fault is None:
+            assert study.teach() == 0
+            assert server.received().total() == DISTINCT
+        else:
+            assert "TLS" in refused(capsys, study.teach())
+            assert server.requests == [] and server.described == 0

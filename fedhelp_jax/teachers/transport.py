@@ -52,6 +52,7 @@ class Transport:
     def __init__(self, url: str, timeout: float, api_key_env: str | None, api_key_file: str | None):
         self._host = _checked_host(url)
         self._url, self._timeout = url.rstrip("/"), timeout
+        self._plain = urlsplit(url).scheme == "http"
         self._key_env, self._key_file = api_key_env, api_key_file
         self._opening = threading.Lock()
         self._session: requests.Session | None = None
@@ -97,8 +98,8 @@ class Transport:
                 return Reply(content, dict(response.headers))
         except requests.exceptions.SSLError:
             raise UserError(
-                f"teacher.url: the TLS certificate of {self._host} is not to be trusted; if it is "
-                "your own authority's, name its file in REQUESTS_CA_BUNDLE"
+                f"teacher.url: no TLS connection to {self._host} that can be trusted; if its "
+                "certificate is your own authority's, name that one's file in REQUESTS_CA_BUNDLE"
             ) from None
         except (requests.Timeout, urllib3.exceptions.TimeoutError):
             raise TransientError(f"{self._host} took longer than {self._timeout:g} s") from None
@@ -123,7 +124,7 @@ class Transport:
                 # Nothing that one thread's answer could change for another's request.
                 self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
                 # Through no proxy, which would carry it away from this machine unencrypted.
-                self._session.trust_env = not self._url.startswith("http://")
+                self._session.trust_env = not self._plain
                 # Set even without a key: else a ~/.netrc could add one of its own.
                 self._session.auth = self._sign
             return self._session
@@ -158,10 +159,10 @@ class Transport:
                 f"{self._host} answered {status}{said}", _retry_after(response.headers)
             )
         if 300 <= status < 400:
-            other = urlsplit(response.headers.get("Location", "")).netloc or self._host
+            # Not where to: a server that was sent a key could say it there.
             raise UserError(
-                f"teacher.url: {self._host} redirects to {other}, which is not followed; name "
-                "the address itself"
+                f"teacher.url: {self._host} answered {status}, a redirect, which is not followed; "
+                "name the address itself"
             )
         if status in (401, 403):
             raise UserError(
