@@ -13,13 +13,13 @@ from PIL import Image
 
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.teachers.foundation import Fingerprint, PublicImages
-from fedhelp_jax.teachers.transport import Transport
+from fedhelp_jax.teachers.transport import Endpoint, Transport, version_name
 
 # Of a score that was rounded to 0.
 _LEAST_SCORE = 1e-7
 
 
-class HuggingFaceZeroShot:
+class HuggingFaceZeroShot(Endpoint):
     """A model that scores images against candidate labels; one image a request.
 
     Its scores ``s`` are a softmax over the candidates, so ``log s`` are logits of the same
@@ -44,14 +44,10 @@ class HuggingFaceZeroShot:
         label_names: tuple[str, ...],
         template: str | None,
     ):
-        self._transport, self._labels, self._template = transport, label_names, template
-        which = f"version {version}" if version else "(no version)"
+        super().__init__(transport)
+        self._labels, self._template = label_names, template
         how = f"PNG at native size, template {template or 'the endpoint’s own'}"
-        self.fingerprint = Fingerprint(model, which, how, label_names)
-
-    def open(self) -> None:
-        """See `FoundationModel`."""
-        self._transport.open()
+        self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
 
     def answer(self, images: PublicImages) -> np.ndarray:
         """See `FoundationModel`."""
@@ -60,10 +56,6 @@ class HuggingFaceZeroShot:
     def request_bytes(self, images: PublicImages) -> int:
         """See `FoundationModel`."""
         return sum(len(body) for body in self._bodies(images))
-
-    def close(self) -> None:
-        """See `FoundationModel`."""
-        self._transport.close()
 
     def _bodies(self, images: PublicImages) -> list[bytes]:
         parameters: dict[str, object] = {"candidate_labels": list(self._labels)}

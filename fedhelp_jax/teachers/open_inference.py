@@ -17,7 +17,7 @@ import numpy as np
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.teachers.foundation import Fingerprint, PublicImages
 from fedhelp_jax.teachers.preprocessing import Preprocessing
-from fedhelp_jax.teachers.transport import Transport
+from fedhelp_jax.teachers.transport import Endpoint, Transport, version_name
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 # What the client library and the JSON parser raise on what is no inference response.
@@ -25,7 +25,7 @@ _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionErro
 _FLOATS = ("FP16", "FP32", "FP64")
 
 
-class OpenInferenceModel:
+class OpenInferenceModel(Endpoint):
     """A model behind ``{url}/v2/models/{model}/infer``.
 
     Tensors go and come as raw bytes where the server lists that extension, else as JSON numbers,
@@ -53,20 +53,16 @@ class OpenInferenceModel:
         output: str | None,
         preprocessing: Preprocessing,
     ):
-        self._transport, self._input, self._output = transport, input, output
+        super().__init__(transport)
+        self._input, self._output = input, output
         self._preprocessing = preprocessing
         self._negotiating = threading.Lock()
         self._binary: bool | None = None
         self._path = f"/v2/models/{quote(model, safe='')}"
         if version:
             self._path += f"/versions/{quote(version, safe='')}"
-        which = f"version {version}" if version else "(no version)"
         how = f"{preprocessing}, {f'output {output}' if output else 'first output'}"
-        self.fingerprint = Fingerprint(model, which, how, label_names)
-
-    def open(self) -> None:
-        """See `FoundationModel`."""
-        self._transport.open()
+        self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
 
     def answer(self, images: PublicImages) -> np.ndarray:
         """See `FoundationModel`."""
@@ -107,10 +103,6 @@ class OpenInferenceModel:
     def request_bytes(self, images: PublicImages) -> int:
         """See `FoundationModel`; as raw bytes, JSON may take four times as many."""
         return len(self._body(images, binary=True)[0])
-
-    def close(self) -> None:
-        """See `FoundationModel`."""
-        self._transport.close()
 
     def _takes_binary(self) -> bool:
         """Whether the server says that it knows the binary tensor data extension; asked once."""

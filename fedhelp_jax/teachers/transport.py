@@ -180,6 +180,26 @@ class Transport:
         return f": {text[:_SHOWN]}" if text else ""
 
 
+class Endpoint:
+    """What foundation models behind a `Transport` have in common."""
+
+    def __init__(self, transport: Transport):
+        self._transport = transport
+
+    def open(self) -> None:
+        """See `FoundationModel`."""
+        self._transport.open()
+
+    def close(self) -> None:
+        """See `FoundationModel`."""
+        self._transport.close()
+
+
+def version_name(version: str | None) -> str:
+    """Returns a served model's version, for its fingerprint."""
+    return f"version {version}" if version else "(no version)"
+
+
 def _checked_host(url: str) -> str:
     parts = urlsplit(url)
     host = parts.hostname
