@@ -172,7 +172,7 @@ class Exchange(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """Tells what the server knows; there is nothing else to get, which is recorded."""
         owner = self.server.owner
         if self.path == "/v2" and owner.extensions is not None:
@@ -184,9 +184,9 @@ class Exchange(BaseHTTPRequestHandler):
         self._record({}, ())
         self.send(404, {}, b'{"error": "there is only POST .../infer"}')
 
-    do_HEAD = do_PUT = do_GET  # noqa: N815
+    do_HEAD = do_PUT = do_GET
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         """Records the request, and answers it by the script of faults."""
         owner = self.server.owner
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -1,5 +1,6 @@
 """A federation of a few dozen tiny images, tiny networks, and what joins them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from fedhelp_jax.data.types import (
     check_federated,
     image_sha256,
 )
+from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import Federation, assign_roles, make_federation
 from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.models.model import Model, Variables
@@ -236,3 +238,12 @@ def plain_adam(learning_rate: float, weight_decay: float) -> optax.GradientTrans
         return jax.tree.map(step, first, second), (first, second, count)
 
     return optax.GradientTransformation(init, update)
+
+
+def refusal(do: Callable[[], Any], kind: type[UserError] = UserError) -> str:
+    """The one line that a call is refused with."""
+    with pytest.raises(kind) as error:
+        do()
+    message = str(error.value)
+    assert "\n" not in message
+    return message

@@ -147,6 +147,7 @@ def carry_out(
                 failure = failure or error
                 stop.set()
     finally:
+        stop.set()
         pool.shutdown()
     if isinstance(failure, TransientError):
         why = f"gave up after {pace.max_attempts} tries (teacher.max_attempts)"

@@ -6,12 +6,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 from helpers import public_images
 from PIL import Image
 
-from fedhelp_jax.errors import UserError
 from fedhelp_jax.teachers.foundation import FoundationModel
 from fedhelp_jax.teachers.litert import LiteRTModel
 from fedhelp_jax.teachers.preprocessing import Preprocessing
@@ -135,12 +135,7 @@ def model(path, labels=LABELS, output=None, **preprocessing):
 
 def refusal(make, *images):
     """The one line that making a model, or asking it, is refused with."""
-    with pytest.raises(UserError) as error:
-        asked = make()
-        asked.answer(*images)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
+    return helpers.refusal(lambda: make().answer(*images))
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@ import hashlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import helpers
 import numpy as np
 import pytest
 from helpers import public_images
 
-from fedhelp_jax.errors import UserError
 from fedhelp_jax.teachers.foundation import FoundationModel
 from fedhelp_jax.teachers.onnx import OnnxModel
 from fedhelp_jax.teachers.preprocessing import Preprocessing
@@ -85,11 +85,7 @@ def model(path, labels=LABELS, input=None, output=None, **preprocessing):
 
 def refusal(make, *images):
     """The one line that making a model, or asking it, is refused with."""
-    with pytest.raises(UserError) as error:
-        make().answer(*images)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
+    return helpers.refusal(lambda: make().answer(*images))
 
 
 @pytest.fixture

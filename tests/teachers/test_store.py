@@ -8,9 +8,9 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
+from helpers import refusal
 from scipy.special import softmax
 
-from fedhelp_jax.errors import UserError
 from fedhelp_jax.teachers import store as store_lib
 from fedhelp_jax.teachers.foundation import Fingerprint
 from fedhelp_jax.teachers.store import AnswerStore, Precision, decode, encode
@@ -44,14 +44,6 @@ def filled(folder, answers, precision=FLOAT32, fingerprint=FINGERPRINT):
     with opened(folder, precision, write=True, fingerprint=fingerprint) as store:
         store.put(shas(len(answers)), answers)
     return folder
-
-
-def refusal(do) -> str:
-    with pytest.raises(UserError) as error:
-        do()
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 def divergence(before, after):
