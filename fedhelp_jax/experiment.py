@@ -14,7 +14,7 @@ from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.task import Task, classification
-from fedhelp_jax.teachers.answers import Answers, join_answers
+from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.resolve import resolve_answers
 
 
@@ -41,17 +41,17 @@ def build_experiment(config: RunConfig) -> Experiment:
     task = classification
     dataset = load_federated(config.data, config.seed)
     roles = assign_roles(dataset, top_n=config.roles.top_n, large=config.roles.large)
-    public, answers, joined = None, None, None
+    public, answers, logits = None, None, None
     if method.uses_public and config.public.name != "none":
         public = load_public(config.public, config.data.image_size, config.seed)
         answers = resolve_answers(config.teacher, public)
-        joined = None if answers is None else join_answers(answers, public)
-        if joined is not None and joined.ndim != 2:
+        logits = None if answers is None else answers.logits
+        if logits is not None and logits.ndim != 2:
             raise UserError(
-                f"teacher: its answers about {public.name} are masks {list(joined.shape[1:])}, but "
+                f"teacher: its answers about {public.name} are masks {list(logits.shape[1:])}, but "
                 f"{task.name} needs one row of logits for each image"
             )
-        if joined is None and public.labels is None:
+        if logits is None and public.labels is None:
             raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
     num_classes = len(dataset.label_names)
     setup = Setup(
@@ -70,7 +70,7 @@ def build_experiment(config: RunConfig) -> Experiment:
     )
     simulation = Simulation(
         method.build(setup, config.algorithm.settings),
-        make_federation(dataset, roles, public, joined),
+        make_federation(dataset, roles, public, logits),
         task,
         make_mapping(config.mapping.chunk_size),
         seed=config.seed,

@@ -155,6 +155,8 @@ def _ask_one(
 def _check_same_classes(config: TeacherConfig, public: PublicDataset) -> None:
     """Refuses an ensemble that could not be averaged before it is asked rather than after."""
     asked = [m for m in members(config) if is_asked(m) and m.head is None]
+    if len(asked) < 2:
+        return
     spaces = [foundation_model(member, public).fingerprint.label_names for member in asked]
     if len(set(spaces)) > 1:
         raise UserError(

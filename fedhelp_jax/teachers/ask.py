@@ -188,8 +188,6 @@ def _retrying(pace: Pace, stop: threading.Event) -> "tenacity.Retrying":
     """Returns what calls a function again on a `TransientError`: backing off, with jitter."""
     import tenacity
 
-    backoff = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=pace.max_wait)
-
     def asked_pause(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
         return (error.retry_after if isinstance(error, TransientError) else None) or 0.0
@@ -201,7 +199,8 @@ def _retrying(pace: Pace, stop: threading.Event) -> "tenacity.Retrying":
             or stop.is_set()
             or asked_pause(state) > pace.max_wait
         ),
-        wait=lambda state: max(asked_pause(state), backoff(state)),
+        # What the server asked for is waited for by `_Turns`, for all requests.
+        wait=tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=pace.max_wait),
         sleep=tenacity.sleep_using_event(stop),
         reraise=True,
     )

@@ -73,8 +73,7 @@ class OpenInferenceModel(Endpoint):
         if length is not None:
             headers = {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(length)}
         reply = self._transport.post(f"{self._path}/infer", body, headers)
-        header = {name.lower(): value for name, value in reply.headers.items()}
-        start = header.get(_HEADER_LENGTH.lower())
+        start = reply.headers.get(_HEADER_LENGTH)
         try:
             result = InferenceServerClient.parse_response_body(
                 reply.body, header_length=None if start is None else int(start)

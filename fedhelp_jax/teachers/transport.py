@@ -29,10 +29,10 @@ _SHOWN = 160  # characters of what a server said
 
 
 class Reply(NamedTuple):
-    """The body of a 200 answer, and its headers."""
+    """The body of a 200 answer, and its headers, whose names may be in any case."""
 
     body: bytes
-    headers: dict[str, str]
+    headers: Mapping[str, str]
 
 
 class Transport:
@@ -95,7 +95,7 @@ class Transport:
             ) as response:
                 content = self._read(response, deadline)
                 self._check_status(response, content)
-                return Reply(content, dict(response.headers))
+                return Reply(content, response.headers)
         except requests.exceptions.SSLError:
             raise UserError(
                 f"teacher.url: no TLS connection to {self._host} that can be trusted; if its "
