@@ -15,7 +15,7 @@ Info = dict[str, jax.Array]
 
 
 class Batch(NamedTuple):
-    """Private examples: images float ``[B, H, W, C]``, targets ``[B, ...]``, mask ``[B]``."""
+    """Private examples: images float ``[B, *spatial, C]``, targets ``[B, ...]``, mask ``[B]``."""
 
     images: jax.Array
     targets: jax.Array
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
 
 class PublicBatch(NamedTuple):
-    """Public: images float ``[B, H, W, C]``; labels ``[B]``, answers ``[B, F]``, or None."""
+    """Public: images float ``[B, *spatial, C]``; labels, answers ``[B, ...]``, or None."""
 
     images: jax.Array
     labels: jax.Array | None

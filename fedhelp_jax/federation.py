@@ -15,14 +15,14 @@ SPLITS = ("train", "validation", "test")
 
 
 class Pool(NamedTuple):
-    """All private examples, once: images uint8 ``[N, H, W, C]``, targets ``[N, ...]``."""
+    """All private examples, once: images uint8 ``[N, *spatial, C]``, targets ``[N, ...]``."""
 
     images: jax.Array
     targets: jax.Array
 
 
 class PublicPool(NamedTuple):
-    """Public: images uint8 ``[P, H, W, C]``; labels ``[P]``, answers ``[P, F]``, or None."""
+    """Public: images uint8 ``[P, *spatial, C]``; labels, answers ``[P, ...]``, or None."""
 
     images: jax.Array
     labels: jax.Array | None
@@ -107,7 +107,8 @@ def make_federation(
       dataset: The private data.
       roles: "small" or "large" per client.
       public: The public data, or None.
-      answers: float ``[P, F]`` the foundation model's logits in the order of ``public``, or None.
+      answers: float ``[P, ..., F]`` the foundation model's logits in the order of ``public``, or
+        None.
 
     Returns:
       The federation; roles that nobody has make no group.
@@ -127,10 +128,10 @@ def make_federation(
     if public is not None:
         public_pool = PublicPool(
             images=jnp.asarray(public.images),
-            labels=None if public.labels is None else jnp.asarray(public.labels, jnp.int32),
+            labels=None if public.labels is None else jnp.asarray(public.labels),
             answers=None if answers is None else jnp.asarray(answers),
         )
-    pool = Pool(jnp.asarray(dataset.images), jnp.asarray(dataset.labels, jnp.int32))
+    pool = Pool(jnp.asarray(dataset.images), jnp.asarray(dataset.labels))
     return Federation(pool, public_pool, tuple(groups))
 
 

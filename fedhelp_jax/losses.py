@@ -41,7 +41,7 @@ def masked_mean(values: jax.Array, where: jax.Array | None = None) -> jax.Array:
     """
     if where is None:
         return jnp.mean(values)
-    _check_shape("where", where, values.shape)
+    check_shape("where", where, values.shape)
     total = jnp.sum(jnp.where(where, values, 0))
     return total / jnp.maximum(jnp.sum(where), 1).astype(total.dtype)
 
@@ -68,8 +68,8 @@ def cross_entropy_loss(
       >>> jnp.exp(cross_entropy_loss(jnp.zeros((2, 4)), jnp.array([0, 3]))).round(3).tolist()
       [4.0, 4.0]
     """
-    logits = _at_least_float32(logits)
-    _check_shape("labels", labels, logits.shape[:-1])
+    logits = at_least_float32(logits)
+    check_shape("labels", labels, logits.shape[:-1])
     logits, where = _hide_masked(logits, where)
     labels = jnp.where(where, labels, 0)
     # logsumexp(logits) less the label's logit would lose everything when both are large.
@@ -157,9 +157,9 @@ def ranking_distillation_loss(
     num_classes = student_logits.shape[-1]
     if not 1 <= k < num_classes:
         raise ValueError(f"k must be between 1 and C - 1 = {num_classes - 1}, got {k}")
-    student_logits = _at_least_float32(student_logits)
-    teacher_logits = jax.lax.stop_gradient(_at_least_float32(teacher_logits))
-    _check_shape("teacher_logits", teacher_logits, student_logits.shape)
+    student_logits = at_least_float32(student_logits)
+    teacher_logits = jax.lax.stop_gradient(at_least_float32(teacher_logits))
+    check_shape("teacher_logits", teacher_logits, student_logits.shape)
     student_logits, where = _hide_masked(student_logits, where)
     # lax.top_k puts the smaller index first among equals.
     # To lax.top_k -0 is less than 0; to us they are equal.
@@ -294,10 +294,10 @@ def _divergence_terms(
     where: jax.Array | None,
 ) -> jax.Array:
     """The ``[*B, C]`` summands of ``KL( softmax(teacher / T) || softmax(student / T) )``."""
-    _check_temperature(temperature)
-    student_logits = _at_least_float32(student_logits)
-    teacher_logits = _at_least_float32(teacher_logits)
-    _check_shape("teacher_logits", teacher_logits, student_logits.shape)
+    check_temperature(temperature)
+    student_logits = at_least_float32(student_logits)
+    teacher_logits = at_least_float32(teacher_logits)
+    check_shape("teacher_logits", teacher_logits, student_logits.shape)
     student_logits, where = _hide_masked(student_logits, where)
     teacher_logits, _ = _hide_masked(teacher_logits, where)
     student = jax.nn.log_softmax(student_logits / temperature)
@@ -308,7 +308,8 @@ def _divergence_terms(
     return jnp.where(where[..., None], terms, 0)
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """``x`` in float32 if it is of half precision, else as it is."""
     return jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -316,15 +317,17 @@ def _hide_masked(logits: jax.Array, where: jax.Array | None) -> tuple[jax.Array,
     """Zeroes masked rows before any arithmetic: a NaN there would poison the gradients."""
     if where is None:
         return logits, jnp.ones(logits.shape[:-1], bool)
-    _check_shape("where", where, logits.shape[:-1])
+    check_shape("where", where, logits.shape[:-1])
     return jnp.where(where[..., None], logits, 0), where
 
 
-def _check_temperature(temperature: float | jax.Array) -> None:
+def check_temperature(temperature: float | jax.Array) -> None:
+    """Refuses a Python number that is not positive; of a traced one nothing is known."""
     if isinstance(temperature, (int, float)) and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
-def _check_shape(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:
+    """Refuses an argument of another shape, naming it."""
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {value.shape}")

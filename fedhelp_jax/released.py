@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.losses import (
-    _at_least_float32,
-    _check_shape,
     _divergence_terms,
     _hide_masked,
+    at_least_float32,
+    check_shape,
     cross_entropy_loss,
     ranking_distillation_loss,
 )
@@ -160,9 +160,9 @@ def released_stored_logits_loss(
       >>> print(released_stored_logits_loss(jnp.zeros((1, 2)), jnp.array([[1.0, -2.0]])).round(4))
       [-0.3466]
     """
-    student_logits = _at_least_float32(student_logits)
-    stored_logits = jax.lax.stop_gradient(_at_least_float32(stored_logits))
-    _check_shape("stored_logits", stored_logits, student_logits.shape)
+    student_logits = at_least_float32(student_logits)
+    stored_logits = jax.lax.stop_gradient(at_least_float32(stored_logits))
+    check_shape("stored_logits", stored_logits, student_logits.shape)
     student_logits, where = _hide_masked(student_logits, where)
     stored_logits, _ = _hide_masked(stored_logits, where)
     tiny = jnp.finfo(stored_logits.dtype).tiny

@@ -1,19 +1,21 @@
 """``Task``: all that tells one kind of prediction from another; nothing else asks."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from fedhelp_jax import losses, metrics
-from fedhelp_jax.models import resnet
+from fedhelp_jax import losses, mask_losses, metrics
+from fedhelp_jax.models import layers
 
 
 class Task(NamedTuple):
     """Losses, heads and metrics of a kind of prediction.
 
     Attributes:
-      name: "classification".
+      name: "classification" or "segmentation".
       headline: Name of the metric that tables lead with.
       loss: ``(logits, targets, *, where) -> [B]``.
       distill: ``(student_logits, teacher_logits, *, temperature, where) -> [B]``.
@@ -22,7 +24,10 @@ class Task(NamedTuple):
         features.
       head: ``(head_params, features) -> logits``.
       metrics: ``(logits [n, ...], targets [n, ...], mask [n]) -> {name: scalar}``.
+      num_ranked: ``num_classes ->`` how many classes the ranking is over.
       default_k: ``num_classes -> k`` of the ranking.
+      predict: ``(logits [n, ...], targets [n, ...]) ->`` predictions of the targets' shape; None
+        where metrics say all there is to see.
     """
 
     name: str
@@ -33,7 +38,9 @@ class Task(NamedTuple):
     init_head: Callable[..., Any]
     head: Callable[..., jax.Array]
     metrics: Callable[..., dict[str, jax.Array]]
+    num_ranked: Callable[[int], int]
     default_k: Callable[[int], int]
+    predict: Callable[..., jax.Array] | None = None
 
 
 classification = Task(
@@ -42,9 +49,66 @@ classification = Task(
     loss=losses.cross_entropy_loss,
     distill=losses.distillation_loss,
     rank=losses.ranking_distillation_loss,
-    init_head=resnet.init_linear,
-    head=resnet.linear,
+    init_head=layers.init_linear,
+    head=layers.linear,
     metrics=metrics.classification_metrics,
+    num_ranked=lambda num_classes: num_classes,
     # 5 of 8 classes and 1 of 2, as the authors use; the same share elsewhere.
     default_k=lambda num_classes: max(1, 5 * num_classes // 8),
 )
+
+
+def segmentation(label_names: Sequence[str]) -> Task:
+    """The task of naming the class of every pixel, or voxel.
+
+    Masks have a resolution of their own, and so may a foundation model's mask logits: targets are
+    brought to the size of the logits by nearest neighbour, answers linearly, and metrics are taken
+    at the masks' resolution.
+
+    Args:
+      label_names: One name for one foreground class; else all classes, the background first.
+
+    Returns:
+      The task; losses are those of :mod:`fedhelp_jax.mask_losses`.
+    """
+
+    def loss(logits: jax.Array, targets: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+        targets = _resized(targets, logits.shape[:-1], "nearest")
+        return mask_losses.mask_loss(logits, targets, where=where)
+
+    def distill(
+        student_logits: jax.Array,
+        teacher_logits: jax.Array,
+        *,
+        temperature: float | jax.Array = 1.0,
+        where: jax.Array | None = None,
+    ) -> jax.Array:
+        shape = (*student_logits.shape[:-1], teacher_logits.shape[-1])
+        teacher_logits = _resized(losses.at_least_float32(teacher_logits), shape, "linear")
+        return mask_losses.mask_distillation_loss(
+            student_logits, teacher_logits, temperature=temperature, where=where
+        )
+
+    def predict(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        one = functools.partial(metrics.predict_masks, shape=targets.shape[1:])
+        return jax.lax.map(one, logits).astype(jnp.uint8)
+
+    return Task(
+        name="segmentation",
+        headline="dice",
+        loss=loss,
+        distill=distill,
+        rank=mask_losses.mask_ranking_loss,
+        init_head=layers.init_linear,
+        head=layers.linear,
+        metrics=functools.partial(metrics.segmentation_metrics, label_names=tuple(label_names)),
+        num_ranked=lambda num_classes: max(2, num_classes),
+        default_k=lambda num_classes: 1,
+        predict=predict,
+    )
+
+
+def _resized(maps: jax.Array, shape: tuple[int, ...], method: str) -> jax.Array:
+    """Maps ``[B, ...]`` resized to ``shape``, whose examples must be as many."""
+    losses.check_shape("examples", maps, (shape[0], *maps.shape[1:]))
+    return maps if maps.shape == shape else jax.image.resize(maps, shape, method)

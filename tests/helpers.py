@@ -22,8 +22,8 @@ from fedhelp_jax.data.types import (
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import Federation, assign_roles, make_federation
 from fedhelp_jax.mapping import make_mapping
+from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model, Variables
-from fedhelp_jax.models.resnet import linear
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.task import classification
 from fedhelp_jax.teachers.foundation import PublicImages, clear_public

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from fedhelp_jax.models import conv as convolutions
 from fedhelp_jax.models import layers
-from fedhelp_jax.models.conv import conv
+from fedhelp_jax.models.conv import conv, conv_transpose, max_pool
 from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 
@@ -39,8 +40,13 @@ CASES = [
 ]
 
 
+# Bytes of patches made at once: all offsets of a kernel, a row or plane of them, one.
+@pytest.mark.parametrize("patch_bytes", [2**28, 4000, 1])
 @pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
-def test_conv_equals_xla_in_value_and_both_gradients(spatial, size, stride):
+def test_conv_equals_xla_in_value_and_both_gradients(
+    spatial, size, stride, patch_bytes, monkeypatch
+):
+    monkeypatch.setattr(convolutions, "_PATCH_BYTES", patch_bytes)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (3, 2, *spatial))
     kernel = jax.random.normal(keys[1], (*(size,) * len(spatial), 3, 4))
@@ -50,6 +56,68 @@ def test_conv_equals_xla_in_value_and_both_gradients(spatial, size, stride):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
     for got, wanted in zip(pull(cotangent), reference_pull(cotangent), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-4)
+
+
+def test_patches_are_made_in_as_few_parts_as_memory_allows(monkeypatch):
+    x = jnp.zeros((2, 1, 4, 4, 4))  # 512 bytes an offset
+    for limit, at_once in [(2**28, 27), (27 * 512, 27), (26 * 512, 9), (9 * 512, 9), (512, 1)]:
+        monkeypatch.setattr(convolutions, "_PATCH_BYTES", limit)
+        groups = convolutions._offset_groups(x, 3, 1)
+        assert groups.shape == (27 // at_once, at_once, 3)
+        assert len({tuple(offset) for offset in groups.reshape(-1, 3).tolist()}) == 27
+
+
+def test_conv_over_stacked_clients_in_parts_equals_one_by_one(monkeypatch):
+    monkeypatch.setattr(convolutions, "_PATCH_BYTES", 1)
+    x = jax.random.normal(jax.random.key(0), (3, 2, 2, 4, 3, 5))
+    kernels = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 2, 4))
+    together = jax.vmap(lambda x, k: conv(x, k, 2))(x, kernels)
+    for i in range(3):
+        np.testing.assert_allclose(together[i], conv(x[i], kernels[i], 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("spatial", "size"), [((5,), 3), ((4, 3), 2), ((2, 3, 4), 2), ((2, 1), 3)])
+def test_conv_transpose_equals_xla_in_value_and_both_gradients(spatial, size):
+    rank = len(spatial)
+    letters = "DHW"[-rank:]
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, 2, *spatial))
+    kernel = jax.random.normal(keys[1], (*(size,) * rank, 3, 4))
+
+    def xla(x, kernel):
+        flipped = jnp.flip(kernel, tuple(range(rank)))
+        numbers = ("CN" + letters, letters + "IO", "CN" + letters)
+        return lax.conv_transpose(x, flipped, (size,) * rank, "VALID", dimension_numbers=numbers)
+
+    ours, pull = jax.vjp(conv_transpose, x, kernel)
+    theirs, reference_pull = jax.vjp(xla, x, kernel)
+    cotangent = jax.random.normal(keys[2], theirs.shape)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(pull(cotangent), reference_pull(cotangent), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("spatial", [(6,), (4, 6), (4, 2, 6)])
+def test_max_pool_equals_a_window_of_xla(spatial):
+    x = jax.random.normal(jax.random.key(0), (3, 2, *spatial))
+    window = (1, 1, *(2,) * len(spatial))
+    ours, pull = jax.vjp(max_pool, x)
+    theirs, reference_pull = jax.vjp(
+        lambda x: lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID"), x
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    cotangent = jax.random.normal(jax.random.key(1), ours.shape)
+    np.testing.assert_array_equal(pull(cotangent)[0], reference_pull(cotangent)[0])
+
+
+def test_max_pool_gives_its_gradient_to_the_first_of_equals_and_keeps_nan():
+    x = jnp.array([[[1.0, 1.0], [0.0, 1.0]], [[0.0, 2.0], [2.0, 0.0]]])[None]
+    grad = jax.grad(lambda x: jnp.sum(max_pool(x)))(x)
+    np.testing.assert_array_equal(grad, [[[[1, 0], [0, 0]], [[0, 1], [0, 0]]]])
+    for place in range(4):
+        assert jnp.isnan(
+            max_pool(x.reshape(-1, 4).at[0, place].set(jnp.nan).reshape(x.shape))[0, 0]
+        )
 
 
 def test_patches_for_accelerators_equal_those_for_cpu(monkeypatch):

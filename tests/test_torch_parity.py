@@ -23,8 +23,9 @@ from fedhelp_jax.algorithms.fedhelp import (
 )
 from fedhelp_jax.client import Batch, PublicBatch, adam_l2
 from fedhelp_jax.losses import cross_entropy_loss, masked_mean
+from fedhelp_jax.models.layers import init_linear
 from fedhelp_jax.models.model import apply_model
-from fedhelp_jax.models.resnet import init_linear, resnet
+from fedhelp_jax.models.resnet import resnet
 from fedhelp_jax.task import classification
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")

@@ -121,9 +121,10 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
     Raises:
       UserError: If ``k`` does not fit the number of classes.
     """
-    if settings.k is not None and settings.k >= setup.num_classes:
+    ranked = setup.task.num_ranked(setup.num_classes)
+    if settings.k is not None and settings.k >= ranked:
         raise UserError(
-            f"algorithm.k: {settings.k} must be less than the {setup.num_classes} classes there are"
+            f"algorithm.k: {settings.k} must be less than the {ranked} classes there are"
         )
 
     def aggregate(

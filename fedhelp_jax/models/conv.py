@@ -1,18 +1,22 @@
-"""Convolution as patches and one matrix product, the same program on CPU and accelerators.
+"""Convolution as patches and matrix products, the same program on CPU and accelerators.
 
 Why not ``lax.conv_general_dilated``: under ``vmap`` over clients it becomes a grouped convolution,
 and inside a loop XLA's CPU back end runs any convolution by naive code; both are tens of times
 slower than the product below (``docs/performance.md``). Activations are channels first, ``[C, B,
-*spatial]``: the long side of the product is then the contiguous one.
+*spatial]``, of any spatial rank: the long side of the product is then the contiguous one.
 """
 
 import functools
 import itertools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+# Patches of more bytes than this are made a part at a time: those of a wide 3D convolution, 27
+# times its input, would not fit in memory. Below it one product is the fastest.
+_PATCH_BYTES = 2**28
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -32,20 +36,35 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     Returns:
       ``[C_out, B, *out]`` with ``out = ceil(spatial / stride)``.
     """
-    return _product(_flat(kernel).T, _patches(x, kernel.shape[0], stride))
+    groups = _offset_groups(x, kernel.shape[0], stride)
+    kernels = kernel.reshape(len(groups), -1, kernel.shape[-1])
+    out_shape = (kernel.shape[-1], x.shape[1], *_out_extent(x, stride))
+    if len(groups) == 1:
+        return (kernels[0].T @ _patches(x, groups[0], kernel.shape[0], stride)).reshape(out_shape)
+
+    def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        offsets, part = group
+        return total + part.T @ _patches(x, offsets, kernel.shape[0], stride), None
+
+    zeros = jnp.zeros((out_shape[0], int(np.prod(out_shape[1:]))), x.dtype)
+    return lax.scan(add, zeros, (jnp.asarray(groups), kernels))[0].reshape(out_shape)
 
 
 def _forward(x, kernel, stride):
-    # The patches, 9 times the size of x, are made again in the backward pass instead of being kept.
+    # The patches, 9 or 27 times the size of x, are made again in the backward pass, not kept.
     return conv(x, kernel, stride), (x, kernel)
 
 
 def _backward(stride, residuals, out_grad):
     x, kernel = residuals
     size = kernel.shape[0]
-    patches = _patches(x, size, stride)
-    rows = patches.reshape(patches.shape[0], -1)
-    kernel_grad = rows @ out_grad.reshape(out_grad.shape[0], -1).T
+    groups = _offset_groups(x, size, stride)
+    columns = out_grad.reshape(out_grad.shape[0], -1).T
+
+    def part(offsets: jax.Array | np.ndarray) -> jax.Array:
+        return _patches(x, offsets, size, stride) @ columns
+
+    kernel_grad = part(groups[0]) if len(groups) == 1 else lax.map(part, jnp.asarray(groups))
     # The gradient by x is a "same" correlation too: of the gradient, spread out to the input's
     # grid, with the flipped, transposed kernel.
     spread = [
@@ -61,31 +80,125 @@ def _backward(stride, residuals, out_grad):
 conv.defvjp(_forward, _backward)
 
 
-def _flat(kernel: jax.Array) -> jax.Array:
-    return kernel.reshape(-1, kernel.shape[-1])
+def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Transposed convolution whose stride is the kernel's size: every input becomes a block.
+
+    ``out[o, b, k * p + q] = sum_c kernel[q, c, o] * x[c, b, p]``
+
+    Equal to ``lax.conv_transpose`` with stride ``k``, padding "VALID" and the kernel flipped, which
+    is ``torch.nn.ConvTranspose2d(..., k, stride=k)``.
+
+    Args:
+      x: ``[C_in, B, *spatial]``, any number of spatial axes.
+      kernel: ``[*(k,) * rank, C_in, C_out]``.
+
+    Returns:
+      ``[C_out, B, *(k * spatial)]``.
+    """
+    size, rank = kernel.shape[0], x.ndim - 2
+    matrix = jnp.moveaxis(kernel, -2, -1).reshape(-1, x.shape[0])
+    blocks = matrix @ x.reshape(x.shape[0], -1)
+    return _from_blocks(blocks.reshape(*(size,) * rank, kernel.shape[-1], *x.shape[1:]))
 
 
-def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    return (matrix @ x.reshape(x.shape[0], -1)).reshape(matrix.shape[0], *x.shape[1:])
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+    """The largest of every block of two along each spatial axis, which two must divide.
+
+    Slices and comparisons: in a loop, XLA's CPU back end is slow at pooling windows too. The
+    gradient goes to the first of equal largest ones, as in PyTorch. It goes by a stored position:
+    autodiff of ``jnp.max`` would look for what equals the maximum, and find nothing, and divide by
+    that nothing, where a compiler rounds ``x`` otherwise the second time.
+
+    Args:
+      x: ``[C, B, *spatial]``.
+
+    Returns:
+      ``[C, B, *(spatial / 2)]``.
+    """
+    return _max_pool_forward(x)[0]
 
 
-def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """``[C, B, *spatial] -> [size**rank * C, B, *out]``, in the order of the flat kernel."""
+def _max_pool_forward(x):
+    corners = _corners(x)
+    largest, position = corners[0], jnp.zeros(corners[0].shape, jnp.uint8)
+    for number, corner in enumerate(corners[1:], start=1):
+        better = (corner > largest) | jnp.isnan(corner)
+        largest = jnp.where(better, corner, largest)
+        position = jnp.where(better, jnp.uint8(number), position)
+    return largest, position
+
+
+def _max_pool_backward(position, out_grad):
+    rank = position.ndim - 2
+    zero = jnp.zeros((), out_grad.dtype)
+    parts = [jnp.where(position == number, out_grad, zero) for number in range(2**rank)]
+    return (_from_blocks(jnp.stack(parts).reshape(*(2,) * rank, *position.shape)),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _corners(x: jax.Array) -> list[jax.Array]:
+    """The ``2**rank`` arrays ``[C, B, *(spatial / 2)]`` of each place in a block."""
+    shape = [n for length in x.shape[2:] for n in (length // 2, 2)]
+    blocks = x.reshape(*x.shape[:2], *shape)
+    places = itertools.product(range(2), repeat=x.ndim - 2)
+    return [
+        blocks[(slice(None), slice(None), *(i for q in place for i in (slice(None), q)))]
+        for place in places
+    ]
+
+
+def _from_blocks(blocks: jax.Array) -> jax.Array:
+    """``[*(k,) * rank, C, B, *spatial] -> [C, B, *(k * spatial)]``."""
+    rank = (blocks.ndim - 2) // 2
+    order = [rank, rank + 1]
+    for axis in range(rank):
+        order += [rank + 2 + axis, axis]
+    sides = (blocks.shape[axis] * blocks.shape[rank + 2 + axis] for axis in range(rank))
+    return blocks.transpose(order).reshape(*blocks.shape[rank : rank + 2], *sides)
+
+
+def _out_extent(x: jax.Array, stride: int) -> tuple[int, ...]:
+    return tuple(-(-n // stride) for n in x.shape[2:])
+
+
+def _offset_groups(x: jax.Array, size: int, stride: int) -> np.ndarray:
+    """``[G, size**i, rank]``: a kernel's offsets, in as few parts as ``_PATCH_BYTES`` allows."""
+    rank = x.ndim - 2
+    offsets = np.array(list(itertools.product(range(size), repeat=rank)))
+    one = x.shape[0] * x.shape[1] * int(np.prod(_out_extent(x, stride))) * x.dtype.itemsize
+    at_once = next((size**i for i in range(rank, 0, -1) if one * size**i <= _PATCH_BYTES), 1)
+    return offsets.reshape(-1, at_once, rank)
+
+
+def _patches(x: jax.Array, offsets: jax.Array | np.ndarray, size: int, stride: int) -> jax.Array:
+    """``[C, B, *spatial] -> [len(offsets) * C, B * out]``, in the order of the flat kernel."""
     rank = x.ndim - 2
     strided = (slice(None), slice(None), *(slice(None, None, stride),) * rank)
     if size == 1:
-        return x[strided]
+        return x[strided].reshape(x.shape[0], -1)
     pad = size // 2
     padded = jnp.pad(x, [(0, 0), (0, 0)] + [(pad, pad)] * rank)
-    extent = (*x.shape[:2], *(stride * (-(-n // stride) - 1) + 1 for n in x.shape[2:]))
-    offsets = list(itertools.product(range(size), repeat=rank))
+    extent = (*x.shape[:2], *(stride * (n - 1) + 1 for n in _out_extent(x, stride)))
 
-    def shifted(offset: Sequence[jax.Array | int]) -> jax.Array:
+    def shifted(offset: jax.Array | np.ndarray) -> jax.Array:
         return lax.dynamic_slice(padded, (0, 0, *offset), extent)[strided]
 
     if jax.default_backend() == "cpu":
         # A loop compiles two to three times faster than a slice per offset and runs as fast; an
-        # accelerator would wait for the host at each turn.
-        patches = lax.map(shifted, jnp.array(offsets))
-        return patches.reshape(-1, *patches.shape[2:])
-    return jnp.concatenate([shifted(offset) for offset in offsets])
+        # accelerator would wait for the host at each turn. It starts from the first slice rather
+        # than from zeros: XLA makes equal zeros once, early, and then lets no two layers' patches
+        # share memory.
+        index = jnp.asarray(offsets)
+        first = shifted(index[0])
+        patches = jnp.broadcast_to(first, (len(offsets), *first.shape))
+
+        def fill(i: jax.Array, patches: jax.Array) -> jax.Array:
+            return lax.dynamic_update_index_in_dim(patches, shifted(index[i]), i, 0)
+
+        patches = lax.fori_loop(1, len(offsets), fill, patches)
+    else:
+        patches = jnp.stack([shifted(offset) for offset in offsets])
+    return patches.reshape(len(offsets) * x.shape[0], -1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedhelp_jax.models.conv import conv
+from fedhelp_jax.models.conv import conv, conv_transpose
 
 # torch.nn.init.kaiming_normal_(mode="fan_in"), as in the CIFAR ResNets that papers compare with.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -18,17 +18,35 @@ STACKED = "rest"
 
 
 class Conv(nn.Module):
-    """A ``size``-wide convolution without bias, padded by ``size // 2``."""
+    """A ``size``-wide convolution, padded by ``size // 2``."""
 
     features: int
     size: int = 3
     stride: int = 1
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer."""
         shape = (self.size,) * (x.ndim - 2) + (x.shape[0], self.features)
-        return conv(x, self.param("kernel", he_normal, shape), self.stride)
+        x = conv(x, self.param("kernel", he_normal, shape), self.stride)
+        if not self.use_bias:
+            return x
+        return x + _per_channel(self.param("bias", nn.initializers.zeros, (self.features,)), x)
+
+
+class ConvTranspose(nn.Module):
+    """A transposed convolution with a bias that makes a block of side ``size`` of every input."""
+
+    features: int
+    size: int = 2
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer."""
+        shape = (self.size,) * (x.ndim - 2) + (x.shape[0], self.features)
+        x = conv_transpose(x, self.param("kernel", he_normal, shape))
+        return x + _per_channel(self.param("bias", nn.initializers.zeros, (self.features,)), x)
 
 
 class BatchNorm(nn.Module):
@@ -66,6 +84,30 @@ class BatchNorm(nn.Module):
             unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(x.dtype)
             running_mean.value += step * (mean - running_mean.value)
             running_var.value += step * (unbiased - running_var.value)
+        return normalized * _per_channel(scale, x) + _per_channel(bias, x)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over ``[C, B, *spatial]`` as in ``torch.nn.GroupNorm``.
+
+    Every example is normalised alone, in ``groups`` groups of channels; of fewer channels, in
+    groups of one.
+    """
+
+    groups: int = 8
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer."""
+        channels = x.shape[0]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        grouped = x.reshape(min(self.groups, channels), -1, *x.shape[1:])
+        axes = (1, *range(3, grouped.ndim))
+        centred = grouped - jnp.mean(grouped, axis=axes, keepdims=True)
+        var = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
+        normalized = (centred * jax.lax.rsqrt(var + self.epsilon)).reshape(x.shape)
         return normalized * _per_channel(scale, x) + _per_channel(bias, x)
 
 
@@ -166,3 +208,13 @@ def draw_variables(key: jax.Array, shapes: Any) -> Any:
                 jnp.full(leaf.shape, 1.0 if kind in ("scale", "var") else 0.0, leaf.dtype)
             )
     return jax.tree.unflatten(structure, values)
+
+
+def init_linear(key: jax.Array, width: int, num_classes: int) -> dict[str, Any]:
+    """Parameters of a linear head: He-normal kernel ``[D, C]``, zero bias ``[C]``."""
+    return {"kernel": he_normal(key, (width, num_classes)), "bias": jnp.zeros((num_classes,))}
+
+
+def linear(params: dict[str, Any], features: jax.Array) -> jax.Array:
+    """``features @ kernel + bias``: ``[*B, D] -> [*B, C]``; on maps, a convolution of size one."""
+    return features @ params["kernel"] + params["bias"]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedhelp_jax.models.layers import BatchNorm, Conv, draw_variables, he_normal
+from fedhelp_jax.models.layers import BatchNorm, Conv, draw_variables, init_linear, linear
 from fedhelp_jax.models.model import Model, Variables
 
 RESNET_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
@@ -134,13 +134,3 @@ def resnet(depth: int, num_classes: int) -> Model:
         return out, updated["batch_stats"]
 
     return Model(init, features, linear)
-
-
-def init_linear(key: jax.Array, width: int, num_classes: int) -> Variables:
-    """Parameters of a linear head: He-normal kernel ``[D, C]``, zero bias ``[C]``."""
-    return {"kernel": he_normal(key, (width, num_classes)), "bias": jnp.zeros((num_classes,))}
-
-
-def linear(params: Variables, features: jax.Array) -> jax.Array:
-    """``features @ kernel + bias``: ``[B, D] -> [B, C]``."""
-    return features @ params["kernel"] + params["bias"]
