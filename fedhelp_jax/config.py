@@ -28,8 +28,10 @@ from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import (
     COUNT,
     FRACTION,
+    RESNETS,
     SEED,
     SETTING_CHECKS,
+    UNETS,
     Check,
     DataConfig,
     FoundationConfig,
@@ -58,6 +60,11 @@ class AlgorithmConfig:
 class RunConfig:
     """All settings of a run."""
 
+    task: str = setting(
+        "classification",
+        "classification of images, or segmentation: of their pixels",
+        one_of("classification", "segmentation"),
+    )
     seed: int = setting(0, "all randomness of the run follows from it", SEED)
     rounds: int = setting(50, "communication rounds", COUNT)
     batch_size: int = setting(4, "private images a step", COUNT)
@@ -371,10 +378,12 @@ def _check_together(config: RunConfig) -> None:
             ("data.dir", config.data.dir, "the folder or zip of its images"),
             ("data.split_csv", config.data.split_csv, "the CSV file of its official split"),
         ]
-    if config.data.name == "medmnist":
+    if config.data.name in ("medmnist", "npz_masks"):
         needed = [("data.dir", config.data.dir, "its .npz file")]
     if config.public.name == "npz":
         needed.append(("public.path", config.public.path, "its .npz file"))
+    if config.public.name == "folder":
+        needed.append(("public.path", config.public.path, "the folder or zip of its images"))
     for key, value, what in needed:
         if not value:
             owner = key.split(".")[0]
@@ -382,7 +391,40 @@ def _check_together(config: RunConfig) -> None:
             raise UserError(
                 f"config.{key} is not set, but {owner} {name} needs {what}: give --config.{key}=..."
             )
+    _check_task(config)
     _check_teacher(config.teacher)
+
+
+# What a task cannot be learned from: data without masks, or with nothing but masks.
+_WITHOUT_MASKS = ("medmnist",)
+_MASKS_ONLY = ("phantom_volumes", "npz_masks")
+
+
+def _check_task(config: RunConfig) -> None:
+    segmentation = config.task == "segmentation"
+    for key, name in (("data", config.data.name), ("public", config.public.name)):
+        if name in (_WITHOUT_MASKS if segmentation else _MASKS_ONLY):
+            other = "classification" if segmentation else "segmentation"
+            raise UserError(
+                f"config.{key}.name = {name!r} has no {'masks' if segmentation else 'labels'} for "
+                f"config.task = {config.task!r}; it is for {other}"
+            )
+    models = config.model
+    right = UNETS if segmentation else RESNETS
+    roles = (
+        ("small", models.small, models.small_widths),
+        ("large", models.large, models.large_widths),
+    )
+    for role, name, widths in roles:
+        if name not in right:
+            raise UserError(
+                f"config.model.{role} = {name!r} cannot learn config.task = {config.task!r}; it "
+                f"must be one of {', '.join(right)}"
+            )
+        if widths and not segmentation:
+            raise UserError(f"config.model.{role}_widths is for U-Nets; {name} has its own")
+    if not segmentation and (models.norm != "batch" or models.remat):
+        raise UserError("config.model.norm and remat are for U-Nets; ResNets have batch and False")
 
 
 def _check_teacher(teacher: TeacherConfig) -> None:

@@ -52,7 +52,11 @@ _FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
 _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
 PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")
 PIXEL_LAYOUTS = ("nhwc", "nchw")
-_MODEL = one_of("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+UNETS = ("unet_small", "unet_large", "unet_small_cpu", "unet_large_cpu")
+_MODEL = one_of(*RESNETS, *UNETS)
+_WIDTHS = Check(lambda value: all(width >= 1 for width in value), "numbers of at least 1")
+_SIDES = Check(lambda value: len(value) == 3 and min(value) >= 8, "three sides of at least 8")
 
 # For the settings of the methods, by name: a name means the same in every method that has it.
 SETTING_CHECKS: dict[str, Check] = {
@@ -85,28 +89,43 @@ class DataConfig:
     """The private images and how they are shared out among the clients."""
 
     name: str = setting(
-        "phantoms", "private data set", one_of("phantoms", "fed_isic2019", "medmnist")
+        "phantoms",
+        "private data set",
+        one_of("phantoms", "phantom_volumes", "fed_isic2019", "medmnist", "npz_masks"),
     )
-    dir: str | None = setting(None, "folder or zip of images (fed_isic2019), .npz file (medmnist)")
+    dir: str | None = setting(
+        None, "folder or zip of images (fed_isic2019), .npz file (medmnist, npz_masks)"
+    )
     split_csv: str | None = setting(None, "the official Fed-ISIC2019 split")
     image_size: int = setting(32, "side in pixels to which images are resized", at_least(8))
+    volume_size: tuple[int, ...] = setting(
+        (24, 32, 24), "sides in voxels to which volumes are resized", _SIDES
+    )
     split: str = setting(
         "grouped",
         "official, or grouped: no lesion on both sides of it",
         one_of("grouped", "official"),
     )
+    split_by: str = setting(
+        "fractions", "npz_masks: fractions, or a client a site", one_of("fractions", "site")
+    )
     num_examples: int = setting(1600, "phantoms: images of all clients and splits", COUNT)
     fractions: tuple[float, ...] = setting(
         (0.60, 0.20, 0.08, 0.06, 0.04, 0.02),
-        "phantoms, medmnist: each client's part of the data",
+        "phantoms, medmnist, npz_masks: each client's part of the data",
         _FRACTIONS,
+    )
+    scanner_shift: bool = setting(
+        False, "npz_masks: simulate a scanner of its own for each client of volumes"
     )
     max_train: int | None = setting(None, "cap on one client's training images", COUNT)
     validation_fraction: float = setting(
         0.1, "part of the training images kept for validation", _PART_OR_NONE
     )
     test_fraction: float = setting(
-        0.25, "phantoms: part of a client's images for its test", within(0, 1, closed=False)
+        0.25,
+        "phantoms, npz_masks: part of a client's images for its test",
+        within(0, 1, closed=False),
     )
     cache_dir: str | None = setting(None, "where decoded images are kept between runs")
 
@@ -115,10 +134,14 @@ class DataConfig:
 class PublicConfig:
     """The public images that everyone has."""
 
-    name: str = setting("phantoms", "public data set", one_of("phantoms", "npz", "none"))
-    path: str | None = setting(None, "npz: the file")
+    name: str = setting(
+        "phantoms",
+        "public data set",
+        one_of("phantoms", "phantom_volumes", "npz", "folder", "none"),
+    )
+    path: str | None = setting(None, "npz: the file; folder: of images/ and masks/, or a zip of it")
     num_examples: int | None = setting(
-        None, "how many of them to use; all, or 512 phantoms, if None", COUNT
+        None, "how many of them to use; if None all, or 512 phantoms, or 64 phantom volumes", COUNT
     )
 
 
@@ -194,6 +217,14 @@ class ModelConfig:
 
     small: str = setting("resnet20", "small clients, and the proxy of large ones", _MODEL)
     large: str = setting("resnet110", "large clients", _MODEL)
+    small_widths: tuple[int, ...] = setting(
+        (), "channels of each level of the small U-Net; those of its name if empty", _WIDTHS
+    )
+    large_widths: tuple[int, ...] = setting((), "the same of the large one", _WIDTHS)
+    norm: str = setting(
+        "batch", "normalisation of U-Nets; ResNets have batch", one_of("batch", "group", "none")
+    )
+    remat: bool = setting(False, "U-Nets keep fewer activations, and compute them twice")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedhelp_jax.data.images import existing_path, find_images, load_images
+from fedhelp_jax.data.files import find_images, find_masks
+from fedhelp_jax.data.images import existing_path, load_images, load_masks
+from fedhelp_jax.data.masks import class_masks
 from fedhelp_jax.data.partition import split_validation
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset
 from fedhelp_jax.errors import UserError
 
 LABEL_NAMES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
+LESION = ("lesion",)
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +42,12 @@ def load_fed_isic2019(
     max_train: int | None,
     seed: int,
     cache_dir: str | None,
+    masks: bool = False,
 ) -> FederatedDataset:
     """Returns Fed-ISIC2019, one client `centre_<k>` per centre that has images.
 
-    A centre none of whose images is in `dir` is left out, with a warning.
+    A centre none of whose images is in `dir` is left out, with a warning. Labels are diagnoses,
+    or the lesions' masks; the clients' splits are the same.
 
     Args:
         dir: `data.dir`, a folder or zip file with `images/<id>.jpg` or `<id>.jpg`.
@@ -55,9 +60,11 @@ def load_fed_isic2019(
         max_train: At most so many training examples per centre; None keeps all.
         seed: The run's seed.
         cache_dir: Folder of the image cache; None takes the default.
+        masks: Labels are masks, uint8 [N, H, W] of one size, from `masks/<id>.png` or
+            `masks/<id>_segmentation.png` in `dir`.
 
     Raises:
-        UserError: A file, column, value or image is missing or not as described.
+        UserError: A file, column, value, image or mask is missing or not as described.
 
     References:
         du Terrail et al., FLamby, NeurIPS 2022, arXiv:2210.04620.
@@ -108,13 +115,19 @@ def load_fed_isic2019(
             client=center,
         )
         clients.append(ClientSplit(f"centre_{center}", train, validation, test))
+    label_names = LESION if masks else LABEL_NAMES
+    # First, since missing masks are found sooner than images are decoded.
+    if masks:
+        labels = _lesion_masks(rows, source, table, cache_dir)
+    else:
+        labels = np.array([row.target for row in rows], np.int32)
     names = [files[row.image_id] for row in rows]
     return FederatedDataset(
         name="fed_isic2019",
         synthetic=False,
         images=load_images(source, names, image_size, cache_dir=cache_dir),
-        labels=np.array([row.target for row in rows], np.int32),
-        label_names=LABEL_NAMES,
+        labels=labels,
+        label_names=label_names,
         clients=tuple(clients),
     )
 
@@ -183,3 +196,17 @@ def _with_images(rows: list[Row], source: Path, table: Path) -> tuple[list[Row],
             f"({len(missing)} of {len(rows)} are missing)"
         )
     return rows, files
+
+
+def _lesion_masks(rows: list[Row], source: Path, table: Path, cache_dir: str | None) -> np.ndarray:
+    """Returns the mask of each row's image, uint8 [N, H, W], checked."""
+    files = find_masks(source, (row.image_id for row in rows))
+    missing = [row.image_id for row in rows if row.image_id not in files]
+    if missing:
+        raise UserError(
+            f"data.dir: mask masks/{missing[0]}.png or masks/{missing[0]}_segmentation.png of an "
+            f"image of {table} is not in {source} ({len(missing)} of {len(rows)} are missing)"
+        )
+    names = [files[row.image_id] for row in rows]
+    masks = load_masks(source, names, cache_dir=cache_dir)
+    return class_masks(masks, LESION, names, f"data.dir: {source}")

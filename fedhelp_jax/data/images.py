@@ -1,29 +1,28 @@
-"""Images from a folder or a zip file: found, decoded, resized, and kept in a cache."""
+"""Images and masks from a folder or a zip file: decoded, resized, and kept in a cache."""
 
-import hashlib
 import io
-import logging
 import os
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from PIL import Image
 
+from fedhelp_jax.data.cache import Arrays, cached
+from fedhelp_jax.data.files import Files
+from fedhelp_jax.data.masks import decode_mask
+from fedhelp_jax.data.types import image_sha256
 from fedhelp_jax.errors import UserError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error)
-_CACHE_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
-# Part of the cache key: raise it when decoding or resizing changes.
-_CACHE_VERSION = "1 bicubic"
 
-logger = logging.getLogger(__name__)
+# From an opened picture and its name to an array.
+Decode = Callable[[Image.Image, str], np.ndarray]
 
 
 def existing_path(value: str | None, key: str, what: str) -> Path:
@@ -73,40 +72,6 @@ def resize_arrays(images: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(images)
 
 
-def find_images(source: Path, ids: Iterable[str], key: str = "data.dir") -> dict[str, str]:
-    """Returns where each image is: `images/<id>` or `<id>`, with .jpg, .jpeg or .png.
-
-    Args:
-        source: A folder or a zip file.
-        ids: File names without suffix.
-        key: The configuration key that names `source`, for messages.
-
-    Returns:
-        The name inside `source` of each image that is there; others have no entry.
-
-    Raises:
-        UserError: `source` is a file, but not a zip file.
-    """
-    if source.is_dir():
-        names = {
-            f"{prefix}{entry.name}"
-            for prefix in ("", "images/")
-            if (source / prefix).is_dir()
-            for entry in os.scandir(source / prefix)
-            if entry.is_file()
-        }
-    else:
-        with _open_zip(source, key) as archive:
-            names = set(archive.namelist())
-    found = {}
-    for image_id in ids:
-        for name in (f"{p}{image_id}{s}" for p in ("images/", "") for s in _SUFFIXES):
-            if name in names:
-                found[image_id] = name
-                break
-    return found
-
-
 def load_images(
     source: Path,
     names: Sequence[str],
@@ -131,99 +96,160 @@ def load_images(
     Raises:
         UserError: An image cannot be decoded.
     """
-    cache = _cache_folder(cache_dir) / f"{_cache_key(source, names, size)}.npz"
-    images = _read_cache(cache, (len(names), size, size, 3))
-    if images is None:
-        images = _decode_all(source, names, size, key)
-        _write_cache(cache, images)
-    return images
+
+    def decode(image: Image.Image, _: str) -> np.ndarray:
+        return _resized(image, size)
+
+    def make() -> Arrays:
+        return {"images": _decode_all(source, names, "image", decode, key)}
+
+    kinds = {"images": ("uint8", (len(names), size, size, 3))}
+    return cached(source, names, str(size), kinds, make, cache_dir)["images"]
 
 
-def _open_zip(source: Path, key: str) -> zipfile.ZipFile:
+def load_hashed_images(
+    source: Path,
+    names: Sequence[str],
+    size: int,
+    *,
+    cache_dir: str | None = None,
+    key: str = "data.dir",
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns what `load_images` does, and the `image_sha256` of each image at its native size.
+
+    Arguments and errors are those of `load_images`.
+    """
+
+    def make() -> Arrays:
+        hashes = {}
+
+        def decode(image: Image.Image, name: str) -> np.ndarray:
+            hashes[name] = image_sha256(_native(image))
+            return _resized(image, size)
+
+        images = _decode_all(source, names, "image", decode, key)
+        return {"images": images, "sha256": np.array([hashes[name] for name in names], "U64")}
+
+    kinds = {"images": ("uint8", (len(names), size, size, 3)), "sha256": ("U64", (len(names),))}
+    arrays = cached(source, names, f"{size} sha256", kinds, make, cache_dir)
+    return arrays["images"], tuple(arrays["sha256"].tolist())
+
+
+def load_masks(
+    source: Path, names: Sequence[str], *, cache_dir: str | None = None, key: str = "data.dir"
+) -> np.ndarray:
+    """Returns the masks called `names` at their own size, from the cache where possible.
+
+    Args:
+        source: A folder or a zip file.
+        names: Names inside `source`, as `find_masks` gives them.
+        cache_dir: As of `load_images`.
+        key: The configuration key that names `source`, for messages.
+
+    Returns:
+        uint8 [len(names), H, W], 1 where there is foreground.
+
+    Raises:
+        UserError: A mask cannot be decoded, is no mask, or has another size than the first.
+    """
+
+    def decode(image: Image.Image, name: str) -> np.ndarray:
+        return decode_mask(image, name, f"{key}: {source}")
+
+    def make() -> Arrays:
+        masks = _decode_all(source, names, "mask", decode, key)
+        # Eight pixels to a byte: the masks of HAM10000 take 38 MB and not 300.
+        return {"bits": np.packbits(masks, axis=-1), "width": np.array(masks.shape[-1:])}
+
+    kinds = {"bits": ("uint8", (len(names), None, None)), "width": ("int64", (1,))}
+    arrays = cached(source, names, "masks", kinds, make, cache_dir)
+    return np.unpackbits(arrays["bits"], axis=-1, count=int(arrays["width"][0]))
+
+
+class NativeImages(Sequence[np.ndarray]):
+    """Images of a folder or zip file, decoded only when asked for, each time anew.
+
+    An image is uint8 [H, W] where it is grey, else [H, W, 3]. Reading one raises a `UserError`
+    where it cannot be decoded (any more).
+
+    Args:
+        source: A folder or a zip file; it stays open.
+        names: Names inside it.
+        key: The configuration key that names `source`, for messages.
+    """
+
+    def __init__(self, source: Path, names: Sequence[str], key: str):
+        self._source, self._names, self._key = source, names, key
+        self._files = Files(source, key)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        name = self._names[index]
+        where = f"{self._key}: image {name} in {self._source}"
+        return _decode(self._files, name, lambda image, _: _native(image), where)
+
+
+def _resized(image: Image.Image, size: int) -> np.ndarray:
+    # To RGB first: Pillow does not interpolate palette images.
+    return resize(image.convert("RGB"), size)
+
+
+def _native(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
+def _decode(files: Files, name: str, decode: Decode, where: str) -> np.ndarray:
     try:
-        return zipfile.ZipFile(source)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{key}: {source} is neither a folder nor a zip file") from error
+        with Image.open(io.BytesIO(files.read(name))) as image:
+            return decode(image, name)
+    except _DECODE_ERRORS as error:
+        raise UserError(f"{where} cannot be decoded") from error
 
 
-def _decode_all(source: Path, names: Sequence[str], size: int, key: str) -> np.ndarray:
-    images = np.zeros((len(names), size, size, 3), np.uint8)
-    archive = None if source.is_dir() else _open_zip(source, key)
-    # Reading members of one ZipFile from several threads is safe: it locks its file.
-    read: Callable[[str], bytes] = (
-        archive.read if archive else lambda name: (source / name).read_bytes()
-    )
+def _decode_all(
+    source: Path, names: Sequence[str], what: str, decode: Decode, key: str
+) -> np.ndarray:
+    """Returns what `decode` makes of each file, one array; all must be of the first's shape."""
 
-    def decode(index: int) -> None:
-        name = names[index]
+    def one(index: int) -> np.ndarray:
+        where = f"{key}: {what} {names[index]} in {source}"
+        array = _decode(files, names[index], decode, where)
+        if index:
+            if array.shape != first.shape:
+                sizes = [f"{shape[1]}x{shape[0]}" for shape in (array.shape, first.shape)]
+                raise UserError(f"{where} is {sizes[0]}, but {names[0]} is {sizes[1]}")
+            arrays[index] = array
+        return array
+
+    with Files(source, key) as files:
+        first = one(0)
+        arrays = np.zeros((len(names), *first.shape), first.dtype)
+        arrays[0] = first
+        pool = ThreadPoolExecutor(os.cpu_count())
         try:
-            with Image.open(io.BytesIO(read(name))) as image:
-                # To RGB first: Pillow does not interpolate palette images.
-                images[index] = resize(image.convert("RGB"), size)
-        except _DECODE_ERRORS as error:
-            raise UserError(f"{key}: image {name} in {source} cannot be decoded") from error
-
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        for _ in _progress(pool.map(decode, range(len(names))), len(names)):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if archive:
-            archive.close()
-    return images
+            rest = (None for _ in pool.map(one, range(1, len(names))))
+            for _ in _progress(rest, f"Decoding {what}s", len(names) - 1):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return arrays
 
 
-def _progress(items: Iterator[None], total: int) -> Iterable[None]:
+def _progress(items: Iterator[None], title: str, total: int) -> Iterable[None]:
     if not sys.stderr.isatty():
         return items
     # Imported here: most runs find the cache and need no bar.
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, "Decoding images", total, console=Console(stderr=True), transient=True)
-
-
-def _cache_folder(cache_dir: str | None) -> Path:
-    folder = cache_dir or os.environ.get("FEDHELP_CACHE_DIR")
-    if folder:
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedhelp_jax"
-
-
-def _cache_key(source: Path, names: Sequence[str], size: int) -> str:
-    """Returns a hash that changes with the files, their order, and the image size."""
-    key = hashlib.sha256(f"{_CACHE_VERSION}\n{source.resolve()}\n{size}\n".encode())
-    # A folder's own time does not change when a file in it is overwritten.
-    files = [source / name for name in names] if source.is_dir() else [source]
-    for file in files:
-        status = file.stat()
-        key.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-    key.update("\n".join(names).encode())
-    return key.hexdigest()
-
-
-def _read_cache(cache: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    # An npz, not an npy: its checksums tell a damaged file from a good one.
-    try:
-        # Opened here: np.load leaves a damaged file open.
-        with cache.open("rb") as file:
-            images = np.load(file, allow_pickle=False)["images"]
-    except _CACHE_ERRORS:
-        return None
-    return images if images.shape == shape and images.dtype == np.uint8 else None
-
-
-def _write_cache(cache: Path, images: np.ndarray) -> None:
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, images=images)
-            os.replace(temporary, cache)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        logger.warning("image cache %s cannot be written (%s); going on without", cache, error)
+    return track(items, title, total, console=Console(stderr=True), transient=True)

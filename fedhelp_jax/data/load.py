@@ -1,21 +1,25 @@
 """The private and the public data set that a configuration names."""
 
 from fedhelp_jax.data.fed_isic2019 import load_fed_isic2019
+from fedhelp_jax.data.mask_folder import load_folder_public
 from fedhelp_jax.data.medmnist import load_medmnist
 from fedhelp_jax.data.npz import load_npz_public
+from fedhelp_jax.data.npz_masks import load_npz_masks
 from fedhelp_jax.data.phantom_tiles import load_phantom_public
+from fedhelp_jax.data.phantom_volumes import load_phantom_volume_public, load_phantom_volumes
 from fedhelp_jax.data.phantoms import load_phantoms
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import DataConfig, PublicConfig
 
 
-def load_federated(config: DataConfig, seed: int) -> FederatedDataset:
+def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> FederatedDataset:
     """Returns the private data of all clients, checked.
 
     Args:
         config: `data` of the run's configuration.
         seed: The run's seed.
+        masks: Whether labels are masks rather than classes of whole images.
 
     Raises:
         UserError: The name is unknown, a file or value is unusable, or a client is empty.
@@ -30,6 +34,30 @@ def load_federated(config: DataConfig, seed: int) -> FederatedDataset:
                 test_fraction=config.test_fraction,
                 max_train=config.max_train,
                 seed=seed,
+                masks=masks,
+            )
+        case "phantom_volumes":
+            dataset = load_phantom_volumes(
+                num_examples=config.num_examples,
+                fractions=config.fractions,
+                volume_size=config.volume_size,
+                validation_fraction=config.validation_fraction,
+                test_fraction=config.test_fraction,
+                max_train=config.max_train,
+                seed=seed,
+            )
+        case "npz_masks":
+            dataset = load_npz_masks(
+                config.dir,
+                fractions=config.fractions,
+                split_by=config.split_by,
+                image_size=config.image_size,
+                volume_size=config.volume_size,
+                validation_fraction=config.validation_fraction,
+                test_fraction=config.test_fraction,
+                max_train=config.max_train,
+                scanner_shift=config.scanner_shift,
+                seed=seed,
             )
         case "fed_isic2019":
             dataset = load_fed_isic2019(
@@ -41,6 +69,7 @@ def load_federated(config: DataConfig, seed: int) -> FederatedDataset:
                 max_train=config.max_train,
                 seed=seed,
                 cache_dir=config.cache_dir,
+                masks=masks,
             )
         case "medmnist":
             dataset = load_medmnist(
@@ -52,25 +81,44 @@ def load_federated(config: DataConfig, seed: int) -> FederatedDataset:
                 seed=seed,
             )
         case name:
-            raise UserError(f"data.name must be phantoms, fed_isic2019 or medmnist, got {name!r}")
+            raise UserError(f"data.name: {name!r} is not known")
     return check_federated(dataset)
 
 
-def load_public(config: PublicConfig, image_size: int, seed: int) -> PublicDataset:
+def load_public(
+    config: PublicConfig,
+    image_size: int,
+    seed: int,
+    *,
+    masks: bool = False,
+    volume_size: tuple[int, ...] = (24, 32, 24),
+    cache_dir: str | None = None,
+) -> PublicDataset:
     """Returns the public images.
 
     Args:
         config: `public` of the run's configuration.
         image_size: Height and width, as of the private images.
         seed: The run's seed; images that are read, not generated, do not depend on it.
+        masks: Whether labels are masks rather than classes of whole images.
+        volume_size: Sides of volumes, as of the private ones.
+        cache_dir: Folder of the image cache; None takes the default.
 
     Raises:
         UserError: The name is unknown, or the file or a value is unusable.
     """
     match config.name:
         case "phantoms":
-            return load_phantom_public(config.num_examples, image_size, seed)
+            return load_phantom_public(config.num_examples, image_size, seed, masks=masks)
+        case "phantom_volumes":
+            return load_phantom_volume_public(config.num_examples, volume_size, seed)
         case "npz":
-            return load_npz_public(config.path, config.num_examples, image_size)
+            return load_npz_public(
+                config.path, config.num_examples, image_size, masks=masks, volume_size=volume_size
+            )
+        case "folder":
+            return load_folder_public(
+                config.path, config.num_examples, image_size, masks=masks, cache_dir=cache_dir
+            )
         case name:
-            raise UserError(f"public.name must be phantoms or npz, got {name!r}")
+            raise UserError(f"public.name: {name!r} is not known")

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from fedhelp_jax.data.images import existing_path, resize_arrays
+from fedhelp_jax.data.masks import stored_names, take_masks
 from fedhelp_jax.data.partition import rng_for
 from fedhelp_jax.data.types import PublicDataset, image_sha256
+from fedhelp_jax.data.volumes import resize_volumes
 from fedhelp_jax.errors import UserError
 
 _READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -30,8 +32,8 @@ LABEL_NAMES = {
     ),
 }
 
-
 _IMAGES_AND_LABELS = ("images", "labels", "label_names")
+WITH_MASKS = ("images", "volumes", "masks", "labels", "names", "site")
 
 
 def read_npz(
@@ -139,56 +141,105 @@ def name_labels(
     return tuple(str(name) for name in names)
 
 
-def load_npz_public(path: str | None, num_examples: int | None, image_size: int) -> PublicDataset:
+def take_pictures(arrays: dict[str, np.ndarray], where: str) -> tuple[np.ndarray, bool]:
+    """Returns the `images`, as `take_images`, or the `volumes`, uint8 [N, D, H, W], and which.
+
+    Args:
+        arrays: The file's arrays.
+        where: Key and file, for messages.
+
+    Raises:
+        UserError: There are none or both, or they are of another type or shape.
+    """
+    if ("images" in arrays) == ("volumes" in arrays):
+        held = sorted(arrays) or "none"
+        raise UserError(f"{where} must have one array images or volumes; it has {held}")
+    if "images" in arrays:
+        return take_images(arrays, "images", where), False
+    volumes = arrays["volumes"]
+    if volumes.dtype != np.uint8:
+        raise UserError(f"{where}: volumes must be uint8, got {volumes.dtype}")
+    if volumes.ndim != 4 or 0 in volumes.shape:
+        raise UserError(
+            f"{where}: volumes must be [N, D, H, W] and not empty, got shape {volumes.shape}"
+        )
+    return volumes, True
+
+
+def public_subset(count: int, num_examples: int | None, source: Path) -> np.ndarray:
+    """Returns which of `count` public images to take: sorted indices, the same for every seed.
+
+    They are the first of one order, so that asking for more images asks a teacher about the new
+    ones only.
+
+    Args:
+        count: Number of images there are.
+        num_examples: `public.num_examples`; None takes all.
+        source: Where they are, for the message.
+
+    Raises:
+        UserError: There are not so many.
+    """
+    if num_examples is None:
+        return np.arange(count)
+    if not 1 <= num_examples <= count:
+        raise UserError(
+            f"public.num_examples must be in 1..{count} for {source}, got {num_examples}"
+        )
+    return np.sort(rng_for(0, "public subset").permutation(count)[:num_examples])
+
+
+def load_npz_public(
+    path: str | None,
+    num_examples: int | None,
+    image_size: int,
+    *,
+    masks: bool = False,
+    volume_size: tuple[int, ...] | None = None,
+) -> PublicDataset:
     """Returns a public data set from an .npz file.
 
     The file has `images`, maybe `labels`, and maybe `label_names` or `fine_label_names`; or the
     keys of MedMNIST (`train_images`, ...), whose splits are joined: public images serve for
-    training only. A subset is the same for every seed, so that a study over seeds asks the
-    teacher once.
+    training only. With `masks` it has `images` or `volumes`, and maybe what `take_masks` reads.
+    A subset is the same for every seed, so that a study over seeds asks the teacher once.
 
     Args:
         path: `public.path`.
         num_examples: `public.num_examples`; None takes all.
         image_size: Height and width of the result.
+        masks: Whether labels are masks.
+        volume_size: Sides of the result where it is volumes; None keeps theirs.
 
     Raises:
         UserError: The file is missing or not as described, or has too few images.
     """
     file = existing_path(path, "public.path", "an .npz file with images")
-    arrays = read_npz(file, "public.path")
     where = f"public.path: {file}"
-    splits = [part for part in ("train", "val", "test") if f"{part}_images" in arrays]
-    prefixes = [f"{part}_" for part in splits] if splits and "images" not in arrays else [""]
-    parts = [take_images(arrays, f"{prefix}images", where) for prefix in prefixes]
-    if len({part.shape[1:] for part in parts}) > 1:
-        raise UserError(f"{where}: the splits hold images of different shapes")
-    images = np.concatenate(parts)
-
-    labels = label_names = None
-    if any(f"{prefix}labels" in arrays for prefix in prefixes):
-        labels = np.concatenate(
-            [
-                take_labels(arrays, f"{prefix}labels", len(part), where)
-                for prefix, part in zip(prefixes, parts, strict=True)
-            ]
-        )
-        stored = arrays.get("label_names", arrays.get("fine_label_names"))
-        label_names = name_labels(file, labels, where, _names(stored, where))
+    arrays = read_npz(file, "public.path", WITH_MASKS if masks else _IMAGES_AND_LABELS)
+    volumes, label_names = False, None
+    if masks:
+        images, volumes = take_pictures(arrays, where)
+        taken = take_masks(arrays, file, len(images), volumes=volumes, where=where)
+        labels, label_names = taken or (None, None)
+    else:
+        images, labels = _take_all(arrays, where)
+        if labels is not None:
+            key = "label_names" if "label_names" in arrays else "fine_label_names"
+            label_names = name_labels(file, labels, where, stored_names(arrays, key, where))
 
     if num_examples is not None:
-        if not 1 <= num_examples <= len(images):
-            raise UserError(
-                f"public.num_examples must be in 1..{len(images)} for {file}, got {num_examples}"
-            )
-        # The first of one order, so that asking for more images asks about the new ones only.
-        chosen = np.sort(rng_for(0, "public subset").permutation(len(images))[:num_examples])
+        chosen = public_subset(len(images), num_examples, file)
         images = images[chosen]
         labels = None if labels is None else labels[chosen]
+    if volumes:
+        resized = resize_volumes(images, volume_size or images.shape[1:])
+    else:
+        resized = resize_arrays(images, image_size)
     return PublicDataset(
         name=file.stem,
         synthetic=False,
-        images=resize_arrays(images, image_size),
+        images=resized,
         labels=labels,
         label_names=label_names,
         sha256=tuple(image_sha256(image) for image in images),
@@ -196,11 +247,18 @@ def load_npz_public(path: str | None, num_examples: int | None, image_size: int)
     )
 
 
-def _names(stored: np.ndarray | None, where: str) -> tuple[str, ...] | None:
-    if stored is None:
-        return None
-    if stored.ndim != 1 or stored.dtype.kind not in "US":
-        raise UserError(f"{where}: label names must be a list of strings")
-    if stored.dtype.kind == "S":
-        return tuple(name.decode() for name in stored.tolist())
-    return tuple(stored.tolist())
+def _take_all(arrays: dict[str, np.ndarray], where: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns images and, if there are any, labels; of MedMNIST those of all splits."""
+    splits = [part for part in ("train", "val", "test") if f"{part}_images" in arrays]
+    prefixes = [f"{part}_" for part in splits] if splits and "images" not in arrays else [""]
+    parts = [take_images(arrays, f"{prefix}images", where) for prefix in prefixes]
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise UserError(f"{where}: the splits hold images of different shapes")
+    images = np.concatenate(parts)
+    if not any(f"{prefix}labels" in arrays for prefix in prefixes):
+        return images, None
+    labels = [
+        take_labels(arrays, f"{prefix}labels", len(part), where)
+        for prefix, part in zip(prefixes, parts, strict=True)
+    ]
+    return images, np.concatenate(labels)

@@ -22,6 +22,14 @@ LABEL_NAMES = (
     "phantom_blobs",
 )
 
+MASK_NAMES = ("phantom_nuclei",)
+
+# A nucleus is where more than this of haematoxylin is, before the tile is stained unevenly; the
+# tissues without nuclei stay below it.
+_NUCLEUS = 0.35
+# Tiles with nuclei on less than this share of their area count as without.
+_LEAST_AREA = 0.02
+
 # Haematoxylin (dark) and eosin (tissue), with the pale ground between.
 _PALE = np.array((0.94, 0.90, 0.93), np.float32)
 _EOSIN = np.array((0.86, 0.56, 0.70), np.float32)
@@ -29,47 +37,69 @@ _DARK = np.array((0.38, 0.24, 0.52), np.float32)
 _BLOCK_PIXELS = 2**19
 
 
-def phantom_tiles(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns synthetic tissue tiles, uint8 [n, size, size, 3].
+def phantom_tiles(
+    labels: np.ndarray, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns synthetic tissue tiles and the masks of their nuclei.
 
     Args:
         labels: int [n], classes 0..8.
         size: Height and width.
         rng: Source of everything that is random.
+
+    Returns:
+        Tiles, uint8 [n, size, size, 3], and masks of whatever haematoxylin stains strongly, bool
+        [n, size, size]; empty on tissues without nuclei.
     """
     images = np.zeros((len(labels), size, size, 3), np.uint8)
+    masks = np.zeros((len(labels), size, size), bool)
     block = max(1, _BLOCK_PIXELS // size**2)
     for start in range(0, len(labels), block):
         part = slice(start, start + block)
-        images[part] = _draw(labels[part], size, rng)
-    return images
+        images[part], masks[part] = _draw(labels[part], size, rng)
+    return images, masks
 
 
-def load_phantom_public(num_examples: int | None, image_size: int, seed: int) -> PublicDataset:
+def load_phantom_public(
+    num_examples: int | None, image_size: int, seed: int, *, masks: bool = False
+) -> PublicDataset:
     """Returns synthetic tissue tiles as a public data set, the nine classes equally likely.
 
     Args:
         num_examples: Number of tiles; None makes 512.
         image_size: Height and width.
         seed: The run's seed.
+        masks: Whether labels are masks of the nuclei, uint8 [P, image_size, image_size] of 0 and
+            1, rather than classes, int32 [P]. Tiles without nuclei are then left out: the result
+            is the first ones with nuclei of a set twice as large (or 4, 8, ... times).
     """
-    rng = rng_for(seed, "phantom tiles")
     count = 512 if num_examples is None else num_examples
-    labels = rng.integers(0, len(LABEL_NAMES), count).astype(np.int32)
-    images = phantom_tiles(labels, image_size, rng)
+    drawn = 2 * count if masks else count
+    while True:
+        rng = rng_for(seed, "phantom tiles")
+        labels = rng.integers(0, len(LABEL_NAMES), drawn).astype(np.int32)
+        images, nuclei = phantom_tiles(labels, image_size, rng)
+        chosen = np.arange(drawn)
+        if masks:
+            chosen = np.flatnonzero(nuclei.mean((1, 2)) >= _LEAST_AREA)
+        if len(chosen) >= count:
+            break
+        drawn *= 2
+    chosen = chosen[:count]
+    images = images[chosen]
     return PublicDataset(
         name="phantoms",
         synthetic=True,
         images=images,
-        labels=labels,
-        label_names=LABEL_NAMES,
+        labels=nuclei[chosen].astype(np.uint8) if masks else labels[chosen],
+        label_names=MASK_NAMES if masks else LABEL_NAMES,
         sha256=tuple(image_sha256(image) for image in images),
         originals=images,
     )
 
 
-def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns tiles of which a minority of the area may show another tissue, uint8."""
+def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tiles of which a minority of the area may show another tissue, uint8, and masks."""
     n = len(labels)
     x, y = grid(size)
     eosin, dark = _tissue(labels, size, rng)
@@ -81,6 +111,7 @@ def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray
     other = step(field - limit[:, None, None].astype(np.float32), 0.15)
     eosin = eosin + other * (others[0] - eosin)
     dark = dark + other * (others[1] - dark)
+    nuclei = dark > _NUCLEUS
 
     # Uneven staining, by tile and within it, makes colour alone a poor guide.
     stain = np.exp(rng.normal(0, 0.35, (2, n, 1, 1))).astype(np.float32)
@@ -91,7 +122,7 @@ def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray
     image = ((1 - eosin) * _PALE + eosin * _EOSIN) * (1 - dark) + dark * _DARK
     image = blurred(image * tint, uniform(rng, 0, 0.035, n) * size)
     noise = rng.standard_normal(image.shape, np.float32) * uniform(rng, 0.02, 0.08, n)[..., None]
-    return np.round(np.clip(image + noise, 0, 1) * 255).astype(np.uint8)
+    return np.round(np.clip(image + noise, 0, 1) * 255).astype(np.uint8), nuclei
 
 
 def _tissue(

@@ -25,6 +25,7 @@ LABEL_NAMES = (
     "phantom_dark_smooth_streaks",
     "phantom_dark_irregular_streaks",
 )
+MASK_NAMES = ("phantom_lesion",)
 PROPORTIONS = (0.36, 0.24, 0.14, 0.09, 0.07, 0.05, 0.03, 0.02)
 
 _COLOURS = ("tan", "dark", "pink")
@@ -99,6 +100,7 @@ def load_phantoms(
     test_fraction: float,
     max_train: int | None,
     seed: int,
+    masks: bool = False,
 ) -> FederatedDataset:
     """Returns synthetic skin lesions over `len(fractions)` clients.
 
@@ -113,6 +115,8 @@ def load_phantoms(
         test_fraction: Share of a client's examples that are for testing; at least one is.
         max_train: At most so many training examples per client; None keeps all.
         seed: The run's seed.
+        masks: Whether labels are the lesions' masks, uint8 [N, image_size, image_size] of 0 and
+            1, rather than classes, int32 [N]. The images and splits are the same either way.
 
     Raises:
         UserError: A value is not usable.
@@ -124,31 +128,61 @@ def load_phantoms(
     for number, total in enumerate(sizes):
         rng = rng_for(seed, "phantom images", number)
         label = rng.choice(len(PROPORTIONS), total, p=PROPORTIONS).astype(np.int32)
-        image, _ = phantom_images(label, phantom_camera(seed, number), image_size, rng)
+        image, mask = phantom_images(label, phantom_camera(seed, number), image_size, rng)
         images.append(image)
-        labels.append(label)
-        indices = np.arange(start, start + total, dtype=np.int32)
-        num_test = min(max(1, round(total * test_fraction)), total - 1)
-        # Images are drawn independently, so that the last ones are as good as any.
-        test = indices[total - num_test :]
-        train, validation = split_validation(
-            indices[: total - num_test],
-            indices[: total - num_test],
-            validation_fraction=validation_fraction,
-            max_train=max_train,
-            seed=seed,
-            client=number,
+        labels.append(mask.astype(np.uint8) if masks else label)
+        clients.append(
+            split_generated(
+                np.arange(start, start + total, dtype=np.int32),
+                validation_fraction=validation_fraction,
+                test_fraction=test_fraction,
+                max_train=max_train,
+                seed=seed,
+                client=number,
+            )
         )
-        clients.append(ClientSplit(f"client_{number}", train, validation, test))
         start += total
     return FederatedDataset(
         name="phantoms",
         synthetic=True,
         images=np.concatenate(images),
         labels=np.concatenate(labels),
-        label_names=LABEL_NAMES,
+        label_names=MASK_NAMES if masks else LABEL_NAMES,
         clients=tuple(clients),
     )
+
+
+def split_generated(
+    indices: np.ndarray,
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    max_train: int | None,
+    seed: int,
+    client: int,
+) -> ClientSplit:
+    """Returns the splits of one client whose examples were drawn independently of each other.
+
+    Args:
+        indices: int32 [n] places in the pool, two at least.
+        validation_fraction: Share of the training examples held out for validation.
+        test_fraction: Share of all that are for testing; at least one is, and never all.
+        max_train: At most so many training examples; None keeps all.
+        seed: The run's seed.
+        client: The client's number.
+    """
+    num_test = min(max(1, round(len(indices) * test_fraction)), len(indices) - 1)
+    # Drawn independently, so that the last ones are as good as any.
+    rest, test = np.split(indices, [len(indices) - num_test])
+    train, validation = split_validation(
+        rest,
+        rest,
+        validation_fraction=validation_fraction,
+        max_train=max_train,
+        seed=seed,
+        client=client,
+    )
+    return ClientSplit(f"client_{client}", train, validation, test)
 
 
 def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -100,6 +100,56 @@ def blurred(images: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     return images[:, pad:-pad, pad:-pad] if pad else images
 
 
+def grid_3d(size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns z, y and x of the voxel centres of a box from -1 to 1, float32 [1, D, H, W] each."""
+    lines = [((np.arange(side, dtype=np.float32) + 0.5) / side) * 2 - 1 for side in size]
+    z, y, x = np.meshgrid(*lines, indexing="ij")
+    return z[None], y[None], x[None]
+
+
+def uniform_3d(rng: np.random.Generator, low: float, high: float, count: int) -> np.ndarray:
+    """Returns one number per volume, float32 [count, 1, 1, 1]."""
+    return uniform(rng, low, high, count)[..., None]
+
+
+def waves_3d(
+    axes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    frequency: float,
+    rng: np.random.Generator,
+    count: int,
+    terms: int = 5,
+) -> np.ndarray:
+    """Returns a smooth random field per volume with standard deviation near 1, [count, D, H, W]."""
+    field = np.zeros((count, *axes[0].shape[1:]), np.float32)
+    for _ in range(terms):
+        direction = rng.standard_normal((3, count, 1, 1, 1), np.float32)
+        direction /= np.sqrt(np.square(direction).sum(axis=0))
+        along = sum(axis * part for axis, part in zip(axes, direction, strict=True))
+        speed = uniform_3d(rng, 0.5 * frequency, 1.5 * frequency, count)
+        field += np.cos(speed * along + uniform_3d(rng, 0, 2 * np.pi, count))
+    return field * np.float32(np.sqrt(2 / terms))
+
+
+def blurred_3d(volumes: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Returns volumes after a Gaussian blur.
+
+    Args:
+        volumes: [n, D, H, W].
+        sigma: Width of the blur in voxels, [n or 1, 1, 1, 1].
+    """
+    pad = min(min(volumes.shape[1:]) - 1, 3 * int(np.ceil(sigma.max())) + 1)
+    volumes = np.pad(volumes, ((0, 0), *[(pad, pad)] * 3), mode="reflect")
+    fz, fy, fx = np.meshgrid(
+        *(np.fft.fftfreq(side) for side in volumes.shape[1:3]),
+        np.fft.rfftfreq(volumes.shape[3]),
+        indexing="ij",
+    )
+    keep = np.exp(-2 * np.square(np.pi * sigma) * (fz**2 + fy**2 + fx**2)).astype(np.float32)
+    spectrum = np.fft.rfftn(volumes, axes=(1, 2, 3)) * keep
+    volumes = np.fft.irfftn(spectrum, s=volumes.shape[1:], axes=(1, 2, 3))
+    return volumes[:, pad:-pad, pad:-pad, pad:-pad] if pad else volumes
+
+
 def _mixed(column: np.ndarray, row: np.ndarray, salt: np.ndarray) -> np.ndarray:
     """Returns 32 bits that look random for each lattice square; uint32 wraps around."""
     bits = column.astype(np.uint32) * np.uint32(374761393)

@@ -24,9 +24,12 @@ class FederatedDataset(NamedTuple):
     Attributes:
         name: Name of the source.
         synthetic: True where the images were generated rather than photographed.
-        images: uint8 [N, H, W, 3]; grey images are repeated over the channels.
-        labels: int32 [N].
-        label_names: Name of each class.
+        images: uint8 [N, H, W, 3], resized; grey images are repeated over the channels. Volumes
+            are [N, D, H, W, 1].
+        labels: int32 [N] classes; or masks, uint8 [N, *mask], the class of each pixel. Masks keep
+            their own resolution, which may be another than the images', and all share it.
+        label_names: Name of each class. Of masks a single name is that of the foreground (the
+            masks hold 0 and 1); of several the first is the background's.
         clients: The clients' splits.
     """
 
@@ -44,11 +47,14 @@ class PublicDataset(NamedTuple):
     Attributes:
         name: Name of the source.
         synthetic: True where the images were generated rather than photographed.
-        images: uint8 [P, H, W, 3], resized; grey images are repeated over the channels.
-        labels: int32 [P], or None where nobody labelled them.
-        label_names: Name of each class, or None without labels.
+        images: uint8 [P, H, W, 3], resized; grey images are repeated over the channels. Volumes
+            are [P, D, H, W, 1].
+        labels: int32 [P], or masks, uint8 [P, *mask], as of the private data; None where nobody
+            labelled them.
+        label_names: Name of each class, as of the private data, or None without labels.
         sha256: `image_sha256` of each image before resizing and before grey became RGB.
-        originals: Those images themselves, uint8 [H, W] or [H, W, channels] each; may be lazy.
+        originals: Those images themselves, uint8 [H, W], [H, W, channels] or, of volumes,
+            [D, H, W] each; may be lazy.
     """
 
     name: str
@@ -64,7 +70,8 @@ def image_sha256(image: np.ndarray) -> str:
     """Returns the hex SHA-256 of an image's shape and pixels.
 
     Args:
-        image: uint8 array of the decoded image at its native size, [H, W] or [H, W, channels].
+        image: uint8 array of the decoded image at its native size, [H, W], [H, W, channels] or
+            [D, H, W].
 
     Returns:
         SHA-256 of `repr(shape)` followed by the pixels in C order.
@@ -90,14 +97,17 @@ def check_federated(dataset: FederatedDataset) -> FederatedDataset:
     """
     if not dataset.clients:
         raise UserError(f"data {dataset.name}: no client has any images")
-    num_classes = len(dataset.label_names)
-    bad = np.flatnonzero((dataset.labels < 0) | (dataset.labels >= num_classes))
-    if bad.size:
+    num_classes, labels = len(dataset.label_names), dataset.labels
+    if labels.ndim > 1:
+        num_classes = max(2, num_classes)  # a single name is the foreground's
+    # The extremes first: comparing hundreds of megabytes of masks takes as many more.
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        bad = np.argwhere((labels < 0) | (labels >= num_classes))[0]
         raise UserError(
-            f"data {dataset.name}: label {dataset.labels[bad[0]]} of example {bad[0]} "
+            f"data {dataset.name}: label {labels[tuple(bad)]} of example {bad[0]} "
             f"is not in 0..{num_classes - 1}"
         )
-    owner = np.full(len(dataset.labels), -1)
+    owner = np.full(len(labels), -1)
     for number, client in enumerate(dataset.clients):
         for part, members in (("train", client.train), ("test", client.test)):
             if not len(members):

@@ -1,78 +1,17 @@
-import csv
-import io
 import logging
 import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from isic_files import COLUMNS, IsicFiles, jpeg
 
-from fedhelp_jax.data.fed_isic2019 import load_fed_isic2019
 from fedhelp_jax.data.types import check_federated
 from fedhelp_jax.errors import UserError
-
-COLUMNS = ("image_id", "target", "center", "fold", "lesion_id")
-
-
-def make_rows():
-    """Centre 1: 40 images of 20 lesions, lesions 0-3 on both sides; centre 4: two images."""
-    rows = []
-    for i in range(40):
-        fold = "test" if i >= 30 or i in (0, 2) else "train"
-        lesion = i // 2 if i < 30 else 15 + (i - 30) // 2
-        rows.append([f"ISIC_{i:03}", i % 8, 1, fold, f"HAM_{lesion}"])
-    rows[38][4] = "HAM_2"  # a test image of a lesion whose two images are in train
-    rows.append(["ISIC_100_downsampled", 7, 4, "train", ""])
-    rows.append(["ISIC_101", 0, 4, "test", ""])
-    return rows
-
-
-def jpeg(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 @pytest.fixture
 def fixture(tmp_path):
-    return Fixture(tmp_path)
-
-
-class Fixture:
-    """A folder with a split file and a zip of images, both as the test wants them."""
-
-    def __init__(self, path):
-        self.path = path
-        self.table = path / "split.csv"
-        self.zip = path / "images.zip"
-        self.rows = make_rows()
-        self.write_zip(row[0] for row in self.rows)
-
-    def write_zip(self, ids):
-        with zipfile.ZipFile(self.zip, "w") as file:
-            for seed, image_id in enumerate(ids):
-                file.writestr(f"images/{image_id}.jpg", jpeg(seed))
-
-    def load(self, seed=0, columns=COLUMNS, **changes):
-        with self.table.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(row[: len(columns)] for row in self.rows)
-        settings = {
-            "split": "grouped",
-            "image_size": 8,
-            "validation_fraction": 0.1,
-            "max_train": None,
-            "cache_dir": str(self.path / "cache"),
-            "dir": str(self.zip),
-            "split_csv": str(self.table),
-        }
-        return load_fed_isic2019(seed=seed, **(settings | changes))
-
-    def ids(self):
-        """Image ids in the order of the pool of `split="official"`."""
-        return [row[0] for row in sorted(self.rows, key=lambda row: (row[2], row[0]))]
+    return IsicFiles(tmp_path)
 
 
 def test_grouped_drops_lesions_of_the_test_fold(fixture):

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from fedhelp_jax.data import images as module
-from fedhelp_jax.data.images import existing_path, find_images, load_images, resize_arrays
+from fedhelp_jax.data.cache import cache_folder
+from fedhelp_jax.data.files import find_images
+from fedhelp_jax.data.images import existing_path, load_images, resize_arrays
 from fedhelp_jax.errors import UserError
 
 NAMES = ["images/a.jpg", "images/b.png", "c.jpeg"]
@@ -139,10 +141,10 @@ def test_damaged_cache_is_silently_redone(archive, tmp_path, decoded, damage, ca
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("FEDHELP_CACHE_DIR", raising=False)
-    assert module._cache_folder(None) == tmp_path / "xdg" / "fedhelp_jax"
+    assert cache_folder(None) == tmp_path / "xdg" / "fedhelp_jax"
     monkeypatch.setenv("FEDHELP_CACHE_DIR", str(tmp_path / "env"))
-    assert module._cache_folder(None) == tmp_path / "env"
-    assert module._cache_folder(str(tmp_path / "key")) == tmp_path / "key"
+    assert cache_folder(None) == tmp_path / "env"
+    assert cache_folder(str(tmp_path / "key")) == tmp_path / "key"
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(archive, tmp_path, caplog):

@@ -28,9 +28,9 @@ def test_phantoms_are_the_default():
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="data.name must be phantoms, fed_isic2019 or medmnist"):
+    with pytest.raises(UserError, match="data.name: 'mnist' is not known"):
         load_federated(DataConfig(name="mnist"), 0)
-    with pytest.raises(UserError, match="public.name must be phantoms or npz, got 'web'"):
+    with pytest.raises(UserError, match="public.name: 'web' is not known"):
         load_public(PublicConfig(name="web"), 8, 0)
 
 

@@ -6,6 +6,7 @@ import pytest
 from fedhelp_jax.data.medmnist import load_medmnist
 from fedhelp_jax.data.npz import load_npz_public
 from fedhelp_jax.data.types import check_federated
+from fedhelp_jax.data.volumes import resize_volumes
 from fedhelp_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -135,6 +136,66 @@ def test_damaged_files(tmp_path, content):
         file.write_bytes(bytes(whole[:500]) if content == "cut" else content)
     with pytest.raises(UserError, match="public.path: .*p.npz cannot be read as an .npz file"):
         load_npz_public(str(file), None, 8)
+
+
+# --- public masks ---------------------------------------------------------------------------------
+
+MASKS = RNG.integers(0, 2, (30, 20, 24), dtype=np.uint8)
+VOLUMES = RNG.integers(0, 256, (30, 6, 4, 8), dtype=np.uint8)
+LABEL_VOLUMES = RNG.integers(0, 3, (30, 6, 4, 8), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("key", ["masks", "labels"])
+def test_public_masks_keep_their_size(tmp_path, key):
+    path = saved(tmp_path / "lung_128.npz", images=GREY, **{key: 255 * MASKS})
+    public = load_npz_public(path, None, 16, masks=True)
+    plain = load_npz_public(saved(tmp_path / "p.npz", images=GREY), None, 16)
+    assert np.array_equal(public.images, plain.images) and public.sha256 == plain.sha256
+    assert public.labels is not None and public.labels.dtype == np.uint8
+    assert np.array_equal(public.labels, MASKS) and public.label_names == ("lung",)
+
+
+def test_public_volumes(tmp_path):
+    path = saved(tmp_path / "p.npz", volumes=VOLUMES, labels=LABEL_VOLUMES)
+    public = load_npz_public(path, None, 16, masks=True, volume_size=(3, 4, 4))
+    assert np.array_equal(public.images, resize_volumes(VOLUMES, (3, 4, 4)))
+    assert public.labels is not None and np.array_equal(public.labels, LABEL_VOLUMES)
+    assert public.label_names == ("background", "1", "2")
+    assert np.array_equal(public.originals, VOLUMES)
+    assert public.sha256[7] == hashlib.sha256(b"(6, 4, 8)" + VOLUMES[7].tobytes()).hexdigest()
+    native = load_npz_public(path, None, 16, masks=True)
+    assert np.array_equal(native.images, VOLUMES[..., None])
+
+
+def test_public_masks_go_with_their_images(tmp_path):
+    path = saved(tmp_path / "p.npz", images=COLOUR, masks=MASKS)
+    plain = load_npz_public(saved(tmp_path / "q.npz", images=COLOUR), 7, 10)
+    some = load_npz_public(path, 7, 10, masks=True)
+    assert some.sha256 == plain.sha256
+    kept = [image.tobytes() for image in COLOUR]
+    places = [kept.index(image.tobytes()) for image in some.images]
+    assert some.labels is not None and np.array_equal(some.labels, MASKS[places])
+
+
+@pytest.mark.parametrize("labels", [None, LABELS, LABELS[:, None]])
+def test_public_images_may_have_no_masks(tmp_path, labels):
+    more = {} if labels is None else {"labels": labels}
+    public = load_npz_public(saved(tmp_path / "p.npz", images=COLOUR, **more), None, 10, masks=True)
+    assert public.labels is None and public.label_names is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"masks": MASKS}, "must have one array images or volumes"),
+        ({"images": GREY, "masks": MASKS[1:]}, "masks must be one mask for each of 30 images"),
+        ({"images": GREY, "masks": 3 * MASKS}, "masks hold the values 0, 3;"),
+        ({"images": GREY, "masks": 0 * MASKS}, "masks: all 30 masks are empty"),
+    ],
+)
+def test_public_bad_masks(tmp_path, arrays, message):
+    with pytest.raises(UserError, match=f"^public.path: .*p.npz.*{message}"):
+        load_npz_public(saved(tmp_path / "p.npz", **arrays), None, 8, masks=True)
 
 
 # --- MedMNIST -------------------------------------------------------------------------------------

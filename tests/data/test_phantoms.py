@@ -5,6 +5,7 @@ import pytest
 
 from fedhelp_jax.data import phantoms
 from fedhelp_jax.data.phantom_tiles import LABEL_NAMES as TILE_NAMES
+from fedhelp_jax.data.phantom_tiles import MASK_NAMES as NUCLEI_NAMES
 from fedhelp_jax.data.phantom_tiles import load_phantom_public, phantom_tiles
 from fedhelp_jax.data.phantoms import load_phantoms, phantom_camera, phantom_images
 from fedhelp_jax.data.types import check_federated, image_sha256
@@ -89,6 +90,63 @@ def test_masks_cover_the_lesions(size):
     assert outside - inside > 30  # lesions are darker than skin
 
 
+def test_images_are_what_they_always_were():
+    # Means of colours, noted when the phantoms were first drawn. Not hashes: another CPU may round
+    # a cosine another way, but another order of random draws would change these altogether.
+    data, public = load(), load_phantom_public(30, 16, 0)
+    assert data.labels[:12].tolist() == [1, 1, 6, 1, 1, 4, 1, 3, 1, 2, 1, 0]
+    then = [[158.512, 136.895, 116.715], [186.836, 137.770, 132.109], [182.258, 138.215, 122.277]]
+    np.testing.assert_allclose(data.images[[0, 60, 99]].mean((1, 2)), then, atol=0.02)
+    assert public.labels is not None
+    assert public.labels[:12].tolist() == [6, 1, 2, 5, 8, 4, 0, 0, 7, 1, 2, 3]
+    then = [[192.695, 159.684, 208.543], [197.129, 182.547, 199.227], [184.914, 173.809, 224.641]]
+    np.testing.assert_allclose(public.images[[0, 10, 29]].mean((1, 2)), then, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [8, 33])
+def test_masks_change_neither_images_nor_splits(size):
+    classes, lesions = load(image_size=size), check_federated(load(image_size=size, masks=True))
+    assert np.array_equal(lesions.images, classes.images)
+    for one, other in zip(lesions.clients, classes.clients, strict=True):
+        assert one.name == other.name and all(map(np.array_equal, one[1:], other[1:]))
+    assert lesions.label_names == phantoms.MASK_NAMES == ("phantom_lesion",)
+    assert lesions.labels.shape == (100, size, size) and lesions.labels.dtype == np.uint8
+    assert np.array_equal(np.unique(lesions.labels), [0, 1])
+    assert lesions.labels.mean((1, 2)).min() > 0.05
+    # They lie on the lesions: darker than the skin, on nearly every image.
+    grey, inside = lesions.images.mean(-1), lesions.labels == 1
+    darker = [g[~m].mean() - g[m].mean() for g, m in zip(grey, inside, strict=True)]
+    assert np.mean(np.array(darker) > 10) > 0.95
+
+
+@pytest.mark.parametrize("size", [8, 33])
+def test_masks_of_tiles(size):
+    public, plain = load_phantom_public(40, size, 3, masks=True), load_phantom_public(80, size, 3)
+    assert public.images.shape == (40, size, size, 3)
+    assert public.label_names == NUCLEI_NAMES == ("phantom_nuclei",)
+    nuclei = public.labels
+    assert nuclei is not None and nuclei.dtype == np.uint8 and nuclei.shape == (40, size, size)
+    assert np.array_equal(np.unique(nuclei), [0, 1])
+    assert nuclei.mean((1, 2)).min() >= 0.02
+    assert public.sha256 == tuple(image_sha256(image) for image in public.originals)
+    # The very tiles of the set without masks, some left out, in the same order.
+    places = [plain.sha256.index(sha256) for sha256 in public.sha256]
+    assert places == sorted(places) and places[-1] > 39
+    # What was left out are tissues without nuclei.
+    assert plain.labels is not None
+    left_out = plain.labels[np.setdiff1d(np.arange(places[-1]), places)]
+    assert set(left_out) <= {0, 1, 3, 4}
+    # Haematoxylin takes red away.
+    red = public.images[..., 0].astype(np.float64)
+    paler = [r[m == 0].mean() - r[m == 1].mean() for r, m in zip(red, nuclei, strict=True)]
+    assert np.mean(paler) > 20 and np.mean(np.array(paler) > 0) > 0.9
+
+
+def test_few_tiles_with_masks():
+    for seed in range(12):  # of some, the first two tiles have no nuclei
+        assert load_phantom_public(1, 8, seed, masks=True).images.shape == (1, 8, 8, 3)
+
+
 def test_every_client_has_a_camera_of_its_own():
     cameras = [phantom_camera(0, client) for client in range(5)]
     casts = np.concatenate([camera.gain for camera in cameras])
@@ -133,7 +191,7 @@ def test_tiles():
 
 @pytest.mark.parametrize("size", [8, 45])
 def test_tiles_of_any_size_and_class(size):
-    images = phantom_tiles(np.array([8, 8]), size, np.random.default_rng(0))
+    images, _ = phantom_tiles(np.array([8, 8]), size, np.random.default_rng(0))
     assert images.shape == (2, size, size, 3)
     assert images.std() > 10
 

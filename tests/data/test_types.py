@@ -40,6 +40,42 @@ def test_unusable_data_is_refused_by_name(bad, message):
         check_federated(bad)
 
 
+def masked(*names, value=1, dtype="uint8", shape=(6, 5)):
+    """Two clients of two images, whose masks are larger and hold `value` in one pixel."""
+    masks = np.zeros((4, *shape), dtype)
+    masks[2, *(1 for _ in shape)] = value
+    clients = (split(), split("b", (2,), (), (3,)))
+    images = np.zeros((4, 4, 4, 3), np.uint8)
+    return FederatedDataset("toy", True, images, masks, names, clients)
+
+
+@pytest.mark.parametrize(
+    ("toy", "classes"),
+    [
+        (masked("lung"), 2),
+        (masked("background", "a"), 2),
+        (masked("background", "a", "b", value=2), 3),
+        (masked("background", "a", "b", value=2, shape=(4, 5, 6)), 3),
+    ],
+)
+def test_masks_hold_the_classes_of_pixels(toy, classes):
+    assert check_federated(toy) is toy
+    toy.labels[2, 1, 1] = classes
+    with pytest.raises(UserError, match=f"label {classes} of example 2 is not in 0..{classes - 1}"):
+        check_federated(toy)
+
+
+def test_masks_with_negative_values_are_refused():
+    with pytest.raises(UserError, match="label -1 of example 2 is not in 0..1"):
+        check_federated(masked("lung", value=-1, dtype="int16"))
+
+
+def test_one_class_of_whole_images_has_no_background():
+    toy = dataset(split())._replace(label_names=("x",))
+    with pytest.raises(UserError, match="label 1 of example 1 is not in 0..0"):
+        check_federated(toy)
+
+
 def test_hash_is_of_shape_and_pixels():
     image = np.arange(12, dtype=np.uint8).reshape(2, 6)
     assert image_sha256(image) == hashlib.sha256(b"(2, 6)" + bytes(range(12))).hexdigest()

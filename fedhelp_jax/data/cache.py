@@ -1,0 +1,102 @@
+"""What was decoded from many files, kept between runs."""
+
+import hashlib
+import logging
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+_READ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+# Part of the cache key: raise it when decoding or resizing changes.
+_VERSION = "1 bicubic"
+
+# Arrays by name, and the type and shape that each must have; None stands for any length.
+Arrays = dict[str, np.ndarray]
+Kinds = Mapping[str, tuple[str, tuple[int | None, ...]]]
+
+logger = logging.getLogger(__name__)
+
+
+def cached(
+    source: Path,
+    names: Sequence[str],
+    what: str,
+    kinds: Kinds,
+    make: Callable[[], Arrays],
+    cache_dir: str | None,
+) -> Arrays:
+    """Returns what `make` returns, from the cache where it is there, unchanged and undamaged.
+
+    Args:
+        source: The folder or zip file that it is made from.
+        names: Names of the files inside it, in order.
+        what: What is made from them, such as a size: another is kept apart.
+        kinds: The arrays that `make` returns.
+        make: Makes them.
+        cache_dir: Folder of the cache; None takes the environment's `FEDHELP_CACHE_DIR`, or
+            else `fedhelp_jax` in the user's cache folder.
+    """
+    cache = cache_folder(cache_dir) / f"{_key(source, names, what)}.npz"
+    arrays = _read(cache, kinds)
+    if arrays is None:
+        arrays = make()
+        _write(cache, arrays)
+    return arrays
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Returns the folder of the cache, as `cached` takes it."""
+    folder = cache_dir or os.environ.get("FEDHELP_CACHE_DIR")
+    if folder:
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedhelp_jax"
+
+
+def _key(source: Path, names: Sequence[str], what: str) -> str:
+    """Returns a hash that changes with the files, their order, and what is made of them."""
+    key = hashlib.sha256(f"{_VERSION}\n{source.resolve()}\n{what}\n".encode())
+    # A folder's own time does not change when a file in it is overwritten.
+    files = [source / name for name in names] if source.is_dir() else [source]
+    for file in files:
+        status = file.stat()
+        key.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    key.update("\n".join(names).encode())
+    return key.hexdigest()
+
+
+def _read(cache: Path, kinds: Kinds) -> Arrays | None:
+    # An npz, not an npy: its checksums tell a damaged file from a good one.
+    try:
+        # Opened here: np.load leaves a damaged file open.
+        with cache.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            arrays = {name: stored[name] for name in kinds}
+    except _READ_ERRORS:
+        return None
+    return arrays if all(_is(arrays[name], *kinds[name]) for name in kinds) else None
+
+
+def _is(array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> bool:
+    lengths = zip(array.shape, shape, strict=False)
+    right = all(wanted is None or length == wanted for length, wanted in lengths)
+    return array.dtype == dtype and array.ndim == len(shape) and right
+
+
+def _write(cache: Path, arrays: Arrays) -> None:
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+            os.replace(temporary, cache)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        logger.warning("image cache %s cannot be written (%s); going on without", cache, error)

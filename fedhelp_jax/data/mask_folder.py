@@ -1,0 +1,79 @@
+"""A public data set from a folder or zip file of images, with or without masks."""
+
+import logging
+
+import numpy as np
+
+from fedhelp_jax.data.files import find_images, find_masks, image_ids
+from fedhelp_jax.data.images import NativeImages, existing_path, load_hashed_images, load_masks
+from fedhelp_jax.data.masks import class_masks
+from fedhelp_jax.data.npz import public_subset
+from fedhelp_jax.data.types import PublicDataset
+from fedhelp_jax.errors import UserError
+
+FOREGROUND = ("foreground",)
+
+_KEY = "public.path"
+
+logger = logging.getLogger(__name__)
+
+
+def load_folder_public(
+    path: str | None,
+    num_examples: int | None,
+    image_size: int,
+    *,
+    masks: bool,
+    cache_dir: str | None,
+) -> PublicDataset:
+    """Returns a public data set from a folder or zip file.
+
+    It holds `images/<id>`, with .jpg, .jpeg or .png; and `masks/<id>.png` or
+    `masks/<id>_segmentation.png`, all of one size, of one foreground class. A subset is the same
+    for every seed, so that a study over seeds asks the teacher once. Images at their native size
+    stay in the files, and are decoded again when a teacher is asked about them.
+
+    Args:
+        path: `public.path`.
+        num_examples: `public.num_examples`; None takes all.
+        image_size: Height and width of the result.
+        masks: Take the images that have a mask, and the masks as labels; else all images and no
+            labels.
+        cache_dir: Folder of the image cache; None takes the default.
+
+    Raises:
+        UserError: The folder is missing, or an image or mask is unusable, or there are too few.
+    """
+    source = existing_path(path, _KEY, "a folder or zip file with images/ and masks/")
+    ids = image_ids(source, _KEY)
+    if not ids:
+        raise UserError(f"{_KEY}: {source} has no images/<id>.jpg or images/<id>.png")
+    found = find_masks(source, ids, _KEY) if masks else {}
+    if masks and not found:
+        raise UserError(
+            f"{_KEY}: {source} has no mask of its {len(ids)} images, such as masks/{ids[0]}.png "
+            f"or masks/{ids[0]}_segmentation.png"
+        )
+    if masks and len(found) < len(ids):
+        count = len(ids) - len(found)
+        logger.warning("%s: %d of %d images have no mask: left out", _KEY, count, len(ids))
+        ids = [image_id for image_id in ids if image_id in found]
+
+    ids = [ids[place] for place in public_subset(len(ids), num_examples, source)]
+    labels: np.ndarray | None = None
+    if masks:
+        files = [found[image_id] for image_id in ids]
+        stored = load_masks(source, files, cache_dir=cache_dir, key=_KEY)
+        labels = class_masks(stored, FOREGROUND, files, f"{_KEY}: {source}")
+    where = find_images(source, ids, _KEY)
+    names = [where[image_id] for image_id in ids]
+    images, sha256 = load_hashed_images(source, names, image_size, cache_dir=cache_dir, key=_KEY)
+    return PublicDataset(
+        name=source.stem,
+        synthetic=False,
+        images=images,
+        labels=labels,
+        label_names=FOREGROUND if masks else None,
+        sha256=sha256,
+        originals=NativeImages(source, names, _KEY),
+    )

@@ -1,0 +1,165 @@
+"""Segmentation from .npz files: images or volumes with masks, split over clients."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedhelp_jax.data.images import existing_path, resize_arrays
+from fedhelp_jax.data.masks import stored_names, take_masks
+from fedhelp_jax.data.npz import (
+    WITH_MASKS,
+    read_npz,
+    take_labels,
+    take_pictures,
+)
+from fedhelp_jax.data.partition import rng_for, split_sizes, split_validation
+from fedhelp_jax.data.types import ClientSplit, FederatedDataset
+from fedhelp_jax.data.volumes import resize_volumes
+from fedhelp_jax.data.volumes import scanner_shift as shift_scanner
+from fedhelp_jax.errors import UserError
+
+
+def load_npz_masks(
+    path: str | None,
+    *,
+    fractions: Sequence[float],
+    split_by: str,
+    image_size: int,
+    volume_size: tuple[int, ...],
+    validation_fraction: float,
+    test_fraction: float,
+    max_train: int | None,
+    scanner_shift: bool,
+    seed: int,
+) -> FederatedDataset:
+    """Returns images or volumes with masks, over clients.
+
+    The file has `images`, uint8 [N, H, W] or [N, H, W, 3], or `volumes`, uint8 [N, D, H, W];
+    `masks` or `labels` of one shape, which may be another than the images'; maybe `label_names`
+    (one foreground class, or the background and the others), `names` (for messages), `site`
+    (a whole number each) and `site_names`.
+
+    Args:
+        path: `data.dir`, the file.
+        fractions: Each client's share with `split_by="fractions"`; positive, with sum 1.
+        split_by: "fractions" deals the examples out at random to `client_0`, ...; "site" makes
+            a client of each site, by its name, or `site_<k>`.
+        image_size: Height and width of the images.
+        volume_size: Sides of the volumes.
+        validation_fraction: Share of a client's training examples held out for validation.
+        test_fraction: Share of a client's examples that are for testing; at least one is.
+        max_train: At most so many training examples per client; None keeps all.
+        scanner_shift: Give each client a SIMULATED scanner of its own; volumes only.
+        seed: The run's seed.
+
+    Raises:
+        UserError: The file is missing or not as described, or a value is not usable.
+
+    Notes:
+        Files hold no patients' ids, so splits go by example: one with several of a patient leaks.
+    """
+    file = existing_path(path, "data.dir", "an .npz file with images or volumes and masks")
+    where = f"data.dir: {file}"
+    arrays = read_npz(file, "data.dir", WITH_MASKS)
+    pictures, volumes = take_pictures(arrays, where)
+    if scanner_shift and not volumes:
+        raise UserError(f"data.scanner_shift is for volumes; {file} has images")
+    taken = take_masks(arrays, file, len(pictures), volumes=volumes, where=where)
+    if taken is None:
+        raise UserError(f"{where} has no masks; it must have one per example, as masks or labels")
+    masks, label_names = taken
+    if split_by == "site":
+        members = _by_site(arrays, len(pictures), where)
+    elif split_by == "fractions":
+        members = _by_fractions(len(pictures), fractions, seed)
+    else:
+        raise UserError(f"data.split_by must be fractions or site, got {split_by!r}")
+    clients = tuple(
+        _split(
+            name,
+            indices,
+            test_fraction=test_fraction,
+            validation_fraction=validation_fraction,
+            max_train=max_train,
+            seed=seed,
+            client=number,
+        )
+        for number, (name, indices) in members.items()
+    )
+    if scanner_shift:
+        shifted = np.empty_like(pictures)
+        for number, (_, indices) in members.items():
+            shifted[indices] = shift_scanner(pictures[indices], seed, number)
+        pictures = shifted
+    return FederatedDataset(
+        # Simulated differences are called that wherever the data's name appears.
+        name=f"{file.stem}_simulated_scanners" if scanner_shift else file.stem,
+        synthetic=False,
+        images=resize_volumes(pictures, volume_size)
+        if volumes
+        else resize_arrays(pictures, image_size),
+        labels=masks,
+        label_names=label_names,
+        clients=clients,
+    )
+
+
+def _by_fractions(
+    total: int, fractions: Sequence[float], seed: int
+) -> dict[int, tuple[str, np.ndarray]]:
+    """Returns name and sorted examples of each client, by its number: dealt out at random."""
+    # One to train on and one to test on.
+    sizes = split_sizes(total, fractions, minimum=2)
+    order = rng_for(seed, "npz_masks").permutation(total)
+    parts = np.split(order, np.cumsum(sizes)[:-1])
+    return {number: (f"client_{number}", np.sort(part)) for number, part in enumerate(parts)}
+
+
+def _by_site(
+    arrays: dict[str, np.ndarray], total: int, where: str
+) -> dict[int, tuple[str, np.ndarray]]:
+    """Returns name and sorted examples of each client, by its site's number."""
+    if "site" not in arrays:
+        raise UserError(f"{where} has no array site, which data.split_by=site needs")
+    site = take_labels(arrays, "site", total, where)
+    names = stored_names(arrays, "site_names", where)
+    if names is None:
+        names = tuple(f"site_{number}" for number in range(site.max() + 1))
+    elif len(set(names)) < len(names) or len(names) <= site.max():
+        raise UserError(
+            f"{where}: site_names must be different names of the sites 0..{site.max()}, got {names}"
+        )
+    members = {}
+    for number in np.unique(site).tolist():
+        members[number] = (names[number], np.flatnonzero(site == number))
+        if len(members[number][1]) < 2:
+            raise UserError(
+                f"{where}: site {names[number]} has one example; a client needs at least two, "
+                f"one to train on and one to test on"
+            )
+    return members
+
+
+def _split(
+    name: str,
+    indices: np.ndarray,
+    *,
+    test_fraction: float,
+    validation_fraction: float,
+    max_train: int | None,
+    seed: int,
+    client: int,
+) -> ClientSplit:
+    """Returns one client's examples, dealt out to its three splits."""
+    order = rng_for(seed, "npz_masks test", client).permutation(indices)
+    num_test = min(max(1, round(len(order) * test_fraction)), len(order) - 1)
+    train = np.sort(order[num_test:])
+    train, validation = split_validation(
+        train,
+        train,
+        validation_fraction=validation_fraction,
+        max_train=max_train,
+        seed=seed,
+        client=client,
+    )
+    return ClientSplit(name, train, validation, np.sort(order[:num_test]).astype(np.int32))

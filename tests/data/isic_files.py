@@ -1,0 +1,89 @@
+"""A small Fed-ISIC2019: a split file and a zip of images, with masks or without."""
+
+import csv
+import io
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+from fedhelp_jax.data.fed_isic2019 import load_fed_isic2019
+
+COLUMNS = ("image_id", "target", "center", "fold", "lesion_id")
+
+
+def make_rows():
+    """Centre 1: 40 images of 20 lesions, lesions 0-3 on both sides; centre 4: two images."""
+    rows = []
+    for i in range(40):
+        fold = "test" if i >= 30 or i in (0, 2) else "train"
+        lesion = i // 2 if i < 30 else 15 + (i - 30) // 2
+        rows.append([f"ISIC_{i:03}", i % 8, 1, fold, f"HAM_{lesion}"])
+    rows[38][4] = "HAM_2"  # a test image of a lesion whose two images are in train
+    rows.append(["ISIC_100_downsampled", 7, 4, "train", ""])
+    rows.append(["ISIC_101", 0, 4, "test", ""])
+    return rows
+
+
+def jpeg(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def mask_of(image_id, shape=(9, 14)):
+    """A mask at another resolution than the images, different for each image."""
+    seed = int.from_bytes(image_id.encode()[-4:], "big")
+    return np.random.default_rng(seed).integers(0, 2, shape, dtype=np.uint8)
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class IsicFiles:
+    """A folder with a split file and a zip of images, both as the test wants them."""
+
+    def __init__(self, path):
+        self.path = path
+        self.table = path / "split.csv"
+        self.zip = path / "images.zip"
+        self.rows = make_rows()
+        self.write_zip(row[0] for row in self.rows)
+
+    def write_zip(self, ids):
+        with zipfile.ZipFile(self.zip, "w") as file:
+            for seed, image_id in enumerate(ids):
+                file.writestr(f"images/{image_id}.jpg", jpeg(seed))
+
+    def add_masks(self, **instead):
+        """Writes a mask for each image, or what is given instead; None for nothing."""
+        with zipfile.ZipFile(self.zip, "a") as file:
+            for number, (image_id, *_) in enumerate(self.rows):
+                content = instead.get(image_id, png(255 * mask_of(image_id)))
+                end = "_segmentation" if number % 3 else ""
+                if content is not None:
+                    file.writestr(f"masks/{image_id}{end}.png", content)
+
+    def load(self, seed=0, columns=COLUMNS, **changes):
+        with self.table.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(row[: len(columns)] for row in self.rows)
+        settings = {
+            "split": "grouped",
+            "image_size": 8,
+            "validation_fraction": 0.1,
+            "max_train": None,
+            "cache_dir": str(self.path / "cache"),
+            "dir": str(self.zip),
+            "split_csv": str(self.table),
+        }
+        return load_fed_isic2019(seed=seed, **(settings | changes))
+
+    def ids(self):
+        """Image ids in the order of the pool of `split="official"`."""
+        return [row[0] for row in sorted(self.rows, key=lambda row: (row[2], row[0]))]
