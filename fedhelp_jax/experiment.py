@@ -1,7 +1,9 @@
 """From settings to what runs: data, roles, teacher, models and method put together."""
 
 import dataclasses
+import math
 
+from fedhelp_jax import task as tasks
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
 from fedhelp_jax.client import adam_l2
@@ -11,9 +13,12 @@ from fedhelp_jax.data.types import FederatedDataset, PublicDataset
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import assign_roles, make_federation
 from fedhelp_jax.mapping import make_mapping
+from fedhelp_jax.models.model import Model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
+from fedhelp_jax.models.unet import UNETS, unet
+from fedhelp_jax.schema import ModelConfig
 from fedhelp_jax.simulation import Simulation
-from fedhelp_jax.task import Task, classification
+from fedhelp_jax.task import Task
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.resolve import resolve_answers
 
@@ -38,18 +43,20 @@ def build_experiment(config: RunConfig) -> Experiment:
       UserError: If the data cannot be read or do not fit the settings.
     """
     method = ALGORITHMS[config.algorithm.name]
-    task = classification
-    dataset = load_federated(config.data, config.seed)
+    with_public = method.uses_public and config.public.name != "none"
+    dataset, public = load_data(config, with_public=with_public)
+    task = task_of(config, dataset)
     roles = assign_roles(dataset, top_n=config.roles.top_n, large=config.roles.large)
-    public, answers, logits = None, None, None
-    if method.uses_public and config.public.name != "none":
-        public = load_public(config.public, config.data.image_size, config.seed)
+    answers, logits = None, None
+    if public is not None:
         answers = resolve_answers(config.teacher, public)
         logits = None if answers is None else answers.logits
-        if logits is not None and logits.ndim != 2:
+        # A mask has an axis for each of the image's; a label has none.
+        if logits is not None and logits.ndim != dataset.labels.ndim + 1:
+            needed = "one row of logits" if dataset.labels.ndim == 1 else "a map of logits"
             raise UserError(
-                f"teacher: its answers about {public.name} are masks {list(logits.shape[1:])}, but "
-                f"{task.name} needs one row of logits for each image"
+                f"teacher: its answers about {public.name} are of shape {list(logits.shape[1:])} "
+                f"an image, but config.task = {config.task!r} needs {needed}"
             )
         if logits is None and public.labels is None:
             raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
@@ -59,8 +66,12 @@ def build_experiment(config: RunConfig) -> Experiment:
         num_classes=num_classes,
         sample_shape=dataset.images.shape[1:],
         models={
-            "small": resnet(RESNET_DEPTHS[config.model.small], num_classes),
-            "large": resnet(RESNET_DEPTHS[config.model.large], num_classes),
+            "small": build_model(
+                config.model.small, config.model.small_widths, config.model, num_classes
+            ),
+            "large": build_model(
+                config.model.large, config.model.large_widths, config.model, num_classes
+            ),
         },
         tx=adam_l2(config.learning_rate, config.weight_decay),
         batch_size=config.batch_size,
@@ -76,8 +87,58 @@ def build_experiment(config: RunConfig) -> Experiment:
         seed=config.seed,
         participation=config.participation,
         client_weights=config.client_weights,
+        eval_batch_size=_eval_batch_size(dataset.images.shape[1:-1]),
     )
     return Experiment(config, task, dataset, roles, public, answers, simulation)
+
+
+def load_data(
+    config: RunConfig, *, with_public: bool
+) -> tuple[FederatedDataset, PublicDataset | None]:
+    """The private data, and the public where wanted.
+
+    Raises:
+      UserError: If they cannot be read, or are not images of one kind.
+    """
+    masks = config.task == "segmentation"
+    dataset = load_federated(config.data, config.seed, masks=masks)
+    if not with_public:
+        return dataset, None
+    public = load_public(
+        config.public,
+        config.data.image_size,
+        config.seed,
+        masks=masks,
+        volume_size=config.data.volume_size,
+        cache_dir=config.data.cache_dir,
+    )
+    if public.images.shape[1:] != dataset.images.shape[1:]:
+        raise UserError(
+            f"public.name: {public.name} holds images {list(public.images.shape[1:])}, but those "
+            f"of {dataset.name} are {list(dataset.images.shape[1:])}; one network sees both"
+        )
+    return dataset, public
+
+
+def task_of(config: RunConfig, dataset: FederatedDataset) -> Task:
+    """The task of a run; masks are named by the data's classes."""
+    if config.task == "segmentation":
+        return tasks.segmentation(dataset.label_names)
+    return tasks.classification
+
+
+def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_classes: int) -> Model:
+    """The network of that name, with ``num_classes`` outputs; ``widths`` replace a U-Net's own."""
+    if name in RESNET_DEPTHS:
+        return resnet(RESNET_DEPTHS[name], num_classes)
+    size = UNETS[name]
+    size = size._replace(widths=widths or size.widths)
+    return unet(size, num_classes, norm=config.norm, remat=config.remat)
+
+
+def _eval_batch_size(spatial: tuple[int, ...]) -> int:
+    """64, or as many large images as have the pixels of 64 of 64x64; changes memory only."""
+    return max(1, min(64, 2**18 // math.prod(spatial)))
 
 
 def _public_spec(public: PublicDataset, answers: Answers | None) -> PublicSpec:

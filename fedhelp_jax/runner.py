@@ -1,8 +1,8 @@
 """The orchestrator: rounds, evaluation, checkpoints and the run folder.
 
 A run folder holds ``config.json``, ``metrics.jsonl`` (a line a round), ``checkpoints/`` and, at the
-end, ``clients.csv`` and ``summary.json``. The same command on the same folder goes on where it
-stopped, and ends with the same bits as if it had never stopped.
+end, ``clients.csv`` and ``summary.json``; of masks also ``pictures/``. The same command on the same
+folder goes on where it stopped, and ends with the same bits as if it had never stopped.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Experiment, build_experiment
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import Progress
+from fedhelp_jax.report.masks import final_masks, merged
 from fedhelp_jax.report.summary import (
     client_rows,
     group_summary,
@@ -44,6 +45,7 @@ _CONFIG, _METRICS, _CLIENTS, _SUMMARY = (
     "summary.json",
 )
 _CHECKPOINTS = "checkpoints"
+_PICTURES = "pictures"
 
 
 class Interrupted(Exception):
@@ -148,6 +150,11 @@ def _finish(experiment: Experiment, workdir: Path, state: RunState) -> dict[str,
     started, compiled = time.perf_counter(), compile_totals()
     simulation, config = experiment.simulation, experiment.config
     results = {split: simulation.evaluate(state, split) for split in ("validation", "test")}
+    if experiment.task.predict is not None:
+        found = final_masks(
+            simulation, state, experiment.dataset, workdir / _PICTURES, config.algorithm.name
+        )
+        results["test"] = merged(results["test"], found)
     names = {group.role: group.names for group in simulation.groups}
     files.write_clients_csv(workdir / _CLIENTS, client_rows(names, results))
     rows = files.read_metrics(workdir / _METRICS)
@@ -254,7 +261,8 @@ def _check_same_config(config: RunConfig, workdir: Path) -> None:
 def _remove_run(workdir: Path) -> None:
     for name in (_CONFIG, _METRICS, _CLIENTS, _SUMMARY):
         (workdir / name).unlink(missing_ok=True)
-    shutil.rmtree(workdir / _CHECKPOINTS, ignore_errors=True)
+    for name in (_CHECKPOINTS, _PICTURES):
+        shutil.rmtree(workdir / name, ignore_errors=True)
 
 
 class _StopRequest:

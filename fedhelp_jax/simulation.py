@@ -25,6 +25,10 @@ from fedhelp_jax.tree import num_bytes
 
 Rows = dict[str, jax.Array]
 
+# XLA's CPU back end drops the barriers between what is computed and what is computed again for the
+# backward pass, then finds both equal and keeps the first: `model.remat` would save nothing.
+KEEP_REMATERIALISATION = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
 
 class RunState(NamedTuple):
     """The whole state of a run between rounds; keys are folds of the seed, so no part of it.
@@ -107,12 +111,19 @@ class Simulation:
             out_shardings=mapping.replicated,
             compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
         )
-        by_client = functools.partial(jax.jit, out_shardings=mapping.by_client)
+        by_client = functools.partial(
+            jax.jit,
+            out_shardings=mapping.by_client,
+            compiler_options=KEEP_REMATERIALISATION if on_cpu else None,
+        )
         self._init = whole(self._init_fn)
         self._aggregate = whole(self._aggregate_fn, donate_argnums=0)
         self._train = {g.role: by_client(functools.partial(self._train_fn, g)) for g in self.groups}
         self._evaluate = {
             g.role: by_client(functools.partial(self._evaluate_fn, g)) for g in self.groups
+        }
+        self._predict = {
+            g.role: jax.jit(functools.partial(self._predict_fn, g)) for g in self.groups
         }
 
     def init(self) -> RunState:
@@ -175,6 +186,30 @@ class Simulation:
             }
             for g in self.groups
         }
+
+    def predictions(self, state: RunState, group: Group, row: int, split: str) -> np.ndarray:
+        """What one client's deployed model says of a split, as the task's ``predict`` gives it.
+
+        Args:
+          state: The state of the run.
+          group: The client's group.
+          row: Its place there.
+          split: "train", "validation" or "test".
+
+        Returns:
+          ``[n, ...]`` on the host, in the order of the client's split.
+        """
+        table = getattr(group, split)
+        index = np.asarray(table.index[row])[: int(table.size[row])]
+        found = []
+        for start in range(0, len(index), self.eval_batch_size):
+            part = index[start : start + self.eval_batch_size]
+            padded = np.pad(part, (0, self.eval_batch_size - len(part)))
+            out = self._predict[group.role](
+                state.clients[group.role], state.server, self.federation.pool, row, padded
+            )
+            found.append(np.asarray(out)[: len(part)])
+        return np.concatenate(found)
 
     def payload_bytes(self) -> dict[str, tuple[int, int]]:
         """Per role, what one client sends and receives in a round, in bytes ``(up, down)``."""
@@ -299,6 +334,23 @@ class Simulation:
         )
         shared = (self.algorithm.download(server), pool)
         return over_clients(one, self.mapping)(shared, own)
+
+    def _predict_fn(
+        self,
+        group: Group,
+        states: Any,
+        server: Any,
+        pool: Any,
+        row: jax.Array,
+        index: jax.Array,
+    ) -> jax.Array:
+        client = self.algorithm.clients[group.role]
+        name, model = next(iter(client.models.items()))
+        own = jax.tree.map(lambda leaf: leaf[row], states)
+        variables = client.deploy(self.algorithm.download(server), own)[name]
+        logits = predict(model, variables, pool, index, jnp.int32(len(index)), len(index))
+        assert self.task.predict is not None
+        return self.task.predict(logits, pool.targets[index])
 
 
 def _scatter(states: Any, slot: jax.Array, updated: Any) -> Any:

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedhelp_jax.config import RunConfig
-from fedhelp_jax.data.load import load_federated, load_public
 from fedhelp_jax.data.types import PublicDataset
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.experiment import load_data
 from fedhelp_jax.metrics import classification_metrics
 from fedhelp_jax.report.teaching import AskingProgress, print_agreement, print_plan, print_stored
 from fedhelp_jax.schema import FoundationConfig, TeacherConfig
+from fedhelp_jax.task import segmentation
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.ask import Pace, Plan, carry_out, make_plan
 from fedhelp_jax.teachers.foundation import PublicImages, clear_public
@@ -51,8 +52,9 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> dict[str, Any]:
             "teach needs public images and a teacher: config.public.name and config.teacher.name "
             "must not be none"
         )
-    public = load_public(config.public, config.data.image_size, config.seed)
-    images = clear_public(public, load_federated(config.data, config.seed))
+    private, public = load_data(config, with_public=True)
+    assert public is not None
+    images = clear_public(public, private)
     _check_same_classes(config.teacher, public)
     for member in members(config.teacher):
         if is_asked(member):
@@ -78,7 +80,8 @@ def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
 
     Returns:
       ``images``, ``classes``, ``look_like_probabilities``; with public labels also ``probed``,
-      ``chance``, ``top_1``, ``ece`` and ``loss``, or ``note`` where they cannot be had.
+      ``chance``, ``top_1``, ``ece`` and ``loss``, or ``note`` where they cannot be had. Of masks,
+      where the classes are the same ones, ``dice``.
     """
     found: dict[str, Any] = {
         "images": len(public.sha256),
@@ -91,8 +94,10 @@ def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
     }
     if public.labels is None or public.label_names is None:
         return found | {"note": f"{public.name} has no labels to compare with"}
-    if answers.logits.ndim != 2:
+    if answers.logits.ndim != public.labels.ndim + 1:
         return found | {"note": "masks are not compared with labels of whole images"}
+    if public.labels.ndim > 1:
+        return found | _mask_agreement(answers, public.labels, public.label_names)
     logits, labels, sha256 = answers.logits, public.labels, public.sha256
     probed = answers.label_names != public.label_names
     if probed:
@@ -119,6 +124,16 @@ def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
         "ece": float(metrics["ece"]),
         "loss": float(metrics["loss"]),
     }
+
+
+def _mask_agreement(
+    answers: Answers, masks: np.ndarray, label_names: tuple[str, ...]
+) -> dict[str, Any]:
+    if answers.label_names != label_names:
+        return {"note": "its masks are of other classes than the public ones"}
+    metrics = segmentation(label_names).metrics
+    found = metrics(jnp.asarray(answers.logits), jnp.asarray(masks), jnp.ones(len(masks), bool))
+    return {"dice": float(found["dice"])}
 
 
 def _ask_one(

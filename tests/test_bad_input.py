@@ -276,4 +276,4 @@ def test_answers_that_are_masks_do_not_teach_whole_images(tmp_path, capsys, answ
     save_answers(path, answers._replace(logits=np.stack([answers.logits] * 4, axis=1)))
     rest = f"--config.teacher.name=stored --config.teacher.path={path}"
     line = refusal(capsys, train(tmp_path / "run", rest))
-    assert "masks [4, " in line and "classification needs one row of logits" in line
+    assert "of shape [4, " in line and "'classification' needs one row of logits" in line

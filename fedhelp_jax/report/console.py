@@ -18,6 +18,9 @@ from rich.table import Table
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.report import files
 
+# More of them are too narrow to be read beside each other.
+_MOST_METRICS = 6
+
 # Of a run: (key of summary.json, what a table calls it).
 _GROUP_ROWS = (
     ("small_mean", "small clients, mean"),
@@ -128,7 +131,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     console = console or _console()
     metric = str(summary.get("metric", "balanced_accuracy"))
     clients = summary.get("per_client") or []
-    names = [metric, *(name for name in _metric_names(clients) if name != metric)]
+    names = _shown_metrics(metric, _metric_names(clients))
     title = f"{summary.get('algorithm', '-')} on {_dataset(summary)}, teacher {_teacher(summary)}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("client", no_wrap=True)
@@ -227,6 +230,15 @@ def _print_line(console: Console, text: str) -> None:
 
 def _metric_names(clients: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for c in clients for name in (c.get("metrics") or {})))
+
+
+def _shown_metrics(headline: str, names: Sequence[str]) -> list[str]:
+    """Returns the headline metric and the others; of many, no parts but the headline's own."""
+    if len(names) > _MOST_METRICS:
+        others = [n for n in names if not any(n.startswith(f"{whole}_") for whole in names)]
+        parts = [n for n in names if n.startswith(f"{headline}_")]
+        names = [*parts, *(n for n in others if n not in parts)]
+    return [headline, *(name for name in names if name != headline)]
 
 
 def _dataset(summary: Mapping[str, Any]) -> str:

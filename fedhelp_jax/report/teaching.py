@@ -47,6 +47,9 @@ def print_agreement(fingerprint: str, public: str, found: Mapping[str, Any]) -> 
     _say(f"answers    {found['images']:,} over {found['classes']:,} classes, of {fingerprint}")
     if found["look_like_probabilities"]:
         _say("warning    these look like probabilities; name the output before the softmax")
+    if "dice" in found:
+        _say(f"agreement  with the masks of {public}: Dice {found['dice']:.3f}")
+        return
     if "top_1" not in found:
         _say(f"agreement  not measured: {found.get('note', '')}")
         return

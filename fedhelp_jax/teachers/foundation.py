@@ -61,13 +61,14 @@ class PublicImages:
     Made by `clear_public` and by `take` only, so that a client's examples cannot become one.
     """
 
-    __slots__ = ("_originals", "_rows", "_sha256")
+    __slots__ = ("_originals", "_rows", "_sha256", "_volumes")
 
     def __init__(
         self,
         originals: Sequence[np.ndarray] | np.ndarray,
         rows: Sequence[int],
         sha256: tuple[str, ...],
+        volumes: bool = False,
         token: object = None,
     ):
         if token is not _CLEARED:
@@ -75,6 +76,7 @@ class PublicImages:
         self._originals = originals
         self._rows = tuple(rows)
         self._sha256 = sha256
+        self._volumes = volumes
 
     def __len__(self) -> int:
         """The number of images."""
@@ -84,7 +86,7 @@ class PublicImages:
         """Some of the images, in the order of ``places``."""
         rows = [self._rows[place] for place in places]
         sha256 = tuple(self.sha256[place] for place in places)
-        return PublicImages(self._originals, rows, sha256, _CLEARED)
+        return PublicImages(self._originals, rows, sha256, self._volumes, _CLEARED)
 
     @property
     def sha256(self) -> tuple[str, ...]:
@@ -93,7 +95,7 @@ class PublicImages:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Each image's shape, ``(H, W)`` or ``(H, W, channels)``."""
+        """Each image's shape, ``(H, W)``, ``(H, W, channels)``, or ``(D, H, W)`` of a volume."""
         return [self._originals[row].shape for row in self._rows]
 
     @property
@@ -104,8 +106,13 @@ class PublicImages:
           uint8 ``[B, H, W, C]``.
 
         Raises:
-          UserError: If an image is not the one that was cleared.
+          UserError: If an image is not the one that was cleared, or is a volume.
         """
+        if self._volumes:
+            raise UserError(
+                "teacher.name: the public images are volumes, which this kind of teacher does not "
+                "take; use self_trained, or stored answers"
+            )
         images = [self._originals[row] for row in self._rows]
         for image, sha in zip(images, self.sha256, strict=True):
             if image_sha256(image) != sha:
@@ -160,7 +167,8 @@ def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImag
     (``data.image_size``), to which both sides are resized alike: equal pictures are found at equal
     native sizes, and after resizing. Every image of the private pool counts, training, validation,
     test or unused. A private picture that was saved anew with loss, cropped, or resized otherwise
-    is another picture by any hash, and is not found.
+    is another picture by any hash, and is not found; nor is a volume that
+    ``data.scanner_shift`` changed.
 
     Raises:
       TypeError: If ``public`` was not declared public.
@@ -190,7 +198,7 @@ def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImag
     firsts = {sha: number for number, sha in reversed(list(enumerate(public.sha256)))}
     rows = sorted(firsts.values())
     distinct = tuple(public.sha256[row] for row in rows)
-    return PublicImages(public.originals, rows, distinct, _CLEARED)
+    return PublicImages(public.originals, rows, distinct, public.images.ndim == 5, _CLEARED)
 
 
 def _whose(private: FederatedDataset, row: int) -> str:

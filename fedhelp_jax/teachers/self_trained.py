@@ -1,4 +1,4 @@
-"""A network of our own trained on the public labels, in place of a foundation model; no download.
+"""A network of our own trained on the public labels or masks, in place of a foundation model.
 
 It knows nothing that the public set does not say, and is called self-trained wherever it appears.
 """
@@ -19,11 +19,12 @@ from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import ClientData, Pool
 from fedhelp_jax.mapping import make_mapping, over_clients
 from fedhelp_jax.models.resnet import resnet
+from fedhelp_jax.models.unet import UNETS, unet
 from fedhelp_jax.random import client_round_key
-from fedhelp_jax.task import classification
+from fedhelp_jax.task import classification, segmentation
 from fedhelp_jax.teachers.foundation import Fingerprint, PublicImages
-from fedhelp_jax.teachers.preprocessing import Preprocessing
 
+_UNET = "unet_small_cpu"
 _BATCH = 32
 _EVAL_BATCH = 64
 _LEARNING_RATE = 1e-3
@@ -31,7 +32,10 @@ _WEIGHT_DECAY = 1e-4
 
 
 class SelfTrained:
-    """Two ResNet-20, each trained on one half of the public set and answering the other half.
+    """Two networks, each trained on one half of the public set and answering the other half.
+
+    ResNet-20 where the public labels are classes of images, ``unet_small_cpu`` where they are
+    masks.
 
     A network that answered its own training images would repeat their labels, surer than it can be
     of any new image. The halves are told apart by hash, so identical images fall into one.
@@ -64,13 +68,14 @@ class SelfTrained:
                 "a self_trained teacher, which answers one half of them after training on the other"
             )
         self._public, self._epochs, self._seed = public, epochs, seed
-        side = public.images.shape[1]
-        trained_on = json.dumps([public.sha256, public.labels.tolist(), public.images.shape])
-        digest = hashlib.sha256(trained_on.encode()).hexdigest()[:12]
+        size = "x".join(map(str, public.images.shape[1:-1]))
+        shapes = [public.sha256, public.images.shape, public.labels.shape]
+        labels = np.ascontiguousarray(public.labels).tobytes()
+        digest = hashlib.sha256(json.dumps(shapes).encode() + labels).hexdigest()[:12]
         self.fingerprint = Fingerprint(
-            f"self-trained resnet20 on {public.name}",
+            f"self-trained {_network_name(public)} on {public.name}",
             f"{epochs} epochs, seed {seed}, sha256 {digest}",
-            str(Preprocessing(side, "signed")),
+            f"resized to {size}, signed",
             public.label_names,
         )
         self._lock = threading.Lock()
@@ -83,7 +88,7 @@ class SelfTrained:
         """Logits over the public labels, by a network that saw no label of the image; trains first.
 
         Returns:
-          float32 ``[B, C]``.
+          float32 ``[B, C]``, or ``[B, *spatial, C]`` of masks.
 
         Raises:
           UserError: If an image is none of the public set that this was made for.
@@ -111,13 +116,17 @@ class SelfTrained:
             self._answers = {}
 
     def _train_and_answer(self) -> np.ndarray:
-        """Returns float32 ``[P, C]``."""
+        """Returns float32 ``[P, C]``, or ``[P, *spatial, C]`` of masks."""
         public = self._public
         assert public.labels is not None and public.label_names is not None
-        model = resnet(20, len(public.label_names))
+        num_classes = len(public.label_names)
+        if public.labels.ndim == 1:
+            task, model = classification, resnet(20, num_classes)
+        else:
+            task, model = segmentation(public.label_names), unet(UNETS[_UNET], num_classes)
         setup = Setup(
-            task=classification,
-            num_classes=len(public.label_names),
+            task=task,
+            num_classes=num_classes,
             sample_shape=public.images.shape[1:],
             models={"small": model},
             tx=adam_l2(_LEARNING_RATE, _WEIGHT_DECAY),
@@ -140,13 +149,17 @@ class SelfTrained:
         width = max(map(len, rows))
         index = np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int32)
         size = np.array([len(row) for row in rows], np.int32)
-        pool = Pool(jnp.asarray(public.images), jnp.asarray(public.labels, jnp.int32))
+        pool = Pool(jnp.asarray(public.images), jnp.asarray(public.labels))
         # As two clients that have the set between them: at once where there are two devices.
         mapping = make_mapping(num_devices=min(2, jax.device_count()))
         own = (np.arange(2, dtype=np.int32), (index, size), (index[::-1], size[::-1]))
         shared = (jax.random.key(self._seed), pool)
         found = np.asarray(jax.jit(over_clients(cross_fitted, mapping))(shared, own))
-        logits = np.empty((len(public.sha256), found.shape[-1]), np.float32)
+        logits = np.empty((len(public.sha256), *found.shape[2:]), np.float32)
         for asked, answers in zip(rows[::-1], found, strict=True):
             logits[asked] = answers[: len(asked)]
         return logits
+
+
+def _network_name(public: PublicDataset) -> str:
+    return "resnet20" if public.labels is None or public.labels.ndim == 1 else _UNET

@@ -87,7 +87,7 @@ def test_the_fingerprint_changes_with_all_that_is_trained_on(public):
     fingerprint = SelfTrained(public, 7, 3).fingerprint
     assert fingerprint.name == "self-trained resnet20 on easy"
     assert fingerprint.version.startswith("7 epochs, seed 3, sha256 ")
-    assert fingerprint.preprocessing == "bicubic 8, signed, nhwc"
+    assert fingerprint.preprocessing == "resized to 8x8, signed"
     assert fingerprint.label_names == public.label_names
     labels = public.labels.copy()
     labels[5] = (labels[5] + 1) % CLASSES

@@ -1,0 +1,53 @@
+"""Lungs in chest X-rays: the paper's 2D segmentation task, on its three clients.
+
+Paper: arXiv:2412.19654, sec. 4 (Shenzhen and Montgomery X-rays, three clients with .45/.45/.10 of
+them, two large; public skin-lesion masks). A network trained on the public masks themselves stands
+for the paper's foundation model, and is called self-trained.
+
+    export FEDHELP_DATA_DIR=/path/to/data
+    fedhelp teach --config=configs/lung_masks.py:cpu                                # once
+    fedhelp train --config=configs/lung_masks.py:cpu --workdir=runs/lungs           # two CPU cores
+    fedhelp train --config=configs/lung_masks.py --workdir=runs/lungs_paper         # a GPU
+
+`:cpu` trains at 64x64 on U-Nets of 8..64 and 16..128 channels; Dice is taken at 128x128 all the
+same. By real site, with one client each: --config.data.split_by=site --config.roles.top_n=1.
+
+Files, under FEDHELP_DATA_DIR or by --config.data.dir and --config.public.path:
+`lung_cxr_seg_128.npz` (images, masks, site) and `ham10000_200x150.zip` (images/ and masks/).
+"""
+
+import os
+
+from ml_collections import config_dict
+
+from fedhelp_jax.config import default_config
+
+
+def get_config(scale: str = "paper") -> config_dict.ConfigDict:
+    """Returns the settings; `scale` is "paper" or "cpu". The defaults are the paper's."""
+    if scale not in ("paper", "cpu"):
+        raise ValueError(f"{scale!r} must be paper or cpu")
+    config = default_config()
+    config.task = "segmentation"
+    config.data.name = "npz_masks"
+    config.data.image_size = 128
+    config.data.fractions = (0.45, 0.45, 0.10)
+    config.public.name = "folder"
+    config.public.num_examples = 1000
+    config.teacher.name = "self_trained"
+    config.model.small = "unet_small"
+    config.model.large = "unet_large"
+    folder = os.environ.get("FEDHELP_DATA_DIR")
+    if folder:
+        config.data.dir = os.path.join(folder, "lung_cxr_seg_128.npz")
+        config.public.path = os.path.join(folder, "ham10000_200x150.zip")
+
+    if scale == "cpu":
+        config.rounds = 20
+        config.batch_size = 8
+        config.public_batch_size = 8
+        config.data.image_size = 64
+        config.public.num_examples = 400
+        config.model.small = "unet_small_cpu"
+        config.model.large = "unet_large_cpu"
+    return config

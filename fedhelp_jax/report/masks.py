@@ -1,0 +1,74 @@
+"""What is measured and drawn of masks once, at the end: surface distances, and pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedhelp_jax.data.types import FederatedDataset
+from fedhelp_jax.report.pictures import Row, segmentation_panel
+from fedhelp_jax.simulation import RunState, Simulation
+from fedhelp_jax.surface import surface_metrics
+
+_SHOWN_CLIENTS = 3
+
+
+def final_masks(
+    simulation: Simulation, state: RunState, dataset: FederatedDataset, folder: Path, method: str
+) -> dict[str, dict[str, np.ndarray]]:
+    """Surface distances of the deployed models on the clients' test images; draws some of them.
+
+    Of the first three clients of each role the middle one of the test images by Dice and the worst
+    one are drawn, into ``<role>.png``.
+
+    Args:
+      simulation: The run.
+      state: Its last state.
+      dataset: The data.
+      folder: Where the pictures go.
+      method: Name of the method, for the pictures' titles.
+
+    Returns:
+      ``{role: {metric: [K]}}``.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for group in simulation.groups:
+        measured, rows = [], []
+        for number, client in enumerate(group.names):
+            examples = np.asarray(group.test.index[number])[: int(group.test.size[number])]
+            predicted = simulation.predictions(state, group, number, "test")
+            truth = dataset.labels[examples]
+            measured.append(surface_metrics(predicted, truth, dataset.label_names))
+            if number < _SHOWN_CLIENTS:
+                dice = _dice(predicted > 0, truth > 0)
+                order = np.argsort(dice, kind="stable")
+                for place, word in ((order[len(order) // 2], "middle"), (order[0], "worst")):
+                    name = f"{client}, {word} of {len(order)}"
+                    image = dataset.images[examples[place]]
+                    rows.append(
+                        Row(name, image, truth[place], predicted[place], float(dice[place]))
+                    )
+        found[group.role] = {
+            name: np.array([metrics[name] for metrics in measured]) for name in measured[0]
+        }
+        kind = " (synthetic)" if dataset.synthetic else ""
+        title = f"{method} on {dataset.name}{kind}: {group.role} clients, test"
+        folder.mkdir(parents=True, exist_ok=True)
+        segmentation_panel(folder / f"{group.role}.png", title, rows, dataset.label_names)
+    return found
+
+
+def _dice(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """``[n]`` of the whole foreground; 1 where there is none on either side."""
+    axes = tuple(range(1, truth.ndim))
+    both, either = (predicted & truth).sum(axes), predicted.sum(axes) + truth.sum(axes)
+    return np.where(either > 0, 2 * both / np.maximum(either, 1), 1.0)
+
+
+def merged(results: Any, found: dict[str, dict[str, np.ndarray]]) -> Any:
+    """Test results with the metrics of each role's deployed model added to its own."""
+    together = {role: dict(models) for role, models in results.items()}
+    for role, metrics in found.items():
+        name = next(iter(together[role]))
+        together[role][name] = {**together[role][name], **metrics}
+    return together
