@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from commands import fedhelp, read, refusal, train, train_command
 from helpers import assert_trees_equal, use_tiny_networks
-from jax.experimental.compilation_cache import compilation_cache
 
 from fedhelp_jax import config as config_lib
 from fedhelp_jax import experiment, mapping
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.experiment import build_experiment
 from fedhelp_jax.models.resnet import resnet
+
+pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
 
 TESTS = Path(__file__).parent
 ROUNDS = 6
@@ -44,24 +45,6 @@ def tiny_networks():
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_networks(patch)
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache_of_the_module(tmp_path_factory):
-    """The same run is compiled many times here."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield settings
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def stopped_run(workdir: Path, signal: str, where: str, round: int, environment=None):

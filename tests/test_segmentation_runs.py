@@ -18,6 +18,8 @@ from fedhelp_jax.surface import surface_metrics
 from fedhelp_jax.teachers.answers import Answers, save_answers
 from fedhelp_jax.teachers.simulated import simulate_answers
 
+pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
+
 CONFIG = Path(__file__).parent / "mask_config.py"
 OVERLAP = {"dice", "iou", "hd95"}
 PARTS = ("phantom_front", "phantom_back", "foreground")

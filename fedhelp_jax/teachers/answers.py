@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import log_softmax
 
 from fedhelp_jax.data.npz import take_images
 from fedhelp_jax.data.types import PublicDataset, image_sha256
@@ -44,6 +45,16 @@ class _Stored(NamedTuple):
     sha256: np.ndarray
     label_names: np.ndarray
     fingerprint: str
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Log of the classes' probabilities, float64 ``[..., max(P, 2)]``, from logits ``[..., P]``.
+
+    One class is a mask's foreground: its logit ``s`` counts as two, ``[0, s]``.
+    """
+    if logits.shape[-1] == 1:
+        logits = np.concatenate([np.zeros_like(logits), logits], axis=-1)
+    return log_softmax(logits.astype(np.float64), axis=-1)
 
 
 def save_answers(path: str | Path, answers: Answers) -> None:

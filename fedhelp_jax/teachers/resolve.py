@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-from scipy.special import log_softmax
 
 from fedhelp_jax.data.npz import read_npz
 from fedhelp_jax.data.types import PublicDataset
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import FoundationConfig, TeacherConfig
-from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers
+from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers, log_probabilities
 from fedhelp_jax.teachers.foundation import FoundationModel
 from fedhelp_jax.teachers.heads import class_vector_logits, linear_probe_logits
 from fedhelp_jax.teachers.hf_zero_shot import HuggingFaceZeroShot
@@ -81,7 +80,8 @@ def open_store(config: FoundationConfig, model: FoundationModel, *, write: bool)
 def resolve_answers(config: TeacherConfig, public: PublicDataset) -> Answers | None:
     """Returns the teacher's answers to all public images, without asking anyone.
 
-    Of an ensemble: ``log sum_m a_m softmax(z_m)``, the members' probabilities averaged.
+    Of an ensemble: ``log sum_m a_m softmax(z_m)``, the members' probabilities averaged; of masks
+    with one foreground class the logit of the averaged ``sigmoid(z_m)``.
 
     Returns:
       Answers in the order of ``public``, or None for no teacher.
@@ -103,9 +103,11 @@ def resolve_answers(config: TeacherConfig, public: PublicDataset) -> Answers | N
             )
     weights = np.array(config.weights or [1.0] * len(answers))
     weights = weights / weights.sum()
-    log_probs = np.stack([log_softmax(a.logits.astype(np.float64), axis=-1) for a in answers])
+    log_probs = np.stack([log_probabilities(a.logits) for a in answers])
     shape = (-1,) + (1,) * answers[0].logits.ndim
     logits = np.logaddexp.reduce(log_probs + np.log(weights).reshape(shape), axis=0)
+    if len(names) == 1:
+        logits = logits[..., 1:] - logits[..., :1]
     shares = " + ".join(f"{w:.2g} {a.fingerprint}" for w, a in zip(weights, answers, strict=True))
     return Answers(logits.astype(np.float32), tuple(public.sha256), names, f"ensemble of {shares}")
 

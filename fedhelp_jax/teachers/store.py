@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-from scipy.special import log_softmax
 
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.teachers.answers import log_probabilities
 from fedhelp_jax.teachers.foundation import Fingerprint
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Precision(NamedTuple):
 class Stored(NamedTuple):
     """A stored answer: float32 ``[*spatial, P]``, its precision, and the nats lost by it.
 
-    ``nats_lost`` is ``KL(softmax(answer) || softmax(as stored))``, averaged over pixels.
+    ``nats_lost`` is ``KL(softmax(answer) || softmax(as stored))``, averaged over pixels; of one
+    class, of the sigmoids.
     """
 
     answer: np.ndarray
@@ -123,7 +124,7 @@ def _header(record: Any) -> tuple[Precision, float, tuple[int, ...], int]:
 
 
 def _nats_lost(answer: np.ndarray, stored: np.ndarray) -> float:
-    before, after = (log_softmax(x.astype(np.float64), axis=-1) for x in (answer, stored))
+    before, after = log_probabilities(answer), log_probabilities(stored)
     return float(np.mean(np.sum(np.exp(before) * (before - after), axis=-1)))
 
 

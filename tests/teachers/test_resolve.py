@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fake_model import FakeModel
 from helpers import PUBLIC_CLASSES, refusal, tiny_dataset, tiny_public
-from scipy.special import softmax
+from scipy.special import expit, softmax
 
 from fedhelp_jax import teach as teach_lib
 from fedhelp_jax.config import RunConfig
@@ -113,6 +113,14 @@ def test_an_ensemble_averages_probabilities(tmp_path, public, spatial, weights):
     assert answers.sha256 == public.sha256 and answers.label_names == NAMES
 
 
+def test_an_ensemble_of_one_foreground_class_averages_its_probability(tmp_path, public):
+    logits = [rows(2, 3, 1, seed=seed) for seed in range(2)]
+    members = [stored_in(tmp_path / f"{i}.npz", public, z, ("lung",)) for i, z in enumerate(logits)]
+    answers = resolve_answers(ensemble(*members, weights=(3.0, 1.0)), public)
+    probs = 0.75 * expit(given(logits[0])) + 0.25 * expit(given(logits[1]))
+    np.testing.assert_allclose(expit(answers.logits), probs, rtol=1e-5)
+
+
 def test_an_ensemble_says_what_it_is_of(tmp_path, public):
     members = [
         stored_in(tmp_path / f"{name}.npz", public, rows(len(NAMES)), fingerprint=name)
@@ -169,8 +177,7 @@ def fakes(monkeypatch, public):
 
     for module in (resolve, teach_lib):
         monkeypatch.setattr(module, "foundation_model", fake)
-    monkeypatch.setattr(teach_lib, "load_public", lambda *_: public)
-    monkeypatch.setattr(teach_lib, "load_federated", lambda *_: tiny_dataset())
+    monkeypatch.setattr(teach_lib, "load_data", lambda *_, **__: (tiny_dataset(), public))
     note = {"images": 0, "classes": 0, "look_like_probabilities": False, "note": "takes seconds"}
     monkeypatch.setattr(teach_lib, "agreement", lambda *_: note)
     return found
