@@ -423,6 +423,11 @@ def _check_task(config: RunConfig) -> None:
             )
         if widths and not segmentation:
             raise UserError(f"config.model.{role}_widths is for U-Nets; {name} has its own")
+        if models.norm == "group" and any(width > 8 and width % 8 for width in widths):
+            raise UserError(
+                f"config.model.{role}_widths = {widths} must be at most 8 or multiples of 8 for "
+                "config.model.norm = 'group'"
+            )
     if not segmentation and (models.norm != "batch" or models.remat):
         raise UserError("config.model.norm and remat are for U-Nets; ResNets have batch and False")
 

@@ -148,6 +148,7 @@ def test_stored_mask_logits_of_another_resolution_and_other_classes(flat_run, tm
         ("3d", "--config.data.volume_size=(8,9)", "three sides of at least 8"),
         ("2d", "--config.model.small_widths=(2,0)", "numbers of at least 1"),
         ("2d", "--config.model.norm=layer", "one of batch, group, none"),
+        ("2d", "--config.model.norm=group --config.model.small_widths=(4,12)", "multiples of 8"),
         ("2d", "--config.algorithm.k=2", "algorithm.k: 2 must be less than the 2 classes"),
     ],
 )

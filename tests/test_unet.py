@@ -118,6 +118,7 @@ def test_rematerialisation_keeps_less_and_changes_nothing(rank):
         (UNetSize((), 2), "batch", "widths"),
         (UNetSize((4, 0), 2), "batch", "widths"),
         (UNetSize((4, 8), 0), "batch", "convolutions"),
+        (UNetSize((4, 12), 2), "group", "multiples of 8"),
     ],
 )
 def test_other_sizes_are_refused(size, norm, words):

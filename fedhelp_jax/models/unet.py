@@ -116,12 +116,15 @@ def unet(size: UNetSize, num_classes: int, *, norm: str = "batch", remat: bool =
       *spatial, widths[0]]``, ``head``, a convolution of size one, ``[B, *spatial, C]``.
 
     Raises:
-      ValueError: If ``norm`` is none of the three, or the size has no level or convolution.
+      ValueError: If ``norm`` is none of the three or does not fit the widths, or the size has no
+        level or convolution.
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if not size.widths or min(size.widths) < 1 or size.convs < 1:
         raise ValueError(f"a U-Net needs widths and convolutions, got {size}")
+    if norm == "group" and any(width > 8 and width % 8 for width in size.widths):
+        raise ValueError(f"norm group needs widths of at most 8 or multiples of 8, got {size}")
 
     def network(train: bool) -> UNetFeatures:
         return UNetFeatures(size.widths, size.convs, norm, remat, train)
