@@ -259,7 +259,8 @@ def test_small_client_in_float64(depth, public_batch_stats):
         public = [(*batch, 3 * rng.normal(size=(BATCH + 1, ANSWERS))) for batch in public]
         got = our_small_steps(depth, settings, surrogate, heads, batches, public)
 
-        client = reference.SmallClient(depth, surrogate, heads)
+        their_heads = {name: reference.make_head(tree) for name, tree in heads.items()}
+        client = reference.SmallClient(reference.make_resnet(depth, surrogate), their_heads)
         losses = [
             client.step(
                 reference.images(x),
@@ -302,7 +303,9 @@ def test_large_client_in_float64(warm):
         large = random_variables(DEPTH, 6, np.float64)
         batches = private_batches(rng)
         got = our_large_steps(FedHelpSettings(**weights), proxy, large, batches, warm)
-    client = reference.LargeClient(PROXY, proxy, DEPTH, large)
+    client = reference.LargeClient(
+        reference.make_resnet(PROXY, proxy), reference.make_resnet(DEPTH, large)
+    )
     if not warm:
         weights |= {"lambda_f": 0.0, "lambda_b": 0.0}
     # k = 5 is the default for 8 classes.

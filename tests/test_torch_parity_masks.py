@@ -261,7 +261,9 @@ def test_small_client(net, labels, answers, public_batch_stats):
             "losses": np.asarray(losses),
         }
         their_heads = {name: reference.make_head(tree, net.rank) for name, tree in heads.items()}
-        client = reference.SmallClient(net.theirs(surrogate), their_heads)
+        client = shared_reference.SmallClient(
+            net.theirs(surrogate), their_heads, reference.SEGMENTATION
+        )
         losses = [
             client.step(
                 *tensors(*batch),
@@ -326,8 +328,9 @@ def test_large_client(dimensions, warm):
             "large_moments": moments(carry.opt_large),
             "losses": np.asarray(losses),
         }
-        client = reference.LargeClient(nets[0].theirs(proxy), nets[1].theirs(large))
-        weights: Any = {"temperature": 2.0, "margin": 0.1}
+        networks = nets[0].theirs(proxy), nets[1].theirs(large)
+        client = shared_reference.LargeClient(*networks, reference.SEGMENTATION)
+        weights: Any = {"temperature": 2.0, "k": 1, "margin": 0.1}
         weights |= {"lambda_f": 0.7 if warm else 0.0, "lambda_b": 0.4 if warm else 0.0}
         losses = [client.step(*tensors(*batch), **weights) for batch in batches]
         expected: dict[str, Any] = {

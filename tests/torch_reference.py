@@ -6,7 +6,7 @@ PyTorch and back: kernels HWIO, and blocks of a stage after the first stacked.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -233,31 +233,40 @@ def moment(optimizer: Any, name: str) -> Callable[[Any], Any]:
     return lambda parameter: optimizer.state[parameter][name]
 
 
+class Losses(NamedTuple):
+    """``supervised(logits, y)``, ``distill(student, teacher, T)``, ``rank(s, v, k, margin)``."""
+
+    supervised: Callable[..., Any]
+    distill: Callable[..., Any]
+    rank: Callable[..., Any]
+
+
+CLASSIFICATION = Losses(cross_entropy, distillation, ranking)
+
+
 class SmallClient:
-    """Surrogate (theta, phi) and two public heads psi; two optimizers that share theta."""
+    """Surrogate (theta, phi) and public heads psi; two optimizers that share theta."""
 
-    def __init__(self, depth: int, surrogate: Tree, public_heads: Tree):
-        self.model = make_resnet(depth, surrogate)
-        self.heads = {name: make_head(tree) for name, tree in public_heads.items()}
-        psi = [p for head in self.heads.values() for p in head.parameters()]
-        self.opt_private = adam(self.model.parameters())
-        self.opt_public = adam([*self.model.features.parameters(), *psi])
+    def __init__(self, model: Any, heads: dict[str, Any], losses: Losses = CLASSIFICATION):
+        self.model, self.heads, self.losses = model, heads, losses
+        psi = [p for head in heads.values() for p in head.parameters()]
+        self.opt_private = adam(model.parameters())
+        self.opt_public = adam([*model.features.parameters(), *psi])
 
-    def step(self, x, y, public_x, public_y, answers, *, lambda_fm, temperature, discard=True):
+    def step(self, x, y, public_x, public_y, answers, *, lambda_fm, temperature, discard):
         """Step A on the private batch, then step B on the public one."""
         self.model.train()
         self.opt_private.zero_grad()
-        private = cross_entropy(self.model(x), y)
+        private = self.losses.supervised(self.model(x), y)
         private.backward()
         self.opt_private.step()
 
         before = {name: value.clone() for name, value in self.model.named_buffers()}
         self.opt_public.zero_grad()
         features = self.model.features(public_x)
-        public = cross_entropy(self.heads["labels"](features), public_y)
-        public = public + lambda_fm * distillation(
-            self.heads["answers"](features), answers, temperature
-        )
+        public = self.losses.supervised(self.heads["labels"](features), public_y)
+        answering = self.heads.get("answers", self.heads["labels"])
+        public = public + lambda_fm * self.losses.distill(answering(features), answers, temperature)
         public.backward()
         self.opt_public.step()
         if discard:
@@ -269,12 +278,9 @@ class SmallClient:
 class LargeClient:
     """Proxy v and large model W, each with its optimizer."""
 
-    def __init__(self, proxy_depth: int, proxy: Tree, large_depth: int, large: Tree):
-        self.proxy, self.large = make_resnet(proxy_depth, proxy), make_resnet(large_depth, large)
-        self.opt_proxy, self.opt_large = (
-            adam(self.proxy.parameters()),
-            adam(self.large.parameters()),
-        )
+    def __init__(self, proxy: Any, large: Any, losses: Losses = CLASSIFICATION):
+        self.proxy, self.large, self.losses = proxy, large, losses
+        self.opt_proxy, self.opt_large = adam(proxy.parameters()), adam(large.parameters())
 
     def step(self, x, y, *, lambda_f, lambda_b, temperature, k, margin):
         """Step A on v with W in evaluation mode, then step B on W with v in evaluation mode."""
@@ -284,7 +290,8 @@ class LargeClient:
             teacher = self.large(x)
         self.opt_proxy.zero_grad()
         logits = self.proxy(x)
-        proxy = cross_entropy(logits, y) + lambda_f * distillation(logits, teacher, temperature)
+        proxy = self.losses.supervised(logits, y)
+        proxy = proxy + lambda_f * self.losses.distill(logits, teacher, temperature)
         proxy.backward()
         self.opt_proxy.step()
 
@@ -294,7 +301,8 @@ class LargeClient:
             teacher = self.proxy(x)
         self.opt_large.zero_grad()
         logits = self.large(x)
-        large = cross_entropy(logits, y) + lambda_b * ranking(logits, teacher, k, margin)
+        large = self.losses.supervised(logits, y)
+        large = large + lambda_b * self.losses.rank(logits, teacher, k, margin)
         large.backward()
         self.opt_large.step()
         return proxy.item(), large.item()

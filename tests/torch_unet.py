@@ -1,4 +1,4 @@
-"""U-Nets, losses of masks and FedHelp's two kinds of client for segmentation, in plain PyTorch.
+"""U-Nets and losses of masks in plain PyTorch; FedHelp's clients are in `torch_reference`.
 
 Written from the papers' formulas in the way a PyTorch user would; nothing of ``fedhelp_jax`` is
 used. Trees of NumPy arrays have the layout of our variables: kernels ``[*size, in, out]``.
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
-from torch_reference import Tree, adam  # noqa: E402
+from torch_reference import Losses, Tree  # noqa: E402
 
 nn = torch.nn
 functional = torch.nn.functional
@@ -240,8 +240,9 @@ def distillation(student, teacher, temperature):
     return temperature**2 * kl.sum(dim=1).mean()
 
 
-def ranking(student, teacher, margin):
+def ranking(student, teacher, k, margin):
     """Every class that the teacher does not put first lies ``margin`` below the one it does."""
+    assert k == 1
     if student.shape[1] == 1:
         student, teacher = (torch.cat([torch.zeros_like(x), x], 1) for x in (student, teacher))
     best = teacher.argmax(dim=1, keepdim=True)
@@ -250,66 +251,4 @@ def ranking(student, teacher, margin):
     return (hinge * others).sum(dim=1).mean() / (student.shape[1] - 1)
 
 
-# --- Clients. ---
-
-
-class SmallClient:
-    """Surrogate and public heads; two optimizers that share the features."""
-
-    def __init__(self, model: Any, heads: dict[str, Any]):
-        self.model, self.heads = model, heads
-        psi = [p for head in heads.values() for p in head.parameters()]
-        self.opt_private = adam(model.parameters())
-        self.opt_public = adam([*model.features.parameters(), *psi])
-
-    def step(self, x, y, public_x, public_y, answers, *, lambda_fm, temperature, discard):
-        """Step A on the private batch, then step B on the public one."""
-        self.model.train()
-        self.opt_private.zero_grad()
-        private = mask_loss(self.model(x), y)
-        private.backward()
-        self.opt_private.step()
-
-        before = {name: value.clone() for name, value in self.model.named_buffers()}
-        self.opt_public.zero_grad()
-        features = self.model.features(public_x)
-        public = mask_loss(self.heads["labels"](features), public_y)
-        answering = self.heads.get("answers", self.heads["labels"])
-        public = public + lambda_fm * distillation(answering(features), answers, temperature)
-        public.backward()
-        self.opt_public.step()
-        if discard:
-            for name, value in self.model.named_buffers():
-                value.copy_(before[name])
-        return private.item(), public.item()
-
-
-class LargeClient:
-    """Proxy and large model, each with its optimizer."""
-
-    def __init__(self, proxy: Any, large: Any):
-        self.proxy, self.large = proxy, large
-        self.opt_proxy, self.opt_large = adam(proxy.parameters()), adam(large.parameters())
-
-    def step(self, x, y, *, lambda_f, lambda_b, temperature, margin):
-        """Step A on the proxy, then step B on the large model; whoever teaches is in eval mode."""
-        self.proxy.train()
-        self.large.eval()
-        with torch.no_grad():
-            teacher = self.large(x)
-        self.opt_proxy.zero_grad()
-        logits = self.proxy(x)
-        proxy = mask_loss(logits, y) + lambda_f * distillation(logits, teacher, temperature)
-        proxy.backward()
-        self.opt_proxy.step()
-
-        self.proxy.eval()
-        self.large.train()
-        with torch.no_grad():
-            teacher = self.proxy(x)
-        self.opt_large.zero_grad()
-        logits = self.large(x)
-        large = mask_loss(logits, y) + lambda_b * ranking(logits, teacher, margin)
-        large.backward()
-        self.opt_large.step()
-        return proxy.item(), large.item()
+SEGMENTATION = Losses(mask_loss, distillation, ranking)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fedhelp_jax.models.conv import conv, conv_transpose
+from fedhelp_jax.models.model import Model, Variables
 
 # torch.nn.init.kaiming_normal_(mode="fan_in"), as in the CIFAR ResNets that papers compare with.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -210,11 +212,45 @@ def draw_variables(key: jax.Array, shapes: Any) -> Any:
     return jax.tree.unflatten(structure, values)
 
 
-def init_linear(key: jax.Array, width: int, num_classes: int) -> dict[str, Any]:
+def init_linear(key: jax.Array, width: int, num_classes: int) -> Variables:
     """Parameters of a linear head: He-normal kernel ``[D, C]``, zero bias ``[C]``."""
     return {"kernel": he_normal(key, (width, num_classes)), "bias": jnp.zeros((num_classes,))}
 
 
-def linear(params: dict[str, Any], features: jax.Array) -> jax.Array:
+def linear(params: Variables, features: jax.Array) -> jax.Array:
     """``features @ kernel + bias``: ``[*B, D] -> [*B, C]``; on maps, a convolution of size one."""
     return features @ params["kernel"] + params["bias"]
+
+
+def linen_model(network: Callable[[bool], nn.Module], width: int, num_classes: int) -> Model:
+    """A :class:`Model` of a Flax Linen module and a linear head, with `draw_variables`' weights.
+
+    Args:
+      network: ``train -> module``, which is called with images ``[B, *spatial, channels]`` and a
+        mask ``[B]`` or None, and gives features ``[..., width]``. Its batch statistics, if any, are
+        in the collection ``batch_stats``.
+      width: ``D`` of the features.
+      num_classes: ``C`` of the head.
+    """
+
+    def init(key: jax.Array, sample_shape: tuple[int, ...]) -> Variables:
+        features_key, head_key = jax.random.split(key)
+        shapes = jax.eval_shape(network(False).init, features_key, jnp.zeros((1, *sample_shape)))
+        variables = draw_variables(features_key, shapes)
+        head = init_linear(head_key, width, num_classes)
+        return {
+            "params": {"features": variables["params"], "head": head},
+            "batch_stats": variables.get("batch_stats", {}),
+        }
+
+    def features(
+        variables: Variables, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> Any:
+        stats = variables["batch_stats"]
+        collections = {"params": variables["params"]["features"], "batch_stats": stats}
+        if not train:
+            return network(train).apply(collections, x, mask), stats
+        out, updated = network(train).apply(collections, x, mask, mutable=["batch_stats"])
+        return out, updated.get("batch_stats", stats)
+
+    return Model(init, features, linear)

@@ -1,13 +1,13 @@
 """CIFAR-style residual networks: ResNet-20, 32, 44, 56, 110."""
 
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedhelp_jax.models.layers import BatchNorm, Conv, draw_variables, init_linear, linear
-from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.models.layers import BatchNorm, Conv, linen_model
+from fedhelp_jax.models.model import Model
 
 RESNET_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 _WIDTHS = (16, 32, 64)
@@ -108,29 +108,4 @@ def resnet(depth: int, num_classes: int) -> Model:
     if remainder or blocks < 1:
         raise ValueError(f"a CIFAR ResNet has 6 n + 2 layers, got depth {depth}")
 
-    def init(key: jax.Array, sample_shape: tuple[int, ...]) -> Variables:
-        features_key, head_key = jax.random.split(key)
-        shapes = jax.eval_shape(
-            ResNetFeatures(blocks).init, features_key, jnp.zeros((1, *sample_shape))
-        )
-        variables = draw_variables(features_key, shapes)
-        head = init_linear(head_key, _WIDTHS[-1], num_classes)
-        return {
-            "params": {"features": variables["params"], "head": head},
-            "batch_stats": variables["batch_stats"],
-        }
-
-    def features(
-        variables: Variables, x: jax.Array, *, train: bool, mask: jax.Array | None = None
-    ) -> Any:
-        collections = {
-            "params": variables["params"]["features"],
-            "batch_stats": variables["batch_stats"],
-        }
-        network = ResNetFeatures(blocks, train)
-        if not train:
-            return network.apply(collections, x, mask), variables["batch_stats"]
-        out, updated = network.apply(collections, x, mask, mutable=["batch_stats"])
-        return out, updated["batch_stats"]
-
-    return Model(init, features, linear)
+    return linen_model(lambda train: ResNetFeatures(blocks, train), _WIDTHS[-1], num_classes)

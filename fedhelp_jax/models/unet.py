@@ -1,6 +1,6 @@
 """U-Nets of any spatial rank (Ronneberger et al., arXiv:1505.04597; in 3D, arXiv:1606.06650)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,9 @@ from fedhelp_jax.models.layers import (
     Conv,
     ConvTranspose,
     GroupNorm,
-    draw_variables,
-    init_linear,
-    linear,
+    linen_model,
 )
-from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.models.model import Model
 
 NORMS = ("batch", "group", "none")
 
@@ -126,31 +124,8 @@ def unet(size: UNetSize, num_classes: int, *, norm: str = "batch", remat: bool =
     if norm == "group" and any(width > 8 and width % 8 for width in size.widths):
         raise ValueError(f"norm group needs widths of at most 8 or multiples of 8, got {size}")
 
-    def network(train: bool) -> UNetFeatures:
-        return UNetFeatures(size.widths, size.convs, norm, remat, train)
-
-    def init(key: jax.Array, sample_shape: tuple[int, ...]) -> Variables:
-        features_key, head_key = jax.random.split(key)
-        shapes = jax.eval_shape(network(False).init, features_key, jnp.zeros((1, *sample_shape)))
-        variables = draw_variables(features_key, shapes)
-        return {
-            "params": {
-                "features": variables["params"],
-                "head": init_linear(head_key, size.widths[0], num_classes),
-            },
-            "batch_stats": variables.get("batch_stats", {}),
-        }
-
-    def features(
-        variables: Variables, x: jax.Array, *, train: bool, mask: jax.Array | None = None
-    ) -> Any:
-        collections = {
-            "params": variables["params"]["features"],
-            "batch_stats": variables["batch_stats"],
-        }
-        if not train or norm != "batch":
-            return network(train).apply(collections, x, mask), variables["batch_stats"]
-        out, updated = network(train).apply(collections, x, mask, mutable=["batch_stats"])
-        return out, updated["batch_stats"]
-
-    return Model(init, features, linear)
+    return linen_model(
+        lambda train: UNetFeatures(size.widths, size.convs, norm, remat, train),
+        size.widths[0],
+        num_classes,
+    )
