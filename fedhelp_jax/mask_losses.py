@@ -69,7 +69,7 @@ def mask_loss(
             _soft_dice(probs[..., c], (targets == c).astype(probs.dtype), pixels) for c in classes
         ]
         dice = sum(terms[1:], terms[0]) / len(terms)
-    return _pixel_mean(crossed, pixels) + jnp.where(_any(pixels), dice, 0)
+    return _pixel_mean(crossed, pixels) + dice
 
 
 def mask_distillation_loss(
@@ -164,7 +164,7 @@ def mask_ranking_loss(
 
 
 def _soft_dice(probs: jax.Array, truth: jax.Array, pixels: jax.Array) -> jax.Array:
-    """``1 - (2 sum p y + 1) / (sum p + sum y + 1)`` of each example, ``[B]``."""
+    """``1 - (2 sum p y + 1) / (sum p + sum y + 1)`` of each example, ``[B]``; 0 without pixels."""
     axes = tuple(range(1, probs.ndim))
     valid = pixels.astype(probs.dtype)
     both = jnp.sum(probs * truth * valid, axis=axes)
@@ -177,10 +177,6 @@ def _pixel_mean(values: jax.Array, pixels: jax.Array) -> jax.Array:
     count = jnp.maximum(jnp.sum(pixels, axis=axes, keepdims=True), 1).astype(values.dtype)
     # Divided first: the sum of huge ones would overflow, their mean does not.
     return jnp.sum(jnp.where(pixels, values / count, 0), axis=axes)
-
-
-def _any(pixels: jax.Array) -> jax.Array:
-    return jnp.any(pixels, axis=tuple(range(1, pixels.ndim)))
 
 
 def _hidden(logits: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -93,6 +93,7 @@ def _write(cache: Path, arrays: Arrays) -> None:
         handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
+                # To a type checker any name could be that of the flag `allow_pickle`.
                 np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
             os.replace(temporary, cache)
         except BaseException:

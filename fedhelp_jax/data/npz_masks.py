@@ -12,7 +12,7 @@ from fedhelp_jax.data.npz import (
     take_labels,
     take_pictures,
 )
-from fedhelp_jax.data.partition import rng_for, split_sizes, split_validation
+from fedhelp_jax.data.partition import partition, rng_for, split_validation
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset
 from fedhelp_jax.data.volumes import resize_volumes
 from fedhelp_jax.data.volumes import scanner_shift as shift_scanner
@@ -109,10 +109,8 @@ def _by_fractions(
 ) -> dict[int, tuple[str, np.ndarray]]:
     """Returns name and sorted examples of each client, by its number: dealt out at random."""
     # One to train on and one to test on.
-    sizes = split_sizes(total, fractions, minimum=2)
-    order = rng_for(seed, "npz_masks").permutation(total)
-    parts = np.split(order, np.cumsum(sizes)[:-1])
-    return {number: (f"client_{number}", np.sort(part)) for number, part in enumerate(parts)}
+    parts = partition(total, fractions, rng_for(seed, "npz_masks"), minimum=2)
+    return {number: (f"client_{number}", part) for number, part in enumerate(parts)}
 
 
 def _by_site(

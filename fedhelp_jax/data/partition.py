@@ -59,16 +59,18 @@ def split_sizes(total: int, fractions: Sequence[float], minimum: int = 1) -> lis
     return sizes.tolist()
 
 
-def partition(total: int, fractions: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
+def partition(
+    total: int, fractions: Sequence[float], rng: np.random.Generator, minimum: int = 1
+) -> list[np.ndarray]:
     """Returns the clients' indices: an IID split of `range(total)` by `fractions`.
 
     Returns:
-        One sorted int32 array per client, disjoint, none of them empty.
+        One sorted int32 array per client, disjoint, none of them of less than `minimum`.
 
     Raises:
         UserError: As in `split_sizes`.
     """
-    sizes = split_sizes(total, fractions)
+    sizes = split_sizes(total, fractions, minimum)
     order = rng.permutation(total).astype(np.int32)
     return [np.sort(part) for part in np.split(order, np.cumsum(sizes)[:-1])]
 
