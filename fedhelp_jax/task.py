@@ -61,9 +61,10 @@ classification = Task(
 def segmentation(label_names: Sequence[str]) -> Task:
     """The task of naming the class of every pixel, or voxel.
 
-    Masks have a resolution of their own, and so may a foundation model's mask logits: targets are
-    brought to the size of the logits by nearest neighbour, answers linearly, and metrics are taken
-    at the masks' resolution.
+    Masks have a resolution of their own: loss and metrics are taken there, on logits resized
+    linearly. (Masks brought to the logits' size by nearest neighbour lie half a pixel aside where
+    that halves them, and networks learn to.) A foundation model's mask logits are resized linearly
+    to the student's.
 
     Args:
       label_names: One name for one foreground class; else all classes, the background first.
@@ -73,7 +74,7 @@ def segmentation(label_names: Sequence[str]) -> Task:
     """
 
     def loss(logits: jax.Array, targets: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
-        targets = _resized(targets, logits.shape[:-1], "nearest")
+        logits = _resized(logits, (*targets.shape, logits.shape[-1]))
         return mask_losses.mask_loss(logits, targets, where=where)
 
     def distill(
@@ -84,7 +85,7 @@ def segmentation(label_names: Sequence[str]) -> Task:
         where: jax.Array | None = None,
     ) -> jax.Array:
         shape = (*student_logits.shape[:-1], teacher_logits.shape[-1])
-        teacher_logits = _resized(losses.at_least_float32(teacher_logits), shape, "linear")
+        teacher_logits = _resized(teacher_logits, shape)
         return mask_losses.mask_distillation_loss(
             student_logits, teacher_logits, temperature=temperature, where=where
         )
@@ -108,7 +109,8 @@ def segmentation(label_names: Sequence[str]) -> Task:
     )
 
 
-def _resized(maps: jax.Array, shape: tuple[int, ...], method: str) -> jax.Array:
-    """Maps ``[B, ...]`` resized to ``shape``, whose examples must be as many."""
-    losses.check_shape("examples", maps, (shape[0], *maps.shape[1:]))
-    return maps if maps.shape == shape else jax.image.resize(maps, shape, method)
+def _resized(logits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Maps ``[B, ...]`` resized linearly to ``shape``, whose examples must be as many."""
+    logits = losses.at_least_float32(logits)
+    losses.check_shape("examples", logits, (shape[0], *logits.shape[1:]))
+    return logits if logits.shape == shape else jax.image.resize(logits, shape, "linear")

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from fedhelp_jax import mask_losses, metrics, task
 
@@ -41,15 +40,6 @@ def ref_linear(values, shape):
         weights /= weights.sum(axis=1, keepdims=True)
         values = np.moveaxis(np.tensordot(weights, values, (1, axis)), 0, axis)
     return values
-
-
-def ref_nearest(masks, shape):
-    """Pillow's, an axis at a time: of its numbers an image of one row takes those it keeps."""
-    for axis, new in enumerate(shape, start=1):
-        row = Image.fromarray(np.arange(masks.shape[axis], dtype=np.int32)[None])
-        kept = np.asarray(row.resize((new, 1), Image.Resampling.NEAREST))[0]
-        masks = np.take(masks, kept, axis)
-    return masks
 
 
 def ref_predict(logits, shape):
@@ -257,45 +247,25 @@ NATIVE = [((12, 9), (6, 5)), ((30, 40), (12, 12)), ((150, 200), (64, 64)), ((5, 
 NATIVE += [((12, 16, 12), (6, 8, 6)), ((9, 7, 6), (4, 5, 8))]
 
 
-@pytest.mark.parametrize(("own", "size"), NATIVE)
-def test_targets_come_to_the_size_of_the_logits_by_pillows_nearest(own, size):
-    """At logits 0 the loss falls where a pixel is foreground: its gradient shows the mask."""
-    _, targets = example(7, 1, (), own, n=2)
-    expected = ref_nearest(targets, size)
-    if len(own) == 2:
-        whole = [Image.fromarray(x).resize(size[::-1], Image.Resampling.NEAREST) for x in targets]
-        np.testing.assert_array_equal(np.stack([np.asarray(x) for x in whole]), expected)
-    np.testing.assert_array_equal(mask_seen_by_the_loss(targets, size), expected)
-
-
-def mask_seen_by_the_loss(targets, size):
-    zeros = np.zeros((len(targets), *size, 1), np.float32)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(TASKS[1].loss(x, targets))))(zeros)
-    return np.asarray(gradient)[..., 0] < 0
-
-
-@pytest.mark.parametrize(("own", "size"), [(4, 6), (64, 96), (150, 45), (256, 224)])
-def test_a_pixel_on_the_border_of_two_takes_either(own, size):
-    """Where a centre falls on a border of the mask, both its neighbours are the nearest."""
-    _, targets = example(7, 1, (), (own,), n=8)
-    got = mask_seen_by_the_loss(targets, (size,))
-    border, between = np.divmod((2 * np.arange(size) + 1) * own, 2 * size)
-    tied = between == 0
-    assert 0 < tied.sum() < size / 2
-    np.testing.assert_array_equal(got[:, ~tied], ref_nearest(targets, (size,))[:, ~tied])
-    either = [targets[:, border[tied] - 1] == 1, targets[:, border[tied]] == 1]
-    assert np.all((got[:, tied] == either[0]) | (got[:, tied] == either[1]))
-
-
 @pytest.mark.parametrize("num_classes", [1, 3])
-def test_the_loss_is_that_of_resized_targets(num_classes):
-    logits, targets = example(8, num_classes, (6, 8), (15, 20))
+@pytest.mark.parametrize(("own", "size"), NATIVE)
+def test_the_loss_is_taken_at_the_masks_resolution(own, size, num_classes):
+    logits, targets = example(8, num_classes, size, own)
     where = np.asarray([True, False, True, True, False])
-    resized = ref_nearest(targets, (6, 8))
-    expected = jax.jit(mask_losses.mask_loss)(logits, resized, where=where)
-    loss = jax.jit(TASKS[num_classes].loss)
-    for given in (targets, resized):
-        np.testing.assert_allclose(loss(logits, given, where=where), expected, rtol=1e-6)
+    resized = np.stack([ref_linear(x, own) for x in logits]).astype(np.float32)
+    expected = jax.jit(mask_losses.mask_loss)(resized, targets, where=where)
+    got = jax.jit(TASKS[num_classes].loss)(logits, targets, where=where)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("own", "size"), NATIVE)
+def test_the_loss_prefers_no_side(own, size):
+    """Masks brought to half their size by nearest neighbour all shift the same way."""
+    logits, targets = example(7, 1, size, own)
+    loss = jax.jit(TASKS[1].loss)
+    for axis in range(1, 1 + len(own)):
+        mirrored = loss(np.flip(logits, axis), np.flip(targets, axis))
+        np.testing.assert_allclose(mirrored, loss(logits, targets), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("num_classes", "teacher_size", "size"), CASES[:5])

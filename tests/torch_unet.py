@@ -203,9 +203,10 @@ def make_unet(widths: tuple[int, ...], convs: int, norm: str, variables: Tree) -
 
 
 def mask_loss(logits, masks):
-    """Cross-entropy and soft Dice; masks of another size are resized to the logits'."""
+    """Cross-entropy and soft Dice; logits of another size are resized linearly to the masks'."""
     if masks.shape[1:] != logits.shape[2:]:
-        masks = functional.interpolate(masks[:, None], logits.shape[2:], mode="nearest-exact")[:, 0]
+        mode = "bilinear" if logits.ndim == 4 else "trilinear"
+        logits = functional.interpolate(logits, masks.shape[1:], mode=mode)
     if logits.shape[1] == 1:
         truth = masks[:, None].to(logits.dtype)
         return functional.binary_cross_entropy_with_logits(logits, truth) + _dice(
