@@ -26,6 +26,7 @@ from fedhelp_jax.teachers.foundation import Fingerprint, PublicImages
 
 _UNET = "unet_small_cpu"
 _BATCH = 32
+_MASK_BATCH = 4  # mask sets are small: 32 of 32 volumes at once would be one step an epoch
 _EVAL_BATCH = 64
 _LEARNING_RATE = 1e-3
 _WEIGHT_DECAY = 1e-4
@@ -74,7 +75,7 @@ class SelfTrained:
         digest = hashlib.sha256(json.dumps(shapes).encode() + labels).hexdigest()[:12]
         self.fingerprint = Fingerprint(
             f"self-trained {_network_name(public)} on {public.name}",
-            f"{epochs} epochs, seed {seed}, sha256 {digest}",
+            f"{epochs} epochs of batches of {_batch_size(public)}, seed {seed}, sha256 {digest}",
             f"resized to {size}, signed",
             public.label_names,
         )
@@ -124,14 +125,15 @@ class SelfTrained:
             task, model = classification, resnet(20, num_classes)
         else:
             task, model = segmentation(public.label_names), unet(UNETS[_UNET], num_classes)
+        batch_size = _batch_size(public)
         setup = Setup(
             task=task,
             num_classes=num_classes,
             sample_shape=public.images.shape[1:],
             models={"small": model},
             tx=adam_l2(_LEARNING_RATE, _WEIGHT_DECAY),
-            batch_size=_BATCH,
-            public_batch_size=_BATCH,
+            batch_size=batch_size,
+            public_batch_size=batch_size,
             local_epochs=self._epochs,
             public=None,
         )
@@ -163,3 +165,7 @@ class SelfTrained:
 
 def _network_name(public: PublicDataset) -> str:
     return "resnet20" if public.labels is None or public.labels.ndim == 1 else _UNET
+
+
+def _batch_size(public: PublicDataset) -> int:
+    return _BATCH if public.labels is None or public.labels.ndim == 1 else _MASK_BATCH

@@ -86,7 +86,7 @@ def test_no_image_is_answered_with_its_own_label(public, images, answers):
 def test_the_fingerprint_changes_with_all_that_is_trained_on(public):
     fingerprint = SelfTrained(public, 7, 3).fingerprint
     assert fingerprint.name == "self-trained resnet20 on easy"
-    assert fingerprint.version.startswith("7 epochs, seed 3, sha256 ")
+    assert fingerprint.version.startswith("7 epochs of batches of 32, seed 3, sha256 ")
     assert fingerprint.preprocessing == "resized to 8x8, signed"
     assert fingerprint.label_names == public.label_names
     labels = public.labels.copy()
