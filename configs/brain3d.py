@@ -45,9 +45,9 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.data.dir = os.path.join(folder, "hippocampus_3d_48x64x48.npz")
 
     if scale == "cpu":
-        config.rounds = 12
-        config.batch_size = 4
-        config.public_batch_size = 4
+        config.rounds = 15
+        config.learning_rate_schedule = "cosine"
+        config.teacher.epochs = 40
         config.data.volume_size = (24, 32, 24)
         config.model.small = "unet_small_cpu"
         config.model.large = "unet_large_cpu"

@@ -44,8 +44,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
 
     if scale == "cpu":
         config.rounds = 20
-        config.batch_size = 8
-        config.public_batch_size = 8
+        config.learning_rate_schedule = "cosine"
         config.data.image_size = 64
         config.public.num_examples = 400
         config.model.small = "unet_small_cpu"

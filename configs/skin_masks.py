@@ -42,9 +42,8 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.public.path = os.path.join(folder, "lung_cxr_seg_128.npz")
 
     if scale == "cpu":
-        config.rounds = 15
-        config.batch_size = 8
-        config.public_batch_size = 8
+        config.rounds = 20
+        config.learning_rate_schedule = "cosine"
         config.data.image_size = 64
         config.data.max_train = 150
         config.public.num_examples = 400

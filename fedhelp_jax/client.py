@@ -30,7 +30,7 @@ class PublicBatch(NamedTuple):
     answers: jax.Array | None
 
 
-def adam_l2(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
+def adam_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.GradientTransformation:
     """Adam with weight decay added to the gradient first, as in ``torch.optim.Adam``; not AdamW."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 

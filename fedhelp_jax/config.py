@@ -71,6 +71,11 @@ class RunConfig:
     public_batch_size: int = setting(4, "public images a step", COUNT)
     local_epochs: int = setting(1, "passes over its images a client makes in a round", COUNT)
     learning_rate: float = setting(1e-3, "Adam's", more_than(0))
+    learning_rate_schedule: str = setting(
+        "constant",
+        "constant, or cosine: falls over the rounds, to nearly 0 in the last",
+        one_of("constant", "cosine"),
+    )
     weight_decay: float = setting(1e-4, "L2: added to the gradient before Adam", at_least(0))
     client_weights: str = setting(
         "uniform",

@@ -3,9 +3,12 @@
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
+
 from fedhelp_jax import task as tasks
 from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.algorithms.base import PublicSpec, Setup
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, PublicSpec, Setup
 from fedhelp_jax.client import adam_l2
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.data.load import load_federated, load_public
@@ -79,6 +82,12 @@ def build_experiment(config: RunConfig) -> Experiment:
         local_epochs=config.local_epochs,
         public=None if public is None else _public_spec(public, answers),
     )
+
+    def algorithm_at(round: jax.Array) -> FederatedAlgorithm:
+        factor = 0.5 * (1 + jnp.cos(jnp.pi * (round / config.rounds)))
+        tx = adam_l2(config.learning_rate * factor, config.weight_decay)
+        return method.build(setup._replace(tx=tx), config.algorithm.settings)
+
     simulation = Simulation(
         method.build(setup, config.algorithm.settings),
         make_federation(dataset, roles, public, logits),
@@ -88,6 +97,7 @@ def build_experiment(config: RunConfig) -> Experiment:
         participation=config.participation,
         client_weights=config.client_weights,
         eval_batch_size=_eval_batch_size(dataset.images.shape[1:-1]),
+        algorithm_at=algorithm_at if config.learning_rate_schedule == "cosine" else None,
     )
     return Experiment(config, task, dataset, roles, public, answers, simulation)
 

@@ -5,7 +5,7 @@ Everything here is computation; files, logging and resuming are the runner's.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +81,7 @@ class Simulation:
         participation: float = 1.0,
         client_weights: str = "uniform",
         eval_batch_size: int = 64,
+        algorithm_at: Callable[[jax.Array], FederatedAlgorithm] | None = None,
     ):
         """Prepares the phases; nothing is compiled before its first call.
 
@@ -93,8 +94,11 @@ class Simulation:
           participation: Fraction of each group that takes part in a round, rounded up.
           client_weights: "uniform" or "examples" (by number of training examples).
           eval_batch_size: Examples at a time in evaluation.
+          algorithm_at: The method as clients follow it in a round, by the round's number, where a
+            learning rate changes; ``algorithm`` in every round if None.
         """
         self.algorithm = algorithm
+        self.algorithm_at = algorithm_at or (lambda round: algorithm)
         self.task = task
         self.mapping = mapping
         self.federation = jax.device_put(federation_arrays(federation), mapping.replicated)
@@ -267,7 +271,7 @@ class Simulation:
         round: jax.Array,
         data: "Arrays",
     ) -> Trained:
-        client = self.algorithm.clients[group.role]
+        client = self.algorithm_at(round).clients[group.role]
         tables = data.groups[group.role]
         participants = self._participants(group, run_key, round)
         present = participants < len(group.names)

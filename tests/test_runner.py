@@ -1,6 +1,7 @@
 """Runs from the command line: what they leave, how they go on, what stops them."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 from commands import fedhelp, read, refusal, train, train_command
-from helpers import assert_trees_equal, use_tiny_networks
+from helpers import assert_trees_close, assert_trees_equal, on_host, use_tiny_networks
+from tiny_config import get_config
 
 from fedhelp_jax import config as config_lib
 from fedhelp_jax import experiment, mapping
@@ -352,3 +354,24 @@ def test_residual_networks_run_to_the_end_and_can_be_evaluated(tmp_path, monkeyp
     assert before["bytes_up_per_round"] == 2 * 4 * (269_722 - 2 * 65 + 2 * 688)
     assert fedhelp(f"evaluate --workdir={workdir}") == 0
     assert without_times(read(workdir / "summary.json")) == without_times(before)
+
+
+def test_a_cosine_schedule_gives_each_round_a_learning_rate_of_its_own():
+    """(1 + cos(pi r / 3)) / 2 is 1, 0.75 and 0.25."""
+    settings = get_config()
+    settings.algorithm.name = "fedavg"
+    config = config_lib.validate(settings)
+    with jax.enable_x64(True):
+        cosine = dataclasses.replace(config, rounds=3, learning_rate_schedule="cosine")
+        simulation = build_experiment(cosine).simulation
+        state = simulation.init()
+        expected = on_host(state)
+        for round, factor in enumerate((1.0, 0.75, 0.25)):
+            constant = dataclasses.replace(config, learning_rate=factor * config.learning_rate)
+            reference = build_experiment(constant).simulation
+            expected, _ = reference.round(
+                jax.device_put(expected, reference.mapping.replicated), round
+            )
+            state, _ = simulation.round(state, round)
+            expected = on_host(expected)
+            assert_trees_close(on_host(state), expected)
