@@ -84,7 +84,8 @@ def build_experiment(config: RunConfig) -> Experiment:
     )
 
     def algorithm_at(round: jax.Array) -> FederatedAlgorithm:
-        factor = 0.5 * (1 + jnp.cos(jnp.pi * (round / config.rounds)))
+        done = round.astype(float) / config.rounds
+        factor = 0.5 * (1 + jnp.cos(jnp.pi * done))
         tx = adam_l2(config.learning_rate * factor, config.weight_decay)
         return method.build(setup._replace(tx=tx), config.algorithm.settings)
 
