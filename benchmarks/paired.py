@@ -6,6 +6,8 @@ r"""Differences between settings over seeds, with 95 % intervals, from finished 
 Run folders are named by a setting and a seed. Each pair is compared seed by seed: the same clients,
 splits and private batches on both sides. Student's t interval of the mean difference; with three
 seeds it is wide, and says so. A setting's own value is mean and standard deviation over seeds.
+
+With --metric=dice also the mean over all clients: --keys=mean,small_mean,large_mean.
 """
 
 import json
@@ -19,6 +21,7 @@ _RUNS = flags.DEFINE_string("runs", None, "folders, {} for setting and for seed"
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds")
 _PAIRS = flags.DEFINE_list("pairs", None, "with:without, ...", required=True)
 _KEYS = flags.DEFINE_list("keys", ["small_mean", "worst_small", "large_mean"], "of summary.json")
+_METRIC = flags.DEFINE_string("metric", None, "of each client, in place of the headline metric")
 _LAST = flags.DEFINE_integer("last", 0, "mean validation of the last rounds instead of the test")
 
 
@@ -28,7 +31,20 @@ def value(setting: str, seed: str, key: str) -> float:
     if _LAST.value:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return float(np.mean([row[key] for row in rows[-_LAST.value :]]))
-    return json.loads((folder / "summary.json").read_text())[key]
+    summary = json.loads((folder / "summary.json").read_text())
+    if _METRIC.value is None:
+        return summary[key]
+    by_role: dict[str, list[float]] = {"small": [], "large": []}
+    for client in summary["per_client"]:
+        by_role[client["role"]].append(client["metrics"][_METRIC.value])
+    small, large = by_role["small"], by_role["large"]
+    means = {
+        "small_mean": np.mean(small),
+        "worst_small": min(small),
+        "large_mean": np.mean(large),
+        "mean": np.mean(small + large),
+    }
+    return float(means[key])
 
 
 def main(_: list[str]) -> None:
