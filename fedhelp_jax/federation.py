@@ -57,11 +57,19 @@ class Group(NamedTuple):
 
 
 class Federation(NamedTuple):
-    """Everything a simulation trains and evaluates on; ``groups`` holds one or two roles."""
+    """Everything a simulation trains and evaluates on.
+
+    Attributes:
+      pool: All private examples.
+      public: The public set, or None.
+      groups: The clients of one or two roles.
+      pooled: All clients' training examples as one client's: ``index`` int32 ``[n]``, ``size``.
+    """
 
     pool: Pool
     public: PublicPool | None
     groups: tuple[Group, ...]
+    pooled: Table
 
 
 def assign_roles(
@@ -132,7 +140,10 @@ def make_federation(
             answers=None if answers is None else jnp.asarray(answers),
         )
     pool = Pool(jnp.asarray(dataset.images), jnp.asarray(dataset.labels))
-    return Federation(pool, public_pool, tuple(groups))
+    # Sorted, so that the order of the clients makes no difference.
+    union = np.sort(np.concatenate([client.train for client in dataset.clients]))
+    pooled = Table(jnp.asarray(union, jnp.int32), jnp.int32(len(union)))
+    return Federation(pool, public_pool, tuple(groups), pooled)
 
 
 def normalize_images(images: jax.Array) -> jax.Array:

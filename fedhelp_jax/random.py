@@ -18,11 +18,17 @@ class Purpose(enum.IntEnum):
     PRIVATE_BATCHES = 3
     PUBLIC_BATCHES = 4
     ROUNDS = 5
+    SERVER = 6
 
 
 def for_purpose(key: jax.Array, purpose: Purpose) -> jax.Array:
     """The key of one purpose below ``key``."""
     return jax.random.fold_in(key, int(purpose))
+
+
+def server_round_key(key: jax.Array, round: jax.Array | int) -> jax.Array:
+    """The key of the server in a round; ``key`` is the run's."""
+    return jax.random.fold_in(for_purpose(key, Purpose.SERVER), round)
 
 
 def client_round_key(key: jax.Array, round: jax.Array | int, client: jax.Array | int) -> jax.Array:

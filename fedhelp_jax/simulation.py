@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fedhelp_jax.algorithms.base import FederatedAlgorithm
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData
 from fedhelp_jax.client import predict
 from fedhelp_jax.federation import ClientData, Federation, Group
 from fedhelp_jax.mapping import Mapping as ClientMapping
 from fedhelp_jax.mapping import over_clients
 from fedhelp_jax.models.model import Model
-from fedhelp_jax.random import Purpose, client_round_key, for_purpose
+from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.task import Task
 from fedhelp_jax.tree import num_bytes
 
@@ -110,18 +110,19 @@ class Simulation:
         # What starts a run and what files its results only moves memory: on CPU it is compiled in
         # half the time without LLVM's optimisations.
         on_cpu = mapping.mesh.devices.flat[0].platform == "cpu"
-        whole = functools.partial(
-            jax.jit,
-            out_shardings=mapping.replicated,
-            compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
-        )
+        unoptimised = {"xla_backend_optimization_level": 0} if on_cpu else None
+        whole = functools.partial(jax.jit, out_shardings=mapping.replicated)
         by_client = functools.partial(
             jax.jit,
             out_shardings=mapping.by_client,
             compiler_options=KEEP_REMATERIALISATION if on_cpu else None,
         )
-        self._init = whole(self._init_fn)
-        self._aggregate = whole(self._aggregate_fn, donate_argnums=0)
+        self._init = whole(self._init_fn, compiler_options=unoptimised)
+        self._aggregate = whole(
+            self._aggregate_fn,
+            donate_argnums=0,
+            compiler_options=None if algorithm.server_trains else unoptimised,
+        )
         self._train = {g.role: by_client(functools.partial(self._train_fn, g)) for g in self.groups}
         self._evaluate = {
             g.role: by_client(functools.partial(self._evaluate_fn, g)) for g in self.groups
@@ -160,7 +161,11 @@ class Simulation:
             # warns that it may be stuck, and in the end gives up.
             jax.block_until_ready(trained)
         state = self._aggregate(
-            state, {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()}
+            state,
+            {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()},
+            self.run_key,
+            np.int32(round),
+            self.federation,
         )
         return state, RoundInfo(
             {role: t.slot for role, t in trained.items()},
@@ -179,7 +184,7 @@ class Simulation:
         """
         tables = {g.role: self.federation.groups[g.role][split] for g in self.groups}
         rows = {
-            role: evaluate(state.clients[role], state.server, self.federation.pool, tables[role])
+            role: evaluate(state.clients[role], state.server, self.federation, tables[role])
             for role, evaluate in self._evaluate.items()
         }
         # In the method's own order, the headline model first; JAX sorts a dict by its keys.
@@ -210,7 +215,7 @@ class Simulation:
             part = index[start : start + self.eval_batch_size]
             padded = np.pad(part, (0, self.eval_batch_size - len(part)))
             out = self._predict[group.role](
-                state.clients[group.role], state.server, self.federation.pool, row, padded
+                state.clients[group.role], state.server, self.federation, row, padded
             )
             found.append(np.asarray(out)[: len(part)])
         return np.concatenate(found)
@@ -218,11 +223,13 @@ class Simulation:
     def payload_bytes(self) -> dict[str, tuple[int, int]]:
         """Per role, what one client sends and receives in a round, in bytes ``(up, down)``."""
         state = self.state_shapes()
-        down = num_bytes(jax.eval_shape(self.algorithm.download, state.server))
         payload = {}
         for group in self.groups:
             upload = self.train_shapes(group, state).upload
-            payload[group.role] = (num_bytes(upload) // self._num_slots(group), down)
+            down = jax.eval_shape(
+                lambda server, role=group.role: self.algorithm.download(server, role), state.server
+            )
+            payload[group.role] = (num_bytes(upload) // self._num_slots(group), num_bytes(down))
         return payload
 
     def train_shapes(self, group: Group, state: RunState) -> Trained:
@@ -271,7 +278,8 @@ class Simulation:
         round: jax.Array,
         data: "Arrays",
     ) -> Trained:
-        client = self.algorithm_at(round).clients[group.role]
+        algorithm = self.algorithm_at(round)
+        client = algorithm.clients[group.role]
         tables = data.groups[group.role]
         participants = self._participants(group, run_key, round)
         present = participants < len(group.names)
@@ -289,33 +297,46 @@ class Simulation:
             tables["train"].index[rows],
             jnp.where(present, sizes, 0),
         )
-        shared = (self.algorithm.download(server), data.pool, data.public)
+        shared = (algorithm.download(server, group.role), data.pool, data.public)
         updated, upload, info = over_clients(one, self.mapping)(shared, own)
         weight = sizes if self.client_weights == "examples" else jnp.ones_like(sizes)
         return Trained(updated, upload, jnp.where(present, weight, 0), participants, info)
 
-    def _aggregate_fn(self, state: RunState, trained: dict[str, Any]) -> RunState:
-        clients = dict(state.clients)
-        for role, (updated, _, _, slot) in trained.items():
+    def _aggregate_fn(
+        self,
+        state: RunState,
+        trained: dict[str, Any],
+        run_key: jax.Array,
+        round: jax.Array,
+        data: "Arrays",
+    ) -> RunState:
+        clients, uploads, weights = dict(state.clients), {}, {}
+        for role, (updated, uploads[role], weights[role], slot) in trained.items():
             clients[role] = _scatter(clients[role], slot, updated)
-        _, uploads, weights, _ = zip(*trained.values(), strict=True)
-        return RunState(self.algorithm.aggregate(state.server, uploads, weights), clients)
+        server = ServerData(
+            key=server_round_key(run_key, round),
+            public=data.public,
+            pooled=ClientData(data.pool, data.public, *data.pooled),
+            num_clients=sum(len(group.names) for group in self.groups),
+        )
+        algorithm = self.algorithm_at(round)
+        return RunState(algorithm.aggregate(state.server, uploads, weights, server), clients)
 
     def _evaluate_fn(
         self,
         group: Group,
         states: Any,
         server: Any,
-        pool: Any,
+        data: "Arrays",
         table: Any,
     ) -> dict[str, Rows]:
         client = self.algorithm.clients[group.role]
         slots = -len(group.names) % self.mapping.num_devices
 
         def one(shared: Any, own: Any) -> dict[str, Rows]:
-            download, pool = shared
-            state, index, size = own
-            deployed = client.deploy(download, state)
+            download, pool, public = shared
+            state, train, (index, size) = own
+            deployed = client.deploy(download, state, ClientData(pool, public, *train))
             mask = jnp.arange(index.shape[0]) < size
             results = {}
             for model in dict.fromkeys(client.models.values()):
@@ -334,9 +355,9 @@ class Simulation:
 
         own = jax.tree.map(
             lambda leaf: jnp.pad(leaf, [(0, slots)] + [(0, 0)] * (leaf.ndim - 1)),
-            (states, table.index, table.size),
+            (states, data.groups[group.role]["train"], table),
         )
-        shared = (self.algorithm.download(server), pool)
+        shared = (self.algorithm.download(server, group.role), data.pool, data.public)
         return over_clients(one, self.mapping)(shared, own)
 
     def _predict_fn(
@@ -344,17 +365,20 @@ class Simulation:
         group: Group,
         states: Any,
         server: Any,
-        pool: Any,
+        data: "Arrays",
         row: jax.Array,
         index: jax.Array,
     ) -> jax.Array:
         client = self.algorithm.clients[group.role]
         name, model = next(iter(client.models.items()))
-        own = jax.tree.map(lambda leaf: leaf[row], states)
-        variables = client.deploy(self.algorithm.download(server), own)[name]
-        logits = predict(model, variables, pool, index, jnp.int32(len(index)), len(index))
+        own, train = jax.tree.map(
+            lambda leaf: leaf[row], (states, data.groups[group.role]["train"])
+        )
+        download = self.algorithm.download(server, group.role)
+        variables = client.deploy(download, own, ClientData(data.pool, data.public, *train))[name]
+        logits = predict(model, variables, data.pool, index, jnp.int32(len(index)), len(index))
         assert self.task.predict is not None
-        return self.task.predict(logits, pool.targets[index])
+        return self.task.predict(logits, data.pool.targets[index])
 
 
 def _scatter(states: Any, slot: jax.Array, updated: Any) -> Any:
@@ -373,6 +397,7 @@ class Arrays(NamedTuple):
     pool: Any
     public: Any
     groups: Mapping[str, Mapping[str, Any]]
+    pooled: Any
 
 
 def federation_arrays(federation: Federation) -> Arrays:
@@ -381,4 +406,4 @@ def federation_arrays(federation: Federation) -> Arrays:
         g.role: {"train": g.train, "validation": g.validation, "test": g.test}
         for g in federation.groups
     }
-    return Arrays(federation.pool, federation.public, tables)
+    return Arrays(federation.pool, federation.public, tables, federation.pooled)

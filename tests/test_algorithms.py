@@ -23,6 +23,7 @@ from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.client import adam_l2
 from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.federation import ClientData
 from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.tree import num_bytes
 
@@ -112,8 +113,10 @@ def test_what_is_deployed_are_the_models_with_the_headline_first(name):
     x = jnp.zeros((2, *tiny_setup().sample_shape))
     for group in simulation.groups:
         client = simulation.algorithm.clients[group.role]
-        download = simulation.algorithm.download(state.server)
-        deployed = client.deploy(download, row(state.clients[group.role], 0))
+        download = simulation.algorithm.download(state.server, group.role)
+        pool, public = simulation.federation.pool, simulation.federation.public
+        data = ClientData(pool, public, *row(group.train, 0))
+        deployed = client.deploy(download, row(state.clients[group.role], 0), data)
         assert set(deployed) == set(client.models)
         for model_name, variables in deployed.items():
             logits, _ = apply_model(client.models[model_name], variables, x)
@@ -152,7 +155,7 @@ def test_what_comes_to_the_host_is_a_row_of_scalars_per_client(name):
             simulation._evaluate[group.role],
             state.clients[group.role],
             state.server,
-            simulation.federation.pool,
+            simulation.federation,
             table,
         )
         for leaf in jax.tree.leaves((trained.slot, trained.info, evaluated)):

@@ -67,14 +67,14 @@ def history(name, top_n=2, **settings):
 
 def test_without_large_clients_and_public_images_it_is_fedavg():
     ours, fedavg = history("fedhelp", top_n=0)[-1], history("fedavg", top_n=0)[-1]
-    assert_trees_close(ours.server.variables, fedavg.server)
+    assert_trees_close(ours.server.averaged, fedavg.server)
     # FedAvg's clients keep what they sent.
     assert_trees_close(ours.clients["small"].surrogate, fedavg.clients["small"])
 
 
 def test_without_distillation_proxies_are_fedavg_and_large_models_train_alone():
     ours = history("fedhelp", lambda_f=0.0, lambda_b=0.0)[-1]
-    assert_trees_close(ours.server.variables, history("fedavg")[-1].server)
+    assert_trees_close(ours.server.averaged, history("fedavg")[-1].server)
     assert_trees_close(ours.clients["large"], history("local")[-1].clients["large"])
 
 
@@ -82,7 +82,7 @@ def test_only_the_ranking_reaches_a_large_model():
     """With it off, W trains alone, while the proxy learns from it."""
     ours = history("fedhelp", lambda_b=0.0)[-1]
     assert_trees_close(ours.clients["large"], history("local")[-1].clients["large"])
-    assert differs(ours.server.variables, history("fedavg")[-1].server)
+    assert differs(ours.server.averaged, history("fedavg")[-1].server)
 
 
 def test_warm_up_ends_after_its_rounds():
@@ -95,7 +95,7 @@ def test_warm_up_ends_after_its_rounds():
             assert_trees_close(mine, theirs)
         else:
             assert differs(mine.clients["large"], theirs.clients["large"])
-            assert differs(mine.server.variables, theirs.server.variables)
+            assert differs(mine.server.averaged, theirs.server.averaged)
 
 
 @pytest.mark.parametrize("k", [CLASSES, CLASSES + 3])

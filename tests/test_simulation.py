@@ -24,6 +24,7 @@ from helpers import (
     tiny_setup,
 )
 
+from fedhelp_jax.algorithms.base import Averaged
 from fedhelp_jax.client import ClientData, adam_l2
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.federation import Table
@@ -107,18 +108,18 @@ def test_a_simulation_is_a_loop_over_clients():
                 key = client_round_key(run_key, round, group.ids[i])
                 own = ClientData(data.pool, data.public, *row(group.train, i))
                 state, upload, info = updates[group.role](
-                    key, method.download(server), clients[group.role][i], own
+                    key, method.download(server, group.role), clients[group.role][i], own
                 )
                 clients[group.role][i] = state
                 uploads.append(upload)
                 assert_trees_close(info, row(reports[round][group.role], i))
         mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *uploads)
-        server = server._replace(variables=mean, round=server.round + 1)
+        server = server._replace(averaged=Averaged(mean, ()), round=server.round + 1)
     stacked = {
         role: jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
         for role, rows in clients.items()
     }
-    assert_trees_close(expected.server.variables, server.variables)
+    assert_trees_close(expected.server.averaged, server.averaged)
     assert_trees_close(expected.clients, stacked)
 
 
@@ -159,7 +160,7 @@ def test_fedavg_of_one_client_is_plain_training(padding):
                 updates, opt_state = tx.update(grads, opt_state, params)
                 params = jax.tree.map(jnp.add, params, updates)
                 variables = {"params": params, "batch_stats": stats}
-    assert_trees_close(got.server, variables)
+    assert_trees_close(got.server.variables, variables)
 
 
 def test_metrics_are_those_of_each_clients_own_split():
@@ -175,7 +176,9 @@ def test_metrics_are_those_of_each_clients_own_split():
             images = np.asarray(data.pool.images)[index] / 127.5 - 1.0
             labels = np.asarray(data.pool.targets)[index]
             deployed = client.deploy(
-                method.download(start.server), row(start.clients[group.role], i)
+                method.download(start.server, group.role),
+                row(start.clients[group.role], i),
+                ClientData(data.pool, data.public, *row(group.train, i)),
             )
             for name, variables in deployed.items():
                 logits, _ = apply_model(client.models[name], variables, jnp.asarray(images))
@@ -304,7 +307,7 @@ def test_a_client_without_examples_changes_nothing(name, role):
     """Under vmap, beside a client that trains."""
     method, data, run_key = algorithm(name), federation(), jax.random.key(0)
     client = method.clients[role]
-    download = method.download(method.init(run_key))
+    download = method.download(method.init(run_key), role)
     state = client.init(run_key, jnp.int32(1))
     index = data.groups[0].train.index[0]
 
@@ -365,7 +368,7 @@ def test_the_server_can_weigh_clients_by_their_examples():
     sizes = {name: train for name, train, *_ in CLIENTS}
     weights = [sizes[name] for name in uploads]
     mean = jax.tree.map(lambda *rows: np.average(rows, axis=0, weights=weights), *uploads.values())
-    assert_trees_close(state.server, mean)
+    assert_trees_close(state.server.variables, mean)
 
 
 def test_weighted_mean_leaves_out_weight_zero():

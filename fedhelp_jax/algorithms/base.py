@@ -7,7 +7,7 @@ import jax
 import optax
 
 from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs
-from fedhelp_jax.federation import ClientData
+from fedhelp_jax.federation import ROLES, ClientData, PublicPool
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.random import Purpose, for_purpose
@@ -30,7 +30,22 @@ class PublicSpec(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What every method is given besides its own settings."""
+    """What every method is given besides its own settings.
+
+    Attributes:
+      task: Losses, heads and metrics.
+      num_classes: Classes of the private data.
+      sample_shape: Of an image.
+      models: The two architectures, "small" and "large".
+      tx: The clients' optimizer.
+      sgd_rate: Learning rate of the methods whose rule assumes plain SGD.
+      server_tx: Optimizer that takes the averaged update as a gradient (2003.00295), for every
+        method that averages parameters; None takes the mean itself.
+      batch_size: Private examples a step.
+      public_batch_size: Public examples a step.
+      local_epochs: Passes over a client's data in a round.
+      public: Label spaces of the public set, or None without one.
+    """
 
     task: Task
     num_classes: int
@@ -41,6 +56,8 @@ class Setup(NamedTuple):
     public_batch_size: int
     local_epochs: int
     public: PublicSpec | None
+    sgd_rate: float | jax.Array = 0.05
+    server_tx: optax.GradientTransformation | None = None
 
 
 class ClientAlgorithm(NamedTuple):
@@ -51,13 +68,31 @@ class ClientAlgorithm(NamedTuple):
       init: ``(run_key, client_id) -> state``.
       update: ``(key, download, state, data) -> (state, upload, info)``; ``key`` is the client's in
         this round, ``upload`` a tree of arrays or None, ``info`` scalars to report: always "loss".
-      deploy: ``(download, state) -> {name: variables}``, the names those of ``models``.
+      deploy: ``(download, state, data) -> {name: variables}``, the names those of ``models``;
+        ``data`` is what the client trains on, for methods that adapt to it at the end.
     """
 
     models: Mapping[str, Model]
     init: Callable[[jax.Array, jax.Array], Any]
     update: Callable[[jax.Array, Any, Any, ClientData], tuple[Any, Any, Info]]
-    deploy: Callable[[Any, Any], dict[str, Variables]]
+    deploy: Callable[[Any, Any, ClientData], dict[str, Variables]]
+
+
+class ServerData(NamedTuple):
+    """What a server has besides its state and the uploads.
+
+    Attributes:
+      key: The round's.
+      public: The public set, or None.
+      pooled: All clients' training data as one client's. No federated method may look at it; it is
+        there for the reference that may.
+      num_clients: How many clients there are, whether they took part or not.
+    """
+
+    key: jax.Array
+    public: PublicPool | None
+    pooled: ClientData
+    num_clients: int
 
 
 class FederatedAlgorithm(NamedTuple):
@@ -65,16 +100,19 @@ class FederatedAlgorithm(NamedTuple):
 
     Attributes:
       init: ``run_key -> server_state``.
-      download: ``server_state ->`` what every client receives.
+      download: ``(server_state, role) ->`` what every client of a role receives.
       clients: One :class:`ClientAlgorithm` per role, "small" and "large".
-      aggregate: ``(server_state, uploads, weights) -> server_state``: per group stacked uploads
-        ``[K, ...]`` and weights ``[K]``, 0 for whoever took no part.
+      aggregate: ``(server_state, uploads, weights, data) -> server_state``: by role stacked uploads
+        ``[K, ...]`` and weights ``[K]``, 0 for whoever took no part; ``data`` a
+        :class:`ServerData`. Roles that nobody has are missing.
+      server_trains: Whether ``aggregate`` takes gradient steps, so is worth compiling in full.
     """
 
     init: Callable[[jax.Array], Any]
-    download: Callable[[Any], Any]
+    download: Callable[[Any, str], Any]
     clients: Mapping[str, ClientAlgorithm]
-    aggregate: Callable[[Any, tuple[Any, ...], tuple[jax.Array, ...]], Any]
+    aggregate: Callable[[Any, Mapping[str, Any], Mapping[str, jax.Array], ServerData], Any]
+    server_trains: bool = False
 
 
 def init_shared(setup: Setup, run_key: jax.Array) -> Variables:
@@ -108,21 +146,42 @@ def supervised_loss(
 
 
 def train_locally(
-    setup: Setup, model: Model, key: jax.Array, variables: Variables, data: ClientData
+    setup: Setup,
+    model: Model,
+    key: jax.Array,
+    variables: Variables,
+    data: ClientData,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    loss: Callable[..., Any] = supervised_loss,
 ) -> tuple[Variables, Info]:
-    """Plain supervised training on a client's private data, with a fresh optimizer."""
+    """Training on a client's private data, with a fresh optimizer.
+
+    Args:
+      setup: What the method is given.
+      model: The network.
+      key: The client's in this round.
+      variables: Where to start.
+      data: The client's data.
+      tx: The optimizer; ``setup.tx`` if None. Terms of a method's own come before it in a chain.
+      loss: In place of :func:`supervised_loss`.
+
+    Returns:
+      The variables after ``local_epochs``, and the mean loss.
+    """
+    tx = setup.tx if tx is None else tx
 
     def step(carry: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
         variables, opt_state = carry
-        loss_fn = supervised_loss(setup, model, variables["batch_stats"], batch)
-        params, opt_state, loss, (_, stats) = gradient_step(
-            setup.tx, loss_fn, variables["params"], opt_state
+        loss_fn = loss(setup, model, variables["batch_stats"], batch)
+        params, opt_state, value, (_, stats) = gradient_step(
+            tx, loss_fn, variables["params"], opt_state
         )
-        return ({"params": params, "batch_stats": stats}, opt_state), {"loss": loss}
+        return ({"params": params, "batch_stats": stats}, opt_state), {"loss": value}
 
     (variables, _), info = run_epochs(
         step,
-        (variables, setup.tx.init(variables["params"])),
+        (variables, tx.init(variables["params"])),
         data,
         for_purpose(key, Purpose.PRIVATE_BATCHES),
         batch_size=setup.batch_size,
@@ -131,9 +190,77 @@ def train_locally(
     return variables, info
 
 
-def mean_of_uploads(
-    server_state: Any, uploads: tuple[Any, ...], weights: tuple[jax.Array, ...]
-) -> Any:
-    """The new server state is the weighted mean of all uploads, of whatever role."""
-    del server_state
-    return weighted_mean(uploads, weights)
+def proximal(weight: float | jax.Array, anchor: Any) -> optax.GradientTransformation:
+    """Adds ``weight (params - anchor)``, the gradient of ``weight/2 |params - anchor|^2``."""
+
+    def update(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda g, p, a: g + weight * (p - a), updates, params, anchor)
+
+    return optax.stateless(update)
+
+
+class Averaged(NamedTuple):
+    """State of a server that averages: the variables it broadcasts, and its optimizer's state."""
+
+    variables: Variables
+    opt_state: Any
+
+
+def init_averaged(setup: Setup, variables: Variables) -> Averaged:
+    """The state before the first round."""
+    opt_state = () if setup.server_tx is None else setup.server_tx.init(variables["params"])
+    return Averaged(variables, opt_state)
+
+
+def average(
+    setup: Setup, state: Averaged, uploads: Mapping[str, Any], weights: Mapping[str, jax.Array]
+) -> Averaged:
+    """The weighted mean of all uploads, of whatever role, or the server optimizer's step to it.
+
+    With ``setup.server_tx`` the averaged update is a gradient, ``g = w - mean`` (Reddi et al.,
+    arXiv:2003.00295, algorithm 2, where its negative is called Delta); plain SGD of rate 1 is the
+    mean. Batch statistics are averaged in any case.
+    """
+    mean = weighted_mean(list(uploads.values()), list(weights.values()))
+    if setup.server_tx is None:
+        return Averaged(mean, ())
+    params = state.variables["params"]
+    gradient = jax.tree.map(lambda p, m: p - m, params, mean["params"])
+    updates, opt_state = setup.server_tx.update(gradient, state.opt_state, params)
+    return Averaged({**mean, "params": optax.apply_updates(params, updates)}, opt_state)
+
+
+def averaging(
+    setup: Setup, train: Callable[[jax.Array, Variables, ClientData], tuple[Variables, Info]]
+) -> FederatedAlgorithm:
+    """A method that broadcasts the small architecture, trains it on each client, and averages.
+
+    The broadcast model is what it deploys (``global``); a client's copy after its local training
+    is reported beside it (``personal``).
+
+    Args:
+      setup: What the method is given.
+      train: ``(key, w, data) -> (variables, info)`` on one client.
+
+    Returns:
+      The method.
+    """
+    model = setup.models["small"]
+
+    def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
+        del state
+        variables, info = train(key, download, data)
+        return variables, variables, info
+
+    client = ClientAlgorithm(
+        models={"global": model, "personal": model},
+        init=lambda run_key, client_id: init_shared(setup, run_key),
+        update=update,
+        deploy=lambda download, state, data: {"global": download, "personal": state},
+    )
+    return FederatedAlgorithm(
+        init=lambda run_key: init_averaged(setup, init_shared(setup, run_key)),
+        download=lambda server_state, role: server_state.variables,
+        clients=dict.fromkeys(ROLES, client),
+        aggregate=lambda state, uploads, weights, data: average(setup, state, uploads, weights),
+    )

@@ -32,17 +32,21 @@ Notes, where this departs from the authors' released code or the paper is silent
 * Optimizer states start anew each round.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.base import (
+    Averaged,
     ClientAlgorithm,
     FederatedAlgorithm,
+    ServerData,
     Setup,
+    average,
     client_init_key,
+    init_averaged,
     init_own,
     init_shared,
     supervised_loss,
@@ -53,7 +57,6 @@ from fedhelp_jax.federation import ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Variables, apply_model
 from fedhelp_jax.random import Purpose, for_purpose
-from fedhelp_jax.tree import weighted_mean
 
 
 class FedHelpSettings(NamedTuple):
@@ -83,8 +86,15 @@ class FedHelpSettings(NamedTuple):
     joint: bool = False
 
 
+class Server(NamedTuple):
+    """The server's state: ``w`` and how many rounds are done."""
+
+    averaged: Averaged
+    round: jax.Array
+
+
 class Broadcast(NamedTuple):
-    """The server's state and what clients receive: ``w`` and how many rounds are done."""
+    """What clients receive: ``w`` and how many rounds are done."""
 
     variables: Variables
     round: jax.Array
@@ -128,13 +138,20 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
         )
 
     def aggregate(
-        server_state: Broadcast, uploads: tuple[Any, ...], weights: tuple[jax.Array, ...]
-    ) -> Broadcast:
-        return Broadcast(weighted_mean(uploads, weights), server_state.round + 1)
+        state: Server,
+        uploads: Mapping[str, Any],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> Server:
+        del data
+        return Server(average(setup, state.averaged, uploads, weights), state.round + 1)
+
+    def init(run_key: jax.Array) -> Server:
+        return Server(init_averaged(setup, init_shared(setup, run_key)), jnp.int32(0))
 
     return FederatedAlgorithm(
-        init=lambda run_key: Broadcast(init_shared(setup, run_key), jnp.int32(0)),
-        download=lambda server_state: server_state,
+        init=init,
+        download=lambda state, role: Broadcast(state.averaged.variables, state.round),
         clients={"small": small_client(setup, settings), "large": large_client(setup, settings)},
         aggregate=aggregate,
     )
@@ -170,7 +187,8 @@ def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
         )
         return SmallState(carry.surrogate, carry.public_heads), carry.surrogate, info
 
-    def deploy(download: Broadcast, state: SmallState) -> dict[str, Variables]:
+    def deploy(download: Broadcast, state: SmallState, data: ClientData) -> dict[str, Variables]:
+        del data
         return {"personal": state.surrogate, "global": download.variables}
 
     return ClientAlgorithm({"personal": model, "global": model}, init, update, deploy)
@@ -311,7 +329,8 @@ def large_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
         )
         return carry.large, carry.proxy, info
 
-    def deploy(download: Broadcast, state: Variables) -> dict[str, Variables]:
+    def deploy(download: Broadcast, state: Variables, data: ClientData) -> dict[str, Variables]:
+        del data
         return {"large": state, "global": download.variables}
 
     return ClientAlgorithm(

@@ -47,8 +47,8 @@ def local(setup: Setup, settings: LocalSettings) -> FederatedAlgorithm:
             variables, info = train_locally(setup, model, key, state, data)
             return variables, None, info
 
-        def deploy(download: None, state: Variables) -> dict[str, Variables]:
-            del download
+        def deploy(download: None, state: Variables, data: ClientData) -> dict[str, Variables]:
+            del download, data
             return {"personal" if role == "small" else "large": state}
 
         names = {"personal" if role == "small" else "large": model}
@@ -56,7 +56,7 @@ def local(setup: Setup, settings: LocalSettings) -> FederatedAlgorithm:
 
     return FederatedAlgorithm(
         init=lambda run_key: None,
-        download=lambda server_state: None,
+        download=lambda server_state, role: None,
         clients={"small": client("small"), "large": client("large")},
-        aggregate=lambda server_state, uploads, weights: None,
+        aggregate=lambda server_state, uploads, weights, data: None,
     )
