@@ -35,6 +35,17 @@ def adam_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.Grad
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
 
+def sgd_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.GradientTransformation:
+    """Plain SGD with weight decay added to the gradient first."""
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
+
+
+def descend(tx: optax.GradientTransformation, params: Any, gradient: Any) -> Any:
+    """One step of an optimizer that remembers nothing, such as :func:`sgd_l2`."""
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
 def gradient_step(
     tx: optax.GradientTransformation,
     loss_fn: Callable[[Any], tuple[jax.Array, Any]],

@@ -39,6 +39,7 @@ from fedhelp_jax.schema import (
     ModelConfig,
     PublicConfig,
     RolesConfig,
+    ServerConfig,
     TeacherConfig,
     at_least,
     more_than,
@@ -70,13 +71,19 @@ class RunConfig:
     batch_size: int = setting(4, "private images a step", COUNT)
     public_batch_size: int = setting(4, "public images a step", COUNT)
     local_epochs: int = setting(1, "passes over its images a client makes in a round", COUNT)
+    optimizer: str = setting(
+        "adam",
+        "the clients': adam or sgd; scaffold, per_fedavg and pfedme always take sgd",
+        one_of("adam", "sgd"),
+    )
     learning_rate: float = setting(1e-3, "Adam's", more_than(0))
+    sgd_learning_rate: float = setting(1e-2, "plain SGD's", more_than(0))
     learning_rate_schedule: str = setting(
         "constant",
         "constant, or cosine: falls over the rounds, to nearly 0 in the last",
         one_of("constant", "cosine"),
     )
-    weight_decay: float = setting(1e-4, "L2: added to the gradient before Adam", at_least(0))
+    weight_decay: float = setting(1e-4, "L2: added to the gradient, before Adam", at_least(0))
     client_weights: str = setting(
         "uniform",
         "a client's weight in the server's mean: uniform, or its number of examples",
@@ -90,6 +97,7 @@ class RunConfig:
     teacher: TeacherConfig = part(TeacherConfig)
     roles: RolesConfig = part(RolesConfig)
     model: ModelConfig = part(ModelConfig)
+    server: ServerConfig = part(ServerConfig)
     mapping: MappingConfig = part(MappingConfig)
     algorithm: AlgorithmConfig = part(AlgorithmConfig)
 

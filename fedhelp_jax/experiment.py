@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedhelp_jax import task as tasks
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, PublicSpec, Setup
-from fedhelp_jax.client import adam_l2
+from fedhelp_jax.client import adam_l2, sgd_l2
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.data.load import load_federated, load_public
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset
@@ -19,7 +21,7 @@ from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
-from fedhelp_jax.schema import ModelConfig
+from fedhelp_jax.schema import ModelConfig, ServerConfig
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.task import Task
 from fedhelp_jax.teachers.answers import Answers
@@ -76,18 +78,19 @@ def build_experiment(config: RunConfig) -> Experiment:
                 config.model.large, config.model.large_widths, config.model, num_classes
             ),
         },
-        tx=adam_l2(config.learning_rate, config.weight_decay),
+        **_client_optimizers(config, 1.0),
         batch_size=config.batch_size,
         public_batch_size=config.public_batch_size,
         local_epochs=config.local_epochs,
         public=None if public is None else _public_spec(public, answers),
+        server_tx=_server_optimizer(config.server),
     )
 
     def algorithm_at(round: jax.Array) -> FederatedAlgorithm:
         done = round.astype(float) / config.rounds
         factor = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        tx = adam_l2(config.learning_rate * factor, config.weight_decay)
-        return method.build(setup._replace(tx=tx), config.algorithm.settings)
+        scheduled = setup._replace(**_client_optimizers(config, factor))
+        return method.build(scheduled, config.algorithm.settings)
 
     simulation = Simulation(
         method.build(setup, config.algorithm.settings),
@@ -145,6 +148,29 @@ def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_cla
     size = UNETS[name]
     size = size._replace(widths=widths or size.widths)
     return unet(size, num_classes, norm=config.norm, remat=config.remat)
+
+
+def _client_optimizers(config: RunConfig, factor: float | jax.Array) -> dict[str, Any]:
+    """Fields of `Setup`, every learning rate times ``factor``."""
+    decay, sgd_rate = config.weight_decay, config.sgd_learning_rate * factor
+    if config.optimizer == "sgd":
+        tx = sgd_l2(sgd_rate, decay)
+    else:
+        tx = adam_l2(config.learning_rate * factor, decay)
+    return {"tx": tx, "sgd_rate": sgd_rate, "weight_decay": decay}
+
+
+def _server_optimizer(config: ServerConfig) -> optax.GradientTransformation | None:
+    """The optimizers of Reddi et al., arXiv:2003.00295, as optax has them; None for the mean."""
+    rate = config.learning_rate
+    if config.optimizer == "none":
+        return None
+    if config.optimizer == "sgd":
+        return optax.sgd(1.0 if rate is None else rate, momentum=config.momentum)
+    adaptive = {"adam": optax.adam, "yogi": optax.yogi}[config.optimizer]
+    return adaptive(
+        0.01 if rate is None else rate, b1=config.momentum, b2=config.beta2, eps=config.adaptivity
+    )
 
 
 def _eval_batch_size(spatial: tuple[int, ...]) -> int:

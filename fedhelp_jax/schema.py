@@ -47,6 +47,7 @@ def _are_fractions(values: tuple[float, ...]) -> bool:
 COUNT = at_least(1)
 SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
 FRACTION = within(0, 1, closed=True)
+_SHARE = Check(lambda value: 0 <= value <= 1, "from 0 to 1")
 _PART_OR_NONE = Check(lambda value: 0 <= value < 1, "at least 0 and less than 1")
 _FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
 _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
@@ -68,6 +69,11 @@ SETTING_CHECKS: dict[str, Check] = {
     "margin": at_least(0),
     "kd_warmup_rounds": at_least(0),
     "public_batch_stats": one_of("discard", "shared"),
+    "mu": at_least(0),
+    "lam": at_least(0),
+    "prox_steps": COUNT,
+    "alpha": _SHARE,
+    "beta": _SHARE,
 }
 
 
@@ -225,6 +231,23 @@ class ModelConfig:
         "batch", "normalisation of U-Nets; ResNets have batch", one_of("batch", "group", "none")
     )
     remat: bool = setting(False, "U-Nets keep fewer activations, and compute them twice")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """What the server does with the clients' mean, for every method that averages parameters."""
+
+    optimizer: str = setting(
+        "none",
+        "none: takes the mean; sgd (FedAvgM), adam (FedAdam), yogi (FedYogi): a step towards it",
+        one_of("none", "sgd", "adam", "yogi"),
+    )
+    learning_rate: float | None = setting(
+        None, "its rate; 1 for sgd, 0.01 for adam and yogi if None", more_than(0)
+    )
+    momentum: float = setting(0.9, "its momentum, or beta_1", _PART_OR_NONE)
+    beta2: float = setting(0.99, "beta_2 of adam and yogi", _PART_OR_NONE)
+    adaptivity: float = setting(1e-3, "tau of adam and yogi, in the denominator", more_than(0))
 
 
 @dataclasses.dataclass(frozen=True)

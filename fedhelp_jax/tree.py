@@ -1,6 +1,6 @@
 """Small functions on pytrees."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -34,6 +34,23 @@ def weighted_mean(trees: Sequence[Any], weights: Sequence[jax.Array]) -> Any:
 def _weighted_sum(stack: jax.Array, weights: jax.Array) -> jax.Array:
     weights = weights.reshape(-1, *(1,) * (stack.ndim - 1))
     return jnp.sum(jnp.where(weights > 0, stack * weights, 0), axis=0)
+
+
+def select(tree: Any, keep: Callable[[tuple[str, ...]], bool]) -> Any:
+    """The same tree with None in place of the leaves whose path, as names, is not kept."""
+
+    def one(path: Any, leaf: Any) -> Any:
+        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        return leaf if keep(names) else None
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def merge(first: Any, second: Any) -> Any:
+    """Two trees of :func:`select`, each with None where the other has a leaf, in one."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None
+    )
 
 
 def num_bytes(tree: Any) -> int:

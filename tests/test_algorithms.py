@@ -11,6 +11,7 @@ from helpers import (
     PUBLIC,
     assert_trees_equal,
     build,
+    differs,
     on_host,
     row,
     simulate,
@@ -88,11 +89,10 @@ def test_states_are_finite_and_change(name):
         assert leaves
         assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert jax.tree.structure(run.states[-1]) == jax.tree.structure(run.first)
-    for role, clients in run.first.clients.items():
-        changed = jax.tree.map(
-            lambda a, b: not np.array_equal(a, b), clients, run.states[0].clients[role]
-        )
-        assert any(jax.tree.leaves(changed))
+    parts = [(run.first.server, run.states[0].server)]
+    parts += [(run.first.clients[role], run.states[0].clients[role]) for role in run.first.clients]
+    for before, after in parts:  # local training has no server, centralized training no clients
+        assert differs(after, before) or not jax.tree.leaves(before)
 
 
 @every_method
@@ -124,8 +124,15 @@ def test_what_is_deployed_are_the_models_with_the_headline_first(name):
         for results in run.results[-1].values():
             assert list(results[group.role]) == list(client.models)
         headlines[group.role] = next(iter(run.results[-1]["test"][group.role]))
-    expected = {"fedavg": {"small": "global", "large": "global"}}
-    assert headlines == expected.get(name, {"small": "personal", "large": "large"})
+    private = {"small": "personal", "large": "large"}
+    expected = {
+        **dict.fromkeys(("fedhelp", "local", "fml"), private),
+        **dict.fromkeys(("fedavg", "fedprox", "scaffold", "centralized"), "global"),
+        **dict.fromkeys(("fedbn", "ditto", "per_fedavg", "pfedme"), "personal"),
+    }[name]
+    assert headlines == (
+        dict.fromkeys(headlines, expected) if isinstance(expected, str) else expected
+    )
 
 
 @every_method
@@ -185,17 +192,27 @@ def test_resumed_is_uninterrupted_bit_for_bit(name, tmp_path):
 
 
 @every_method
-def test_only_small_models_travel(name):
+def test_only_what_a_method_shares_travels(name):
     """Bytes of one client a round; a round counter of 4 bytes may come with the broadcast."""
     simulation = make(name)
-    model = tiny_setup().models["small"]
-    small = num_bytes(jax.eval_shape(lambda: model.init(jax.random.key(0), (8, 8, 3))))
-    expected = {
-        "fedhelp": (small, small + 4),
-        "fedavg": (small, small),
-        "local": (0, 0),
+    models = tiny_setup().models
+    variables = {
+        role: jax.eval_shape(lambda role=role: models[role].init(jax.random.key(0), (8, 8, 3)))
+        for role in models
     }
-    assert simulation.payload_bytes() == dict.fromkeys(("small", "large"), expected[name])
+    w, params = num_bytes(variables["small"]), num_bytes(variables["small"]["params"])
+    expected = {
+        **dict.fromkeys(
+            ("fedavg", "fedprox", "ditto", "per_fedavg", "pfedme", "fml"), {"small": (w, w)}
+        ),
+        "fedhelp": {"small": (w, w + 4)},
+        "fedbn": {"small": (params, params)},  # its normalisation has statistics only
+        "scaffold": {"small": (w + params, w + params)},  # the control variates come with it
+        "local": {"small": (0, 0)},
+        "centralized": {"small": (0, w), "large": (0, num_bytes(variables["large"]))},
+    }[name]
+    small = expected["small"]
+    assert simulation.payload_bytes() == {"small": small, "large": expected.get("large", small)}
 
 
 def test_local_can_train_the_small_model_everywhere():

@@ -4,9 +4,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fedhelp_jax.algorithms.base import FederatedAlgorithm
+from fedhelp_jax.algorithms.centralized import CentralizedSettings, centralized
+from fedhelp_jax.algorithms.ditto import DittoSettings, ditto
 from fedhelp_jax.algorithms.fedavg import FedAvgSettings, fedavg
+from fedhelp_jax.algorithms.fedbn import FedBNSettings, fedbn
 from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp
+from fedhelp_jax.algorithms.fedprox import FedProxSettings, fedprox
+from fedhelp_jax.algorithms.fml import FMLSettings, fml
 from fedhelp_jax.algorithms.local import LocalSettings, local
+from fedhelp_jax.algorithms.per_fedavg import PerFedAvgSettings, per_fedavg
+from fedhelp_jax.algorithms.pfedme import PFedMeSettings, pfedme
+from fedhelp_jax.algorithms.scaffold import ScaffoldSettings, scaffold
 
 
 class Method(NamedTuple):
@@ -19,8 +27,16 @@ class Method(NamedTuple):
 
 ALGORITHMS: Mapping[str, Method] = {
     "fedhelp": Method(fedhelp, FedHelpSettings, uses_public=True),
-    "fedavg": Method(fedavg, FedAvgSettings),
     "local": Method(local, LocalSettings),
+    "centralized": Method(centralized, CentralizedSettings),
+    "fedavg": Method(fedavg, FedAvgSettings),
+    "fedprox": Method(fedprox, FedProxSettings),
+    "fedbn": Method(fedbn, FedBNSettings),
+    "scaffold": Method(scaffold, ScaffoldSettings),
+    "ditto": Method(ditto, DittoSettings),
+    "per_fedavg": Method(per_fedavg, PerFedAvgSettings),
+    "pfedme": Method(pfedme, PFedMeSettings),
+    "fml": Method(fml, FMLSettings),
 }
 
 SETTINGS: Mapping[str, type[Any]] = {name: m.settings for name, m in ALGORITHMS.items()}

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs
-from fedhelp_jax.federation import ROLES, ClientData, PublicPool
+from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs, sgd_l2
+from fedhelp_jax.federation import ClientData, PublicPool
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.random import Purpose, for_purpose
@@ -39,6 +39,7 @@ class Setup(NamedTuple):
       models: The two architectures, "small" and "large".
       tx: The clients' optimizer.
       sgd_rate: Learning rate of the methods whose rule assumes plain SGD.
+      weight_decay: Of plain SGD; that of ``tx`` is in it.
       server_tx: Optimizer that takes the averaged update as a gradient (2003.00295), for every
         method that averages parameters; None takes the mean itself.
       batch_size: Private examples a step.
@@ -56,8 +57,14 @@ class Setup(NamedTuple):
     public_batch_size: int
     local_epochs: int
     public: PublicSpec | None
-    sgd_rate: float | jax.Array = 0.05
+    sgd_rate: float | jax.Array = 0.01
+    weight_decay: float = 0.0
     server_tx: optax.GradientTransformation | None = None
+
+    @property
+    def sgd(self) -> optax.GradientTransformation:
+        """Plain SGD, for methods whose rule assumes it."""
+        return sgd_l2(self.sgd_rate, self.weight_decay)
 
 
 class ClientAlgorithm(NamedTuple):
@@ -76,6 +83,10 @@ class ClientAlgorithm(NamedTuple):
     init: Callable[[jax.Array, jax.Array], Any]
     update: Callable[[jax.Array, Any, Any, ClientData], tuple[Any, Any, Info]]
     deploy: Callable[[Any, Any, ClientData], dict[str, Variables]]
+
+
+# What a client's own network is called in reports.
+PRIVATE = {"small": "personal", "large": "large"}
 
 
 class ServerData(NamedTuple):
@@ -124,6 +135,13 @@ def init_shared(setup: Setup, run_key: jax.Array) -> Variables:
 def init_own(setup: Setup, model: Model, run_key: jax.Array, client_id: jax.Array) -> Variables:
     """First weights of a network that is one client's own, the same whatever the method."""
     return model.init(client_init_key(run_key, client_id), setup.sample_shape)
+
+
+def init_private(setup: Setup, role: str, run_key: jax.Array, client_id: jax.Array) -> Variables:
+    """First weights of a role's architecture where it stays with its client: as trained alone."""
+    if role == "small":
+        return init_shared(setup, run_key)
+    return init_own(setup, setup.models[role], run_key, client_id)
 
 
 def client_init_key(run_key: jax.Array, client_id: jax.Array) -> jax.Array:
@@ -230,20 +248,30 @@ def average(
     return Averaged({**mean, "params": optax.apply_updates(params, updates)}, opt_state)
 
 
-def averaging(
-    setup: Setup, train: Callable[[jax.Array, Variables, ClientData], tuple[Variables, Info]]
-) -> FederatedAlgorithm:
-    """A method that broadcasts the small architecture, trains it on each client, and averages.
+def averaging(setup: Setup, clients: Mapping[str, ClientAlgorithm]) -> FederatedAlgorithm:
+    """A method whose server broadcasts the small architecture and averages what comes back."""
+    return FederatedAlgorithm(
+        init=lambda run_key: init_averaged(setup, init_shared(setup, run_key)),
+        download=lambda server_state, role: server_state.variables,
+        clients=clients,
+        aggregate=lambda state, uploads, weights, data: average(setup, state, uploads, weights),
+    )
 
-    The broadcast model is what it deploys (``global``); a client's copy after its local training
-    is reported beside it (``personal``).
+
+def training_client(
+    setup: Setup, train: Callable[[jax.Array, Variables, ClientData], tuple[Variables, Info]]
+) -> ClientAlgorithm:
+    """A client that trains the broadcast model and sends the outcome back.
+
+    The broadcast model is what it deploys (``global``); its own copy after the training is reported
+    beside it (``personal``).
 
     Args:
       setup: What the method is given.
-      train: ``(key, w, data) -> (variables, info)`` on one client.
+      train: ``(key, w, data) -> (variables, info)``.
 
     Returns:
-      The method.
+      The client.
     """
     model = setup.models["small"]
 
@@ -252,15 +280,9 @@ def averaging(
         variables, info = train(key, download, data)
         return variables, variables, info
 
-    client = ClientAlgorithm(
+    return ClientAlgorithm(
         models={"global": model, "personal": model},
         init=lambda run_key, client_id: init_shared(setup, run_key),
         update=update,
         deploy=lambda download, state, data: {"global": download, "personal": state},
-    )
-    return FederatedAlgorithm(
-        init=lambda run_key: init_averaged(setup, init_shared(setup, run_key)),
-        download=lambda server_state, role: server_state.variables,
-        clients=dict.fromkeys(ROLES, client),
-        aggregate=lambda state, uploads, weights, data: average(setup, state, uploads, weights),
     )

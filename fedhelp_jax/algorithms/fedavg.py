@@ -16,7 +16,14 @@ Notes: batch statistics are averaged like parameters.
 import functools
 from typing import NamedTuple
 
-from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup, averaging, train_locally
+from fedhelp_jax.algorithms.base import (
+    FederatedAlgorithm,
+    Setup,
+    averaging,
+    train_locally,
+    training_client,
+)
+from fedhelp_jax.federation import ROLES
 
 
 class FedAvgSettings(NamedTuple):
@@ -26,4 +33,5 @@ class FedAvgSettings(NamedTuple):
 def fedavg(setup: Setup, settings: FedAvgSettings) -> FederatedAlgorithm:
     """FedAvg on the small architecture."""
     del settings
-    return averaging(setup, functools.partial(train_locally, setup, setup.models["small"]))
+    train = functools.partial(train_locally, setup, setup.models["small"])
+    return averaging(setup, dict.fromkeys(ROLES, training_client(setup, train)))

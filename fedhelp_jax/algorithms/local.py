@@ -4,16 +4,17 @@ A small client trains the small architecture, a large one the large architecture
 weights it would have started from under any other method.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 
 from fedhelp_jax.algorithms.base import (
+    PRIVATE,
     ClientAlgorithm,
     FederatedAlgorithm,
     Setup,
-    init_own,
-    init_shared,
+    init_private,
     train_locally,
 )
 from fedhelp_jax.federation import ClientData
@@ -35,24 +36,19 @@ def local(setup: Setup, settings: LocalSettings) -> FederatedAlgorithm:
 
     def client(role: str) -> ClientAlgorithm:
         role = "small" if settings.small_only else role
-        model = setup.models[role]
-
-        def init(run_key: jax.Array, client_id: jax.Array) -> Variables:
-            if role == "small":
-                return init_shared(setup, run_key)
-            return init_own(setup, model, run_key, client_id)
+        model, name = setup.models[role], PRIVATE[role]
 
         def update(key: jax.Array, download: None, state: Variables, data: ClientData) -> Any:
             del download
             variables, info = train_locally(setup, model, key, state, data)
             return variables, None, info
 
-        def deploy(download: None, state: Variables, data: ClientData) -> dict[str, Variables]:
-            del download, data
-            return {"personal" if role == "small" else "large": state}
-
-        names = {"personal" if role == "small" else "large": model}
-        return ClientAlgorithm(names, init, update, deploy)
+        return ClientAlgorithm(
+            models={name: model},
+            init=functools.partial(init_private, setup, role),
+            update=update,
+            deploy=lambda download, state, data: {name: state},
+        )
 
     return FederatedAlgorithm(
         init=lambda run_key: None,

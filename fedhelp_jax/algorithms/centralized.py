@@ -1,0 +1,92 @@
+"""Centralized training: all clients' training data in one place, which no federation may do.
+
+The reference that methods are held against from above. The server trains one network of each
+architecture in use, as long as all clients together would, and every client deploys that of its
+role (``global``).
+
+Notes: nothing is counted as sent up, the data themselves included. The loss reported is that of
+the broadcast model on a client's training data. The optimizer starts anew each round, as in all
+methods.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from fedhelp_jax.algorithms.base import (
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    ServerData,
+    Setup,
+    init_shared,
+    supervised_loss,
+    train_locally,
+)
+from fedhelp_jax.client import Batch, Info, run_epochs
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.models.model import Variables
+from fedhelp_jax.random import Purpose, for_purpose
+
+
+class CentralizedSettings(NamedTuple):
+    """Centralized training has no settings of its own."""
+
+
+def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorithm:
+    """Training of both architectures on all clients' data."""
+    del settings
+
+    def init(run_key: jax.Array) -> dict[str, Variables]:
+        key = for_purpose(run_key, Purpose.SERVER_INIT)
+        large = setup.models["large"].init(key, setup.sample_shape)
+        return {"small": init_shared(setup, run_key), "large": large}
+
+    def client(role: str) -> ClientAlgorithm:
+        model = setup.models[role]
+
+        def update(key: jax.Array, download: Variables, state: None, data: ClientData) -> Any:
+            del state
+
+            def step(carry: None, batch: Batch, _: jax.Array) -> tuple[None, Info]:
+                stats = download["batch_stats"]
+                loss = supervised_loss(setup, model, stats, batch)(download["params"])[0]
+                return carry, {"loss": loss}
+
+            _, info = run_epochs(
+                step,
+                None,
+                data,
+                for_purpose(key, Purpose.PRIVATE_BATCHES),
+                batch_size=setup.batch_size,
+                local_epochs=1,
+            )
+            return None, None, info
+
+        return ClientAlgorithm(
+            models={"global": model},
+            init=lambda run_key, client_id: None,
+            update=update,
+            deploy=lambda download, state, data: {"global": download},
+        )
+
+    def aggregate(
+        state: dict[str, Variables],
+        uploads: Mapping[str, Any],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> dict[str, Variables]:
+        del weights
+        trained = {
+            role: train_locally(setup, setup.models[role], data.key, state[role], data.pooled)[0]
+            for role in uploads
+        }
+        return {**state, **trained}
+
+    return FederatedAlgorithm(
+        init=init,
+        download=lambda state, role: state[role],
+        clients={role: client(role) for role in ROLES},
+        aggregate=aggregate,
+        server_trains=True,
+    )

@@ -1,0 +1,58 @@
+"""Ditto.
+
+Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021,
+arXiv:2012.04221, algorithm 1. The server's ``w`` is FedAvg's; besides, every client keeps ``v_i``:
+
+    h_i(v_i; w) = F_i(v_i) + lambda/2 |v_i - w|^2
+
+``v_i`` is what it deploys (``personal``).
+
+Notes: ``v_i`` takes as many steps as ``w``, on the same batches, against the ``w`` it was sent. The
+gradient of the term is added before Adam. ``lam = 0`` is local training of the small architecture.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from fedhelp_jax.algorithms.base import (
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    Setup,
+    averaging,
+    init_shared,
+    proximal,
+    train_locally,
+)
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.models.model import Variables
+
+
+class DittoSettings(NamedTuple):
+    """Settings of Ditto.
+
+    Attributes:
+      lam: Weight of the distance to the broadcast model (lambda); 0 is local training.
+    """
+
+    lam: float = 1.0
+
+
+def ditto(setup: Setup, settings: DittoSettings) -> FederatedAlgorithm:
+    """Ditto on the small architecture."""
+    model = setup.models["small"]
+
+    def update(key: jax.Array, w: Variables, v: Variables, data: ClientData) -> Any:
+        upload, _ = train_locally(setup, model, key, w, data)
+        tx = optax.chain(proximal(settings.lam, w["params"]), setup.tx)
+        v, info = train_locally(setup, model, key, v, data, tx=tx)
+        return v, upload, info
+
+    client = ClientAlgorithm(
+        models={"personal": model, "global": model},
+        init=lambda run_key, client_id: init_shared(setup, run_key),
+        update=update,
+        deploy=lambda w, v, data: {"personal": v, "global": w},
+    )
+    return averaging(setup, dict.fromkeys(ROLES, client))

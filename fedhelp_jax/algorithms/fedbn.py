@@ -1,0 +1,66 @@
+"""FedBN.
+
+Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR 2021,
+arXiv:2102.07623, algorithm 1: FedAvg, but normalisation layers stay with their client, parameters
+and running statistics alike, and are neither sent nor averaged.
+
+Notes: a client deploys the averaged layers with its own normalisation (``personal``). Layers are
+known by their path: any part of it with "norm" in it, or "bn" and a number, as in all networks
+here, shortcuts included, and Flax's own layers. On a network without any this is FedAvg.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from fedhelp_jax.algorithms.base import (
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    Setup,
+    averaging,
+    init_averaged,
+    init_shared,
+    train_locally,
+)
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.models.model import Variables
+from fedhelp_jax.tree import merge, select
+
+_NORMALISATION = re.compile(r".*norm.*|(.*_)?bn\d*", re.IGNORECASE)
+
+
+class FedBNSettings(NamedTuple):
+    """FedBN has no settings of its own."""
+
+
+def fedbn(setup: Setup, settings: FedBNSettings) -> FederatedAlgorithm:
+    """FedBN on the small architecture."""
+    del settings
+    model = setup.models["small"]
+
+    def update(key: jax.Array, shared: Variables, own: Variables, data: ClientData) -> Any:
+        variables, info = train_locally(setup, model, key, merge(shared, own), data)
+        own, shared = split(variables)
+        return own, shared, info
+
+    client = ClientAlgorithm(
+        models={"personal": model},
+        init=lambda run_key, client_id: split(init_shared(setup, run_key))[0],
+        update=update,
+        deploy=lambda shared, own, data: {"personal": merge(shared, own)},
+    )
+    return averaging(setup, dict.fromkeys(ROLES, client))._replace(
+        init=lambda run_key: init_averaged(setup, split(init_shared(setup, run_key))[1])
+    )
+
+
+def split(variables: Variables) -> tuple[Variables, Variables]:
+    """What stays with a client and what is shared; each holds None in place of the other's."""
+    own = select(variables, is_normalisation)
+    return own, select(variables, lambda path: not is_normalisation(path))
+
+
+def is_normalisation(path: tuple[str, ...]) -> bool:
+    """Whether a variable, by its path, belongs to a normalisation layer."""
+    return path[0] == "batch_stats" or any(_NORMALISATION.fullmatch(part) for part in path)

@@ -1,0 +1,49 @@
+"""FedProx.
+
+Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, arXiv:1812.06127,
+algorithm 2. Every client minimises, from ``w``,
+
+    h_i(w_i) = F_i(w_i) + mu/2 |w_i - w|^2
+
+and the server averages as in FedAvg.
+
+Notes: the gradient of the term, ``mu (w_i - w)``, is added before Adam, as weight decay is. The
+paper tunes mu over 0.001 to 1. ``mu = 0`` is FedAvg.
+"""
+
+from typing import NamedTuple
+
+import jax
+import optax
+
+from fedhelp_jax.algorithms.base import (
+    FederatedAlgorithm,
+    Setup,
+    averaging,
+    proximal,
+    train_locally,
+    training_client,
+)
+from fedhelp_jax.client import Info
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.models.model import Variables
+
+
+class FedProxSettings(NamedTuple):
+    """Settings of FedProx.
+
+    Attributes:
+      mu: Weight of the proximal term; 0 is FedAvg.
+    """
+
+    mu: float = 0.1
+
+
+def fedprox(setup: Setup, settings: FedProxSettings) -> FederatedAlgorithm:
+    """FedProx on the small architecture."""
+
+    def train(key: jax.Array, w: Variables, data: ClientData) -> tuple[Variables, Info]:
+        tx = optax.chain(proximal(settings.mu, w["params"]), setup.tx)
+        return train_locally(setup, setup.models["small"], key, w, data, tx=tx)
+
+    return averaging(setup, dict.fromkeys(ROLES, training_client(setup, train)))

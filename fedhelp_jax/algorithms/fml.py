@@ -1,0 +1,102 @@
+"""FML, federated mutual learning.
+
+Shen et al., "Federated Mutual Learning", arXiv:2006.16765, sec. 3.2 (deep mutual learning: Zhang et
+al., arXiv:1706.00384). Every client has a network of its own, W_i, of its own architecture, and a
+copy v_i of the shared one (the "meme"). On the same batch, both at once:
+
+    W_i:  alpha CE(W_i(x), y) + (1 - alpha) KL( v_i(x) || W_i(x) )
+    v_i:  beta  CE(v_i(x), y) + (1 - beta)  KL( W_i(x) || v_i(x) )
+
+Each takes the other's output as given. The server averages the v_i; W_i stays and is deployed.
+
+Notes: ``alpha = beta = 1`` turns the method off: local training, and FedAvg of the memes.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+
+from fedhelp_jax.algorithms.base import (
+    PRIVATE,
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    Setup,
+    averaging,
+    init_private,
+    supervised_loss,
+)
+from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.losses import masked_mean
+from fedhelp_jax.models.model import Model, Variables, apply_model
+from fedhelp_jax.random import Purpose, for_purpose
+
+
+class FMLSettings(NamedTuple):
+    """Settings of FML.
+
+    Attributes:
+      alpha: Share of the labels in the loss of a client's own network; 1 turns distillation off.
+      beta: The same of the shared network.
+    """
+
+    alpha: float = 0.5
+    beta: float = 0.5
+
+
+def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
+    """FML: the client's own architecture beside the small one."""
+    meme = setup.models["small"]
+
+    def client(role: str) -> ClientAlgorithm:
+        own = setup.models[role]
+
+        def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
+            def step(carry: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
+                (w, w_opt), (v, v_opt) = carry
+                w_logits = training_logits(own, w, batch)
+                v_logits = training_logits(meme, v, batch)
+                (w, w_opt), loss = learn(own, w, w_opt, batch, v_logits, settings.alpha)
+                (v, v_opt), meme_loss = learn(meme, v, v_opt, batch, w_logits, settings.beta)
+                return ((w, w_opt), (v, v_opt)), {"loss": loss, "meme_loss": meme_loss}
+
+            start = tuple((v, setup.tx.init(v["params"])) for v in (state, download))
+            ((w, _), (v, _)), info = run_epochs(
+                step,
+                start,
+                data,
+                for_purpose(key, Purpose.PRIVATE_BATCHES),
+                batch_size=setup.batch_size,
+                local_epochs=setup.local_epochs,
+            )
+            return w, v, info
+
+        return ClientAlgorithm(
+            models={PRIVATE[role]: own, "global": meme},
+            init=functools.partial(init_private, setup, role),
+            update=update,
+            deploy=lambda download, state, data: {PRIVATE[role]: state, "global": download},
+        )
+
+    def learn(
+        model: Model, variables: Variables, opt_state: Any, batch: Batch, teacher: Any, share: float
+    ) -> Any:
+        supervised = supervised_loss(setup, model, variables["batch_stats"], batch)
+
+        def loss_fn(params: Variables) -> tuple[jax.Array, Variables]:
+            loss, (logits, stats) = supervised(params)
+            mutual = setup.task.distill(logits, teacher, temperature=1.0, where=batch.mask)
+            return share * loss + (1 - share) * masked_mean(mutual, batch.mask), stats
+
+        params, opt_state, loss, stats = gradient_step(
+            setup.tx, loss_fn, variables["params"], opt_state
+        )
+        return ({"params": params, "batch_stats": stats}, opt_state), loss
+
+    return averaging(setup, {role: client(role) for role in ROLES})
+
+
+def training_logits(model: Model, variables: Variables, batch: Batch) -> jax.Array:
+    """A network's logits on a batch by the batch's statistics, as its own loss sees them."""
+    return apply_model(model, variables, batch.images, train=True, mask=batch.mask)[0]

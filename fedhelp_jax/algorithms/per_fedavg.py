@@ -1,0 +1,112 @@
+"""Per-FedAvg, first order.
+
+Fallah et al., "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
+Meta-Learning Approach", NeurIPS 2020, arXiv:2002.07948, algorithm 1 with approximation FO. Clients
+look for a ``w`` from which one step on their own data leads far:
+
+    per step:  u <- w - alpha grad F_i(w; D),   w <- w - beta grad F_i(u; D')
+    server:    w <- mean_i w_i
+    deployed:  w - alpha grad F_i(w; all of client i's training data)
+
+Notes: plain SGD, ``alpha = beta = sgd_rate``. D and D' are the halves of a batch, the first the
+larger; from a batch of one example nothing is learnt. Batch statistics go on from D'; the step at
+deployment normalises by batches and keeps the broadcast statistics.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedhelp_jax.algorithms.base import (
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    Setup,
+    averaging,
+    init_shared,
+    supervised_loss,
+)
+from fedhelp_jax.client import Batch, Info, descend, run_epochs
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.random import Purpose, for_purpose
+
+
+class PerFedAvgSettings(NamedTuple):
+    """Per-FedAvg has no settings of its own; its learning rates are ``sgd_rate``."""
+
+
+def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
+    """Per-FedAvg on the small architecture."""
+    del settings
+    model = setup.models["small"]
+
+    def update(key: jax.Array, w: Variables, state: Variables, data: ClientData) -> Any:
+        del state
+
+        def step(w: Variables, batch: Batch, _: jax.Array) -> tuple[Variables, Info]:
+            count = jnp.sum(batch.mask)
+            first = jnp.arange(len(batch.mask)) < (count + 1) // 2
+            inner = supervised_loss(
+                setup, model, w["batch_stats"], batch._replace(mask=batch.mask & first)
+            )
+            (loss, _), gradient = jax.value_and_grad(inner, has_aux=True)(w["params"])
+            outer = supervised_loss(
+                setup, model, w["batch_stats"], batch._replace(mask=batch.mask & ~first)
+            )
+            gradient, (_, stats) = jax.grad(outer, has_aux=True)(
+                descend(setup.sgd, w["params"], gradient)
+            )
+            # Weight decay alone is no reason to move.
+            params = jax.tree.map(
+                lambda new, old: jnp.where(count > 1, new, old),
+                descend(setup.sgd, w["params"], gradient),
+                w["params"],
+            )
+            return {"params": params, "batch_stats": stats}, {"loss": loss}
+
+        w, info = run_epochs(
+            step,
+            w,
+            data,
+            for_purpose(key, Purpose.PRIVATE_BATCHES),
+            batch_size=setup.batch_size,
+            local_epochs=setup.local_epochs,
+        )
+        return w, w, info
+
+    def deploy(w: Variables, state: Variables, data: ClientData) -> dict[str, Variables]:
+        del state
+        gradient = mean_gradient(setup, model, w, data)
+        adapted = descend(setup.sgd, w["params"], gradient)
+        return {"personal": {**w, "params": adapted}, "global": w}
+
+    client = ClientAlgorithm(
+        models={"personal": model, "global": model},
+        init=lambda run_key, client_id: init_shared(setup, run_key),
+        update=update,
+        deploy=deploy,
+    )
+    return averaging(setup, dict.fromkeys(ROLES, client))
+
+
+def mean_gradient(setup: Setup, model: Model, variables: Variables, data: ClientData) -> Any:
+    """The gradient of the mean loss over all of a client's training data; 0 without any."""
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def step(total: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
+        loss_fn = supervised_loss(setup, model, stats, batch)
+        (loss, _), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        share = jnp.sum(batch.mask) / data.size
+        return jax.tree.map(lambda t, g: t + share * g, total, gradient), {"loss": loss}
+
+    # One order for every round: what is deployed depends on nothing else.
+    total, _ = run_epochs(
+        step,
+        jax.tree.map(jnp.zeros_like, params),
+        data,
+        jax.random.key(0),
+        batch_size=setup.batch_size,
+        local_epochs=1,
+    )
+    return total

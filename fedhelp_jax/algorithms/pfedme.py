@@ -1,0 +1,89 @@
+"""pFedMe.
+
+Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020,
+arXiv:2006.08848, algorithm 1. Every client keeps a personal ``theta_i`` near its local ``w_i``:
+
+    per batch:  K times:  theta <- theta - rate (grad F_i(theta) + lambda (theta - w_i))
+                w_i <- w_i - eta lambda (w_i - theta)
+    server:     w <- (1 - beta) w + beta mean_i w_i
+
+``theta_i`` is what it deploys (``personal``).
+
+Notes: plain SGD, ``rate = eta = sgd_rate``. theta starts each round from the broadcast ``w`` and
+goes on from batch to batch. ``beta = 1``; another is plain SGD of that rate as
+``setup.server_tx``. Batch statistics are theta's. ``lam = 0`` leaves ``w`` where it began, so that
+nothing is shared.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from fedhelp_jax.algorithms.base import (
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    Setup,
+    averaging,
+    init_shared,
+    proximal,
+    supervised_loss,
+)
+from fedhelp_jax.client import Batch, Info, descend, run_epochs
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.models.model import Variables
+from fedhelp_jax.random import Purpose, for_purpose
+
+
+class PFedMeSettings(NamedTuple):
+    """Settings of pFedMe.
+
+    Attributes:
+      lam: Weight of the distance between personal and local model (lambda).
+      prox_steps: Steps of the personal model on each batch (K).
+    """
+
+    lam: float = 15.0
+    prox_steps: int = 5
+
+
+def pfedme(setup: Setup, settings: PFedMeSettings) -> FederatedAlgorithm:
+    """PFedMe on the small architecture."""
+    model = setup.models["small"]
+
+    def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
+        del state
+
+        def step(carry: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
+            w, start = carry
+            tx = optax.chain(proximal(settings.lam, w), setup.sgd)
+
+            def prox_step(_: jax.Array, theta: Variables) -> Variables:
+                loss_fn = supervised_loss(setup, model, theta["batch_stats"], batch)
+                gradient, (_, stats) = jax.grad(loss_fn, has_aux=True)(theta["params"])
+                params = descend(tx, theta["params"], gradient)
+                return {"params": params, "batch_stats": stats}
+
+            loss = supervised_loss(setup, model, start["batch_stats"], batch)(start["params"])[0]
+            theta = jax.lax.fori_loop(0, settings.prox_steps, prox_step, start)
+            rate = setup.sgd_rate * settings.lam
+            w = jax.tree.map(lambda w, t: w - rate * (w - t), w, theta["params"])
+            return (w, theta), {"loss": loss}
+
+        (w, theta), info = run_epochs(
+            step,
+            (download["params"], download),
+            data,
+            for_purpose(key, Purpose.PRIVATE_BATCHES),
+            batch_size=setup.batch_size,
+            local_epochs=setup.local_epochs,
+        )
+        return theta, {**theta, "params": w}, info
+
+    client = ClientAlgorithm(
+        models={"personal": model, "global": model},
+        init=lambda run_key, client_id: init_shared(setup, run_key),
+        update=update,
+        deploy=lambda w, theta, data: {"personal": theta, "global": w},
+    )
+    return averaging(setup, dict.fromkeys(ROLES, client))

@@ -1,0 +1,118 @@
+"""SCAFFOLD.
+
+Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
+arXiv:1910.06378, algorithm 1, option II. Server: ``x``, control variate ``c``; client: ``c_i``.
+
+    y <- x;  K times:  y <- y - eta (grad F_i(y) - c_i + c)
+    c_i' <- c_i - c + (x - y) / (K eta)
+    x <- x + mean_i (y - x),   c <- c + sum_i (c_i' - c_i) / N
+
+The mean and the sum run over the clients of the round, N counts all.
+
+Notes: plain SGD of rate ``setup.sgd_rate``; clients count alike whatever ``client_weights``; the
+server's rate is 1, another is that of ``setup.server_tx``. A client without data moves nothing.
+Batch statistics are averaged.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedhelp_jax.algorithms.base import (
+    Averaged,
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    ServerData,
+    Setup,
+    average,
+    init_averaged,
+    init_shared,
+    train_locally,
+)
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.models.model import Variables
+from fedhelp_jax.tree import weighted_mean
+
+
+class ScaffoldSettings(NamedTuple):
+    """SCAFFOLD has no settings of its own; its learning rate is ``sgd_rate``."""
+
+
+class Controlled(NamedTuple):
+    """Variables ``x`` (or ``y``) and a control variate ``c`` (or ``c_i``) of the parameters."""
+
+    variables: Variables
+    control: Any
+
+
+class Server(NamedTuple):
+    """The server's ``x``, with its optimizer, and ``c``."""
+
+    averaged: Averaged
+    control: Any
+
+
+def scaffold(setup: Setup, settings: ScaffoldSettings) -> FederatedAlgorithm:
+    """SCAFFOLD on the small architecture."""
+    del settings
+    model, eta = setup.models["small"], setup.sgd_rate
+
+    def init_client(run_key: jax.Array, client_id: jax.Array) -> Controlled:
+        del client_id
+        variables = init_shared(setup, run_key)
+        return Controlled(variables, jax.tree.map(jnp.zeros_like, variables["params"]))
+
+    def init(run_key: jax.Array) -> Server:
+        variables, control = init_client(run_key, jnp.int32(0))
+        return Server(init_averaged(setup, variables), control)
+
+    def update(key: jax.Array, download: Controlled, state: Controlled, data: ClientData) -> Any:
+        x, c, c_i = download.variables, download.control, state.control
+
+        def corrected(gradient: Any, params: Any) -> Any:
+            del params
+            return jax.tree.map(lambda g, mine, all: g - mine + all, gradient, c_i, c)
+
+        tx = optax.chain(optax.stateless(corrected), setup.sgd)
+        y, info = train_locally(setup, model, key, x, data, tx=tx)
+        steps = setup.local_epochs * -(-data.size // setup.batch_size)
+        scale = jnp.where(steps > 0, 1 / (jnp.maximum(steps, 1) * eta), 0)
+
+        def new_control(mine: jax.Array, all: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+            return jnp.where(steps > 0, mine - all + scale * (x - y), mine)
+
+        control = jax.tree.map(new_control, c_i, c, x["params"], y["params"])
+        change = jax.tree.map(jnp.subtract, control, c_i)
+        return Controlled(y, control), Controlled(y, change), info
+
+    def aggregate(
+        state: Server,
+        uploads: Mapping[str, Any],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> Server:
+        present = {role: (w > 0).astype(float) for role, w in weights.items()}
+        models = {role: upload.variables for role, upload in uploads.items()}
+        change = weighted_mean([u.control for u in uploads.values()], list(present.values()))
+        share = sum(jnp.sum(p) for p in present.values()) / data.num_clients
+        control = jax.tree.map(lambda c, mean: c + share * mean, state.control, change)
+        return Server(average(setup, state.averaged, models, present), control)
+
+    client = ClientAlgorithm(
+        models={"global": model, "personal": model},
+        init=init_client,
+        update=update,
+        deploy=lambda download, state, data: {
+            "global": download.variables,
+            "personal": state.variables,
+        },
+    )
+    return FederatedAlgorithm(
+        init=init,
+        download=lambda state, role: Controlled(state.averaged.variables, state.control),
+        clients=dict.fromkeys(ROLES, client),
+        aggregate=aggregate,
+    )
