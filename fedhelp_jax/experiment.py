@@ -54,7 +54,7 @@ def build_experiment(config: RunConfig) -> Experiment:
     roles = assign_roles(dataset, top_n=config.roles.top_n, large=config.roles.large)
     answers, logits = None, None
     if public is not None:
-        answers = resolve_answers(config.teacher, public)
+        answers = resolve_answers(config.teacher, public) if method.uses_teacher else None
         logits = None if answers is None else answers.logits
         # A mask has an axis for each of the image's; a label has none.
         if logits is not None and logits.ndim != dataset.labels.ndim + 1:
@@ -63,7 +63,7 @@ def build_experiment(config: RunConfig) -> Experiment:
                 f"teacher: its answers about {public.name} are of shape {list(logits.shape[1:])} "
                 f"an image, but config.task = {config.task!r} needs {needed}"
             )
-        if logits is None and public.labels is None:
+        if method.uses_teacher and logits is None and public.labels is None:
             raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
     num_classes = len(dataset.label_names)
     setup = Setup(
@@ -181,6 +181,7 @@ def _eval_batch_size(spatial: tuple[int, ...]) -> int:
 def _public_spec(public: PublicDataset, answers: Answers | None) -> PublicSpec:
     labels = None if public.label_names is None else len(public.label_names)
     return PublicSpec(
+        num_images=len(public.images),
         num_labels=labels,
         num_answers=None if answers is None else len(answers.label_names),
         shared=answers is not None

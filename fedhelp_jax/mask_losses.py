@@ -163,6 +163,13 @@ def mask_ranking_loss(
     return _pixel_mean(jax.nn.relu(margin - jnp.where(t > 0, s, -s)), pixels)
 
 
+def class_logits(logits: jax.Array) -> jax.Array:
+    """One logit a class: ``[..., 1]`` becomes ``[0, s]``, anything wider stays as it is."""
+    if logits.shape[-1] > 1:
+        return logits
+    return jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+
+
 def _soft_dice(probs: jax.Array, truth: jax.Array, pixels: jax.Array) -> jax.Array:
     """``1 - (2 sum p y + 1) / (sum p + sum y + 1)`` of each example, ``[B]``; 0 without pixels."""
     axes = tuple(range(1, probs.ndim))

@@ -72,6 +72,9 @@ SETTING_CHECKS: dict[str, Check] = {
     "mu": at_least(0),
     "lam": at_least(0),
     "prox_steps": COUNT,
+    "digest_epochs": at_least(0),
+    "server_steps": at_least(0),
+    "server_epochs": at_least(0),
     "alpha": _SHARE,
     "beta": _SHARE,
 }

@@ -26,6 +26,9 @@ class Task(NamedTuple):
       metrics: ``(logits [n, ...], targets [n, ...], mask [n]) -> {name: scalar}``.
       num_ranked: ``num_classes ->`` how many classes the ranking is over.
       default_k: ``num_classes -> k`` of the ranking.
+      memberships: ``(targets [B, ...], spatial, num_ranked) -> [B, *spatial, num_ranked]``: how far
+        each place of a map of features is of each class, adding up to 1.
+      class_loss: ``(logits [N, F], classes [N]) -> [N]``, of single features put through a head.
       predict: ``(logits [n, ...], targets [n, ...]) ->`` predictions of the targets' shape; None
         where metrics say all there is to see.
     """
@@ -40,6 +43,8 @@ class Task(NamedTuple):
     metrics: Callable[..., dict[str, jax.Array]]
     num_ranked: Callable[[int], int]
     default_k: Callable[[int], int]
+    memberships: Callable[..., jax.Array]
+    class_loss: Callable[..., jax.Array]
     predict: Callable[..., jax.Array] | None = None
 
 
@@ -55,6 +60,8 @@ classification = Task(
     num_ranked=lambda num_classes: num_classes,
     # 5 of 8 classes and 1 of 2, as the authors use; the same share elsewhere.
     default_k=lambda num_classes: max(1, 5 * num_classes // 8),
+    memberships=lambda targets, spatial, num_ranked: jax.nn.one_hot(targets, num_ranked),
+    class_loss=losses.cross_entropy_loss,
 )
 
 
@@ -90,6 +97,9 @@ def segmentation(label_names: Sequence[str]) -> Task:
             student_logits, teacher_logits, temperature=temperature, where=where
         )
 
+    def memberships(targets: jax.Array, spatial: tuple[int, ...], num_ranked: int) -> jax.Array:
+        return _resized(jax.nn.one_hot(targets, num_ranked), (len(targets), *spatial, num_ranked))
+
     def predict(logits: jax.Array, targets: jax.Array) -> jax.Array:
         one = functools.partial(metrics.predict_masks, shape=targets.shape[1:])
         return jax.lax.map(one, logits).astype(jnp.uint8)
@@ -105,6 +115,10 @@ def segmentation(label_names: Sequence[str]) -> Task:
         metrics=functools.partial(metrics.segmentation_metrics, label_names=tuple(label_names)),
         num_ranked=lambda num_classes: max(2, num_classes),
         default_k=lambda num_classes: 1,
+        memberships=memberships,
+        class_loss=lambda logits, classes: losses.cross_entropy_loss(
+            mask_losses.class_logits(logits), classes
+        ),
         predict=predict,
     )
 

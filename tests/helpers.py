@@ -140,7 +140,7 @@ def tiny_setup(**changes: Any) -> Setup:
     return setup._replace(**changes)
 
 
-PUBLIC = PublicSpec(num_labels=PUBLIC_CLASSES, num_answers=ANSWERS, shared=False)
+PUBLIC = PublicSpec(num_images=10, num_labels=PUBLIC_CLASSES, num_answers=ANSWERS, shared=False)
 
 
 def build(name: str, setup: Setup, **settings: Any) -> FederatedAlgorithm:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
+    CLASSES,
     PUBLIC,
     assert_trees_equal,
     build,
@@ -16,6 +17,7 @@ from helpers import (
     row,
     simulate,
     tiny_federation,
+    tiny_model,
     tiny_public,
     tiny_setup,
 )
@@ -29,6 +31,7 @@ from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.tree import num_bytes
 
 ROUNDS, RESUMED = 4, 2
+ONE_WIDTH = ("fedproto", "fedgh")  # their architectures share features, or a head
 DEVICES = min(2, len(jax.devices()))
 
 every_method = pytest.mark.parametrize("name", ALGORITHMS)
@@ -38,6 +41,8 @@ def make(name):
     """A method as a run would build it, over two devices where there are two."""
     uses_public = ALGORITHMS[name].uses_public
     setup = tiny_setup(tx=adam_l2(1e-3, 1e-4), public=PUBLIC if uses_public else None)
+    if name in ONE_WIDTH:
+        setup = setup._replace(models=dict.fromkeys(setup.models, tiny_model(CLASSES)))
     data = tiny_federation(public=tiny_public() if uses_public else None)
     return simulate(build(name, setup), data, num_devices=DEVICES)
 
@@ -126,8 +131,8 @@ def test_what_is_deployed_are_the_models_with_the_headline_first(name):
         headlines[group.role] = next(iter(run.results[-1]["test"][group.role]))
     private = {"small": "personal", "large": "large"}
     expected = {
-        **dict.fromkeys(("fedhelp", "local", "fml"), private),
-        **dict.fromkeys(("fedavg", "fedprox", "scaffold", "centralized"), "global"),
+        **dict.fromkeys(("fedhelp", "local", "fml", "fedmd", "fedproto", "fedgh"), private),
+        **dict.fromkeys(("fedavg", "fedprox", "scaffold", "centralized", "feddf"), "global"),
         **dict.fromkeys(("fedbn", "ditto", "per_fedavg", "pfedme"), "personal"),
     }[name]
     assert headlines == (
@@ -201,6 +206,9 @@ def test_only_what_a_method_shares_travels(name):
         for role in models
     }
     w, params = num_bytes(variables["small"]), num_bytes(variables["small"]["params"])
+    logits = 4 * PUBLIC.num_images * CLASSES
+    prototypes = 4 * CLASSES * (4 + 1)  # means of four features, and counts
+    head = num_bytes(variables["small"]["params"]["head"])
     expected = {
         **dict.fromkeys(
             ("fedavg", "fedprox", "ditto", "per_fedavg", "pfedme", "fml"), {"small": (w, w)}
@@ -209,6 +217,10 @@ def test_only_what_a_method_shares_travels(name):
         "fedbn": {"small": (params, params)},  # its normalisation has statistics only
         "scaffold": {"small": (w + params, w + params)},  # the control variates come with it
         "local": {"small": (0, 0)},
+        "fedmd": {"small": (logits, logits + 1)},  # and whether there are any
+        "feddf": {role: (num_bytes(variables[role]),) * 2 for role in variables},
+        "fedproto": {"small": (prototypes, prototypes)},
+        "fedgh": {"small": (prototypes, head)},
         "centralized": {"small": (0, w), "large": (0, num_bytes(variables["large"]))},
     }[name]
     small = expected["small"]

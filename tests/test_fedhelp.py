@@ -186,7 +186,7 @@ def test_the_public_loss_is_the_sum_of_labels_and_answers():
 
 
 def test_one_head_serves_both_where_the_label_spaces_are_one():
-    spec = PublicSpec(num_labels=ANSWERS, num_answers=ANSWERS, shared=True)
+    spec = PublicSpec(num_images=10, num_labels=ANSWERS, num_answers=ANSWERS, shared=True)
     setup = tiny_setup(tx=ADAM, public=spec)
     carry, info = small_after(public_batch(), setup)
     assert list(carry.public_heads) == ["labels"]

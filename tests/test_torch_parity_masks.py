@@ -233,7 +233,7 @@ def test_small_client(net, labels, answers, public_batch_stats):
     # Answers have a size of their own: along one axis more than the image's, but not in 3D, where
     # PyTorch has no antialiasing.
     answer_shape = {2: (9, 20), 3: (3, 8, 5)}[net.rank] + (answers or labels,)
-    public_spec = PublicSpec(labels, answers or labels, shared=answers is None)
+    public_spec = PublicSpec(1, labels, answers or labels, shared=answers is None)
     with jax.enable_x64(True):
         surrogate = net.random_variables(rng)
         shapes = {

@@ -8,7 +8,11 @@ from fedhelp_jax.algorithms.centralized import CentralizedSettings, centralized
 from fedhelp_jax.algorithms.ditto import DittoSettings, ditto
 from fedhelp_jax.algorithms.fedavg import FedAvgSettings, fedavg
 from fedhelp_jax.algorithms.fedbn import FedBNSettings, fedbn
+from fedhelp_jax.algorithms.feddf import FedDFSettings, feddf
+from fedhelp_jax.algorithms.fedgh import FedGHSettings, fedgh
 from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp
+from fedhelp_jax.algorithms.fedmd import FedMDSettings, fedmd
+from fedhelp_jax.algorithms.fedproto import FedProtoSettings, fedproto
 from fedhelp_jax.algorithms.fedprox import FedProxSettings, fedprox
 from fedhelp_jax.algorithms.fml import FMLSettings, fml
 from fedhelp_jax.algorithms.local import LocalSettings, local
@@ -18,15 +22,23 @@ from fedhelp_jax.algorithms.scaffold import ScaffoldSettings, scaffold
 
 
 class Method(NamedTuple):
-    """A method by name: how to build it, its settings, and whether it learns from public data."""
+    """A method by name.
+
+    Attributes:
+      build: ``(setup, settings) -> FederatedAlgorithm``.
+      settings: The type of its settings.
+      uses_public: Whether it learns from the public images.
+      uses_teacher: Whether it learns from the foundation model's answers about them.
+    """
 
     build: Callable[..., FederatedAlgorithm]
     settings: type[Any]
     uses_public: bool = False
+    uses_teacher: bool = False
 
 
 ALGORITHMS: Mapping[str, Method] = {
-    "fedhelp": Method(fedhelp, FedHelpSettings, uses_public=True),
+    "fedhelp": Method(fedhelp, FedHelpSettings, uses_public=True, uses_teacher=True),
     "local": Method(local, LocalSettings),
     "centralized": Method(centralized, CentralizedSettings),
     "fedavg": Method(fedavg, FedAvgSettings),
@@ -37,6 +49,10 @@ ALGORITHMS: Mapping[str, Method] = {
     "per_fedavg": Method(per_fedavg, PerFedAvgSettings),
     "pfedme": Method(pfedme, PFedMeSettings),
     "fml": Method(fml, FMLSettings),
+    "fedmd": Method(fedmd, FedMDSettings, uses_public=True),
+    "feddf": Method(feddf, FedDFSettings, uses_public=True),
+    "fedproto": Method(fedproto, FedProtoSettings),
+    "fedgh": Method(fedgh, FedGHSettings),
 }
 
 SETTINGS: Mapping[str, type[Any]] = {name: m.settings for name, m in ALGORITHMS.items()}

@@ -1,5 +1,6 @@
 """The one abstraction that every method fits, and what methods are built from."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,7 +8,8 @@ import jax
 import optax
 
 from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs, sgd_l2
-from fedhelp_jax.federation import ClientData, PublicPool
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.federation import ROLES, ClientData, PublicPool
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.random import Purpose, for_purpose
@@ -16,14 +18,16 @@ from fedhelp_jax.tree import weighted_mean
 
 
 class PublicSpec(NamedTuple):
-    """Label spaces of the public set.
+    """The public set: its size and label spaces.
 
     Attributes:
+      num_images: How many images.
       num_labels: How many labels its images have, or None without labels.
       num_answers: Over how many classes the foundation model answers, or None without answers.
       shared: Whether both are one label space, so that one head serves both.
     """
 
+    num_images: int
     num_labels: int | None
     num_answers: int | None
     shared: bool
@@ -132,6 +136,12 @@ def init_shared(setup: Setup, run_key: jax.Array) -> Variables:
     return setup.models["small"].init(key, setup.sample_shape)
 
 
+def init_architectures(setup: Setup, run_key: jax.Array) -> dict[str, Variables]:
+    """First weights of a server that keeps one network of each role's architecture."""
+    key = for_purpose(run_key, Purpose.SERVER_INIT)
+    return {role: model.init(key, setup.sample_shape) for role, model in setup.models.items()}
+
+
 def init_own(setup: Setup, model: Model, run_key: jax.Array, client_id: jax.Array) -> Variables:
     """First weights of a network that is one client's own, the same whatever the method."""
     return model.init(client_init_key(run_key, client_id), setup.sample_shape)
@@ -142,6 +152,25 @@ def init_private(setup: Setup, role: str, run_key: jax.Array, client_id: jax.Arr
     if role == "small":
         return init_shared(setup, run_key)
     return init_own(setup, setup.models[role], run_key, client_id)
+
+
+def check_one_head(setup: Setup, name: str) -> None:
+    """For methods that share features or a head: both architectures must have the same head.
+
+    Raises:
+      UserError: If they have not.
+    """
+
+    def head(role: str) -> Any:
+        init = functools.partial(setup.models[role].init, sample_shape=setup.sample_shape)
+        return jax.eval_shape(init, jax.random.key(0))["params"]["head"]
+
+    widths = {role: jax.tree.map(lambda leaf: leaf.shape, head(role)) for role in ROLES}
+    if widths["small"] != widths["large"]:
+        raise UserError(
+            f"algorithm.name: {name} needs features of one width, but the heads of model.small and "
+            f"model.large are of shapes {widths['small']} and {widths['large']}"
+        )
 
 
 def client_init_key(run_key: jax.Array, client_id: jax.Array) -> jax.Array:
@@ -259,7 +288,9 @@ def averaging(setup: Setup, clients: Mapping[str, ClientAlgorithm]) -> Federated
 
 
 def training_client(
-    setup: Setup, train: Callable[[jax.Array, Variables, ClientData], tuple[Variables, Info]]
+    setup: Setup,
+    train: Callable[[jax.Array, Variables, ClientData], tuple[Variables, Info]],
+    role: str = "small",
 ) -> ClientAlgorithm:
     """A client that trains the broadcast model and sends the outcome back.
 
@@ -269,11 +300,12 @@ def training_client(
     Args:
       setup: What the method is given.
       train: ``(key, w, data) -> (variables, info)``.
+      role: Whose architecture it is.
 
     Returns:
       The client.
     """
-    model = setup.models["small"]
+    model = setup.models[role]
 
     def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
         del state
@@ -282,7 +314,7 @@ def training_client(
 
     return ClientAlgorithm(
         models={"global": model, "personal": model},
-        init=lambda run_key, client_id: init_shared(setup, run_key),
+        init=lambda run_key, client_id: init_architectures(setup, run_key)[role],
         update=update,
         deploy=lambda download, state, data: {"global": download, "personal": state},
     )

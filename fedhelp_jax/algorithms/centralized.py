@@ -9,6 +9,7 @@ the broadcast model on a client's training data. The optimizer starts anew each 
 methods.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from fedhelp_jax.algorithms.base import (
     FederatedAlgorithm,
     ServerData,
     Setup,
-    init_shared,
+    init_architectures,
     supervised_loss,
     train_locally,
 )
@@ -36,11 +37,6 @@ class CentralizedSettings(NamedTuple):
 def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorithm:
     """Training of both architectures on all clients' data."""
     del settings
-
-    def init(run_key: jax.Array) -> dict[str, Variables]:
-        key = for_purpose(run_key, Purpose.SERVER_INIT)
-        large = setup.models["large"].init(key, setup.sample_shape)
-        return {"small": init_shared(setup, run_key), "large": large}
 
     def client(role: str) -> ClientAlgorithm:
         model = setup.models[role]
@@ -84,7 +80,7 @@ def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorit
         return {**state, **trained}
 
     return FederatedAlgorithm(
-        init=init,
+        init=functools.partial(init_architectures, setup),
         download=lambda state, role: state[role],
         clients={role: client(role) for role in ROLES},
         aggregate=aggregate,

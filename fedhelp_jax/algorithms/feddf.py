@@ -1,0 +1,100 @@
+"""FedDF.
+
+Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020,
+arXiv:2006.07242, algorithm 3 (several architectures). Every client trains the model it was sent,
+of its role's own architecture. The server, for each architecture,
+
+    w_role <- mean of the role's uploads
+    server_steps times, on public batches x_p:
+        w_role <- step on KL( sigma(mean_i f_i(x_p)) || sigma(f_role(x_p)) )
+
+f_i being all uploads, of whatever architecture. The distilled model is what clients deploy
+(``global``); their copies after local training are reported beside it (``personal``).
+
+Notes: the paper distils for up to 10,000 steps of Adam with early stopping on a validation set
+that the server holds; here it is a fixed number, of the clients' optimizer, and the server holds
+no labels. The mean is over clients alike. Public batches leave the running statistics alone. A
+foundation model's answers have no place in it, being over other classes. ``server_steps = 0`` is
+FedAvg within each role.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+
+from fedhelp_jax.algorithms.base import (
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    ServerData,
+    Setup,
+    init_architectures,
+    train_locally,
+    training_client,
+)
+from fedhelp_jax.algorithms.on_public import check_public, learn_answers, public_logits
+from fedhelp_jax.federation import ROLES, PublicPool
+from fedhelp_jax.models.model import Variables
+from fedhelp_jax.tree import weighted_mean
+
+
+class FedDFSettings(NamedTuple):
+    """Settings of FedDF.
+
+    Attributes:
+      server_steps: Public batches the server learns from each round; 0 is FedAvg within each role.
+    """
+
+    server_steps: int = 100
+
+
+def feddf(setup: Setup, settings: FedDFSettings) -> FederatedAlgorithm:
+    """FedDF on each client's own architecture.
+
+    Raises:
+      UserError: Without public images.
+    """
+    check_public(setup, "feddf")
+
+    def client(role: str) -> ClientAlgorithm:
+        train = functools.partial(train_locally, setup, setup.models[role])
+        return training_client(setup, train, role)
+
+    def aggregate(
+        state: dict[str, Variables],
+        uploads: Mapping[str, Variables],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> dict[str, Variables]:
+        public = data.public
+        assert public is not None
+        logits = {
+            role: jax.lax.map(
+                functools.partial(public_logits, setup, setup.models[role], public=public), upload
+            )
+            for role, upload in uploads.items()
+        }
+        present = [(w > 0).astype(float) for w in weights.values()]
+        ensemble = PublicPool(public.images, None, weighted_mean(list(logits.values()), present))
+        fused = {
+            role: learn_answers(
+                setup,
+                setup.models[role],
+                data.key,
+                weighted_mean([upload], [weights[role]]),
+                ensemble,
+                settings.server_steps,
+                functools.partial(setup.task.distill, temperature=1.0, where=None),
+            )
+            for role, upload in uploads.items()
+        }
+        return {**state, **fused}
+
+    return FederatedAlgorithm(
+        init=functools.partial(init_architectures, setup),
+        download=lambda state, role: state[role],
+        clients={role: client(role) for role in ROLES},
+        aggregate=aggregate,
+        server_trains=True,
+    )

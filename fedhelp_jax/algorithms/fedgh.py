@@ -1,0 +1,103 @@
+"""FedGH.
+
+Yi et al., "FedGH: Heterogeneous Federated Learning with Generalized Global Header", ACM MM 2023,
+arXiv:2303.13137, algorithm 1. Clients share a head, not the features before it:
+
+    client:  its head <- the server's; local epochs of CE; sends mean features P_ic of each class
+    server:  head <- head - eta sum_ic grad CE(head(P_ic), c)
+
+Every client trains and deploys its role's own architecture.
+
+Notes: the server goes through all P_ic at once, where the paper takes them one by one; eta is
+``sgd_rate``, ``server_epochs`` such steps are taken a round. Class means are taken after local
+training, in evaluation mode; of masks, each place of the features is an example. What is deployed
+is the model after its local training, head included. All clients need features of one width.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedhelp_jax.algorithms.base import (
+    PRIVATE,
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    ServerData,
+    Setup,
+    check_one_head,
+    init_private,
+    init_shared,
+    train_locally,
+)
+from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
+from fedhelp_jax.client import descend
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.models.model import Variables
+
+
+class FedGHSettings(NamedTuple):
+    """Settings of FedGH.
+
+    Attributes:
+      server_epochs: Steps of the server's head on all class means of a round.
+    """
+
+    server_epochs: int = 1
+
+
+def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
+    """FedGH on each client's own architecture.
+
+    Raises:
+      UserError: If the architectures' features differ in width.
+    """
+    check_one_head(setup, "fedgh")
+
+    def client(role: str) -> ClientAlgorithm:
+        model = setup.models[role]
+
+        def update(key: jax.Array, download: Any, state: Variables, data: ClientData) -> Any:
+            state = {**state, "params": {**state["params"], "head": download}}
+            state, info = train_locally(setup, model, key, state, data)
+            return state, class_means(setup, model, state, data), info
+
+        return ClientAlgorithm(
+            models={PRIVATE[role]: model},
+            init=functools.partial(init_private, setup, role),
+            update=update,
+            deploy=lambda download, state, data: {PRIVATE[role]: state},
+        )
+
+    def aggregate(
+        head: Any,
+        uploads: Mapping[str, Prototypes],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> Any:
+        del data
+        sent = gathered(uploads, weights)
+        clients, classes, width = sent.means.shape
+        means = sent.means.reshape(-1, width)
+        labels = jnp.tile(jnp.arange(classes), clients)
+
+        def loss(head: Any) -> jax.Array:
+            values = setup.task.class_loss(setup.task.head(head, means), labels)
+            return jnp.sum(jnp.where(sent.counts.reshape(-1) > 0, values, 0))
+
+        return jax.lax.fori_loop(
+            0,
+            settings.server_epochs,
+            lambda _, head: descend(setup.sgd, head, jax.grad(loss)(head)),
+            head,
+        )
+
+    return FederatedAlgorithm(
+        init=lambda run_key: init_shared(setup, run_key)["params"]["head"],
+        download=lambda head, role: head,
+        clients={role: client(role) for role in ROLES},
+        aggregate=aggregate,
+        server_trains=True,
+    )

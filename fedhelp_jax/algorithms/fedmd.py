@@ -1,0 +1,122 @@
+"""FedMD.
+
+Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", NeurIPS 2019
+workshop, arXiv:1910.03581, algorithm 1. No weights travel, only logits on the public images x_p.
+Every round a client i, of its role's own architecture f_i,
+
+    digests:   towards the consensus, mean |f_i(x_p) - consensus(x_p)|, digest_epochs over all x_p
+    revisits:  local epochs of CE on its private data
+    sends:     f_i(x_p) for all x_p
+
+and the server takes the mean, ``consensus <- mean_i f_i(x_p)``.
+
+Notes: there is nothing to digest in the first round. The paper first trains every network on the
+public labels; here they are another label space, and the private head is what clients have in
+common. Logits are compared by their absolute difference, as in the authors' code. Public batches
+leave the running statistics alone. A foundation model's answers have no place in it, being over
+other classes. ``digest_epochs = 0`` is local training.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedhelp_jax.algorithms.base import (
+    PRIVATE,
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    ServerData,
+    Setup,
+    init_private,
+    train_locally,
+)
+from fedhelp_jax.algorithms.on_public import (
+    check_public,
+    learn_answers,
+    no_logits,
+    public_logits,
+)
+from fedhelp_jax.federation import ROLES, ClientData, PublicPool
+from fedhelp_jax.models.model import Variables
+from fedhelp_jax.tree import weighted_mean
+
+
+class FedMDSettings(NamedTuple):
+    """Settings of FedMD.
+
+    Attributes:
+      digest_epochs: Passes over the public images towards the consensus each round; 0 is local
+        training.
+    """
+
+    digest_epochs: int = 1
+
+
+class Consensus(NamedTuple):
+    """Mean logits ``[P, ...]`` on the public images, and whether there are any yet."""
+
+    logits: jax.Array
+    known: jax.Array
+
+
+def fedmd(setup: Setup, settings: FedMDSettings) -> FederatedAlgorithm:
+    """FedMD on each client's own architecture.
+
+    Raises:
+      UserError: Without public images.
+    """
+    num_images = check_public(setup, "fedmd").num_images
+    steps = settings.digest_epochs * -(-num_images // setup.public_batch_size)
+
+    def client(role: str) -> ClientAlgorithm:
+        model = setup.models[role]
+
+        def update(key: jax.Array, download: Consensus, state: Variables, data: ClientData) -> Any:
+            public = data.public
+            assert public is not None
+            # Nothing to digest yet, or nobody there to.
+            digesting = jnp.where(download.known & (data.size > 0), steps, 0)
+            state = learn_answers(
+                setup,
+                model,
+                key,
+                state,
+                PublicPool(public.images, None, download.logits),
+                digesting,
+                absolute_difference,
+            )
+            state, info = train_locally(setup, model, key, state, data)
+            return state, public_logits(setup, model, state, public), info
+
+        return ClientAlgorithm(
+            models={PRIVATE[role]: model},
+            init=functools.partial(init_private, setup, role),
+            update=update,
+            deploy=lambda download, state, data: {PRIVATE[role]: state},
+        )
+
+    def aggregate(
+        state: Consensus,
+        uploads: Mapping[str, jax.Array],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> Consensus:
+        del state, data
+        return Consensus(
+            weighted_mean(list(uploads.values()), list(weights.values())), jnp.array(True)
+        )
+
+    return FederatedAlgorithm(
+        init=lambda run_key: Consensus(no_logits(setup), jnp.array(False)),
+        download=lambda server_state, role: server_state,
+        clients={role: client(role) for role in ROLES},
+        aggregate=aggregate,
+    )
+
+
+def absolute_difference(logits: jax.Array, answers: jax.Array) -> jax.Array:
+    """Mean over all logits of an image, ``[B]``."""
+    return jnp.mean(jnp.abs(logits - answers).reshape(len(logits), -1), axis=-1)

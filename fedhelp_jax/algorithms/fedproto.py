@@ -1,0 +1,134 @@
+"""FedProto.
+
+Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022,
+arXiv:2105.00243, algorithm 1. No weights travel, only mean features of each class. On a batch a
+client minimises, z being the features of x,
+
+    CE(head(z), y) + lambda |z - P_y|^2 / D
+
+then sends its own class means P_ic, and the server averages them by how many examples n_ic each is
+of:
+
+    P_c <- sum_i n_ic P_ic / sum_i n_ic
+
+Every client trains and deploys its role's own architecture.
+
+Notes: P_y counts where some client has sent it, so not in the first round; a class that nobody
+sends again keeps its prototype. The mean is the paper's equation 6 without its further factor
+1/|N_c|, which would shrink prototypes. Class means are taken after local training, in evaluation
+mode. Of masks, each place of the features is an example, at borders shared between classes. All
+clients need features of one width. ``lam = 0`` is local training.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedhelp_jax.algorithms.base import (
+    PRIVATE,
+    ClientAlgorithm,
+    FederatedAlgorithm,
+    ServerData,
+    Setup,
+    check_one_head,
+    init_private,
+    train_locally,
+)
+from fedhelp_jax.algorithms.prototypes import (
+    Prototypes,
+    class_means,
+    gathered,
+    members_of,
+    no_prototypes,
+)
+from fedhelp_jax.client import Batch
+from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.losses import masked_mean
+from fedhelp_jax.models.model import Model, Variables
+
+
+class FedProtoSettings(NamedTuple):
+    """Settings of FedProto.
+
+    Attributes:
+      lam: Weight of the distance to the prototypes (lambda); 0 is local training.
+    """
+
+    lam: float = 1.0
+
+
+def fedproto(setup: Setup, settings: FedProtoSettings) -> FederatedAlgorithm:
+    """FedProto on each client's own architecture.
+
+    Raises:
+      UserError: If the architectures' features differ in width.
+    """
+    check_one_head(setup, "fedproto")
+
+    def client(role: str) -> ClientAlgorithm:
+        model = setup.models[role]
+
+        def update(key: jax.Array, download: Prototypes, state: Variables, data: ClientData) -> Any:
+            loss = functools.partial(prototype_loss, prototypes=download, lam=settings.lam)
+            state, info = train_locally(setup, model, key, state, data, loss=loss)
+            return state, class_means(setup, model, state, data), info
+
+        return ClientAlgorithm(
+            models={PRIVATE[role]: model},
+            init=functools.partial(init_private, setup, role),
+            update=update,
+            deploy=lambda download, state, data: {PRIVATE[role]: state},
+        )
+
+    def aggregate(
+        state: Prototypes,
+        uploads: Mapping[str, Prototypes],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> Prototypes:
+        del data
+        sent = gathered(uploads, weights)
+        counts = jnp.sum(sent.counts, axis=0)
+        shares = sent.counts / jnp.where(counts > 0, counts, 1)
+        means = jnp.einsum("kc,kcd->cd", shares, sent.means)
+        known = counts > 0
+        return Prototypes(
+            jnp.where(known[:, None], means, state.means), jnp.where(known, counts, state.counts)
+        )
+
+    return FederatedAlgorithm(
+        init=lambda run_key: no_prototypes(setup),
+        download=lambda server_state, role: server_state,
+        clients={role: client(role) for role in ROLES},
+        aggregate=aggregate,
+    )
+
+
+def prototype_loss(
+    setup: Setup,
+    model: Model,
+    batch_stats: Variables,
+    batch: Batch,
+    *,
+    prototypes: Prototypes,
+    lam: float,
+) -> Callable[[Variables], tuple[jax.Array, tuple[jax.Array, Variables]]]:
+    """:func:`~fedhelp_jax.algorithms.base.supervised_loss` plus the distance to prototypes."""
+
+    def loss_fn(params: Variables) -> tuple[jax.Array, tuple[jax.Array, Variables]]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        features, stats = model.features(variables, batch.images, train=True, mask=batch.mask)
+        logits = model.head(params["head"], features)
+        supervised = setup.task.loss(logits, batch.targets, where=batch.mask)
+
+        members = members_of(setup, batch, features) * (prototypes.counts > 0)
+        share = jnp.sum(members, axis=-1)  # 0 where no prototype is known
+        target = members @ prototypes.means / jnp.where(share > 0, share, 1)[..., None]
+        distance = share * jnp.mean(jnp.square(features - target), axis=-1)
+        distance = jnp.mean(distance.reshape(len(distance), -1), axis=-1)
+        return masked_mean(supervised + lam * distance, batch.mask), (logits, stats)
+
+    return loss_fn

@@ -1,0 +1,96 @@
+"""Learning from answers about the public images: what FedMD and FedDF are built from."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fedhelp_jax.algorithms.base import PublicSpec, Setup
+from fedhelp_jax.client import gradient_step, predict, public_batches
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.federation import Pool, PublicPool
+from fedhelp_jax.models.model import Model, Variables, apply_model
+from fedhelp_jax.random import Purpose, for_purpose
+
+
+def check_public(setup: Setup, name: str) -> PublicSpec:
+    """The public set, for methods that are nothing without one.
+
+    Raises:
+      UserError: If there are none.
+    """
+    if setup.public is None:
+        raise UserError(f"public.name: {name} needs public images; it is none")
+    return setup.public
+
+
+def no_logits(setup: Setup) -> jax.Array:
+    """Zeros of the shape of :func:`public_logits`."""
+    model, public = setup.models["small"], setup.public
+    images = jnp.zeros((1, *setup.sample_shape))
+
+    def logits(key: jax.Array) -> jax.Array:
+        return apply_model(model, model.init(key, setup.sample_shape), images)[0]
+
+    shape = jax.eval_shape(logits, jax.random.key(0)).shape[1:]
+    return jnp.zeros((0 if public is None else public.num_images, *shape))
+
+
+def public_logits(
+    setup: Setup, model: Model, variables: Variables, public: PublicPool
+) -> jax.Array:
+    """A network's logits on all public images, in evaluation mode, ``[P, ...]``."""
+    count = len(public.images)
+    pool = Pool(public.images, jnp.zeros(count))  # predictions need no targets
+    index = jnp.arange(count)
+    return predict(model, variables, pool, index, jnp.int32(count), setup.public_batch_size)
+
+
+def learn_answers(
+    setup: Setup,
+    model: Model,
+    key: jax.Array,
+    variables: Variables,
+    public: PublicPool,
+    steps: int | jax.Array,
+    distance: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Variables:
+    """Trains a network towards answers about the public images, with a fresh optimizer.
+
+    The network normalises by its public batch; the running statistics stay those of private images.
+
+    Args:
+      setup: What the method is given.
+      model: The network.
+      key: The round's, of a client or of the server; decides the order of the images.
+      variables: Where to start.
+      public: The images, and the answers to learn.
+      steps: How many batches of ``setup.public_batch_size``.
+      distance: ``(logits, answers) -> [B]`` on a batch.
+
+    Returns:
+      The variables after it.
+    """
+    batch_at = public_batches(
+        for_purpose(key, Purpose.PUBLIC_BATCHES), public, setup.public_batch_size
+    )
+    stats = variables["batch_stats"]
+
+    @jax.jit
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        params, opt_state = carry
+        batch = batch_at(i)
+        answers = batch.answers
+        assert answers is not None
+
+        def loss_fn(params: Variables) -> tuple[jax.Array, None]:
+            given = {"params": params, "batch_stats": stats}
+            logits, _ = apply_model(model, given, batch.images, train=True)
+            return jnp.mean(distance(logits, answers)), None
+
+        params, opt_state, _, _ = gradient_step(setup.tx, loss_fn, params, opt_state)
+        return params, opt_state
+
+    start = (variables["params"], setup.tx.init(variables["params"]))
+    params, _ = jax.lax.fori_loop(0, steps, step, start)
+    return {"params": params, "batch_stats": stats}

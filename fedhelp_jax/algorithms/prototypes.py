@@ -1,0 +1,70 @@
+"""Class means of features: what FedProto and FedGH send instead of weights."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedhelp_jax.algorithms.base import Setup
+from fedhelp_jax.client import Batch, Info, run_epochs
+from fedhelp_jax.federation import ClientData
+from fedhelp_jax.models.model import Model, Variables
+
+
+class Prototypes(NamedTuple):
+    """Mean features of each class.
+
+    Attributes:
+      means: float ``[..., C, D]``; zeros for a class without examples.
+      counts: float ``[..., C]``: examples, or of maps the share of each that a class covers.
+    """
+
+    means: jax.Array
+    counts: jax.Array
+
+
+def no_prototypes(setup: Setup) -> Prototypes:
+    """Those of no data at all."""
+    small = setup.models["small"]
+
+    def features(key: jax.Array) -> jax.Array:
+        variables = small.init(key, setup.sample_shape)
+        image = jnp.zeros((1, *setup.sample_shape))
+        return small.features(variables, image, train=False, mask=None)[0]
+
+    width = jax.eval_shape(features, jax.random.key(0)).shape[-1]
+    classes = setup.task.num_ranked(setup.num_classes)
+    return Prototypes(jnp.zeros((classes, width)), jnp.zeros(classes))
+
+
+def class_means(setup: Setup, model: Model, variables: Variables, data: ClientData) -> Prototypes:
+    """Mean features of each class over a client's training data, in evaluation mode."""
+    zeros = no_prototypes(setup)
+
+    def step(sums: Prototypes, batch: Batch, _: jax.Array) -> tuple[Prototypes, Info]:
+        features, _stats = model.features(variables, batch.images, train=False, mask=None)
+        members = members_of(setup, batch, features)
+        pixels = features.size // (features.shape[0] * features.shape[-1])
+        means = jnp.einsum("...c,...d->cd", members, features) / pixels
+        counts = jnp.sum(members, axis=range(members.ndim - 1)) / pixels
+        return Prototypes(sums.means + means, sums.counts + counts), {}
+
+    sums, _ = run_epochs(
+        step, zeros, data, jax.random.key(0), batch_size=setup.batch_size, local_epochs=1
+    )
+    return Prototypes(sums.means / jnp.where(sums.counts > 0, sums.counts, 1)[:, None], sums.counts)
+
+
+def gathered(uploads: Mapping[str, Prototypes], weights: Mapping[str, jax.Array]) -> Prototypes:
+    """Those of all clients of all roles, ``[K, C, D]``; counts 0 for whoever took no part."""
+    counts = [jnp.where(weights[role][:, None] > 0, up.counts, 0) for role, up in uploads.items()]
+    means = [up.means for up in uploads.values()]
+    return Prototypes(jnp.concatenate(means), jnp.concatenate(counts))
+
+
+def members_of(setup: Setup, batch: Batch, features: jax.Array) -> jax.Array:
+    """How far each place of the features is of each class, ``[B, *spatial, C]``; 0 where masked."""
+    classes = setup.task.num_ranked(setup.num_classes)
+    members: Any = setup.task.memberships(batch.targets, features.shape[1:-1], classes)
+    return members * batch.mask.reshape(-1, *(1,) * (members.ndim - 1))
