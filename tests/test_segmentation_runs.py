@@ -41,6 +41,8 @@ def answered(tmp_path_factory):
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_a_run_of_every_method_on_volumes(method, answered, tmp_path):
     flags = f"{answered} --workdir={tmp_path} --config.algorithm.name={method}"
+    if method in ("fedproto", "fedgh"):  # which need features of one width
+        flags += " --config.model.large_widths=(2,4)"
     assert fedhelp(command("train", "3d", flags)) == 0
     summary = read(tmp_path / "summary.json")
     assert summary["metric"] == "dice" and summary["synthetic"]

@@ -174,7 +174,9 @@ def setup(small, large=DEPTH):
         batch_size=BATCH,
         public_batch_size=BATCH + 1,
         local_epochs=1,
-        public=PublicSpec(num_images=1, num_labels=PUBLIC_CLASSES, num_answers=ANSWERS, shared=False),
+        public=PublicSpec(
+            num_images=1, num_labels=PUBLIC_CLASSES, num_answers=ANSWERS, shared=False
+        ),
     )
 
 

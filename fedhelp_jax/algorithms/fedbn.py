@@ -5,8 +5,9 @@ arXiv:2102.07623, algorithm 1: FedAvg, but normalisation layers stay with their 
 and running statistics alike, and are neither sent nor averaged.
 
 Notes: a client deploys the averaged layers with its own normalisation (``personal``). Layers are
-known by their path: any part of it with "norm" in it, or "bn" and a number, as in all networks
-here, shortcuts included, and Flax's own layers. On a network without any this is FedAvg.
+known by their path: any part of it with "norm" in it, or "bn" by itself, with a number or
+after an underscore, as in all networks here, shortcuts included, and Flax's own layers. On a
+network without any this is FedAvg.
 """
 
 import re

@@ -13,7 +13,8 @@ f_i being all uploads, of whatever architecture. The distilled model is what cli
 
 Notes: the paper distils for up to 10,000 steps of Adam with early stopping on a validation set
 that the server holds; here it is a fixed number, of the clients' optimizer, and the server holds
-no labels. The mean is over clients alike. Public batches leave the running statistics alone. A
+no labels. The ensemble counts clients alike; means of
+models follow ``client_weights``. Public batches leave the running statistics alone. A
 foundation model's answers have no place in it, being over other classes. ``server_steps = 0`` is
 FedAvg within each role.
 """

@@ -14,7 +14,9 @@ Notes: there is nothing to digest in the first round. The paper first trains eve
 public labels; here they are another label space, and the private head is what clients have in
 common. Logits are compared by their absolute difference, as in the authors' code. Public batches
 leave the running statistics alone. A foundation model's answers have no place in it, being over
-other classes. ``digest_epochs = 0`` is local training.
+other classes. An epoch is ``ceil(P / B)`` batches in one order, the last
+filled up from its start; the authors draw a subset of the images each round.
+``digest_epochs = 0`` is local training.
 """
 
 import functools

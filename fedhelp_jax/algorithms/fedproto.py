@@ -16,7 +16,8 @@ Every client trains and deploys its role's own architecture.
 Notes: P_y counts where some client has sent it, so not in the first round; a class that nobody
 sends again keeps its prototype. The mean is the paper's equation 6 without its further factor
 1/|N_c|, which would shrink prototypes. Class means are taken after local training, in evaluation
-mode. Of masks, each place of the features is an example, at borders shared between classes. All
+mode. The paper writes the distance between class means; as in the authors' code it is that of each
+example. Of masks, each place of the features is an example, at borders shared between classes. All
 clients need features of one width. ``lam = 0`` is local training.
 """
 

@@ -10,7 +10,8 @@ look for a ``w`` from which one step on their own data leads far:
 
 Notes: plain SGD, ``alpha = beta = sgd_rate``. D and D' are the halves of a batch, the first the
 larger; from a batch of one example nothing is learnt. Batch statistics go on from D'; the step at
-deployment normalises by batches and keeps the broadcast statistics.
+deployment normalises by batches and keeps the broadcast statistics. Weight decay is taken at w, as
+an optimizer does.
 """
 
 from typing import Any, NamedTuple

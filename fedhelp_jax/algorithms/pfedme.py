@@ -12,7 +12,7 @@ arXiv:2006.08848, algorithm 1. Every client keeps a personal ``theta_i`` near it
 Notes: plain SGD, ``rate = eta = sgd_rate``. theta starts each round from the broadcast ``w`` and
 goes on from batch to batch. ``beta = 1``; another is plain SGD of that rate as
 ``setup.server_tx``. Batch statistics are theta's. ``lam = 0`` leaves ``w`` where it began, so that
-nothing is shared.
+no parameters are shared.
 """
 
 from typing import Any, NamedTuple

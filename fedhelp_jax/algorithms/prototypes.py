@@ -57,10 +57,13 @@ def class_means(setup: Setup, model: Model, variables: Variables, data: ClientDa
 
 
 def gathered(uploads: Mapping[str, Prototypes], weights: Mapping[str, jax.Array]) -> Prototypes:
-    """Those of all clients of all roles, ``[K, C, D]``; counts 0 for whoever took no part."""
-    counts = [jnp.where(weights[role][:, None] > 0, up.counts, 0) for role, up in uploads.items()]
-    means = [up.means for up in uploads.values()]
-    return Prototypes(jnp.concatenate(means), jnp.concatenate(counts))
+    """Those of all clients of all roles, ``[K, C, D]``; zeros for whoever took no part."""
+    present = jnp.concatenate([weights[role] > 0 for role in uploads])
+    means = jnp.concatenate([up.means for up in uploads.values()])
+    counts = jnp.concatenate([up.counts for up in uploads.values()])
+    return Prototypes(
+        jnp.where(present[:, None, None], means, 0), jnp.where(present[:, None], counts, 0)
+    )
 
 
 def members_of(setup: Setup, batch: Batch, features: jax.Array) -> jax.Array:
