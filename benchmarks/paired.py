@@ -17,6 +17,8 @@ import numpy as np
 from absl import app, flags
 from scipy import stats
 
+from fedhelp_jax.report.summary import group_summary
+
 _RUNS = flags.DEFINE_string("runs", None, "folders, {} for setting and for seed", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds")
 _PAIRS = flags.DEFINE_list("pairs", None, "with:without, ...", required=True)
@@ -37,14 +39,8 @@ def value(setting: str, seed: str, key: str) -> float:
     by_role: dict[str, list[float]] = {"small": [], "large": []}
     for client in summary["per_client"]:
         by_role[client["role"]].append(client["metrics"][_METRIC.value])
-    small, large = by_role["small"], by_role["large"]
-    means = {
-        "small_mean": np.mean(small),
-        "worst_small": min(small),
-        "large_mean": np.mean(large),
-        "mean": np.mean(small + large),
-    }
-    return float(means[key])
+    mean = float(np.mean(by_role["small"] + by_role["large"]))
+    return {"mean": mean, **group_summary(by_role)}[key]
 
 
 def main(_: list[str]) -> None:

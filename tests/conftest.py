@@ -12,6 +12,13 @@ jax.config.update("jax_num_cpu_devices", 2)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 
+@pytest.fixture
+def float64():
+    """For comparisons over many steps: in float32 Adam amplifies rounding."""
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(scope="module")
 def compilation_cache_of_the_module(tmp_path_factory):
     """For modules that compile the same run many times."""

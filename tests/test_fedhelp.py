@@ -43,11 +43,8 @@ ROUNDS = 3
 ADAM = adam_l2(1e-2, 1e-3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    """In float32 Adam amplifies rounding, and methods drift apart that compute the same."""
-    with jax.enable_x64(True):
-        yield
+# In float32 Adam amplifies rounding, and methods drift apart that compute the same.
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @functools.cache

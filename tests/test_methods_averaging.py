@@ -44,12 +44,6 @@ ROUNDS = 2
 pytestmark = pytest.mark.usefixtures("float64", "compilation_cache_of_the_module")
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @functools.cache
 def states_of(name, **settings):
     """A method's states before and after each round of a group of large clients, once computed."""

@@ -53,12 +53,6 @@ WHO = pytest.mark.parametrize("half", [False, True], ids=["all", "half"])
 pytestmark = pytest.mark.usefixtures("float64", "compilation_cache_of_the_module")
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def one_width(**changes):
     """Both architectures with features of the same width."""
     return setup(models=dict.fromkeys(("small", "large"), two_layers(WIDTH)), **changes)

@@ -1,6 +1,5 @@
 """FML against NumPy in float64 written from its paper, and switched off."""
 
-import jax
 import pytest
 from helpers import assert_trees_close, row, tiny_federation
 from numpy_network import (
@@ -17,12 +16,6 @@ from numpy_network import (
 
 ROUNDS = 2
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def mutual_gradient(params, x, y, teacher, share):

@@ -39,11 +39,8 @@ FLOAT32 = 1e-5  # metrics are computed in float32
 two_devices = pytest.mark.skipif(len(jax.devices()) < 2, reason="there is only one device")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    """In float32 runs that compute the same drift apart."""
-    with jax.enable_x64(True):
-        yield
+# In float32 runs that compute the same drift apart.
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @functools.cache

@@ -26,10 +26,7 @@ TOLERANCE = 1e-9
 NO_BATCH_OF_ONE = (("a", 6, 1, 4), ("b", 14, 2, 5), ("c", 2, 0, 2), ("d", 10, 1, 3), ("e", 7, 0, 1))
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 # --- Networks. ---

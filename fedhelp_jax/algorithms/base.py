@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs, sgd_l2
@@ -130,16 +131,10 @@ class FederatedAlgorithm(NamedTuple):
     server_trains: bool = False
 
 
-def init_shared(setup: Setup, run_key: jax.Array) -> Variables:
-    """The small architecture's first weights, the same for the server and for every client."""
+def init_shared(setup: Setup, run_key: jax.Array, role: str = "small") -> Variables:
+    """An architecture's first weights, the same for the server and for every client."""
     key = for_purpose(run_key, Purpose.SERVER_INIT)
-    return setup.models["small"].init(key, setup.sample_shape)
-
-
-def init_architectures(setup: Setup, run_key: jax.Array) -> dict[str, Variables]:
-    """First weights of a server that keeps one network of each role's architecture."""
-    key = for_purpose(run_key, Purpose.SERVER_INIT)
-    return {role: model.init(key, setup.sample_shape) for role, model in setup.models.items()}
+    return setup.models[role].init(key, setup.sample_shape)
 
 
 def init_own(setup: Setup, model: Model, run_key: jax.Array, client_id: jax.Array) -> Variables:
@@ -152,6 +147,18 @@ def init_private(setup: Setup, role: str, run_key: jax.Array, client_id: jax.Arr
     if role == "small":
         return init_shared(setup, run_key)
     return init_own(setup, setup.models[role], run_key, client_id)
+
+
+def feature_width(setup: Setup) -> int:
+    """How many features the small architecture's head is given."""
+    small = setup.models["small"]
+
+    def features(key: jax.Array) -> jax.Array:
+        variables = small.init(key, setup.sample_shape)
+        image = jnp.zeros((1, *setup.sample_shape))
+        return small.features(variables, image, train=False, mask=None)[0]
+
+    return jax.eval_shape(features, jax.random.key(0)).shape[-1]
 
 
 def check_one_head(setup: Setup, name: str) -> None:
@@ -314,7 +321,22 @@ def training_client(
 
     return ClientAlgorithm(
         models={"global": model, "personal": model},
-        init=lambda run_key, client_id: init_architectures(setup, run_key)[role],
+        init=lambda run_key, client_id: init_shared(setup, run_key, role),
         update=update,
         deploy=lambda download, state, data: {"global": download, "personal": state},
+    )
+
+
+def private_client(
+    setup: Setup,
+    role: str,
+    update: Callable[[jax.Array, Any, Any, ClientData], tuple[Any, Any, Info]],
+) -> ClientAlgorithm:
+    """A client whose state is a network of its role's architecture, which it keeps and deploys."""
+    name = PRIVATE[role]
+    return ClientAlgorithm(
+        models={name: setup.models[role]},
+        init=functools.partial(init_private, setup, role),
+        update=update,
+        deploy=lambda download, state, data: {name: state},
     )

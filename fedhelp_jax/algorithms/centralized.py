@@ -9,7 +9,6 @@ the broadcast model on a client's training data. The optimizer starts anew each 
 methods.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from fedhelp_jax.algorithms.base import (
     FederatedAlgorithm,
     ServerData,
     Setup,
-    init_architectures,
+    init_shared,
     supervised_loss,
     train_locally,
 )
@@ -80,7 +79,7 @@ def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorit
         return {**state, **trained}
 
     return FederatedAlgorithm(
-        init=functools.partial(init_architectures, setup),
+        init=lambda run_key: {role: init_shared(setup, run_key, role) for role in ROLES},
         download=lambda state, role: state[role],
         clients={role: client(role) for role in ROLES},
         aggregate=aggregate,

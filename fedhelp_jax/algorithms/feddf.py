@@ -13,10 +13,9 @@ f_i being all uploads, of whatever architecture. The distilled model is what cli
 
 Notes: the paper distils for up to 10,000 steps of Adam with early stopping on a validation set
 that the server holds; here it is a fixed number, of the clients' optimizer, and the server holds
-no labels. The ensemble counts clients alike; means of
-models follow ``client_weights``. Public batches leave the running statistics alone. A
-foundation model's answers have no place in it, being over other classes. ``server_steps = 0`` is
-FedAvg within each role.
+no labels. The ensemble counts clients alike; means of models follow ``client_weights``. Public
+batches leave the running statistics alone. A foundation model's answers have no place in it, being
+over other classes. ``server_steps = 0`` is FedAvg within each role.
 """
 
 import functools
@@ -30,7 +29,7 @@ from fedhelp_jax.algorithms.base import (
     FederatedAlgorithm,
     ServerData,
     Setup,
-    init_architectures,
+    init_shared,
     train_locally,
     training_client,
 )
@@ -93,7 +92,7 @@ def feddf(setup: Setup, settings: FedDFSettings) -> FederatedAlgorithm:
         return {**state, **fused}
 
     return FederatedAlgorithm(
-        init=functools.partial(init_architectures, setup),
+        init=lambda run_key: {role: init_shared(setup, run_key, role) for role in ROLES},
         download=lambda state, role: state[role],
         clients={role: client(role) for role in ROLES},
         aggregate=aggregate,

@@ -14,7 +14,6 @@ training, in evaluation mode; of masks, each place of the features is an example
 is the model after its local training, head included. All clients need features of one width.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,14 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.base import (
-    PRIVATE,
     ClientAlgorithm,
     FederatedAlgorithm,
     ServerData,
     Setup,
     check_one_head,
-    init_private,
     init_shared,
+    private_client,
     train_locally,
 )
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
@@ -64,12 +62,7 @@ def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
             state, info = train_locally(setup, model, key, state, data)
             return state, class_means(setup, model, state, data), info
 
-        return ClientAlgorithm(
-            models={PRIVATE[role]: model},
-            init=functools.partial(init_private, setup, role),
-            update=update,
-            deploy=lambda download, state, data: {PRIVATE[role]: state},
-        )
+        return private_client(setup, role, update)
 
     def aggregate(
         head: Any,

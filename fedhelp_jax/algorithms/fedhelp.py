@@ -46,6 +46,7 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     average,
     client_init_key,
+    feature_width,
     init_averaged,
     init_own,
     init_shared,
@@ -198,17 +199,11 @@ def init_public_heads(setup: Setup, key: jax.Array) -> Variables:
     """psi: heads over the public labels and over the answers' classes, or one for both."""
     if setup.public is None:
         return {}
-    small = jax.eval_shape(lambda: setup.models["small"].init(key, setup.sample_shape))
-    image = jax.ShapeDtypeStruct((1, *setup.sample_shape), float)
-    features, _ = jax.eval_shape(
-        lambda variables, x: setup.models["small"].features(variables, x, train=False, mask=None),
-        small,
-        image,
-    )
+    features = feature_width(setup)
     labels, answers = setup.public.num_labels, setup.public.num_answers
     widths = {"labels": labels, "answers": None if setup.public.shared else answers}
     return {
-        name: setup.task.init_head(jax.random.fold_in(key, i), features.shape[-1], width)
+        name: setup.task.init_head(jax.random.fold_in(key, i), features, width)
         for i, (name, width) in enumerate(widths.items())
         if width is not None
     }

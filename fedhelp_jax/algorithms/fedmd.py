@@ -14,12 +14,10 @@ Notes: there is nothing to digest in the first round. The paper first trains eve
 public labels; here they are another label space, and the private head is what clients have in
 common. Logits are compared by their absolute difference, as in the authors' code. Public batches
 leave the running statistics alone. A foundation model's answers have no place in it, being over
-other classes. An epoch is ``ceil(P / B)`` batches in one order, the last
-filled up from its start; the authors draw a subset of the images each round.
-``digest_epochs = 0`` is local training.
+other classes. An epoch is ``ceil(P / B)`` batches in one order, the last filled up from its start;
+the authors draw a subset of the images each round. ``digest_epochs = 0`` is local training.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,12 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.base import (
-    PRIVATE,
     ClientAlgorithm,
     FederatedAlgorithm,
     ServerData,
     Setup,
-    init_private,
+    private_client,
     train_locally,
 )
 from fedhelp_jax.algorithms.on_public import (
@@ -93,12 +90,7 @@ def fedmd(setup: Setup, settings: FedMDSettings) -> FederatedAlgorithm:
             state, info = train_locally(setup, model, key, state, data)
             return state, public_logits(setup, model, state, public), info
 
-        return ClientAlgorithm(
-            models={PRIVATE[role]: model},
-            init=functools.partial(init_private, setup, role),
-            update=update,
-            deploy=lambda download, state, data: {PRIVATE[role]: state},
-        )
+        return private_client(setup, role, update)
 
     def aggregate(
         state: Consensus,

@@ -29,13 +29,12 @@ import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.base import (
-    PRIVATE,
     ClientAlgorithm,
     FederatedAlgorithm,
     ServerData,
     Setup,
     check_one_head,
-    init_private,
+    private_client,
     train_locally,
 )
 from fedhelp_jax.algorithms.prototypes import (
@@ -77,12 +76,7 @@ def fedproto(setup: Setup, settings: FedProtoSettings) -> FederatedAlgorithm:
             state, info = train_locally(setup, model, key, state, data, loss=loss)
             return state, class_means(setup, model, state, data), info
 
-        return ClientAlgorithm(
-            models={PRIVATE[role]: model},
-            init=functools.partial(init_private, setup, role),
-            update=update,
-            deploy=lambda download, state, data: {PRIVATE[role]: state},
-        )
+        return private_client(setup, role, update)
 
     def aggregate(
         state: Prototypes,

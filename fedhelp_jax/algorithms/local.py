@@ -4,17 +4,15 @@ A small client trains the small architecture, a large one the large architecture
 weights it would have started from under any other method.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 
 from fedhelp_jax.algorithms.base import (
-    PRIVATE,
     ClientAlgorithm,
     FederatedAlgorithm,
     Setup,
-    init_private,
+    private_client,
     train_locally,
 )
 from fedhelp_jax.federation import ClientData
@@ -36,19 +34,13 @@ def local(setup: Setup, settings: LocalSettings) -> FederatedAlgorithm:
 
     def client(role: str) -> ClientAlgorithm:
         role = "small" if settings.small_only else role
-        model, name = setup.models[role], PRIVATE[role]
 
         def update(key: jax.Array, download: None, state: Variables, data: ClientData) -> Any:
             del download
-            variables, info = train_locally(setup, model, key, state, data)
+            variables, info = train_locally(setup, setup.models[role], key, state, data)
             return variables, None, info
 
-        return ClientAlgorithm(
-            models={name: model},
-            init=functools.partial(init_private, setup, role),
-            update=update,
-            deploy=lambda download, state, data: {name: state},
-        )
+        return private_client(setup, role, update)
 
     return FederatedAlgorithm(
         init=lambda run_key: None,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedhelp_jax.algorithms.base import Setup
+from fedhelp_jax.algorithms.base import Setup, feature_width
 from fedhelp_jax.client import Batch, Info, run_epochs
 from fedhelp_jax.federation import ClientData
 from fedhelp_jax.models.model import Model, Variables
@@ -26,16 +26,8 @@ class Prototypes(NamedTuple):
 
 def no_prototypes(setup: Setup) -> Prototypes:
     """Those of no data at all."""
-    small = setup.models["small"]
-
-    def features(key: jax.Array) -> jax.Array:
-        variables = small.init(key, setup.sample_shape)
-        image = jnp.zeros((1, *setup.sample_shape))
-        return small.features(variables, image, train=False, mask=None)[0]
-
-    width = jax.eval_shape(features, jax.random.key(0)).shape[-1]
     classes = setup.task.num_ranked(setup.num_classes)
-    return Prototypes(jnp.zeros((classes, width)), jnp.zeros(classes))
+    return Prototypes(jnp.zeros((classes, feature_width(setup))), jnp.zeros(classes))
 
 
 def class_means(setup: Setup, model: Model, variables: Variables, data: ClientData) -> Prototypes:
