@@ -1,9 +1,10 @@
 """Odd variants of FedHelp's losses, as the authors' released code has them; for comparison only.
 
-FedHelp here trains with :mod:`fedhelp_jax.losses`; nothing in the package uses this module. It
-shows what the release (github.com/JackqqWang/medfed_code, ``update.py``) minimises instead, so that
-the two can be compared. The conventions are those of :mod:`fedhelp_jax.losses`: logits ``[*B, C]``,
-one value per leading index, masked entries exactly 0, float32 for half precision.
+FedHelp here trains with :mod:`fedhelp_jax.losses`, and with these only where its setting
+``released_code`` asks for them. They are what the release (github.com/JackqqWang/medfed_code,
+``update.py``) minimises instead, so that the two can be compared. The conventions are those of
+:mod:`fedhelp_jax.losses`: logits ``[*B, C]``, one value per leading index, masked entries exactly
+0, float32 for half precision.
 
 The release reduces over a batch in two ways, so each function says which one gives its scalar, the
 mean over the examples (:func:`fedhelp_jax.losses.masked_mean`) or their sum:

@@ -59,6 +59,20 @@ _MODEL = one_of(*RESNETS, *UNETS)
 _WIDTHS = Check(lambda value: all(width >= 1 for width in value), "numbers of at least 1")
 _SIDES = Check(lambda value: len(value) == 3 and min(value) >= 8, "three sides of at least 8")
 
+# Oddities of FedHelp's released code, as the setting `released_code` names them.
+RELEASED_CODE = (
+    "inverted_ranking",
+    "no_large_gradient",
+    "undetached_teacher",
+    "mean_kl",
+    "raw_answers",
+    "fresh_heads",
+)
+_RELEASED = Check(
+    lambda names: set(names) <= {"all", *RELEASED_CODE},
+    f"a tuple of some of all, {', '.join(RELEASED_CODE)}",
+)
+
 # For the settings of the methods, by name: a name means the same in every method that has it.
 SETTING_CHECKS: dict[str, Check] = {
     "temperature": more_than(0),
@@ -69,6 +83,8 @@ SETTING_CHECKS: dict[str, Check] = {
     "margin": at_least(0),
     "kd_warmup_rounds": at_least(0),
     "public_batch_stats": one_of("discard", "shared"),
+    "backward": one_of("ranking", "kl"),
+    "released_code": _RELEASED,
     "mu": at_least(0),
     "lam": at_least(0),
     "prox_steps": COUNT,
@@ -77,6 +93,12 @@ SETTING_CHECKS: dict[str, Check] = {
     "server_epochs": at_least(0),
     "alpha": _SHARE,
     "beta": _SHARE,
+    "miscoverage": _SHARE,
+    "energy_start": _SHARE,
+    "energy_end": _SHARE,
+    "k_reg": at_least(0),
+    "penalty_private": at_least(0),
+    "penalty_proxy": at_least(0),
 }
 
 

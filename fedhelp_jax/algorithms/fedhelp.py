@@ -58,6 +58,12 @@ from fedhelp_jax.federation import ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Variables, apply_model
 from fedhelp_jax.random import Purpose, for_purpose
+from fedhelp_jax.released import (
+    released_distillation_loss,
+    released_ranking_loss,
+    released_stored_logits_loss,
+)
+from fedhelp_jax.schema import RELEASED_CODE
 
 
 class FedHelpSettings(NamedTuple):
@@ -74,6 +80,10 @@ class FedHelpSettings(NamedTuple):
       kd_warmup_rounds: Rounds at the start with lambda_f = lambda_b = 0.
       public_batch_stats: "discard" or "shared", see the notes above.
       joint: Small clients take one step on the sum of both losses instead of two.
+      public_labels: Small clients learn the public labels, where known; without, the answers only.
+      backward: "ranking", or "kl": the proxy teaches the large model in full too (symmetric).
+      released_code: Oddities of the released code to reproduce, or ("all",); their names and what
+        they do stand in docs/method.md, section 11.
     """
 
     temperature: float = 1.0
@@ -85,6 +95,9 @@ class FedHelpSettings(NamedTuple):
     kd_warmup_rounds: int = 1
     public_batch_stats: str = "discard"
     joint: bool = False
+    public_labels: bool = True
+    backward: str = "ranking"
+    released_code: tuple[str, ...] = ()
 
 
 class Server(NamedTuple):
@@ -130,8 +143,15 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
     """FedHelp for the given models, task and public set.
 
     Raises:
-      UserError: If ``k`` does not fit the number of classes.
+      UserError: If ``k`` does not fit the number of classes, a public set offers nothing to learn,
+        or released code is asked for where there is none.
     """
+    settings = with_released_code(setup, settings)
+    public = setup.public
+    if public is not None and public.num_answers is None and not settings.public_labels:
+        raise UserError(
+            "algorithm.public_labels: without them and without a teacher nothing public is learned"
+        )
     ranked = setup.task.num_ranked(setup.num_classes)
     if settings.k is not None and settings.k >= ranked:
         raise UserError(
@@ -158,6 +178,24 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
     )
 
 
+def with_released_code(setup: Setup, settings: FedHelpSettings) -> FedHelpSettings:
+    """The settings with "all" written out: every oddity, and those that are settings by themselves.
+
+    Raises:
+      UserError: For another task than classification, whose released code does not run.
+    """
+    if settings.released_code and setup.task.name != "classification":
+        raise UserError(f"algorithm.released_code: there is none of {setup.task.name} that runs")
+    if "all" not in settings.released_code:
+        return settings
+    return settings._replace(
+        released_code=RELEASED_CODE,
+        public_labels=False,
+        public_batch_stats="shared",
+        kd_warmup_rounds=0,
+    )
+
+
 def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
     """Knowledge-guided surrogate training (sec. 3.3)."""
     model = setup.models["small"]
@@ -167,7 +205,13 @@ def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
         return SmallState(init_shared(setup, run_key), heads)
 
     def update(key: jax.Array, download: Broadcast, state: SmallState, data: ClientData) -> Any:
-        carry = init_small_carry(setup, settings, download.variables, state.public_heads)
+        surrogate, public_heads = download.variables, state.public_heads
+        if "fresh_heads" in settings.released_code:
+            fresh = for_purpose(key, Purpose.CLIENT_INIT)
+            head = setup.models["small"].init(fresh, setup.sample_shape)["params"]["head"]
+            surrogate = {**surrogate, "params": {**surrogate["params"], "head": head}}
+            public_heads = init_public_heads(setup, fresh)
+        carry = init_small_carry(setup, settings, surrogate, public_heads)
         next_public = None
         if data.public is not None:
             next_public = public_batches(
@@ -294,14 +338,67 @@ def public_loss(
         variables, public.images, train=True, mask=None
     )
     loss = jnp.zeros(features.shape[0])
-    if public.labels is not None:
+    if public.labels is not None and settings.public_labels:
         loss += task.loss(task.head(heads["labels"], features), public.labels, where=None)
     if public.answers is not None:
         logits = task.head(heads["answers" if "answers" in heads else "labels"], features)
-        loss += settings.lambda_fm * task.distill(
-            logits, public.answers, temperature=settings.temperature, where=None
-        )
+        loss += settings.lambda_fm * answers_loss(setup, settings, logits, public.answers)
     return jnp.mean(loss), batch_stats if settings.public_batch_stats == "discard" else stats
+
+
+def answers_loss(
+    setup: Setup, settings: FedHelpSettings, logits: jax.Array, answers: jax.Array
+) -> jax.Array:
+    """What a small client learns from the foundation model's answers, ``[B]``."""
+    if "raw_answers" not in settings.released_code:
+        return forward_loss(setup, settings, logits, answers, None)
+    classes = 1 if "mean_kl" in settings.released_code else logits.shape[-1]
+    return classes * released_stored_logits_loss(logits, answers)
+
+
+def forward_loss(
+    setup: Setup,
+    settings: FedHelpSettings,
+    logits: jax.Array,
+    teacher_logits: jax.Array,
+    where: jax.Array | None,
+) -> jax.Array:
+    """A teacher's distillation in full, ``[B]``."""
+    loss = setup.task.distill(logits, teacher_logits, temperature=settings.temperature, where=where)
+    if "mean_kl" in settings.released_code:
+        return loss / (settings.temperature**2 * logits.shape[-1])
+    return loss
+
+
+def backward_loss(
+    setup: Setup,
+    settings: FedHelpSettings,
+    logits: jax.Array,
+    proxy_logits: jax.Array,
+    taught: jax.Array,
+) -> jax.Array:
+    """What the proxy teaches the large model, weighted, ``[B]``."""
+    k = settings.k if settings.k is not None else setup.task.default_k(setup.num_classes)
+    if settings.backward == "kl":
+        loss = forward_loss(setup, settings, logits, proxy_logits, taught)
+    elif "inverted_ranking" in settings.released_code:
+        # The sum over the batch, of which the mean is taken.
+        loss = released_ranking_loss(logits, proxy_logits, k=k, where=taught) * jnp.sum(taught)
+    else:
+        loss = setup.task.rank(logits, proxy_logits, k=k, margin=settings.margin, where=taught)
+    loss *= settings.lambda_b
+    if "undetached_teacher" in settings.released_code:
+        # The forward distillation, now with a gradient for the side that teaches.
+        taught_by = released_distillation_loss(
+            jax.lax.stop_gradient(proxy_logits),
+            logits,
+            temperature=settings.temperature,
+            where=taught,
+        )
+        if "mean_kl" not in settings.released_code:
+            taught_by *= settings.temperature**2 * logits.shape[-1]
+        loss += settings.lambda_f * taught_by
+    return loss
 
 
 def large_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
@@ -350,18 +447,18 @@ def large_step(
 ) -> tuple[LargeCarry, Info]:
     """Steps A and B of a large client on one private batch; no distillation unless ``warm``."""
     task, small, large = setup.task, setup.models["small"], setup.models["large"]
-    k = settings.k if settings.k is not None else task.default_k(setup.num_classes)
 
     # A mask, not a factor: 0 times the overflow of an untrained teacher would be NaN.
     taught = batch.mask & warm
     teacher_logits, _ = apply_model(large, carry.large, batch.images)
+    teacher_loss = masked_mean(
+        task.loss(teacher_logits, batch.targets, where=batch.mask), batch.mask
+    )
     supervised_proxy = supervised_loss(setup, small, carry.proxy["batch_stats"], batch)
 
     def proxy_loss(params: Variables) -> tuple[jax.Array, Variables]:
         loss, (logits, stats) = supervised_proxy(params)
-        forward = task.distill(
-            logits, teacher_logits, temperature=settings.temperature, where=taught
-        )
+        forward = forward_loss(setup, settings, logits, teacher_logits, taught)
         return loss + settings.lambda_f * masked_mean(forward, batch.mask), stats
 
     params, opt_proxy, proxy_value, stats = gradient_step(
@@ -374,14 +471,13 @@ def large_step(
 
     def large_loss(params: Variables) -> tuple[jax.Array, Variables]:
         loss, (logits, stats) = supervised_large(params)
-        backward = task.rank(logits, ranking_logits, k=k, margin=settings.margin, where=taught)
-        return loss + settings.lambda_b * masked_mean(backward, batch.mask), stats
+        if "no_large_gradient" in settings.released_code:
+            loss = teacher_loss
+        backward = backward_loss(setup, settings, logits, ranking_logits, taught)
+        return loss + masked_mean(backward, batch.mask), stats
 
     params, opt_large, large_value, stats = gradient_step(
         setup.tx, large_loss, carry.large["params"], carry.opt_large
-    )
-    teacher_loss = masked_mean(
-        task.loss(teacher_logits, batch.targets, where=batch.mask), batch.mask
     )
     info = {"loss": large_value, "proxy_loss": proxy_value, "teacher_loss": teacher_loss}
     large_variables = {"params": params, "batch_stats": stats}
