@@ -82,6 +82,7 @@ def build_experiment(config: RunConfig) -> Experiment:
         batch_size=config.batch_size,
         public_batch_size=config.public_batch_size,
         local_epochs=config.local_epochs,
+        rounds=config.rounds,
         public=None if public is None else _public_spec(public, answers),
         server_tx=_server_optimizer(config.server),
     )

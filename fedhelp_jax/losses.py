@@ -157,19 +157,55 @@ def ranking_distillation_loss(
     num_classes = student_logits.shape[-1]
     if not 1 <= k < num_classes:
         raise ValueError(f"k must be between 1 and C - 1 = {num_classes - 1}, got {k}")
-    student_logits = at_least_float32(student_logits)
-    teacher_logits = jax.lax.stop_gradient(at_least_float32(teacher_logits))
+    teacher_logits = at_least_float32(teacher_logits)
     check_shape("teacher_logits", teacher_logits, student_logits.shape)
-    student_logits, where = _hide_masked(student_logits, where)
     # lax.top_k puts the smaller index first among equals.
     # To lax.top_k -0 is less than 0; to us they are equal.
     _, order = jax.lax.top_k(jnp.where(teacher_logits == 0, 0, teacher_logits), k)
-    is_top = jnp.any(jax.nn.one_hot(order, num_classes, dtype=bool), axis=-2)
-    pair = is_top[..., :, None] & ~is_top[..., None, :]
+    top = jnp.any(jax.nn.one_hot(order, num_classes, dtype=bool), axis=-2)
+    return set_ranking_loss(student_logits, top, margin=margin, where=where)
+
+
+def set_ranking_loss(
+    student_logits: jax.Array,
+    top: jax.Array,
+    *,
+    margin: float | jax.Array = 0.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Ranking distillation where the top classes are given, as many as there may be.
+
+    ``1/(|S| (C-|S|)) * sum_{t in S, r not} max(0, margin + s_r - s_t)``
+
+    Args:
+      student_logits: ``[*B, C]`` unnormalised logits ``s``.
+      top: ``[*B, C]`` boolean, the classes ``S`` that should outrank the others.
+      margin: By how much they must lead, in logits, ``>= 0``; may be traced.
+      where: ``[*B]`` boolean mask, or None.
+
+    Returns:
+      ``[*B]`` mean hinge, in logits; 0 where ``S`` is empty or all classes.
+
+    Raises:
+      ValueError: If the shapes do not match.
+
+    References:
+      FedType, arXiv:2407.03247 (``S`` a conformal set); :func:`ranking_distillation_loss` is the
+      case of a top-k set.
+
+    Example:
+      >>> set_ranking_loss(jnp.array([[1.0, 2.0, 0.0]]), jnp.array([[True, False, False]])).tolist()
+      [0.5]
+    """
+    student_logits = at_least_float32(student_logits)
+    check_shape("top", top, student_logits.shape)
+    student_logits, where = _hide_masked(student_logits, where)
+    pair = top[..., :, None] & ~top[..., None, :]
     lead = student_logits[..., :, None] - student_logits[..., None, :]
     # jax.nn.relu, not jnp.maximum: its gradient at 0 is 0, not one half.
     hinge = jnp.where(pair, jax.nn.relu(margin - lead), 0)
-    return jnp.where(where, jnp.sum(hinge, axis=(-2, -1)) / (k * (num_classes - k)), 0)
+    pairs = jnp.maximum(jnp.sum(pair, axis=(-2, -1)), 1).astype(hinge.dtype)
+    return jnp.where(where, jnp.sum(hinge, axis=(-2, -1)) / pairs, 0)
 
 
 def auxiliary_loss(

@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ _CONFIG, _METRICS, _CLIENTS, _SUMMARY = (
     "summary.json",
 )
 _CHECKPOINTS = "checkpoints"
+# What a client sends to the server, and what it receives; keys of its info where a method has them.
+_TRAFFIC = ("bytes_up", "bytes_down")
 _PICTURES = "pictures"
 
 
@@ -120,12 +123,14 @@ def _run_rounds(
     stop: "_StopRequest",
 ) -> RunState:
     config, simulation = experiment.config, experiment.simulation
-    metric = experiment.task.headline
+    metric, payload = experiment.task.headline, None
     with Progress(config.rounds, first_round=done, metric=metric) as display:
         for round in range(done, config.rounds):
             started, compiled = time.perf_counter(), compile_totals()
             state, info = simulation.round(state, round)
+            payload = payload or simulation.payload_bytes()
             row: dict[str, Any] = {"round": round + 1, **_round_losses(experiment, info)}
+            row |= _traffic(experiment, info, payload)
             last = round + 1 == config.rounds
             if last or (round + 1) % config.evaluate_every == 0:
                 results = simulation.evaluate(state, "validation")
@@ -159,8 +164,6 @@ def _finish(experiment: Experiment, workdir: Path, state: RunState) -> dict[str,
     files.write_clients_csv(workdir / _CLIENTS, client_rows(names, results))
     rows = files.read_metrics(workdir / _METRICS)
     metric = experiment.task.headline
-    payload = simulation.payload_bytes()
-    participants = {g.role: simulation.num_participants(g) for g in simulation.groups}
     sizes = {
         g.role: (np.asarray(g.train.size).tolist(), np.asarray(g.test.size).tolist())
         for g in simulation.groups
@@ -186,8 +189,7 @@ def _finish(experiment: Experiment, workdir: Path, state: RunState) -> dict[str,
             }
         ),
         "per_client": per_client(names, sizes, results["test"]),
-        "bytes_up_per_round": sum(payload[role][0] * n for role, n in participants.items()),
-        "bytes_down_per_round": sum(payload[role][1] * n for role, n in participants.items()),
+        **{f"{way}_per_round": round(np.mean([row[way] for row in rows])) for way in _TRAFFIC},
         "program": _program(experiment)["program"],
         "compile_s": sum(row["compile_s"] for row in rows)
         + compile_totals().seconds
@@ -205,10 +207,26 @@ def _round_losses(experiment: Experiment, info: RoundInfo) -> dict[str, Any]:
     details, losses = {}, []
     for group in experiment.simulation.groups:
         took_part = np.asarray(info.participants[group.role]) < len(group.names)
-        report = {name: np.asarray(v) for name, v in info.info[group.role].items()}
+        report = {
+            name: np.asarray(v) for name, v in info.info[group.role].items() if name not in _TRAFFIC
+        }
         details[group.role] = {name: float(v[took_part].mean()) for name, v in report.items()}
         losses.extend(report["loss"][took_part].tolist())
     return {"loss": float(np.mean(losses)), "train": details}
+
+
+def _traffic(
+    experiment: Experiment, info: RoundInfo, payload: Mapping[str, tuple[int, int]]
+) -> dict[str, int]:
+    """Bytes that all who took part sent and received: as they say, where it changes by round."""
+    total: dict[str, int] = {way: 0 for way in _TRAFFIC}
+    for group in experiment.simulation.groups:
+        took_part = np.asarray(info.participants[group.role]) < len(group.names)
+        for way, static in zip(_TRAFFIC, payload[group.role], strict=True):
+            said = info.info[group.role].get(way)
+            each = np.full(len(took_part), static) if said is None else np.asarray(said)
+            total[way] += int(each[took_part].sum())
+    return total
 
 
 def _program(experiment: Experiment) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Task(NamedTuple):
       default_k: ``num_classes -> k`` of the ranking.
       memberships: ``(targets [B, ...], spatial, num_ranked) -> [B, *spatial, num_ranked]``: how far
         each place of a map of features is of each class, adding up to 1.
-      class_loss: ``(logits [N, F], classes [N]) -> [N]``, of single features put through a head.
+      class_logits: ``logits [..., F] -> [..., num_ranked]``, one a class.
       predict: ``(logits [n, ...], targets [n, ...]) ->`` predictions of the targets' shape; None
         where metrics say all there is to see.
     """
@@ -44,7 +44,7 @@ class Task(NamedTuple):
     num_ranked: Callable[[int], int]
     default_k: Callable[[int], int]
     memberships: Callable[..., jax.Array]
-    class_loss: Callable[..., jax.Array]
+    class_logits: Callable[[jax.Array], jax.Array]
     predict: Callable[..., jax.Array] | None = None
 
 
@@ -61,7 +61,7 @@ classification = Task(
     # 5 of 8 classes and 1 of 2, as the authors use; the same share elsewhere.
     default_k=lambda num_classes: max(1, 5 * num_classes // 8),
     memberships=lambda targets, spatial, num_ranked: jax.nn.one_hot(targets, num_ranked),
-    class_loss=losses.cross_entropy_loss,
+    class_logits=lambda logits: logits,
 )
 
 
@@ -116,9 +116,7 @@ def segmentation(label_names: Sequence[str]) -> Task:
         num_ranked=lambda num_classes: max(2, num_classes),
         default_k=lambda num_classes: 1,
         memberships=memberships,
-        class_loss=lambda logits, classes: losses.cross_entropy_loss(
-            mask_losses.class_logits(logits), classes
-        ),
+        class_logits=mask_losses.class_logits,
         predict=predict,
     )
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers import (
     CLASSES,
     PUBLIC,
@@ -53,7 +54,7 @@ class Run:
     def __init__(self, name):
         jax.clear_caches()  # so that whatever is dispatched in the first round compiles in it
         self.simulation = simulation = make(name)
-        self.calls, self.compiled = [], []
+        self.calls, self.compiled, self.uploads = [], [], {}
         self.states, self.infos, self.results = [], [], []
         programs: Any = simulation  # not the types of JAX that it holds
         for phases, phase in ((programs._train, "train"), (programs._evaluate, "evaluate")):
@@ -75,7 +76,10 @@ class Run:
     def _counted(self, what, program):
         def call(*arguments):
             self.calls[-1].append(what)
-            return program(*arguments)
+            result = program(*arguments)
+            if what.startswith("train"):
+                self.uploads[what.removeprefix("train ")] = on_host(row(result.upload, 0))
+            return result
 
         return call
 
@@ -131,7 +135,9 @@ def test_what_is_deployed_are_the_models_with_the_headline_first(name):
         headlines[group.role] = next(iter(run.results[-1]["test"][group.role]))
     private = {"small": "personal", "large": "large"}
     expected = {
-        **dict.fromkeys(("fedhelp", "local", "fml", "fedmd", "fedproto", "fedgh"), private),
+        **dict.fromkeys(
+            ("fedhelp", "local", "fml", "fedmd", "fedproto", "fedgh", "fedkd", "fedtype"), private
+        ),
         **dict.fromkeys(("fedavg", "fedprox", "scaffold", "centralized", "feddf"), "global"),
         **dict.fromkeys(("fedbn", "ditto", "per_fedavg", "pfedme"), "personal"),
     }[name]
@@ -211,9 +217,11 @@ def test_only_what_a_method_shares_travels(name):
     head = num_bytes(variables["small"]["params"]["head"])
     expected = {
         **dict.fromkeys(
-            ("fedavg", "fedprox", "ditto", "per_fedavg", "pfedme", "fml"), {"small": (w, w)}
+            ("fedavg", "fedprox", "ditto", "per_fedavg", "pfedme", "fml", "fedtype"),
+            {"small": (w, w)},
         ),
         "fedhelp": {"small": (w, w + 4)},
+        "fedkd": {"small": (w, w + 8)},  # at most: it says itself what its factors come to
         "fedbn": {"small": (params, params)},  # its normalisation has statistics only
         "scaffold": {"small": (w + params, w + params)},  # the control variates come with it
         "local": {"small": (0, 0)},
@@ -225,6 +233,21 @@ def test_only_what_a_method_shares_travels(name):
     }[name]
     small = expected["small"]
     assert simulation.payload_bytes() == {"small": small, "large": expected.get("large", small)}
+
+
+def serialised(tree):
+    """Bytes of a tree's arrays in a file, without its header, whose length stands in front."""
+    leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+    content = safetensors.numpy.save(leaves)
+    return len(content) - 8 - int.from_bytes(content[:8], "little")
+
+
+@every_method
+def test_bytes_are_those_of_the_serialised_payloads(name):
+    run = run_of(name)
+    for role, (up, down) in make(name).payload_bytes().items():
+        download = run.simulation.algorithm.download(run.states[-1].server, role)
+        assert (serialised(run.uploads[role]), serialised(download)) == (up, down)
 
 
 def test_local_can_train_the_small_model_everywhere():

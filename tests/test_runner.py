@@ -144,6 +144,23 @@ def test_the_summary_counts_what_travels(finished):
     assert summary["bytes_down_per_round"] == len(CLIENTS) * 4 * (numbers + 1)
 
 
+def test_traffic_that_changes_by_round_is_counted_by_round(tmp_path):
+    """FedKD sends factors: all of the mentee at first, then less, which clients say themselves."""
+    run = tmp_path / "fedkd"
+    energy = "--config.algorithm.energy_start=0.3 --config.algorithm.energy_end=0.3"
+    assert train(run, f"--config.algorithm.name=fedkd --config.rounds=2 {energy}") == 0
+    first, second = read(run / "metrics.jsonl")
+    whole = len(CLIENTS) * 4 * (12 * 4 + 4 * 8 + 8 + 8)
+    assert first["bytes_down"] == whole
+    for less in (first["bytes_up"], second["bytes_up"], second["bytes_down"]):
+        # Of each matrix at least a factor pair of rank 1 travels, and all that has one axis.
+        assert len(CLIENTS) * 4 * (17 + 13 + 8 + 8) <= less < whole
+    summary = read(run / "summary.json")
+    for way in ("bytes_up", "bytes_down"):
+        assert summary[f"{way}_per_round"] == round((first[way] + second[way]) / 2)
+        assert way not in first["train"]["small"]
+
+
 def test_every_round_stands_in_metrics_once(finished):
     rows = read(finished / "metrics.jsonl")
     assert [row["round"] for row in rows] == list(range(1, ROUNDS + 1))

@@ -11,9 +11,11 @@ from fedhelp_jax.algorithms.fedbn import FedBNSettings, fedbn
 from fedhelp_jax.algorithms.feddf import FedDFSettings, feddf
 from fedhelp_jax.algorithms.fedgh import FedGHSettings, fedgh
 from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp
+from fedhelp_jax.algorithms.fedkd import FedKDSettings, fedkd
 from fedhelp_jax.algorithms.fedmd import FedMDSettings, fedmd
 from fedhelp_jax.algorithms.fedproto import FedProtoSettings, fedproto
 from fedhelp_jax.algorithms.fedprox import FedProxSettings, fedprox
+from fedhelp_jax.algorithms.fedtype import FedTypeSettings, fedtype
 from fedhelp_jax.algorithms.fml import FMLSettings, fml
 from fedhelp_jax.algorithms.local import LocalSettings, local
 from fedhelp_jax.algorithms.per_fedavg import PerFedAvgSettings, per_fedavg
@@ -53,6 +55,8 @@ ALGORITHMS: Mapping[str, Method] = {
     "feddf": Method(feddf, FedDFSettings, uses_public=True),
     "fedproto": Method(fedproto, FedProtoSettings),
     "fedgh": Method(fedgh, FedGHSettings),
+    "fedkd": Method(fedkd, FedKDSettings),
+    "fedtype": Method(fedtype, FedTypeSettings),
 }
 
 SETTINGS: Mapping[str, type[Any]] = {name: m.settings for name, m in ALGORITHMS.items()}

@@ -51,6 +51,7 @@ class Setup(NamedTuple):
       public_batch_size: Public examples a step.
       local_epochs: Passes over a client's data in a round.
       public: Label spaces of the public set, or None without one.
+      rounds: How many rounds the run has, for methods with a schedule over them.
     """
 
     task: Task
@@ -62,6 +63,7 @@ class Setup(NamedTuple):
     public_batch_size: int
     local_epochs: int
     public: PublicSpec | None
+    rounds: int = 1
     sgd_rate: float | jax.Array = 0.01
     weight_decay: float = 0.0
     server_tx: optax.GradientTransformation | None = None
@@ -79,7 +81,8 @@ class ClientAlgorithm(NamedTuple):
       models: The networks this client could deploy, by name; the headline one first.
       init: ``(run_key, client_id) -> state``.
       update: ``(key, download, state, data) -> (state, upload, info)``; ``key`` is the client's in
-        this round, ``upload`` a tree of arrays or None, ``info`` scalars to report: always "loss".
+        this round, ``upload`` a tree of arrays or None, ``info`` scalars to report: always "loss";
+        "bytes_up" and "bytes_down", int32, where what travels is less than upload and download are.
       deploy: ``(download, state, data) -> {name: variables}``, the names those of ``models``;
         ``data`` is what the client trains on, for methods that adapt to it at the end.
     """
@@ -149,14 +152,14 @@ def init_private(setup: Setup, role: str, run_key: jax.Array, client_id: jax.Arr
     return init_own(setup, setup.models[role], run_key, client_id)
 
 
-def feature_width(setup: Setup) -> int:
-    """How many features the small architecture's head is given."""
-    small = setup.models["small"]
+def feature_width(setup: Setup, role: str = "small") -> int:
+    """How many features an architecture's head is given."""
+    model = setup.models[role]
 
     def features(key: jax.Array) -> jax.Array:
-        variables = small.init(key, setup.sample_shape)
+        variables = model.init(key, setup.sample_shape)
         image = jnp.zeros((1, *setup.sample_shape))
-        return small.features(variables, image, train=False, mask=None)[0]
+        return model.features(variables, image, train=False, mask=None)[0]
 
     return jax.eval_shape(features, jax.random.key(0)).shape[-1]
 
@@ -331,12 +334,26 @@ def private_client(
     setup: Setup,
     role: str,
     update: Callable[[jax.Array, Any, Any, ClientData], tuple[Any, Any, Info]],
+    *,
+    broadcast: bool = False,
 ) -> ClientAlgorithm:
-    """A client whose state is a network of its role's architecture, which it keeps and deploys."""
-    name = PRIVATE[role]
-    return ClientAlgorithm(
-        models={name: setup.models[role]},
-        init=functools.partial(init_private, setup, role),
-        update=update,
-        deploy=lambda download, state, data: {name: state},
-    )
+    """A client whose state is a network of its role's architecture, which it keeps and deploys.
+
+    Args:
+      setup: What the method is given.
+      role: Of the client.
+      update: As in :class:`ClientAlgorithm`.
+      broadcast: Whether what it downloads is a small network, which is then reported (``global``).
+
+    Returns:
+      The client.
+    """
+    models = {PRIVATE[role]: setup.models[role]}
+    if broadcast:
+        models["global"] = setup.models["small"]
+
+    def deploy(download: Any, state: Variables, data: ClientData) -> dict[str, Variables]:
+        del data
+        return {PRIVATE[role]: state} | ({"global": download} if broadcast else {})
+
+    return ClientAlgorithm(models, functools.partial(init_private, setup, role), update, deploy)

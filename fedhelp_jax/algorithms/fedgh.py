@@ -33,6 +33,7 @@ from fedhelp_jax.algorithms.base import (
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
 from fedhelp_jax.client import descend
 from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.losses import cross_entropy_loss
 from fedhelp_jax.models.model import Variables
 
 
@@ -77,7 +78,8 @@ def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
         labels = jnp.tile(jnp.arange(classes), clients)
 
         def loss(head: Any) -> jax.Array:
-            values = setup.task.class_loss(setup.task.head(head, means), labels)
+            logits = setup.task.class_logits(setup.task.head(head, means))
+            values = cross_entropy_loss(logits, labels)
             return jnp.sum(jnp.where(sent.counts.reshape(-1) > 0, values, 0))
 
         return jax.lax.fori_loop(

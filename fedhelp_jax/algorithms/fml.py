@@ -12,18 +12,16 @@ Each takes the other's output as given. The server averages the v_i; W_i stays a
 Notes: ``alpha = beta = 1`` turns the method off: local training, and FedAvg of the memes.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 
 from fedhelp_jax.algorithms.base import (
-    PRIVATE,
     ClientAlgorithm,
     FederatedAlgorithm,
     Setup,
     averaging,
-    init_private,
+    private_client,
     supervised_loss,
 )
 from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs
@@ -72,12 +70,7 @@ def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
             )
             return w, v, info
 
-        return ClientAlgorithm(
-            models={PRIVATE[role]: own, "global": meme},
-            init=functools.partial(init_private, setup, role),
-            update=update,
-            deploy=lambda download, state, data: {PRIVATE[role]: state, "global": download},
-        )
+        return private_client(setup, role, update, broadcast=True)
 
     def learn(
         model: Model, variables: Variables, opt_state: Any, batch: Batch, teacher: Any, share: float
