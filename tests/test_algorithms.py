@@ -78,7 +78,7 @@ class Run:
             self.calls[-1].append(what)
             result = program(*arguments)
             if what.startswith("train"):
-                self.uploads[what.removeprefix("train ")] = on_host(row(result.upload, 0))
+                self.uploads[what.removeprefix("train ")] = on_host(result.upload)
             return result
 
         return call
@@ -247,7 +247,7 @@ def test_bytes_are_those_of_the_serialised_payloads(name):
     run = run_of(name)
     for role, (up, down) in make(name).payload_bytes().items():
         download = run.simulation.algorithm.download(run.states[-1].server, role)
-        assert (serialised(run.uploads[role]), serialised(download)) == (up, down)
+        assert (serialised(row(run.uploads[role], 0)), serialised(download)) == (up, down)
 
 
 def test_local_can_train_the_small_model_everywhere():
