@@ -288,6 +288,11 @@ def test_a_public_set_must_leave_something_to_learn():
         build("fedhelp", setup, public_labels=False)
 
 
+def test_what_is_no_ranking_cannot_be_inverted():
+    with pytest.raises(UserError, match="algorithm.released_code: without a ranking"):
+        build("fedhelp", given_setup(), backward="kl", released_code=("all",))
+
+
 def test_names_of_oddities_are_checked():
     config = default_config()
     config.algorithm.released_code = ("mean_kl", "all")

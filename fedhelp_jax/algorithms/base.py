@@ -202,6 +202,47 @@ def supervised_loss(
     return loss_fn
 
 
+def local_epochs(
+    setup: Setup,
+    key: jax.Array,
+    step: Callable[[Any, Batch, jax.Array], tuple[Any, Info]],
+    carry: Any,
+    data: ClientData,
+) -> tuple[Any, Info]:
+    """A round's pass over a client's private data, in the same batches whatever the method.
+
+    Args:
+      setup: What the method is given.
+      key: The client's in this round.
+      step: ``(carry, batch, step_index) -> (carry, info)``.
+      carry: Whatever the method trains.
+      data: The client's data.
+
+    Returns:
+      ``(carry, info)``, as :func:`~fedhelp_jax.client.run_epochs`.
+    """
+    return run_epochs(
+        step,
+        carry,
+        data,
+        for_purpose(key, Purpose.PRIVATE_BATCHES),
+        batch_size=setup.batch_size,
+        local_epochs=setup.local_epochs,
+    )
+
+
+def one_pass(
+    setup: Setup,
+    step: Callable[[Any, Batch, jax.Array], tuple[Any, Info]],
+    carry: Any,
+    data: ClientData,
+) -> tuple[Any, Info]:
+    """One pass over a client's private data, for sums in which the order does not count."""
+    return run_epochs(
+        step, carry, data, jax.random.key(0), batch_size=setup.batch_size, local_epochs=1
+    )
+
+
 def train_locally(
     setup: Setup,
     model: Model,
@@ -236,13 +277,8 @@ def train_locally(
         )
         return ({"params": params, "batch_stats": stats}, opt_state), {"loss": value}
 
-    (variables, _), info = run_epochs(
-        step,
-        (variables, tx.init(variables["params"])),
-        data,
-        for_purpose(key, Purpose.PRIVATE_BATCHES),
-        batch_size=setup.batch_size,
-        local_epochs=setup.local_epochs,
+    (variables, _), info = local_epochs(
+        setup, key, step, (variables, tx.init(variables["params"])), data
     )
     return variables, info
 

@@ -50,9 +50,10 @@ from fedhelp_jax.algorithms.base import (
     init_averaged,
     init_own,
     init_shared,
+    local_epochs,
     supervised_loss,
 )
-from fedhelp_jax.client import Batch, Info, PublicBatch, gradient_step, public_batches, run_epochs
+from fedhelp_jax.client import Batch, Info, PublicBatch, gradient_step, public_batches
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import ClientData
 from fedhelp_jax.losses import masked_mean
@@ -144,13 +145,17 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
 
     Raises:
       UserError: If ``k`` does not fit the number of classes, a public set offers nothing to learn,
-        or released code is asked for where there is none.
+        or released code is asked for where it has no place.
     """
     settings = with_released_code(setup, settings)
     public = setup.public
     if public is not None and public.num_answers is None and not settings.public_labels:
         raise UserError(
             "algorithm.public_labels: without them and without a teacher nothing public is learned"
+        )
+    if settings.backward == "kl" and "inverted_ranking" in settings.released_code:
+        raise UserError(
+            "algorithm.released_code: without a ranking (backward = kl) none is inverted"
         )
     ranked = setup.task.num_ranked(setup.num_classes)
     if settings.k is not None and settings.k >= ranked:
@@ -222,14 +227,7 @@ def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
             public = None if next_public is None else next_public(index)
             return small_step(setup, settings, carry, batch, public)
 
-        carry, info = run_epochs(
-            step,
-            carry,
-            data,
-            for_purpose(key, Purpose.PRIVATE_BATCHES),
-            batch_size=setup.batch_size,
-            local_epochs=setup.local_epochs,
-        )
+        carry, info = local_epochs(setup, key, step, carry, data)
         return SmallState(carry.surrogate, carry.public_heads), carry.surrogate, info
 
     def deploy(download: Broadcast, state: SmallState, data: ClientData) -> dict[str, Variables]:
@@ -411,13 +409,8 @@ def large_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
         def step(carry: LargeCarry, batch: Batch, _: jax.Array) -> tuple[LargeCarry, Info]:
             return large_step(setup, settings, carry, batch, warm)
 
-        carry, info = run_epochs(
-            step,
-            init_large_carry(setup, download.variables, state),
-            data,
-            for_purpose(key, Purpose.PRIVATE_BATCHES),
-            batch_size=setup.batch_size,
-            local_epochs=setup.local_epochs,
+        carry, info = local_epochs(
+            setup, key, step, init_large_carry(setup, download.variables, state), data
         )
         return carry.large, carry.proxy, info
 

@@ -44,8 +44,9 @@ from fedhelp_jax.algorithms.base import (
     init_averaged,
     init_private,
     init_shared,
+    local_epochs,
 )
-from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs
+from fedhelp_jax.client import Batch, Info, gradient_step
 from fedhelp_jax.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.layers import he_normal
@@ -121,14 +122,7 @@ def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
             w, v = state.variables, download.variables
             trained = {**v["params"], "projection": state.projection}
             start = (w, setup.tx.init(w["params"])), (v, trained, setup.tx.init(trained))
-            ((w, _), (v, trained, _)), info = run_epochs(
-                step,
-                start,
-                data,
-                for_purpose(key, Purpose.PRIVATE_BATCHES),
-                batch_size=setup.batch_size,
-                local_epochs=setup.local_epochs,
-            )
+            ((w, _), (v, trained, _)), info = local_epochs(setup, key, step, start, data)
             v, sent = compressed(download.variables, v, energy(download.round))
             info |= {"bytes_up": sent, "bytes_down": download.bytes_down}
             return Mentor(w, trained["projection"]), v, info
@@ -167,7 +161,7 @@ def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
 def mutual_step(setup: Setup, own: Model, carry: Any, batch: Batch) -> tuple[Any, Info]:
     """One step of mentor and mentee on a batch, each by the other as it was before."""
     (w, w_opt), (v, trained, v_opt) = carry
-    small, large_heads = setup.models["small"], w["params"]
+    small = setup.models["small"]
 
     def seen(model: Model, params: Variables, batch_stats: Variables) -> Seen:
         variables = {"params": params, "batch_stats": batch_stats}
@@ -176,7 +170,7 @@ def mutual_step(setup: Setup, own: Model, carry: Any, batch: Batch) -> tuple[Any
         loss = setup.task.loss(logits, batch.targets, where=batch.mask)
         return Seen(h, logits, stats, masked_mean(loss, batch.mask))
 
-    w_seen = seen(own, large_heads, w["batch_stats"])
+    w_seen = seen(own, w["params"], w["batch_stats"])
     v_seen = seen(small, trained, v["batch_stats"])
     unsure = w_seen.loss + v_seen.loss
 

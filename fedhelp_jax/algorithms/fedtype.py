@@ -38,14 +38,15 @@ from fedhelp_jax.algorithms.base import (
     FederatedAlgorithm,
     Setup,
     averaging,
+    local_epochs,
+    one_pass,
     private_client,
     supervised_loss,
 )
-from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs
+from fedhelp_jax.client import Batch, Info, gradient_step
 from fedhelp_jax.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean, set_ranking_loss
 from fedhelp_jax.models.model import Model, Variables, apply_model
-from fedhelp_jax.random import Purpose, for_purpose
 
 BINS = 2048
 
@@ -77,14 +78,7 @@ def fedtype(setup: Setup, settings: FedTypeSettings) -> FederatedAlgorithm:
             v_tau = calibrate(setup, settings, proxy, download, data, settings.penalty_proxy)
             step = functools.partial(reciprocal_step, setup, settings, own, (w_tau, v_tau))
             start = tuple((x, setup.tx.init(x["params"])) for x in (state, download))
-            ((w, _), (v, _)), info = run_epochs(
-                lambda carry, batch, _: step(carry, batch),
-                start,
-                data,
-                for_purpose(key, Purpose.PRIVATE_BATCHES),
-                batch_size=setup.batch_size,
-                local_epochs=setup.local_epochs,
-            )
+            ((w, _), (v, _)), info = local_epochs(setup, key, step, start, data)
             return w, v, info
 
         return private_client(setup, role, update, broadcast=True)
@@ -99,8 +93,10 @@ def reciprocal_step(
     taus: tuple[jax.Array, jax.Array],
     carry: Any,
     batch: Batch,
+    index: jax.Array,
 ) -> tuple[Any, Info]:
     """Steps A and B on one batch; ``taus`` of the client's own network and of the proxy."""
+    del index
     (w, w_opt), (v, v_opt) = carry
     task, small = setup.task, setup.models["small"]
 
@@ -164,14 +160,7 @@ def calibrate(
         # Past the end is nowhere.
         return counts.at[jnp.where(valid, bins, BINS)].add(1, mode="drop"), {}
 
-    counts, _ = run_epochs(
-        step,
-        jnp.zeros(BINS, jnp.int32),
-        data,
-        jax.random.key(0),
-        batch_size=setup.batch_size,
-        local_epochs=1,
-    )
+    counts, _ = one_pass(setup, step, jnp.zeros(BINS, jnp.int32), data)
     total = jnp.sum(counts)
     rank = jnp.ceil((total + 1) * (1 - settings.miscoverage))
     # BINS, so that every score passes, where there are too few examples to tell.

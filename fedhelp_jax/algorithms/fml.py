@@ -21,14 +21,14 @@ from fedhelp_jax.algorithms.base import (
     FederatedAlgorithm,
     Setup,
     averaging,
+    local_epochs,
     private_client,
     supervised_loss,
 )
-from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs
+from fedhelp_jax.client import Batch, Info, gradient_step
 from fedhelp_jax.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
-from fedhelp_jax.random import Purpose, for_purpose
 
 
 class FMLSettings(NamedTuple):
@@ -60,14 +60,7 @@ def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
                 return ((w, w_opt), (v, v_opt)), {"loss": loss, "meme_loss": meme_loss}
 
             start = tuple((v, setup.tx.init(v["params"])) for v in (state, download))
-            ((w, _), (v, _)), info = run_epochs(
-                step,
-                start,
-                data,
-                for_purpose(key, Purpose.PRIVATE_BATCHES),
-                batch_size=setup.batch_size,
-                local_epochs=setup.local_epochs,
-            )
+            ((w, _), (v, _)), info = local_epochs(setup, key, step, start, data)
             return w, v, info
 
         return private_client(setup, role, update, broadcast=True)

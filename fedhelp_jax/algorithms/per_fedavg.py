@@ -25,12 +25,13 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     averaging,
     init_shared,
+    local_epochs,
+    one_pass,
     supervised_loss,
 )
-from fedhelp_jax.client import Batch, Info, descend, run_epochs
+from fedhelp_jax.client import Batch, Info, descend
 from fedhelp_jax.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Model, Variables
-from fedhelp_jax.random import Purpose, for_purpose
 
 
 class PerFedAvgSettings(NamedTuple):
@@ -66,14 +67,7 @@ def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
             )
             return {"params": params, "batch_stats": stats}, {"loss": loss}
 
-        w, info = run_epochs(
-            step,
-            w,
-            data,
-            for_purpose(key, Purpose.PRIVATE_BATCHES),
-            batch_size=setup.batch_size,
-            local_epochs=setup.local_epochs,
-        )
+        w, info = local_epochs(setup, key, step, w, data)
         return w, w, info
 
     def deploy(w: Variables, state: Variables, data: ClientData) -> dict[str, Variables]:
@@ -102,12 +96,5 @@ def mean_gradient(setup: Setup, model: Model, variables: Variables, data: Client
         return jax.tree.map(lambda t, g: t + share * g, total, gradient), {"loss": loss}
 
     # One order for every round: what is deployed depends on nothing else.
-    total, _ = run_epochs(
-        step,
-        jax.tree.map(jnp.zeros_like, params),
-        data,
-        jax.random.key(0),
-        batch_size=setup.batch_size,
-        local_epochs=1,
-    )
+    total, _ = one_pass(setup, step, jax.tree.map(jnp.zeros_like, params), data)
     return total

@@ -26,13 +26,13 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     averaging,
     init_shared,
+    local_epochs,
     proximal,
     supervised_loss,
 )
-from fedhelp_jax.client import Batch, Info, descend, run_epochs
+from fedhelp_jax.client import Batch, Info, descend
 from fedhelp_jax.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
-from fedhelp_jax.random import Purpose, for_purpose
 
 
 class PFedMeSettings(NamedTuple):
@@ -70,14 +70,7 @@ def pfedme(setup: Setup, settings: PFedMeSettings) -> FederatedAlgorithm:
             w = jax.tree.map(lambda w, t: w - rate * (w - t), w, theta["params"])
             return (w, theta), {"loss": loss}
 
-        (w, theta), info = run_epochs(
-            step,
-            (download["params"], download),
-            data,
-            for_purpose(key, Purpose.PRIVATE_BATCHES),
-            batch_size=setup.batch_size,
-            local_epochs=setup.local_epochs,
-        )
+        (w, theta), info = local_epochs(setup, key, step, (download["params"], download), data)
         return theta, {**theta, "params": w}, info
 
     client = ClientAlgorithm(

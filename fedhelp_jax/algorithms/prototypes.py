@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedhelp_jax.algorithms.base import Setup, feature_width
-from fedhelp_jax.client import Batch, Info, run_epochs
+from fedhelp_jax.algorithms.base import Setup, feature_width, one_pass
+from fedhelp_jax.client import Batch, Info
 from fedhelp_jax.federation import ClientData
 from fedhelp_jax.models.model import Model, Variables
 
@@ -42,9 +42,7 @@ def class_means(setup: Setup, model: Model, variables: Variables, data: ClientDa
         counts = jnp.sum(members, axis=range(members.ndim - 1)) / pixels
         return Prototypes(sums.means + means, sums.counts + counts), {}
 
-    sums, _ = run_epochs(
-        step, zeros, data, jax.random.key(0), batch_size=setup.batch_size, local_epochs=1
-    )
+    sums, _ = one_pass(setup, step, zeros, data)
     return Prototypes(sums.means / jnp.where(sums.counts > 0, sums.counts, 1)[:, None], sums.counts)
 
 
