@@ -26,6 +26,7 @@ from ml_collections import config_dict
 from fedhelp_jax.algorithms import SETTINGS
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import (
+    CNNS,
     COUNT,
     FRACTION,
     RESNETS,
@@ -423,7 +424,7 @@ def _check_task(config: RunConfig) -> None:
                 f"config.task = {config.task!r}; it is for {other}"
             )
     models = config.model
-    right = UNETS if segmentation else RESNETS
+    right = UNETS if segmentation else (*CNNS, *RESNETS)
     roles = (
         ("small", models.small, models.small_widths),
         ("large", models.large, models.large_widths),
@@ -442,7 +443,9 @@ def _check_task(config: RunConfig) -> None:
                 "config.model.norm = 'group'"
             )
     if not segmentation and (models.norm != "batch" or models.remat):
-        raise UserError("config.model.norm and remat are for U-Nets; ResNets have batch and False")
+        raise UserError(
+            "config.model.norm and remat are for U-Nets; other networks have batch and False"
+        )
 
 
 def _check_teacher(teacher: TeacherConfig) -> None:

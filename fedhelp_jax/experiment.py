@@ -18,6 +18,7 @@ from fedhelp_jax.data.types import FederatedDataset, PublicDataset
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import assign_roles, make_federation
 from fedhelp_jax.mapping import make_mapping
+from fedhelp_jax.models.cnn import CNNS, cnn
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
@@ -146,6 +147,8 @@ def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_cla
     """The network of that name, with ``num_classes`` outputs; ``widths`` replace a U-Net's own."""
     if name in RESNET_DEPTHS:
         return resnet(RESNET_DEPTHS[name], num_classes)
+    if name in CNNS:
+        return cnn(CNNS[name], num_classes)
     size = UNETS[name]
     size = size._replace(widths=widths or size.widths)
     return unet(size, num_classes, norm=config.norm, remat=config.remat)

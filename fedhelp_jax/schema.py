@@ -53,9 +53,10 @@ _FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
 _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
 PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")
 PIXEL_LAYOUTS = ("nhwc", "nchw")
+CNNS = ("cnn_small", "cnn_large")
 RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 UNETS = ("unet_small", "unet_large", "unet_small_cpu", "unet_large_cpu")
-_MODEL = one_of(*RESNETS, *UNETS)
+_MODEL = one_of(*CNNS, *RESNETS, *UNETS)
 _WIDTHS = Check(lambda value: all(width >= 1 for width in value), "numbers of at least 1")
 _SIDES = Check(lambda value: len(value) == 3 and min(value) >= 8, "three sides of at least 8")
 
@@ -253,7 +254,9 @@ class ModelConfig:
     )
     large_widths: tuple[int, ...] = setting((), "the same of the large one", _WIDTHS)
     norm: str = setting(
-        "batch", "normalisation of U-Nets; ResNets have batch", one_of("batch", "group", "none")
+        "batch",
+        "normalisation of U-Nets; other networks have batch",
+        one_of("batch", "group", "none"),
     )
     remat: bool = setting(False, "U-Nets keep fewer activations, and compute them twice")
 

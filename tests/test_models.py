@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+from fedhelp_jax import schema
 from fedhelp_jax.models import conv as convolutions
 from fedhelp_jax.models import layers
+from fedhelp_jax.models.cnn import CNNS, cnn
 from fedhelp_jax.models.conv import conv, conv_transpose, max_pool
 from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
@@ -186,10 +188,22 @@ def test_he_initialisation():
     assert np.abs(rest[0] - rest[1]).max() > 0.01
 
 
-def test_any_image_size_and_evaluation_mode_leave_the_statistics_alone():
-    model = resnet(8, 5)
+@pytest.mark.parametrize("model", [resnet(8, 5), cnn((4, 6), 5)], ids=["resnet", "cnn"])
+def test_any_image_size_and_evaluation_mode_leave_the_statistics_alone(model):
     variables = model.init(jax.random.key(0), (9, 13, 3))
     x = jax.random.normal(jax.random.key(1), (2, 9, 13, 3))
     logits, stats = apply_model(model, variables, x)
     assert logits.shape == (2, 5)
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
+
+
+def test_the_cnns_have_two_layers_and_features_of_one_width():
+    assert tuple(CNNS) == schema.CNNS
+    for widths in CNNS.values():
+        shapes = jax.eval_shape(lambda w=widths: cnn(w, 7).init(jax.random.key(0), (12, 10, 3)))
+        kernels = shapes["params"]["features"]
+        assert [kernels[f"conv{i}"]["kernel"].shape for i in (1, 2)] == [
+            (3, 3, 3, widths[0]),
+            (3, 3, *widths),
+        ]
+        assert shapes["params"]["head"]["kernel"].shape == (32, 7)
