@@ -1,4 +1,4 @@
-"""The command ``fedhelp``: teach, train, evaluate, show; what went wrong becomes an exit code.
+"""The command ``fedhelp``: teach, train, compare and more; what went wrong becomes an exit code.
 
 0: done. 2: something the user can mend, told in one line on stderr. 1: our own failure, with its
 traceback. 130: interrupted, after the run was saved.
@@ -11,7 +11,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedhelp_jax.errors import UserError
 
 if TYPE_CHECKING:  # these bring jax along
     from fedhelp_jax.config import RunConfig
+    from fedhelp_jax.study import Study
 
 USAGE = """\
 usage: fedhelp COMMAND [--flag=value ...]
@@ -37,6 +39,10 @@ commands:
             fedhelp evaluate --workdir=runs/demo
   show      print finished runs side by side
             fedhelp show runs/demo/fedhelp runs/demo/local
+  compare   make the runs of a study that are missing, and one table of all: methods, data, seeds
+            fedhelp compare --study=configs/studies/miniature.py --workdir=runs/miniature
+  tune      only the study's trials, on validation images; compare makes them too
+            fedhelp tune --study=configs/studies/fed_isic2019.py --workdir=runs/isic_study
 
 `fedhelp train --help` lists all settings.
 """
@@ -94,7 +100,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _command(argv: list[str]) -> int:
-    commands = {"teach": _teach, "train": _train, "evaluate": _evaluate, "show": _show}
+    commands = {
+        "teach": _teach,
+        "train": _train,
+        "evaluate": _evaluate,
+        "show": _show,
+        "compare": _compare,
+        "tune": _tune,
+    }
     name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if name in ("--help", "-h", "-help", "help"):
         print(USAGE, end="")
@@ -176,6 +189,50 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    def compare(study: "Study", workdir: Path) -> None:
+        from fedhelp_jax import study as studies
+
+        studies.compare(study, workdir)
+
+    return _with_study(arguments, compare)
+
+
+def _tune(arguments: list[str]) -> int:
+    def tune(study: "Study", workdir: Path) -> None:
+        from fedhelp_jax import study as studies
+
+        if not study.grids:
+            raise UserError("the study has no grids, so there is nothing to tune")
+        studies.tune(study, workdir)
+        print(f"written: {workdir / 'tuning.csv'}")
+
+    return _with_study(arguments, tune)
+
+
+def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> int:
+    own = _flags("workdir", "study")
+    _refuse_rest(own(["fedhelp", *arguments])[1:])
+    study = _load_study(_required(own, "study", "configs/studies/miniature.py"))
+    workdir = Path(_required(own, "workdir", "runs/miniature"))
+
+    from fedhelp_jax.report import files
+
+    files.prepare_folder(workdir)
+    from fedhelp_jax import config as config_lib
+
+    _use_cpu_devices(config_lib.validate(next(iter(study.datasets.values()))))
+    _keep_programs(workdir / ".compiled")
+    from fedhelp_jax import runner
+
+    try:
+        do(study, workdir)
+    except runner.Interrupted as stop:
+        _complain(str(stop))
+        return 130
+    return 0
+
+
 def _settings_help() -> str:
     from fedhelp_jax import config as config_lib
 
@@ -216,7 +273,7 @@ def _load_config(source: str, overrides: list[str]) -> "RunConfig":
 
     from fedhelp_jax import config as config_lib
 
-    config = _call_get_config(source)
+    config = _call(source, "config")
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(
             f"{source}: get_config() must return fedhelp_jax.config.default_config(), changed; "
@@ -239,22 +296,42 @@ def _load_config(source: str, overrides: list[str]) -> "RunConfig":
     return config_lib.validate(config)
 
 
-def _call_get_config(source: str) -> Any:
-    """Runs a config file and returns what its get_config gives; ``file.py:x`` hands it "x"."""
+def _load_study(source: str) -> "Study":
+    """Returns the study of a study file, its config files read."""
+    from fedhelp_jax.study import Study
+
+    study = _call(source, "study")
+    if not isinstance(study, Study):
+        raise UserError(
+            f"{source}: get_study() must return a fedhelp_jax.study.Study; it returned "
+            f"{type(study).__name__}"
+        )
+    beside = Path(source.split(":", 1)[0]).parent
+    read = {
+        name: _call(str(beside / value), "config") if isinstance(value, str) else value
+        for name, value in study.datasets.items()
+    }
+    return replace(study, datasets=read)
+
+
+def _call(source: str, what: str) -> Any:
+    """Runs a file and returns what its ``get_<what>`` gives; ``file.py:x`` hands it "x"."""
     path, *argument = source.split(":", 1)
     if not Path(path).is_file():
-        raise UserError(f"--config={source}: there is no file {path}")
-    loader = SourceFileLoader("fedhelp_config", path)
+        raise UserError(f"--{what}={source}: there is no file {path}")
+    loader = SourceFileLoader(f"fedhelp_{what}", path)
     spec = spec_from_loader(loader.name, loader)
     assert spec is not None
     module = module_from_spec(spec)
     try:
         loader.exec_module(module)
-        return module.get_config(*argument)
+        if not hasattr(module, f"get_{what}"):
+            raise UserError(f"--{what}={source}: there is no get_{what}() in it")
+        return vars(module)[f"get_{what}"](*argument)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--config={source}: raised {type(error).__name__}: {error}") from None
+        raise UserError(f"--{what}={source}: raised {type(error).__name__}: {error}") from None
 
 
 def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
@@ -294,6 +371,18 @@ def _use_cpu_devices(config: "RunConfig") -> None:
         jax.config.update("jax_num_cpu_devices", config.mapping.cpu_devices or min(cores or 1, 8))
     except RuntimeError:
         pass  # a back end is in use: a library's caller, or an earlier call, has chosen
+
+
+def _keep_programs(folder: Path) -> None:
+    """Keeps what is compiled in a folder, unless the user keeps it in another (JAX's own setting).
+
+    The seeds of a study run the same programs, and so does a study that goes on.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _complain(message: str) -> None:

@@ -55,13 +55,16 @@ class Interrupted(Exception):
     """The run was asked to stop, and has saved its state."""
 
 
-def train(config: RunConfig, workdir: Path, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    config: RunConfig, workdir: Path, overwrite: bool = False, *, split: str = "test"
+) -> dict[str, Any]:
     """Runs, or goes on with, a run in a folder.
 
     Args:
       config: The settings.
       workdir: The run folder.
       overwrite: Begin anew, removing what an earlier run left there.
+      split: What the last models are measured on; with "validation" no test image is looked at.
 
     Returns:
       The content of ``summary.json``.
@@ -83,7 +86,7 @@ def train(config: RunConfig, workdir: Path, overwrite: bool = False) -> dict[str
             _log.warning("going on after round %d of %d", done, config.rounds)
         with _StopRequest() as stop:
             state = _run_rounds(experiment, checkpointer, workdir, state, done, stop)
-        return _finish(experiment, workdir, state)
+        return _finish(experiment, workdir, state, split)
     finally:
         checkpointer.close()
 
@@ -151,21 +154,24 @@ def _run_rounds(
     return state
 
 
-def _finish(experiment: Experiment, workdir: Path, state: RunState) -> dict[str, Any]:
+def _finish(
+    experiment: Experiment, workdir: Path, state: RunState, split: str = "test"
+) -> dict[str, Any]:
     started, compiled = time.perf_counter(), compile_totals()
     simulation, config = experiment.simulation, experiment.config
-    results = {split: simulation.evaluate(state, split) for split in ("validation", "test")}
-    if experiment.task.predict is not None:
+    results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}
+    measured = results[split]
+    if experiment.task.predict is not None and split == "test":
         found = final_masks(
             simulation, state, experiment.dataset, workdir / _PICTURES, config.algorithm.name
         )
-        results["test"] = merged(results["test"], found)
+        results["test"] = measured = merged(measured, found)
     names = {group.role: group.names for group in simulation.groups}
-    files.write_clients_csv(workdir / _CLIENTS, client_rows(names, results))
+    files.write_csv(workdir / _CLIENTS, files.CLIENT_COLUMNS, client_rows(names, results))
     rows = files.read_metrics(workdir / _METRICS)
     metric = experiment.task.headline
     sizes = {
-        g.role: (np.asarray(g.train.size).tolist(), np.asarray(g.test.size).tolist())
+        g.role: tuple(np.asarray(table.size).tolist() for table in (g.train, g.test))
         for g in simulation.groups
     }
     public, answers = experiment.public, experiment.answers
@@ -179,16 +185,17 @@ def _finish(experiment: Experiment, workdir: Path, state: RunState) -> dict[str,
         "seed": config.seed,
         "rounds": config.rounds,
         "metric": metric,
-        **group_summary(headline(results["test"], metric)),
-        "evaluated": {role: list(models) for role, models in results["test"].items()},
+        "split": split,
+        **group_summary(headline(measured, metric)),
+        "evaluated": {role: list(models) for role, models in measured.items()},
         "global": group_summary(
             {
                 role: models["global"][metric]
-                for role, models in results["test"].items()
+                for role, models in measured.items()
                 if "global" in models
             }
         ),
-        "per_client": per_client(names, sizes, results["test"]),
+        "per_client": per_client(names, sizes, measured),
         **{f"{way}_per_round": round(np.mean([row[way] for row in rows])) for way in _TRAFFIC},
         "program": _program(experiment)["program"],
         "compile_s": sum(row["compile_s"] for row in rows)

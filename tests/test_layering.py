@@ -33,6 +33,7 @@ LAYERS: tuple[str, ...] = (
     "report",
     "teach",
     "runner",
+    "study",
     "cli",
 )
 PACKAGE = Path(fedhelp_jax.__file__).parent

@@ -101,7 +101,7 @@ def test_clients_csv_has_a_row_per_value(tmp_path):
         row | {"metric": "accuracy", "value": np.float32(0.5)},
         row | {"metric": "auroc", "value": float("nan")},
     ]
-    files.write_clients_csv(path, rows)
+    files.write_csv(path, files.CLIENT_COLUMNS, rows)
     with path.open(newline="") as file:
         read = list(csv.DictReader(file))
     assert [r["client"] for r in read] == ["a, b"] * 2

@@ -1,6 +1,6 @@
 """The command ``fedhelp`` with tiny networks for its ResNets, which stops itself where it is told.
 
-python tiny_fedhelp.py SIGNAL after-row|before-sums ROUND  train --config=... --workdir=...
+python tiny_fedhelp.py SIGNAL after-row|before-sums ROUND[@PART OF FOLDER]  train --config=...
 """
 
 import os
@@ -24,7 +24,8 @@ def main() -> int:
 
             def append_then_stop(path, row):
                 append(path, row)
-                if row["round"] == int(when):
+                round, _, folder = when.partition("@")
+                if row["round"] == int(round) and folder in str(path):
                     os.kill(os.getpid(), number)
 
             patch.setattr(files, "append_metrics", append_then_stop)

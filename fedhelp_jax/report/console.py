@@ -56,7 +56,7 @@ class Progress:
         self._rounds = rounds
         self._first_round = first_round
         self._metric = metric
-        self._console = console or _console()
+        self._console = console or stdout_console()
         self._seconds: list[float] = []
         self._started = time.perf_counter()
         self._live: progress.Progress | None = None
@@ -98,11 +98,11 @@ class Progress:
         if self._live is not None:
             self._live.update(self._task, completed=row["round"], description=text)
         else:
-            _print_line(self._console, text)
+            print_line(self._console, text)
 
     def note(self, message: str) -> None:
         """Shows a message above the progress."""
-        _print_line(self._console, message)
+        print_line(self._console, message)
 
     def _words(self, row: Mapping[str, Any]) -> list[str]:
         width = len(str(self._rounds))
@@ -128,7 +128,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         summary: as `summary.json` holds it.
         console: where to; stdout if None.
     """
-    console = console or _console()
+    console = console or stdout_console()
     metric = str(summary.get("metric", "balanced_accuracy"))
     clients = summary.get("per_client") or []
     names = _shown_metrics(metric, _metric_names(clients))
@@ -148,9 +148,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
             *(_number(metrics.get(name)) for name in names),
         )
     console.print(table)
-    groups = Table(
-        title=f"test {metric.replace('_', ' ')}", box=box.SIMPLE_HEAD, title_justify="left"
-    )
+    groups = Table(title=_metric(summary), box=box.SIMPLE_HEAD, title_justify="left")
     groups.add_column("group", no_wrap=True)
     groups.add_column("", justify="right")
     for key, label in _GROUP_ROWS:
@@ -175,7 +173,7 @@ def print_comparison(
     names: Sequence[str], summaries: Sequence[Mapping[str, Any]], console: Console | None = None
 ) -> None:
     """Prints runs as columns: what they are, their groups, their clients, and what they cost."""
-    console = console or _console()
+    console = console or stdout_console()
     reference = _reference(summaries)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
@@ -189,7 +187,7 @@ def print_comparison(
     add("data", [_dataset(s) for s in summaries])
     add("teacher", [_teacher(s) for s in summaries])
     add("seed, rounds", [f"{_whole(s.get('seed'))}, {_whole(s.get('rounds'))}" for s in summaries])
-    add("test metric", [str(s.get("metric", "-")).replace("_", " ") for s in summaries], last=True)
+    add("metric", [_metric(s) for s in summaries], last=True)
     for key, label in _GROUP_ROWS:
         base = reference.get(key) if reference else None
         cells = [
@@ -200,15 +198,15 @@ def print_comparison(
     clients = _client_rows(summaries)
     for number, (label, values) in enumerate(clients, start=1):
         add(label, [_number(value) for value in values], last=number == len(clients))
-    add("up a round", [_bytes(s.get("bytes_up_per_round")) for s in summaries])
-    add("down a round", [_bytes(s.get("bytes_down_per_round")) for s in summaries])
+    add("up a round", [_megabytes(s.get("bytes_up_per_round")) for s in summaries])
+    add("down a round", [_megabytes(s.get("bytes_down_per_round")) for s in summaries])
     add("teacher queries", [_whole(s.get("teacher_queries")) for s in summaries])
     add("time", [duration(s.get("wall_s")) for s in summaries])
     console.print(table)
     if reference is not None and len(summaries) > 1:
-        _print_line(console, "In brackets: the change against local.")
+        print_line(console, "In brackets: the change against local.")
     if any(s.get("synthetic") for s in summaries):
-        _print_line(
+        print_line(
             console,
             "Synthetic data: made by a procedure; shows that the method runs, not what it does for "
             "patients.",
@@ -218,12 +216,13 @@ def print_comparison(
 # --- how it is done -----------------------------------------------------------------------------
 
 
-def _console() -> Console:
+def stdout_console() -> Console:
     """Returns a console on stdout, as it stands now; wide where nobody's window cuts it."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def _print_line(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
+    """Prints a line that no console breaks."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
     console.file.flush()  # so that a log file can be followed
 
@@ -250,6 +249,11 @@ def _dataset(summary: Mapping[str, Any]) -> str:
 
 def _teacher(summary: Mapping[str, Any]) -> str:
     return str(summary.get("teacher") or "none")
+
+
+def _metric(summary: Mapping[str, Any]) -> str:
+    """Returns the headline metric and the images it is of."""
+    return f"{summary.get('split', 'test')} {str(summary.get('metric', '-')).replace('_', ' ')}"
 
 
 def _reference(summaries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -296,7 +300,7 @@ def _whole(value: Any) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _bytes(value: Any) -> str:
+def _megabytes(value: Any) -> str:
     return "-" if value is None else f"{value / 1e6:.2f} MB"
 
 

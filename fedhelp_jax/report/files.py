@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON; the old file stands until the new one is whole."""
-    _replace(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
@@ -90,21 +90,22 @@ def cut_metrics(path: Path, last_round: int) -> None:
     """Takes from ``metrics.jsonl`` all rows after `last_round`, from which the run goes on."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["round"] <= last_round]
-        _replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+        write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
 
-def write_clients_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes ``clients.csv``: a row per client, model, split and metric; undefined values empty.
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a table, undefined values empty.
 
     Args:
         path: the file.
-        rows: dicts with the keys `CLIENT_COLUMNS`.
+        columns: their names, in order.
+        rows: dicts with these keys.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, CLIENT_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(plain(row) for row in rows)
-    _replace(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -127,7 +128,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file; the old one stands until the new one is whole."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)

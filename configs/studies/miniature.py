@@ -1,0 +1,31 @@
+"""Every method once more in miniature: two-layer networks, made-up images, two seeds, two rounds.
+
+    fedhelp compare --study=configs/studies/miniature.py --workdir=runs/miniature
+
+It shows that the whole comparison works, in minutes; not which method is better. Images are
+synthetic and the foundation model is simulated.
+"""
+
+from fedhelp_jax.algorithms import ALGORITHMS
+from fedhelp_jax.config import default_config
+from fedhelp_jax.study import Study
+
+
+def get_study() -> Study:
+    """Returns the study."""
+    config = default_config()
+    config.rounds = 2
+    config.batch_size = 8
+    config.public_batch_size = 8
+    config.learning_rate = 1e-2
+    config.data.num_examples = 800
+    config.data.image_size = 16
+    config.public.num_examples = 64
+    config.roles.top_n = 2
+    config.model.small = "cnn_small"
+    config.model.large = "cnn_large"
+    return Study(
+        datasets={"phantoms": config},
+        methods={name: {} for name in ALGORITHMS},
+        seeds=(0, 1),
+    )

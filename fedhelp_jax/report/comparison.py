@@ -1,0 +1,419 @@
+"""The table of a comparison: of many runs one row a method, for terminals, Markdown and LaTeX."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedhelp_jax.report import console as consoles
+from fedhelp_jax.report import files
+from fedhelp_jax.report.ranks import critical_difference_diagram
+from fedhelp_jax.report.significance import (
+    average_ranks,
+    critical_difference,
+    friedman_p_value,
+    holm,
+    paired_p_value,
+)
+
+# Of the metrics, what the columns are called and whether larger is better; a gap is neither.
+_SCORES = (
+    ("small_mean", "small mean", True),
+    ("worst_small", "worst small", True),
+    ("large_mean", "large mean", True),
+    ("gap", "gap", False),
+)
+_COSTS = (
+    ("bytes_up_per_round", "up MB"),
+    ("bytes_down_per_round", "down MB"),
+    ("run_s", "time"),
+)
+_TESTED = "small_mean"
+_POOLS_DATA = "centralized"
+_BEST, _SECOND = "best", "second"
+
+
+class Result(NamedTuple):
+    """One finished run.
+
+    Attributes:
+      dataset: Name of its data set.
+      method: Label of its method.
+      seed: Its seed.
+      summary: Content of its ``summary.json``.
+      scores: ``small_mean``, ``worst_small``, ``large_mean`` and ``gap`` of the headline metric on
+        test; NaN where there is none.
+    """
+
+    dataset: str
+    method: str
+    seed: int
+    summary: Mapping[str, Any]
+    scores: Mapping[str, float]
+
+
+class Row(NamedTuple):
+    """A method on a data set.
+
+    Attributes:
+      method: Its label.
+      pooled: Whether it trains on the data of all in one place: a reference, no contender.
+      seeds: How many runs are finished.
+      mean: Of each score over the seeds; NaN where there is none.
+      std: Their sample standard deviation; NaN of fewer than two.
+      marks: "best" or "second", of each score that is.
+      p: Of the paired t test of `small_mean` against the reference, Holm-adjusted over the methods.
+      costs: Means over the seeds of what is sent up and down in a round, and of the time.
+    """
+
+    method: str
+    pooled: bool
+    seeds: int
+    mean: Mapping[str, float]
+    std: Mapping[str, float]
+    marks: Mapping[str, str]
+    p: float
+    costs: Mapping[str, float]
+
+
+class Cell(NamedTuple):
+    """Text of a table and how it stands out: "best", "second" or not at all."""
+
+    text: str
+    mark: str = ""
+
+
+class Grid(NamedTuple):
+    """A table before it is typeset: title, heads, rows, and what is said below."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str]
+
+
+def write_comparison(
+    results: Sequence[Result], methods: Sequence[str], reference: str, folder: Path
+) -> None:
+    """Prints the comparison, and writes it to ``comparison.csv``, ``.md`` and ``.tex``.
+
+    ``runs.csv`` has a line a run. Of several data sets there is also a table of average ranks and,
+    as ``ranks.pdf`` and ``ranks.png``, a critical-difference diagram.
+
+    Args:
+      results: Finished runs.
+      methods: Labels, in the order of the rows.
+      reference: The method that others are tested against.
+      folder: Where the files go.
+    """
+    datasets = list(dict.fromkeys(result.dataset for result in results))
+    tables = {
+        dataset: compare_methods([r for r in results if r.dataset == dataset], methods, reference)
+        for dataset in datasets
+    }
+    grids = [
+        _grid(dataset, rows, [r for r in results if r.dataset == dataset], reference)
+        for dataset, rows in tables.items()
+    ]
+    if len(datasets) > 1:
+        names, ranks = rank_methods(tables)
+        if len(names) > 1:
+            grids.append(_rank_grid(names, ranks, tables))
+            distance = critical_difference(len(names), len(datasets))
+            for kind in ("png", "pdf"):
+                critical_difference_diagram(folder / f"ranks.{kind}", names, ranks, distance)
+    for grid in grids:
+        print_grid(grid)
+    files.write_csv(folder / "runs.csv", *_run_lines(results))
+    files.write_csv(folder / "comparison.csv", *_comparison_lines(tables))
+    files.write_text(folder / "comparison.md", "\n".join(markdown(grid) for grid in grids))
+    files.write_text(folder / "comparison.tex", "\n".join(latex(grid) for grid in grids))
+
+
+def compare_methods(results: Sequence[Result], methods: Sequence[str], reference: str) -> list[Row]:
+    """The rows of one data set, contenders first, each kind in the order of `methods`."""
+    by_method = {method: [r for r in results if r.method == method] for method in methods}
+    by_method = {method: runs for method, runs in by_method.items() if runs}
+    pooled = {m for m, runs in by_method.items() if runs[0].summary["algorithm"] == _POOLS_DATA}
+    rivals = [m for m in by_method if m != reference and m not in pooled]
+    ours = {r.seed: r.scores[_TESTED] for r in by_method.get(reference, [])}
+    p_values = dict(zip(rivals, holm([_paired(ours, by_method[m]) for m in rivals]), strict=True))
+    means = {
+        method: {key: _mean([r.scores[key] for r in runs]) for key, *_ in _SCORES}
+        for method, runs in by_method.items()
+    }
+    marks: dict[str, dict[str, str]] = {method: {} for method in by_method}
+    for key, _, larger_is_better in _SCORES:
+        if larger_is_better:
+            found = _marks({m: means[m][key] for m in by_method if m not in pooled})
+            for method, mark in found.items():
+                marks[method][key] = mark
+    return [
+        Row(
+            method=method,
+            pooled=method in pooled,
+            seeds=len(by_method[method]),
+            mean=means[method],
+            std={key: _std([r.scores[key] for r in by_method[method]]) for key, *_ in _SCORES},
+            marks=marks[method],
+            p=p_values.get(method, math.nan),
+            costs={key: _mean([_cost(r, key) for r in by_method[method]]) for key, _ in _COSTS},
+        )
+        for method in sorted(by_method, key=lambda m: m in pooled)
+    ]
+
+
+def rank_methods(tables: Mapping[str, Sequence[Row]]) -> tuple[list[str], np.ndarray]:
+    """Contenders that every data set has, and their average ranks by `small_mean`; best first."""
+    values = [
+        {r.method: r.mean[_TESTED] for r in rows if not r.pooled and math.isfinite(r.mean[_TESTED])}
+        for rows in tables.values()
+    ]
+    names = [name for name in values[0] if all(name in other for other in values)]
+    if not names:
+        return [], np.zeros(0)
+    ranks = average_ranks(np.array([[block[name] for block in values] for name in names]))
+    order = np.argsort(ranks, kind="stable")
+    return [names[i] for i in order], ranks[order]
+
+
+# --- typesetting --------------------------------------------------------------------------------
+
+
+def print_grid(grid: Grid, console: Console | None = None) -> None:
+    """Prints a table: the best of a column bold and with ``*``, the second underlined and ``+``."""
+    console = console or consoles.stdout_console()
+    table = Table(title=grid.title, box=box.SIMPLE_HEAD, title_justify="left")
+    for i, head in enumerate(grid.heads):
+        table.add_column(head, justify="right" if i else "left", no_wrap=not i)
+    styles = {_BEST: ("bold", "*"), _SECOND: ("underline", "+"), "": ("", " ")}
+    for row in grid.rows:
+        cells = []
+        for i, cell in enumerate(row):
+            style, sign = styles[cell.mark]
+            cells.append(Text(cell.text, style).append(sign if i else "", style="not underline"))
+        table.add_row(*cells)
+    console.print(table)
+    for note in ("* best, + second best of the column.", *grid.notes):
+        consoles.print_line(console, note)
+
+
+def markdown(grid: Grid) -> str:
+    """A Markdown table: the best of a column bold, the second best in italics."""
+    around = {_BEST: "**", _SECOND: "*", "": ""}
+    lines = [
+        f"### {grid.title}",
+        "",
+        "| " + " | ".join(grid.heads) + " |",
+        "|---|" + "---:|" * (len(grid.heads) - 1),
+        *(
+            "| "
+            + " | ".join(
+                around[c.mark] + c.text.replace("|", "\\|").replace("_", "\\_") + around[c.mark]
+                for c in row
+            )
+            + " |"
+            for row in grid.rows
+        ),
+        "",
+        " ".join(("**Best**, *second best* of the column.", *grid.notes)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def latex(grid: Grid) -> str:
+    r"""A ``table`` for LaTeX with package booktabs: best ``\textbf``, second ``\underline``."""
+    around = {_BEST: r"\textbf{%s}", _SECOND: r"\underline{%s}", "": "%s"}
+    rows = [" & ".join(around[c.mark] % _escaped(c.text) for c in row) for row in grid.rows]
+    heads = " & ".join(_escaped(head) for head in grid.heads)
+    notes = " ".join(_escaped(note) for note in grid.notes)
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{_escaped(grid.title)}. Best in bold, second best underlined. {notes}}}",
+            r"\smallskip",
+            rf"\begin{{tabular}}{{l{'r' * (len(grid.heads) - 1)}}}",
+            r"\toprule",
+            heads + r" \\",
+            r"\midrule",
+            *(row + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+_LATEX = {
+    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "±": r"$\pm$",
+}
+
+
+def _escaped(text: str) -> str:
+    if text.startswith("-") and text != "-":  # a minus, which is longer than a hyphen
+        return "$-$" + _escaped(text[1:])
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+# --- how it is done -----------------------------------------------------------------------------
+
+
+def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], reference: str) -> Grid:
+    first = results[0].summary
+    metric = str(first["metric"]).replace("_", " ")
+    seeds = len({r.seed for r in results})
+    short = [f"{row.method} {row.seeds}" for row in rows if row.seeds < seeds]
+    synthetic = first["synthetic"]
+    notes = [
+        f"Mean ± standard deviation over {seeds} seeds."
+        if seeds > 1
+        else "One seed: no method is shown to be better than another.",
+        f"p: paired t test of small mean against {reference} over seeds, Holm-adjusted.",
+        "up, down: sent by and to all clients in a round. time: of a run, compiling left out.",
+        *([f"Fewer seeds: {', '.join(short)}."] if short else []),
+        *(
+            [
+                f"{row.method} pools all data: outside marks, tests and ranks."
+                for row in rows
+                if row.pooled
+            ]
+        ),
+        *(
+            ["Synthetic data: shows that methods run, not what they do for patients."]
+            if synthetic
+            else []
+        ),
+    ]
+    title = (
+        f"{dataset}{' (synthetic)' if synthetic and 'synthetic' not in dataset else ''}, {metric}"
+    )
+    heads = ["method", *(name for _, name, _ in _SCORES), "p", *(name for _, name in _COSTS)]
+    return Grid(title, heads, [_cells(row) for row in rows], notes)
+
+
+def _cells(row: Row) -> list[Cell]:
+    scores = [
+        Cell(_score(row.mean[key], row.std[key]), row.marks.get(key, "")) for key, *_ in _SCORES
+    ]
+    up, down, seconds = (row.costs[key] for key, _ in _COSTS)
+    costs = [f"{up / 1e6:.2f}", f"{down / 1e6:.2f}", consoles.duration(seconds)]
+    return [Cell(row.method), *scores, Cell(_p(row.p)), *map(Cell, costs)]
+
+
+def _rank_grid(
+    names: Sequence[str], ranks: np.ndarray, tables: Mapping[str, Sequence[Row]]
+) -> Grid:
+    values = np.array(
+        [
+            [next(r.mean[_TESTED] for r in rows if r.method == name) for rows in tables.values()]
+            for name in names
+        ]
+    )
+    rows = [
+        [Cell(name), Cell(f"{rank:.2f}"), *(Cell(f"{value:.3f}") for value in line)]
+        for name, rank, line in zip(names, ranks, values, strict=True)
+    ]
+    distance = critical_difference(len(names), len(tables))
+    notes = [
+        f"Average ranks by small mean over {len(tables)} data sets; Friedman p = "
+        f"{_p(friedman_p_value(values))}.",
+        f"Ranks closer than {distance:.2f} do not differ at 0.05 (Nemenyi).",
+    ]
+    return Grid("Average ranks", ["method", "rank", *tables], rows, notes)
+
+
+def _run_lines(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any]]]:
+    """``(columns, lines)`` of ``runs.csv``."""
+    lines = [
+        {
+            "data": r.dataset,
+            "method": r.method,
+            "seed": r.seed,
+            "metric": r.summary["metric"],
+            **r.scores,
+            **{key: _cost(r, key) for key, _ in _COSTS},
+            "compile_s": r.summary["compile_s"],
+        }
+        for r in results
+    ]
+    return list(lines[0]), lines
+
+
+def _comparison_lines(
+    tables: Mapping[str, Sequence[Row]],
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """``(columns, lines)`` of ``comparison.csv``."""
+    lines = [
+        {
+            "data": dataset,
+            "method": row.method,
+            "seeds": row.seeds,
+            **{
+                f"{key}{suffix}": values[key]
+                for key, *_ in _SCORES
+                for suffix, values in (("", row.mean), ("_std", row.std))
+            },
+            "p_holm": row.p,
+            **row.costs,
+        }
+        for dataset, rows in tables.items()
+        for row in rows
+    ]
+    return list(lines[0]), lines
+
+
+def _cost(result: Result, key: str) -> float:
+    if key == "run_s":
+        return result.summary["wall_s"] - result.summary["compile_s"]
+    return result.summary[key]
+
+
+def _paired(ours: Mapping[int, float], runs: Sequence[Result]) -> float:
+    theirs = {r.seed: r.scores[_TESTED] for r in runs if r.seed in ours}
+    return paired_p_value([ours[seed] for seed in theirs], list(theirs.values()))
+
+
+def _marks(values: Mapping[str, float]) -> dict[str, str]:
+    """The best and the second best, as a reader sees them: equal digits are equal."""
+    shown = {name: round(value, 3) for name, value in values.items() if math.isfinite(value)}
+    places = dict(zip(sorted(set(shown.values()), reverse=True), (_BEST, _SECOND), strict=False))
+    return {name: places[value] for name, value in shown.items() if value in places}
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _std(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return statistics.stdev(known) if len(known) > 1 else math.nan
+
+
+def _score(mean: float, std: float) -> str:
+    if not math.isfinite(mean):
+        return "-"
+    return f"{mean:.3f}" + (f" ± {std:.3f}" if math.isfinite(std) else "")
+
+
+def _p(value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,346 @@
+"""Studies: methods x data sets x budgets x seeds, each a run of its own, in one folder.
+
+``WORKDIR/<data set>/<method>/seed<N>`` is a run folder like any other. What is finished there is
+not run again, and a run that was stopped goes on, so the same command on the same folder goes on
+with a study where it stopped, and ends with the same table.
+
+Every method gets the same data, rounds, local epochs and batches: a study may change for one
+method only what `METHOD_SETTINGS` names. Where it tunes, every method gets the same number of
+trials, and they are judged on the clients' validation images; no test image is looked at.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedhelp_jax import config as configs
+from fedhelp_jax import runner
+from fedhelp_jax.config import RunConfig
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.report import files
+from fedhelp_jax.report.comparison import Result, write_comparison
+from fedhelp_jax.report.console import duration
+from fedhelp_jax.report.summary import group_summary
+
+Settings = Mapping[str, Any]
+
+# What may differ from method to method, as keys or parts of settings.
+METHOD_SETTINGS = (
+    "algorithm",
+    "client_weights",
+    "learning_rate",
+    "learning_rate_schedule",
+    "model",
+    "optimizer",
+    "roles",
+    "server",
+    "sgd_learning_rate",
+    "teacher",
+    "weight_decay",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a study file's ``get_study()`` returns.
+
+    Attributes:
+      datasets: Name -> settings: `default_config`, changed; or a config file, as ``--config`` takes
+        it, relative to the study file.
+      methods: Label -> what the method changes, by dotted key. ``algorithm.name`` is the label
+        where it is not given.
+      seeds: One run each; the data are shared out by the seed too.
+      budgets: Name -> what it changes in all runs, by dotted key, such as ``{"20 rounds":
+        {"rounds": 20}}``; the name is added to the data set's.
+      reference: Label of the method that the others are tested against.
+      grids: Label -> {dotted key: values to try}. Empty: nothing is tuned. Otherwise of every
+        method, because tuning some is no comparison.
+      trials: Points of its grid that are tried for each method and data set; of a larger grid,
+        drawn at random.
+      tuning_seed: Of the trials, apart from `seeds`.
+    """
+
+    datasets: Mapping[str, Any]
+    methods: Mapping[str, Settings]
+    seeds: Sequence[int] = (0, 1, 2)
+    budgets: Mapping[str, Settings] = dataclasses.field(default_factory=lambda: {"": {}})
+    reference: str = "fedhelp"
+    grids: Mapping[str, Mapping[str, Sequence[Any]]] = dataclasses.field(default_factory=dict)
+    trials: int = 8
+    tuning_seed: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    dataset: str
+    method: str
+    seed: int
+    config: RunConfig
+    folder: Path
+    trial: int | None = None
+
+    def __str__(self) -> str:
+        what = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
+        return f"{self.dataset}, {self.method}, {what}"
+
+
+class Failed(UserError):
+    """Some runs of a study could not be made; the others were."""
+
+
+def compare(study: Study, workdir: Path) -> None:
+    """Tunes and runs what is missing, then prints the comparison and writes it to `workdir`.
+
+    Raises:
+      UserError: If the study is not sound, or a folder holds another run.
+      Failed: If some runs were refused; the table then lacks them.
+      Interrupted: After SIGINT or SIGTERM, once the run under way is saved.
+    """
+    chosen = tune(study, workdir)
+    cells = list(_cells(study, workdir, chosen))
+    failures = _run_missing(cells)
+    results = _results(study, [cell for cell in cells if _is_done(cell)])
+    if results:
+        write_comparison(results, list(study.methods), study.reference, workdir)
+    if failures:
+        raise Failed(f"{len(failures)} of {len(cells)} runs failed: {'; '.join(failures)}")
+
+
+def tune(study: Study, workdir: Path) -> dict[tuple[str, str], Settings]:
+    """Runs the trials that are missing and chooses each method's settings on each data set.
+
+    A trial's score is the mean, over the two roles, of the role's mean headline metric on its
+    clients' *validation* images after the last round; the first of equal ones is chosen. All trials
+    are written to ``tuning.csv``.
+
+    Returns:
+      ``{(data set, method): {dotted key: value}}``; empty if the study has no grids.
+
+    Raises:
+      UserError: If the study is not sound, a trial fails, or no client has validation images.
+      Interrupted: After SIGINT or SIGTERM, once the trial under way is saved.
+    """
+    trials = dict(_trials(study, workdir))
+    list(_cells(study, workdir, {}))  # whatever is wrong with the runs is told before the trials
+    failures = _run_missing([cell for cells in trials.values() for cell, _ in cells])
+    if failures:
+        raise UserError(f"tuning: {'; '.join(failures)}")
+    chosen, rows = {}, []
+    for (dataset, method), cells in trials.items():
+        scores = [_score(files.read_summary(cell.folder)) for cell, _ in cells]
+        if all(math.isnan(score) for score in scores):
+            raise UserError(f"tuning: no client of {dataset} has validation images to judge by")
+        best = int(np.nanargmax(scores))
+        chosen[dataset, method] = cells[best][1]
+        rows += [
+            {
+                "data": dataset,
+                "method": method,
+                "trial": cell.trial,
+                "settings": " ".join(f"{key}={value}" for key, value in point.items()),
+                "validation": score,
+                "chosen": int(number == best),
+            }
+            for number, ((cell, point), score) in enumerate(zip(cells, scores, strict=True))
+        ]
+    if rows:
+        files.write_csv(workdir / "tuning.csv", list(rows[0]), rows)
+    return chosen
+
+
+# --- which runs there are -----------------------------------------------------------------------
+
+
+def _blocks(study: Study) -> Iterator[tuple[str, Any]]:
+    """Name and settings of each data set at each budget."""
+    for (name, base), (budget, changes) in itertools.product(
+        study.datasets.items(), study.budgets.items()
+    ):
+        label = f"{name} {budget}".strip()
+        yield _checked_name("datasets and budgets", label), _changed(base, changes, label)
+
+
+def _cells(study: Study, workdir: Path, chosen: Mapping[Any, Settings]) -> Iterator[Cell]:
+    _check(study)
+    for dataset, base in _blocks(study):
+        for method in study.methods:
+            for seed in study.seeds:
+                settings = _settings(study, method, chosen.get((dataset, method), {}))
+                config = _configured(base, {**settings, "seed": seed}, f"{dataset}, {method}")
+                folder = workdir / dataset / method / f"seed{seed}"
+                yield Cell(dataset, method, seed, config, folder)
+
+
+def _trials(
+    study: Study, workdir: Path
+) -> Iterator[tuple[tuple[str, str], list[tuple[Cell, Settings]]]]:
+    """Per data set and method, its trials and their points of the grid."""
+    _check(study)
+    for dataset, base in _blocks(study):
+        for method, grid in study.grids.items():
+            cells = []
+            for trial, point in enumerate(grid_points(grid, study.trials, method)):
+                settings = {**_settings(study, method, point), "seed": study.tuning_seed}
+                config = _configured(base, settings, f"{dataset}, {method}, trial {trial}")
+                folder = workdir / dataset / method / f"trial{trial}"
+                cell = Cell(dataset, method, study.tuning_seed, config, folder, trial)
+                cells.append((cell, point))
+            yield (dataset, method), cells
+
+
+def grid_points(grid: Mapping[str, Sequence[Any]], trials: int, method: str) -> list[Settings]:
+    """``trials`` points of a grid, in its order; of a larger one drawn at random, always the same.
+
+    Raises:
+      UserError: If the grid has fewer.
+
+    Example:
+      >>> grid_points({"lr": (0.1, 0.01), "mu": (0, 1)}, 4, "fedprox")[1]
+      {'lr': 0.1, 'mu': 1}
+    """
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if len(points) < trials:
+        raise UserError(
+            f"grids[{method!r}] has {len(points)} points, but every method gets {trials} trials; "
+            "add values, or lower trials"
+        )
+    drawn = np.random.default_rng(0).choice(len(points), trials, replace=False)
+    return [points[i] for i in sorted(drawn)]
+
+
+def _settings(study: Study, method: str, point: Settings) -> dict[str, Any]:
+    settings = {"algorithm.name": method, **study.methods[method], **point}
+    for key in settings:
+        if key.split(".")[0] not in METHOD_SETTINGS:
+            raise UserError(
+                f"methods[{method!r}]: {key} must be the same for all methods; put it into "
+                f"datasets or budgets (a method may change {', '.join(METHOD_SETTINGS)})"
+            )
+    return settings
+
+
+def _changed(base: Any, changes: Settings, where: str) -> Any:
+    config = base.copy_and_resolve_references()
+    for key, value in changes.items():
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{where}: {key} = {value!r}: {error}") from None
+    return config
+
+
+def _configured(base: Any, changes: Settings, where: str) -> RunConfig:
+    try:
+        return configs.validate(_changed(base, changes, where))
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where not in str(error) else str(error)) from None
+
+
+def _check(study: Study) -> None:
+    for name, values in (
+        ("datasets", study.datasets),
+        ("methods", study.methods),
+        ("seeds", study.seeds),
+        ("budgets", study.budgets),
+    ):
+        if not values:
+            raise UserError(f"{name}: the study has none")
+    if len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"seeds = {tuple(study.seeds)} must differ from each other")
+    for label in study.methods:
+        _checked_name("methods", label)
+    if study.reference not in study.methods:
+        known = configs.suggest(study.reference, study.methods)
+        raise UserError(f"reference = {study.reference!r} must be one of methods{known}")
+    if study.grids:
+        uneven = set(study.grids) ^ set(study.methods)
+        if uneven:
+            raise UserError(
+                f"grids must name every method and no other, so that all get the same trials; "
+                f"see {', '.join(sorted(uneven))}"
+            )
+        if study.tuning_seed in study.seeds:
+            raise UserError(f"tuning_seed = {study.tuning_seed} must not be one of seeds")
+        if study.trials < 1:
+            raise UserError(f"trials = {study.trials} must be at least 1")
+
+
+def _checked_name(what: str, name: str) -> str:
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise UserError(f"{what}: {name!r} must be a name that a folder can have")
+    return name
+
+
+# --- running them -------------------------------------------------------------------------------
+
+
+def _is_done(cell: Cell) -> bool:
+    """Whether its run is finished.
+
+    Raises:
+      UserError: If its folder holds a run of other settings.
+    """
+    config, summary = cell.folder / "config.json", cell.folder / "summary.json"
+    if not config.exists():
+        return False
+    changed = configs.differences(configs.load(config), cell.config)
+    if changed:
+        raise UserError(
+            f"{cell.folder}: holds a run of another configuration ({'; '.join(changed)}); name "
+            "another folder for the study, or remove that one"
+        )
+    return summary.exists()
+
+
+def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> list[str]:
+    """Runs what is not finished; returns what was refused, and why."""
+    missing = [cell for cell in cells if not _is_done(cell)]
+    if len(missing) < len(cells):
+        say(f"{len(cells) - len(missing)} of {len(cells)} runs are finished")
+    failures, started = [], time.monotonic()
+    for number, cell in enumerate(missing):
+        left = (time.monotonic() - started) / number * (len(missing) - number) if number else None
+        say(
+            f"run {number + 1} of {len(missing)}: {cell}"
+            + ("" if left is None else f"  ({duration(left)} left)")
+        )
+        files.prepare_folder(cell.folder)
+        try:
+            split = "test" if cell.trial is None else "validation"
+            runner.train(cell.config, cell.folder, split=split)
+        except UserError as error:
+            say(f"refused: {error}")
+            failures.append(f"{cell}: {error}")
+        jax.clear_caches()  # the programs of a run serve no other; the next one's come from disk
+    return failures
+
+
+def _score(summary: Mapping[str, Any]) -> float:
+    found = [summary[key] for key in ("small_mean", "large_mean") if summary[key] is not None]
+    return sum(found) / len(found) if found else math.nan
+
+
+def _results(study: Study, cells: Sequence[Cell]) -> list[Result]:
+    """What the finished runs came to, with clients grouped as the reference groups them."""
+    summaries = {
+        (cell.dataset, cell.method, cell.seed): files.read_summary(cell.folder) for cell in cells
+    }
+    results = []
+    for (dataset, method, seed), summary in summaries.items():
+        grouped_by = summaries.get((dataset, study.reference, seed), summary)
+        roles = {client["name"]: client["role"] for client in grouped_by["per_client"]}
+        values: dict[str, list[float]] = {"small": [], "large": []}
+        for client in summary["per_client"]:
+            value = client["metrics"][summary["metric"]]
+            values[roles[client["name"]]].append(math.nan if value is None else value)
+        results.append(Result(dataset, method, seed, summary, group_summary(values)))
+    return results

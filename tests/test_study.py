@@ -1,0 +1,279 @@
+"""Studies: which runs there are, what is tuned on what, how they go on, what is refused."""
+
+import csv
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_config
+from commands import fedhelp, read, refusal
+from helpers import refusal as refused
+from helpers import use_tiny_networks
+from tiny_study import get_study
+
+from fedhelp_jax import runner
+from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.study import Failed, compare, grid_points, tune
+
+pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
+
+TESTS = Path(__file__).parent
+FOLDERS = [
+    f"{data}/{method}/seed{seed}"
+    for data in ("tiny", "tiny long")
+    for method in ("fedhelp", "plain")
+    for seed in (0, 1)
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_networks():
+    with pytest.MonkeyPatch.context() as patch:
+        use_tiny_networks(patch)
+        yield
+
+
+def study(tuned: str = "", **changes):
+    """The tiny study with its config read, one budget."""
+    datasets = {"tiny": tiny_config.get_config()}
+    budgets = {"": {"rounds": 2}}
+    return dataclasses.replace(get_study(tuned), datasets=datasets, budgets=budgets, **changes)
+
+
+def command(workdir: Path, name: str = "compare", source: str = "tiny_study.py") -> str:
+    return f"{name} --study={TESTS / source} --workdir={workdir}"
+
+
+def table(path: Path) -> list[dict]:
+    """The rows of a CSV file but for their times."""
+    rows = csv.DictReader(path.read_text().splitlines())
+    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows]
+
+
+def stamps(workdir: Path) -> dict[str, int]:
+    """When each finished run was finished."""
+    return {
+        str(path.parent.relative_to(workdir)): path.stat().st_mtime_ns
+        for path in workdir.rglob("summary.json")
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study to its end, on the command line; not to be changed."""
+    workdir = tmp_path_factory.mktemp("study")
+    assert fedhelp(command(workdir)) == 0
+    return workdir
+
+
+# --- what a study leaves ---
+
+
+def test_there_is_a_run_for_each_method_data_set_budget_and_seed(finished):
+    assert sorted(stamps(finished)) == sorted(FOLDERS)
+    for folder in FOLDERS:
+        config = read(finished / folder / "config.json")
+        assert config["seed"] == int(folder[-1])
+        assert config["rounds"] == (3 if "long" in folder else 2)
+        assert config["optimizer"] == ("sgd" if "plain" in folder else "adam")
+        assert config["algorithm"]["name"] == ("fedavg" if "plain" in folder else "fedhelp")
+
+
+def test_the_table_is_of_the_runs(finished):
+    runs = table(finished / "runs.csv")
+    assert [f"{row['data']}/{row['method']}/seed{row['seed']}" for row in runs] == FOLDERS
+    for row, folder in zip(runs, FOLDERS, strict=True):
+        summary = read(finished / folder / "summary.json")
+        for key in ("small_mean", "worst_small", "large_mean", "gap", "bytes_up_per_round"):
+            assert float(row[key]) == summary[key]
+    rows = table(finished / "comparison.csv")
+    assert [(row["data"], row["method"], row["seeds"]) for row in rows] == [
+        (data, method, "2") for data in ("tiny", "tiny long") for method in ("fedhelp", "plain")
+    ]
+    for i, row in enumerate(rows):
+        values = [float(run["small_mean"]) for run in runs[2 * i : 2 * i + 2]]
+        assert float(row["small_mean"]) == pytest.approx(sum(values) / 2)
+    assert (finished / "comparison.tex").read_text().count(r"\begin{tabular}") == 3
+    assert (finished / "ranks.png").stat().st_size > 1000
+
+
+# --- going on ---
+
+
+def test_a_finished_study_runs_nothing_and_writes_the_same_table(finished, capsys, monkeypatch):
+    before, files = stamps(finished), (finished / "comparison.csv").read_bytes()
+    monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("a run was made"))
+    assert fedhelp(command(finished)) == 0
+    assert "8 of 8 runs are finished" in capsys.readouterr().out
+    assert stamps(finished) == before
+    assert (finished / "comparison.csv").read_bytes() == files
+
+
+def test_a_killed_study_does_only_what_is_missing_and_writes_the_same_table(finished, tmp_path):
+    script = [sys.executable, str(TESTS / "tiny_fedhelp.py"), "SIGKILL", "after-row"]
+    killed = subprocess.run(
+        [*script, "2@tiny/plain/seed1", *shlex.split(command(tmp_path))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
+    )
+    assert killed.returncode == -9, killed.stderr
+    done = stamps(tmp_path)
+    assert sorted(done) == sorted(FOLDERS[:3])
+    assert (tmp_path / FOLDERS[3] / "metrics.jsonl").exists()
+    assert not (tmp_path / "comparison.csv").exists()
+
+    assert fedhelp(command(tmp_path)) == 0
+    assert {folder: stamps(tmp_path)[folder] for folder in done} == done
+    assert [row["round"] for row in read(tmp_path / FOLDERS[3] / "metrics.jsonl")] == [1, 2]
+    for name in ("runs.csv", "comparison.csv"):
+        assert table(tmp_path / name) == table(finished / name)
+
+
+def test_a_method_added_later_is_all_that_is_run(finished, tmp_path):
+    two = study(seeds=(0,))
+    compare(two, tmp_path)
+    done = stamps(tmp_path)
+    compare(dataclasses.replace(two, methods={**two.methods, "local": {}}), tmp_path)
+    after = stamps(tmp_path)
+    assert set(after) - set(done) == {"tiny/local/seed0"}
+    assert {folder: after[folder] for folder in done} == done
+
+
+def test_a_folder_of_other_settings_is_refused(finished):
+    other = dataclasses.replace(study(), budgets={"": {"rounds": 4}})
+    message = refused(lambda: compare(other, finished))
+    assert "rounds: 2 -> 4" in message
+    assert "tiny/fedhelp/seed0" in message
+
+
+def test_a_run_that_is_refused_does_not_stop_the_others(tmp_path):
+    # Prototypes of unequal widths cannot be averaged.
+    methods = {"fedproto": {}, **study().methods}
+    broken = study(methods=methods, seeds=(0,))
+    message = refused(lambda: compare(broken, tmp_path), Failed)
+    assert message.startswith("1 of 3 runs failed: tiny, fedproto, seed 0: ")
+    assert [row["method"] for row in table(tmp_path / "comparison.csv")] == ["fedhelp", "plain"]
+
+
+def test_clients_are_grouped_as_the_reference_groups_them(tmp_path):
+    methods = {"fedhelp": {}, "all_small": {"algorithm.name": "fedavg", "roles.top_n": 0}}
+    compare(study(methods=methods, seeds=(0,)), tmp_path)
+    assert read(tmp_path / "tiny/all_small/seed0/summary.json")["large_mean"] is None
+    _, all_small = table(tmp_path / "comparison.csv")
+    clients = read(tmp_path / "tiny/all_small/seed0/summary.json")["per_client"]
+    values = {c["name"]: c["metrics"]["balanced_accuracy"] for c in clients}
+    assert float(all_small["large_mean"]) == values["client_0"]
+    small = [values[f"client_{i}"] for i in (1, 2, 3)]
+    assert float(all_small["small_mean"]) == pytest.approx(sum(small) / 3)
+
+
+# --- tuning ---
+
+
+def test_trials_are_judged_on_validation_and_never_look_at_test(tmp_path, monkeypatch):
+    looked_at = []
+    evaluate = Simulation.evaluate
+
+    def watched(self, state, split):
+        looked_at.append(split)
+        return evaluate(self, state, split)
+
+    monkeypatch.setattr(Simulation, "evaluate", watched)
+    chosen = tune(study("tuned"), tmp_path)
+    assert set(looked_at) == {"validation"}
+    rows = table(tmp_path / "tuning.csv")
+    for method in ("fedhelp", "plain"):
+        trials = [row for row in rows if row["method"] == method]
+        assert [row["trial"] for row in trials] == ["0", "1", "2"]
+        scores = []
+        for trial in range(3):
+            summary = read(tmp_path / f"tiny/{method}/trial{trial}/summary.json")
+            assert (summary["split"], summary["seed"]) == ("validation", 1000)
+            last = read(tmp_path / f"tiny/{method}/trial{trial}/metrics.jsonl")[-1]
+            assert (summary["small_mean"], last["split"]) == (last["small_mean"], "validation")
+            scores.append((summary["small_mean"] + summary["large_mean"]) / 2)
+        assert [float(row["validation"]) for row in trials] == scores
+        best = scores.index(max(scores))
+        assert [row["chosen"] for row in trials] == [str(int(i == best)) for i in range(3)]
+        config = read(tmp_path / f"tiny/{method}/trial{best}/config.json")
+        assert chosen["tiny", method] == {
+            key: config[key] for key in ("learning_rate", "sgd_learning_rate")
+        }
+
+
+def test_runs_take_the_settings_that_were_chosen(tmp_path, monkeypatch):
+    from fedhelp_jax import study as studies
+
+    # The worst on validation, which nothing but a choice of it would take.
+    monkeypatch.setattr(studies, "_score", lambda summary: -float(summary["small_mean"]))
+    chosen = tune(study("tuned"), tmp_path)
+    compare(study("tuned"), tmp_path)
+    for method in ("fedhelp", "plain"):
+        for seed in (0, 1):
+            config = read(tmp_path / f"tiny/{method}/seed{seed}/config.json")
+            assert chosen["tiny", method].items() <= config.items()
+
+
+def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
+    grid = {"a": range(10), "b": range(10)}
+    points = grid_points(grid, 5, "x")
+    assert points == grid_points(grid, 5, "x")
+    assert len({tuple(point.items()) for point in points}) == 5
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": {}}, "methods: the study has none"),
+        ({"seeds": (1, 1)}, "must differ"),
+        ({"reference": "fedhelpp"}, "did you mean fedhelp"),
+        ({"methods": {"fedhelp": {}, "a/b": {}}}, "'a/b' must be a name that a folder can have"),
+        ({"methods": {"fedhelp": {"batch_size": 2}}}, "batch_size must be the same for all"),
+        ({"methods": {"fedhelp": {}, "fedx": {}}}, "tiny, fedx: config.algorithm.name"),
+        ({"methods": {"fedhelp": {"server.momentun": 0.1}}}, "tiny, fedhelp: server.momentun"),
+        ({"grids": {"fedhelp": {"learning_rate": (1, 2, 3)}}}, "every method and no other"),
+        ({"grids": dict.fromkeys(("fedhelp", "plain"), {"rounds": (1, 2, 3)})}, "rounds must be"),
+        (
+            {"grids": dict.fromkeys(("fedhelp", "plain"), {"learning_rate": (1e-3,)})},
+            "grids['fedhelp'] has 1 points, but every method gets 3 trials",
+        ),
+    ],
+)
+def test_an_unsound_study_is_refused_before_anything_runs(changes, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("a run was made"))
+    assert said in refused(lambda: compare(study(**changes), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "said"),
+    [
+        ("compare", "", "there is no get_study() in it"),
+        ("compare", "def get_study(): return 3", "must return a fedhelp_jax.study.Study"),
+        ("compare", None, "there is no file"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(source, text, said, tmp_path, capsys):
+    path = tmp_path / "study.py"
+    if text is not None:
+        path.write_text(text)
+    line = f"{source} --study={path} --workdir={tmp_path / 'out'}"
+    assert said in refusal(capsys, fedhelp(line))
+
+
+def test_tuning_a_study_without_grids_is_refused(tmp_path, capsys):
+    assert "no grids" in refusal(capsys, fedhelp(command(tmp_path, "tune")))
+
+
+def test_flags_that_are_missing_or_too_many_are_named(tmp_path, capsys):
+    assert "--study is missing" in refusal(capsys, fedhelp(f"compare --workdir={tmp_path}"))
+    line = command(tmp_path) + " more"
+    assert "'more' is one argument too many" in refusal(capsys, fedhelp(line))
