@@ -39,6 +39,7 @@ METHOD_SETTINGS = (
     "learning_rate_schedule",
     "model",
     "optimizer",
+    "public",
     "roles",
     "server",
     "sgd_learning_rate",

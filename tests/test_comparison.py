@@ -15,6 +15,7 @@ from fedhelp_jax.report.comparison import Cell, Grid, Result, compare_methods, r
 from fedhelp_jax.report.significance import (
     average_ranks,
     critical_difference,
+    friedman_p_value,
     holm,
     paired_p_value,
 )
@@ -203,6 +204,11 @@ def test_paired_p_values():
 def test_holm_never_falls_nor_passes_one_and_skips_what_is_unknown():
     assert holm([0.5, math.nan, 0.01, 0.6]) == pytest.approx([1, math.nan, 0.03, 1], nan_ok=True)
     assert holm([]) == []
+
+
+def test_friedman_of_what_is_equal_everywhere_is_unknown():
+    assert math.isnan(friedman_p_value(np.ones((4, 3))))
+    assert math.isnan(friedman_p_value(np.eye(2)))
 
 
 def test_equal_values_share_their_ranks():

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from helpers import refusal as refused
 from helpers import use_tiny_networks
 from tiny_study import get_study
 
+from fedhelp_jax import config as config_lib
 from fedhelp_jax import runner
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.study import Failed, compare, grid_points, tune
@@ -225,6 +227,52 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
     points = grid_points(grid, 5, "x")
     assert points == grid_points(grid, 5, "x")
     assert len({tuple(point.items()) for point in points}) == 5
+
+
+# --- the studies that come with it ---
+
+
+@pytest.mark.parametrize(
+    ("source", "runs", "trials"),
+    [
+        ("miniature.py", 34, 0),
+        ("two_layers.py", 102, 0),
+        ("ablations.py", 30, 0),
+        ("ablations.py:fed_isic2019.py:cpu", 30, 0),
+        ("baselines.py", 51, 68),
+        ("baselines.py:pneumonia.py", 51, 68),
+    ],
+)
+def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDHELP_DATA_DIR", str(tmp_path))
+    made = []
+
+    def train(config, workdir, split="test"):
+        made.append((config.algorithm, config.learning_rate, config.sgd_learning_rate, split))
+        values = {"small_mean": 0.5, "large_mean": 0.5, "worst_small": 0.5, "gap": 0.0}
+        clients = [{"name": "a", "role": "small", "metrics": {"balanced_accuracy": 0.5}}]
+        (workdir / "summary.json").write_text(
+            json.dumps(
+                {
+                    **values,
+                    "algorithm": config.algorithm.name,
+                    "metric": "balanced_accuracy",
+                    "synthetic": True,
+                    "per_client": clients,
+                    **dict.fromkeys(("bytes_up_per_round", "bytes_down_per_round"), 1),
+                    **dict.fromkeys(("wall_s", "compile_s"), 1.0),
+                }
+            )
+        )
+        (workdir / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
+
+    monkeypatch.setattr(runner, "train", train)
+    study = TESTS.parent / "configs" / "studies" / source
+    assert fedhelp(f"compare --study={study} --workdir={tmp_path / 'out'}") == 0
+    splits = [split for *_, split in made]
+    assert (splits.count("test"), splits.count("validation")) == (runs, trials)
+    if trials:  # no method is tried twice with the same settings
+        assert len(set(made[:trials])) == trials
 
 
 # --- what is refused ---

@@ -79,11 +79,14 @@ def critical_difference(methods: int, blocks: int, alpha: float = 0.05) -> float
 
 
 def friedman_p_value(values: np.ndarray) -> float:
-    """P of Friedman's test that all methods rank alike; NaN for fewer than three of them.
+    """The p-value of Friedman's test that all methods rank alike.
 
     Args:
       values: ``[methods, blocks]``, without NaN.
+
+    Returns:
+      NaN for fewer than three methods or two blocks, or if all methods are equal in every block.
     """
-    if len(values) < 3 or values.shape[1] < 2:
+    if len(values) < 3 or values.shape[1] < 2 or not np.ptp(values, axis=0).any():
         return float("nan")
     return float(stats.friedmanchisquare(*values).pvalue)

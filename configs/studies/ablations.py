@@ -1,0 +1,34 @@
+"""FedHelp less one part at a time, on the data of any config, over three seeds.
+
+    fedhelp compare --study=configs/studies/ablations.py --workdir=runs/ablations
+    fedhelp compare --study=configs/studies/ablations.py:fed_isic2019.py:cpu --workdir=runs/isic
+
+What stands after the first colon is a config file in `configs`; the quickstart's made-up images
+without it. Nothing is tuned: all rows have FedHelp's settings. docs/method.md, sec. 12.
+"""
+
+from pathlib import Path
+
+from fedhelp_jax.study import Study
+
+_FEDHELP = {"algorithm.name": "fedhelp"}
+
+
+def get_study(config: str = "quickstart.py") -> Study:
+    """Returns the study; `config` is a file in `configs`, and its argument after a colon."""
+    return Study(
+        datasets={Path(config.split(":")[0]).stem: f"../{config}"},
+        methods={
+            "fedhelp": {},
+            "nothing public": {**_FEDHELP, "public.name": "none"},
+            "public labels only": {**_FEDHELP, "teacher.name": "none"},
+            "foundation logits only": {**_FEDHELP, "algorithm.public_labels": False},
+            "no forward": {**_FEDHELP, "algorithm.lambda_f": 0.0},
+            "no backward": {**_FEDHELP, "algorithm.lambda_b": 0.0},
+            "backward as KL": {**_FEDHELP, "algorithm.backward": "kl"},
+            "all small": {**_FEDHELP, "roles.top_n": 0, "roles.large": ()},
+            "shared public statistics": {**_FEDHELP, "algorithm.public_batch_stats": "shared"},
+            "released code": {**_FEDHELP, "algorithm.released_code": ("all",)},
+        },
+        seeds=(0, 1, 2),
+    )

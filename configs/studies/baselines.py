@@ -1,0 +1,44 @@
+"""FedHelp and every baseline on the data of any config, tuned alike, over three seeds.
+
+    fedhelp compare --study=configs/studies/baselines.py --workdir=runs/baselines
+    fedhelp compare --study=configs/studies/baselines.py:fed_isic2019.py:cpu --workdir=runs/isic
+
+What stands after the first colon is a config file in `configs`; the quickstart's made-up images
+without it. Four trials a method, on validation images, choose its learning rate and, of methods
+that have one, the weight of what it adds to FedAvg or local training; a method with nothing to
+weigh gets the finer grid of rates. Then every method runs three times.
+
+Per data set these are 119 runs: hours on an accelerator, days on two cores. For minutes there is
+`miniature.py`.
+"""
+
+from pathlib import Path
+
+from fedhelp_jax.algorithms import ALGORITHMS
+from fedhelp_jax.study import Study
+
+_RATES = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2)}
+_SGD_RATES = {"sgd_learning_rate": (3e-3, 1e-2, 3e-2, 1e-1)}
+_TWO_RATES = {"learning_rate": (1e-3, 3e-3)}
+
+_GRIDS = {
+    **dict.fromkeys(ALGORITHMS, _RATES),
+    **dict.fromkeys(("scaffold", "per_fedavg"), _SGD_RATES),
+    "pfedme": {"sgd_learning_rate": (1e-2, 1e-1), "algorithm.lam": (1.0, 15.0)},
+    "fedhelp": {**_TWO_RATES, "algorithm.lambda_f": (0.5, 1.0)},
+    "fedprox": {**_TWO_RATES, "algorithm.mu": (0.01, 0.1)},
+    "ditto": {**_TWO_RATES, "algorithm.lam": (0.1, 1.0)},
+    "fedproto": {**_TWO_RATES, "algorithm.lam": (0.1, 1.0)},
+    "fml": {**_TWO_RATES, "algorithm.alpha": (0.5, 0.9)},
+}
+
+
+def get_study(config: str = "quickstart.py") -> Study:
+    """Returns the study; `config` is a file in `configs`, and its argument after a colon."""
+    return Study(
+        datasets={Path(config.split(":")[0]).stem: f"../{config}"},
+        methods={name: {} for name in ALGORITHMS},
+        seeds=(0, 1, 2),
+        grids=_GRIDS,
+        trials=4,
+    )

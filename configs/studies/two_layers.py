@@ -1,0 +1,31 @@
+"""Every method on two real data sets, with two-layer networks: minutes on two cores.
+
+    export FEDHELP_DATA_DIR=/path/to/data
+    fedhelp teach --config=configs/fed_isic2019.py:cpu
+    fedhelp teach --config=configs/pneumonia.py:cpu
+    fedhelp compare --study=configs/studies/two_layers.py --workdir=runs/two_layers
+
+Skin lesions of four centres and chest X-rays of six made-up ones, as in `fed_isic2019.py:cpu` and
+`pneumonia.py:cpu`, but networks of two layers, twenty rounds and a learning rate of 3e-3.
+Nothing is tuned; results are in docs/results.md.
+"""
+
+from fedhelp_jax.algorithms import ALGORITHMS
+from fedhelp_jax.study import Study
+
+
+def get_study() -> Study:
+    """Returns the study."""
+    return Study(
+        datasets={"skin": "../fed_isic2019.py:cpu", "chest": "../pneumonia.py:cpu"},
+        methods={name: {} for name in ALGORITHMS},
+        seeds=(0, 1, 2),
+        budgets={
+            "": {
+                "rounds": 20,
+                "learning_rate": 3e-3,
+                "model.small": "cnn_small",
+                "model.large": "cnn_large",
+            }
+        },
+    )
