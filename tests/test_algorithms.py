@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from helpers import (
+    BATCH,
     CLASSES,
     PUBLIC,
     assert_trees_equal,
@@ -17,12 +18,14 @@ from helpers import (
     on_host,
     row,
     simulate,
+    tiny_dataset,
     tiny_federation,
     tiny_model,
     tiny_public,
     tiny_setup,
 )
 
+from fedhelp_jax import client
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.client import adam_l2
@@ -33,6 +36,7 @@ from fedhelp_jax.tree import num_bytes
 
 ROUNDS, RESUMED = 4, 2
 ONE_WIDTH = ("fedproto", "fedgh")  # their architectures share features, or a head
+MEASURE = ("fedproto", "fedgh", "fedtype")
 DEVICES = min(2, len(jax.devices()))
 
 every_method = pytest.mark.parametrize("name", ALGORITHMS)
@@ -48,6 +52,28 @@ def make(name):
     return simulate(build(name, setup), data, num_devices=DEVICES)
 
 
+class Batches:
+    """Notes the private images of each batch of training, as they come."""
+
+    def __init__(self):
+        self.seen: set[tuple[int, ...]] = set()
+        self._gather = client._gather
+
+    def gather(self, data, order, start, batch_size):
+        index = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
+        batch = self._gather(data, order, start, batch_size)
+        jax.debug.callback(self._note, index, batch.mask)
+        return batch
+
+    def _note(self, index, mask):
+        self.seen.add(tuple(np.asarray(index)[np.asarray(mask)].tolist()))
+
+    def of_the_round(self):
+        jax.effects_barrier()
+        seen, self.seen = self.seen - {()}, set()
+        return seen
+
+
 class Run:
     """Some rounds of a method with an evaluation after each, and all that can be told of them."""
 
@@ -55,7 +81,8 @@ class Run:
         jax.clear_caches()  # so that whatever is dispatched in the first round compiles in it
         self.simulation = simulation = make(name)
         self.calls, self.compiled, self.uploads = [], [], {}
-        self.states, self.infos, self.results = [], [], []
+        self.states, self.infos, self.results, self.batches = [], [], [], []
+        batches = Batches()
         programs: Any = simulation  # not the types of JAX that it holds
         for phases, phase in ((programs._train, "train"), (programs._evaluate, "evaluate")):
             for role, program in list(phases.items()):
@@ -66,7 +93,10 @@ class Run:
         for round in range(ROUNDS):
             self.calls.append([])
             before = compile_totals().programs
-            state, info = simulation.round(state, round)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(client, "_gather", batches.gather)
+                state, info = simulation.round(state, round)
+                self.batches.append(batches.of_the_round())
             results = {split: simulation.evaluate(state, split) for split in ("validation", "test")}
             self.compiled.append(compile_totals().programs - before)
             self.states.append(on_host(state))
@@ -102,6 +132,20 @@ def test_states_are_finite_and_change(name):
     parts += [(run.first.clients[role], run.states[0].clients[role]) for role in run.first.clients]
     for before, after in parts:  # local training has no server, centralized training no clients
         assert differs(after, before) or not jax.tree.leaves(before)
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "centralized"])
+def test_clients_train_on_the_same_batches_whatever_the_method(name):
+    trains = [split.train.tolist() for split in tiny_dataset().clients]
+    for batches, others in zip(run_of(name).batches, run_of("local").batches, strict=True):
+        assert len(others) == sum(-(-len(train) // BATCH) for train in trains)
+        assert sorted(i for batch in others for i in batch) == sorted(sum(trains, []))
+        assert batches >= others
+        # Class means and conformal sets take a further pass, which trains nothing.
+        extra = [i for batch in batches - others for i in batch]
+        assert len(set(extra)) == len(extra)
+        assert not extra or name in MEASURE
+    assert len({frozenset(batches) for batches in run_of(name).batches}) == ROUNDS
 
 
 @every_method
