@@ -19,6 +19,7 @@ from helpers import (
     row,
     simulate,
     tiny_federation,
+    tiny_model,
     tiny_public,
 )
 from numpy_network import (
@@ -38,10 +39,12 @@ from numpy_network import (
     two_layers,
 )
 
+from fedhelp_jax import losses
 from fedhelp_jax.algorithms.fedmd import Consensus
+from fedhelp_jax.algorithms.on_public import learn_answers, public_logits
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, members_of
 from fedhelp_jax.client import Batch, shuffled
-from fedhelp_jax.federation import ClientData, Pool
+from fedhelp_jax.federation import ClientData, Pool, PublicPool
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
@@ -196,6 +199,27 @@ def test_fedmd(half):
     first = compare("fedmd", client, server, with_public(), half, digest_epochs=2)
     if not half:
         check_first_round(first)
+
+
+def test_what_answers_so_already_learns_nothing():
+    """Answers are learnt by the function that gives them, running statistics and all."""
+    model, public = tiny_model(CLASSES), PublicPool(jnp.asarray(tiny_public().images), None, None)
+    given = setup(public=PUBLIC, public_batch_size=PUBLIC_BATCH)
+    variables = model.init(jax.random.key(0), tiny_public().images.shape[1:])
+    stats = {"mean": jnp.linspace(-2.0, 3.0, 4), "var": jnp.linspace(0.1, 0.5, 4)}
+    variables = jax.tree.map(lambda leaf: leaf.astype(float), variables | {"batch_stats": stats})
+    answers = public_logits(given, model, variables, public)
+    # Not FedMD's distance, whose gradient is as large for rounding as for anything.
+    learnt = learn_answers(
+        given,
+        model,
+        jax.random.key(1),
+        variables,
+        public._replace(answers=answers),
+        5,
+        losses.distillation_loss,
+    )
+    assert_trees_close(learnt, variables)
 
 
 def test_feddf():

@@ -11,11 +11,11 @@ of its role's own architecture. The server, for each architecture,
 f_i being all uploads, of whatever architecture. The distilled model is what clients deploy
 (``global``); their copies after local training are reported beside it (``personal``).
 
-Notes: the paper distils for up to 10,000 steps of Adam with early stopping on a validation set
-that the server holds; here it is a fixed number, of the clients' optimizer, and the server holds
-no labels. The ensemble counts clients alike; means of models follow ``client_weights``. Public
-batches leave the running statistics alone. A foundation model's answers have no place in it, being
-over other classes. ``server_steps = 0`` is FedAvg within each role.
+Notes: the paper distils for up to 10,000 steps of Adam with early stopping on a validation set that
+the server holds; here it is a fixed number, of the clients' optimizer, and the server holds no
+labels. The ensemble counts clients alike; means of models follow ``client_weights``. The student
+learns in evaluation mode, as the ensemble answers: see ``on_public``. A foundation model's answers
+have no place in it, being over other classes. ``server_steps = 0`` is FedAvg within each role.
 """
 
 import functools

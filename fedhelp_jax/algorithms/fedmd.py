@@ -12,10 +12,11 @@ and the server takes the mean, ``consensus <- mean_i f_i(x_p)``.
 
 Notes: there is nothing to digest in the first round. The paper first trains every network on the
 public labels; here they are another label space, and the private head is what clients have in
-common. Logits are compared by their absolute difference, as in the authors' code. Public batches
-leave the running statistics alone. A foundation model's answers have no place in it, being over
-other classes. An epoch is ``ceil(P / B)`` batches in one order, the last filled up from its start;
-the authors draw a subset of the images each round. ``digest_epochs = 0`` is local training.
+common. Logits are compared by their absolute difference, as in the authors' code. Public images are
+digested in evaluation mode, as their logits are taken: see ``on_public``. A foundation model's
+answers have no place in it, being over other classes. An epoch is ``ceil(P / B)`` batches in one
+order, the last filled up from its start; the authors draw a subset of the images each round.
+``digest_epochs = 0`` is local training.
 """
 
 from collections.abc import Mapping
