@@ -201,7 +201,8 @@ def print_grid(grid: Grid, console: Console | None = None) -> None:
             cells.append(Text(cell.text, style).append(sign if i else "", style="not underline"))
         table.add_row(*cells)
     console.print(table)
-    for note in ("* best, + second best of the column.", *grid.notes):
+    legend = ["* best, + second best of the column."] if _marked(grid) else []
+    for note in [*legend, *grid.notes]:
         consoles.print_line(console, note)
 
 
@@ -223,7 +224,9 @@ def markdown(grid: Grid) -> str:
             for row in grid.rows
         ),
         "",
-        " ".join(("**Best**, *second best* of the column.", *grid.notes)),
+        " ".join(
+            [*(["**Best**, *second best* of the column."] if _marked(grid) else []), *grid.notes]
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -234,13 +237,14 @@ def latex(grid: Grid) -> str:
     around = {_BEST: r"\textbf{%s}", _SECOND: r"\underline{%s}", "": "%s"}
     rows = [" & ".join(around[c.mark] % _escaped(c.text) for c in row) for row in grid.rows]
     heads = " & ".join(_escaped(head) for head in grid.heads)
-    notes = " ".join(_escaped(note) for note in grid.notes)
+    legend = ["Best in bold, second best underlined."] if _marked(grid) else []
+    notes = " ".join(_escaped(note) for note in [*legend, *grid.notes])
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}",
             r"\begin{table}",
             r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{_escaped(grid.title)}. Best in bold, second best underlined. {notes}}}",
+            rf"\caption{{{_escaped(grid.title)}. {notes}}}",
             r"\smallskip",
             rf"\begin{{tabular}}{{l{'r' * (len(grid.heads) - 1)}}}",
             r"\toprule",
@@ -273,6 +277,10 @@ def _escaped(text: str) -> str:
 
 
 # --- how it is done -----------------------------------------------------------------------------
+
+
+def _marked(grid: Grid) -> bool:
+    return any(cell.mark for row in grid.rows for cell in row)
 
 
 def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], reference: str) -> Grid:
