@@ -163,10 +163,14 @@ def tune(study: Study, workdir: Path) -> dict[tuple[str, str], Settings]:
 
 def _blocks(study: Study) -> Iterator[tuple[str, Any]]:
     """Name and settings of each data set at each budget."""
+    names = set()
     for (name, base), (budget, changes) in itertools.product(
         study.datasets.items(), study.budgets.items()
     ):
         label = f"{name} {budget}".strip()
+        if label in names:
+            raise UserError(f"datasets and budgets: {label!r} stands for two of them; rename one")
+        names.add(label)
         yield _checked_name("datasets and budgets", label), _changed(base, changes, label)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from scipy import stats
 
 from fedhelp_jax.report import comparison
-from fedhelp_jax.report.comparison import Cell, Grid, Result, compare_methods, rank_methods
+from fedhelp_jax.report.comparison import Result, compare_methods, rank_methods
 from fedhelp_jax.report.significance import (
     average_ranks,
     critical_difference,
@@ -19,6 +19,7 @@ from fedhelp_jax.report.significance import (
     holm,
     paired_p_value,
 )
+from fedhelp_jax.report.typeset import Cell, Grid, latex, markdown, print_grid
 
 # Small means by method and seed.
 SMALL = {
@@ -142,10 +143,22 @@ def test_one_seed_is_said_to_prove_nothing(results, tmp_path, capsys):
 def test_a_table_fits_a_terminal_of_usual_width(results, capsys):
     rows = [[Cell("per_fedavg"), *[Cell("0.123 ± 0.456", "best")] * 3, *[Cell("1.000")] * 5]]
     heads = ["method", "small mean", "worst small", "large mean", "gap", "p", "up MB", "down MB"]
-    comparison.print_grid(Grid("t", [*heads, "time"], rows, []), Console(width=120))
+    print_grid(Grid("t", [*heads, "time"], rows, []), Console(width=120))
     out = capsys.readouterr().out
     assert out.count("0.123 ± 0.456*") == 3
     assert "…" not in out
+
+
+def test_signs_that_mean_something_to_typesetters_stay_what_they_are(capsys):
+    odd = "a_b|c&d [bold]100%"
+    grid = Grid(odd, ["method", odd], [[Cell("x"), Cell(odd, "best")]], [odd])
+    print_grid(grid, Console(width=120))
+    out = capsys.readouterr().out
+    assert out.count(odd) == 4
+    assert "| method | a\\_b\\|c&d [bold]100% |" in markdown(grid)
+    assert "| x | **a\\_b\\|c&d [bold]100%** |" in markdown(grid)
+    assert latex(grid).count(r"a\_b|c\&d [bold]100\%") == 4
+    assert r"$-$0.5 & " in latex(Grid("", ["", ""], [[Cell("-0.5"), Cell("-")]], []))
 
 
 # --- several data sets ---

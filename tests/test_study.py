@@ -41,9 +41,8 @@ def tiny_networks():
 
 def study(tuned: str = "", **changes):
     """The tiny study with its config read, one budget."""
-    datasets = {"tiny": tiny_config.get_config()}
-    budgets = {"": {"rounds": 2}}
-    return dataclasses.replace(get_study(tuned), datasets=datasets, budgets=budgets, **changes)
+    small = {"datasets": {"tiny": tiny_config.get_config()}, "budgets": {"": {"rounds": 2}}}
+    return dataclasses.replace(get_study(tuned), **small | changes)
 
 
 def command(workdir: Path, name: str = "compare", source: str = "tiny_study.py") -> str:
@@ -148,8 +147,7 @@ def test_a_method_added_later_is_all_that_is_run(finished, tmp_path):
 
 
 def test_a_folder_of_other_settings_is_refused(finished):
-    other = dataclasses.replace(study(), budgets={"": {"rounds": 4}})
-    message = refused(lambda: compare(other, finished))
+    message = refused(lambda: compare(study(budgets={"": {"rounds": 4}}), finished))
     assert "rounds: 2 -> 4" in message
     assert "tiny/fedhelp/seed0" in message
 
@@ -283,6 +281,7 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
     [
         ({"methods": {}}, "methods: the study has none"),
         ({"seeds": (1, 1)}, "must differ"),
+        ({"budgets": {"": {}, " ": {}}}, "'tiny' stands for two of them"),
         ({"reference": "fedhelpp"}, "did you mean fedhelp"),
         ({"methods": {"fedhelp": {}, "a/b": {}}}, "'a/b' must be a name that a folder can have"),
         ({"methods": {"fedhelp": {"batch_size": 2}}}, "batch_size must be the same for all"),

@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedhelp_jax.report import console as consoles
 from fedhelp_jax.report import files
@@ -22,6 +18,7 @@ from fedhelp_jax.report.significance import (
     holm,
     paired_p_value,
 )
+from fedhelp_jax.report.typeset import BEST, SECOND, Cell, Grid, latex, markdown, print_grid
 
 # Of the metrics, what the columns are called and whether larger is better; a gap is neither.
 _SCORES = (
@@ -37,7 +34,6 @@ _COSTS = (
 )
 _TESTED = "small_mean"
 _POOLS_DATA = "centralized"
-_BEST, _SECOND = "best", "second"
 
 
 class Result(NamedTuple):
@@ -81,22 +77,6 @@ class Row(NamedTuple):
     marks: Mapping[str, str]
     p: float
     costs: Mapping[str, float]
-
-
-class Cell(NamedTuple):
-    """Text of a table and how it stands out: "best", "second" or not at all."""
-
-    text: str
-    mark: str = ""
-
-
-class Grid(NamedTuple):
-    """A table before it is typeset: title, heads, rows, and what is said below."""
-
-    title: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    notes: Sequence[str]
 
 
 def write_comparison(
@@ -184,103 +164,7 @@ def rank_methods(tables: Mapping[str, Sequence[Row]]) -> tuple[list[str], np.nda
     return [names[i] for i in order], ranks[order]
 
 
-# --- typesetting --------------------------------------------------------------------------------
-
-
-def print_grid(grid: Grid, console: Console | None = None) -> None:
-    """Prints a table: the best of a column bold and with ``*``, the second underlined and ``+``."""
-    console = console or consoles.stdout_console()
-    table = Table(title=grid.title, box=box.SIMPLE_HEAD, title_justify="left")
-    for i, head in enumerate(grid.heads):
-        table.add_column(head, justify="right" if i else "left", no_wrap=not i)
-    styles = {_BEST: ("bold", "*"), _SECOND: ("underline", "+"), "": ("", " ")}
-    for row in grid.rows:
-        cells = []
-        for i, cell in enumerate(row):
-            style, sign = styles[cell.mark]
-            cells.append(Text(cell.text, style).append(sign if i else "", style="not underline"))
-        table.add_row(*cells)
-    console.print(table)
-    legend = ["* best, + second best of the column."] if _marked(grid) else []
-    for note in [*legend, *grid.notes]:
-        consoles.print_line(console, note)
-
-
-def markdown(grid: Grid) -> str:
-    """A Markdown table: the best of a column bold, the second best in italics."""
-    around = {_BEST: "**", _SECOND: "*", "": ""}
-    lines = [
-        f"### {grid.title}",
-        "",
-        "| " + " | ".join(grid.heads) + " |",
-        "|---|" + "---:|" * (len(grid.heads) - 1),
-        *(
-            "| "
-            + " | ".join(
-                around[c.mark] + c.text.replace("|", "\\|").replace("_", "\\_") + around[c.mark]
-                for c in row
-            )
-            + " |"
-            for row in grid.rows
-        ),
-        "",
-        " ".join(
-            [*(["**Best**, *second best* of the column."] if _marked(grid) else []), *grid.notes]
-        ),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def latex(grid: Grid) -> str:
-    r"""A ``table`` for LaTeX with package booktabs: best ``\textbf``, second ``\underline``."""
-    around = {_BEST: r"\textbf{%s}", _SECOND: r"\underline{%s}", "": "%s"}
-    rows = [" & ".join(around[c.mark] % _escaped(c.text) for c in row) for row in grid.rows]
-    heads = " & ".join(_escaped(head) for head in grid.heads)
-    legend = ["Best in bold, second best underlined."] if _marked(grid) else []
-    notes = " ".join(_escaped(note) for note in [*legend, *grid.notes])
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{_escaped(grid.title)}. {notes}}}",
-            r"\smallskip",
-            rf"\begin{{tabular}}{{l{'r' * (len(grid.heads) - 1)}}}",
-            r"\toprule",
-            heads + r" \\",
-            r"\midrule",
-            *(row + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-_LATEX = {
-    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"$<$",
-    ">": r"$>$",
-    "±": r"$\pm$",
-}
-
-
-def _escaped(text: str) -> str:
-    if text.startswith("-") and text != "-":  # a minus, which is longer than a hyphen
-        return "$-$" + _escaped(text[1:])
-    return "".join(_LATEX.get(sign, sign) for sign in text)
-
-
 # --- how it is done -----------------------------------------------------------------------------
-
-
-def _marked(grid: Grid) -> bool:
-    return any(cell.mark for row in grid.rows for cell in row)
 
 
 def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], reference: str) -> Grid:
@@ -401,7 +285,7 @@ def _paired(ours: Mapping[int, float], runs: Sequence[Result]) -> float:
 def _marks(values: Mapping[str, float]) -> dict[str, str]:
     """The best and the second best, as a reader sees them: equal digits are equal."""
     shown = {name: round(value, 3) for name, value in values.items() if math.isfinite(value)}
-    places = dict(zip(sorted(set(shown.values()), reverse=True), (_BEST, _SECOND), strict=False))
+    places = dict(zip(sorted(set(shown.values()), reverse=True), (BEST, SECOND), strict=False))
     return {name: places[value] for name, value in shown.items() if value in places}
 
 

@@ -1,0 +1,119 @@
+"""Tables as text: for terminals, Markdown and LaTeX."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedhelp_jax.report import console as consoles
+
+BEST, SECOND = "best", "second"
+
+
+class Cell(NamedTuple):
+    """Text of a table and how it stands out: "best", "second" or not at all."""
+
+    text: str
+    mark: str = ""
+
+
+class Grid(NamedTuple):
+    """A table before it is typeset: title, heads, rows, and what is said below."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str]
+
+
+def print_grid(grid: Grid, console: Console | None = None) -> None:
+    """Prints a table: the best of a column bold and with ``*``, the second underlined and ``+``."""
+    console = console or consoles.stdout_console()
+    table = Table(title=Text(grid.title), box=box.SIMPLE_HEAD, title_justify="left")
+    for i, head in enumerate(grid.heads):
+        table.add_column(Text(head), justify="right" if i else "left", no_wrap=not i)
+    styles = {BEST: ("bold", "*"), SECOND: ("underline", "+"), "": ("", " ")}
+    for row in grid.rows:
+        cells = []
+        for i, cell in enumerate(row):
+            style, sign = styles[cell.mark]
+            cells.append(Text(cell.text, style).append(sign if i else "", style="not underline"))
+        table.add_row(*cells)
+    console.print(table)
+    legend = ["* best, + second best of the column."] if _marked(grid) else []
+    for note in [*legend, *grid.notes]:
+        consoles.print_line(console, note)
+
+
+def markdown(grid: Grid) -> str:
+    """A Markdown table: the best of a column bold, the second best in italics."""
+    around = {BEST: "**", SECOND: "*", "": ""}
+
+    def line(cells: Iterable[str]) -> str:
+        escaped = (re.sub(r"([|_])", r"\\\1", cell) for cell in cells)
+        return f"| {' | '.join(escaped)} |"
+
+    legend = ["**Best**, *second best* of the column."] if _marked(grid) else []
+    lines = [
+        f"### {grid.title}",
+        "",
+        line(grid.heads),
+        "|---|" + "---:|" * (len(grid.heads) - 1),
+        *(line(around[c.mark] + c.text + around[c.mark] for c in row) for row in grid.rows),
+        "",
+        " ".join([*legend, *grid.notes]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def latex(grid: Grid) -> str:
+    r"""A ``table`` for LaTeX with package booktabs: best ``\textbf``, second ``\underline``."""
+    around = {BEST: r"\textbf{%s}", SECOND: r"\underline{%s}", "": "%s"}
+    rows = [" & ".join(around[c.mark] % _escaped(c.text) for c in row) for row in grid.rows]
+    heads = " & ".join(_escaped(head) for head in grid.heads)
+    legend = ["Best in bold, second best underlined."] if _marked(grid) else []
+    notes = " ".join(_escaped(note) for note in [*legend, *grid.notes])
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{_escaped(grid.title)}. {notes}}}",
+            r"\smallskip",
+            rf"\begin{{tabular}}{{l{'r' * (len(grid.heads) - 1)}}}",
+            r"\toprule",
+            heads + r" \\",
+            r"\midrule",
+            *(row + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+_LATEX = {
+    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "±": r"$\pm$",
+}
+
+
+def _escaped(text: str) -> str:
+    if text.startswith("-") and text != "-":  # a minus, which is longer than a hyphen
+        return "$-$" + _escaped(text[1:])
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def _marked(grid: Grid) -> bool:
+    return any(cell.mark for row in grid.rows for cell in row)
