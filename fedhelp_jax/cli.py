@@ -42,7 +42,7 @@ commands:
   compare   make the runs of a study that are missing, and one table of all: methods, data, seeds
             fedhelp compare --study=configs/studies/miniature.py --workdir=runs/miniature
   tune      only the study's trials, on validation images; compare makes them too
-            fedhelp tune --study=configs/studies/fed_isic2019.py --workdir=runs/isic_study
+            fedhelp tune --study=configs/studies/baselines.py --workdir=runs/baselines
 
 `fedhelp train --help` lists all settings.
 """

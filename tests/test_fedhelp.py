@@ -28,13 +28,13 @@ from helpers import (
 
 from fedhelp_jax.algorithms.base import PublicSpec
 from fedhelp_jax.algorithms.fedhelp import (
-    FedHelpSettings,
     init_large_carry,
     init_public_heads,
     init_small_carry,
     large_step,
     small_step,
 )
+from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings
 from fedhelp_jax.client import Batch, PublicBatch, adam_l2
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.models.model import apply_model

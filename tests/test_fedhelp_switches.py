@@ -25,14 +25,13 @@ from helpers import (
 )
 
 from fedhelp_jax.algorithms.fedhelp import (
-    FedHelpSettings,
     init_large_carry,
     init_public_heads,
     init_small_carry,
     large_step,
     small_step,
-    with_released_code,
 )
+from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings, with_released_code
 from fedhelp_jax.client import Batch, PublicBatch
 from fedhelp_jax.config import default_config, validate
 from fedhelp_jax.errors import UserError

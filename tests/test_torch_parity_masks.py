@@ -11,12 +11,12 @@ import pytest
 
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
 from fedhelp_jax.algorithms.fedhelp import (
-    FedHelpSettings,
     init_large_carry,
     init_small_carry,
     large_step,
     small_step,
 )
+from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings
 from fedhelp_jax.client import Batch, PublicBatch, adam_l2
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.layers import init_linear

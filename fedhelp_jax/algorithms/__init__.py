@@ -10,7 +10,8 @@ from fedhelp_jax.algorithms.fedavg import FedAvgSettings, fedavg
 from fedhelp_jax.algorithms.fedbn import FedBNSettings, fedbn
 from fedhelp_jax.algorithms.feddf import FedDFSettings, feddf
 from fedhelp_jax.algorithms.fedgh import FedGHSettings, fedgh
-from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp
+from fedhelp_jax.algorithms.fedhelp import fedhelp
+from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings
 from fedhelp_jax.algorithms.fedkd import FedKDSettings, fedkd
 from fedhelp_jax.algorithms.fedmd import FedMDSettings, fedmd
 from fedhelp_jax.algorithms.fedproto import FedProtoSettings, fedproto
