@@ -204,7 +204,9 @@ def _tune(arguments: list[str]) -> int:
 
         if not study.grids:
             raise UserError("the study has no grids, so there is nothing to tune")
-        studies.tune(study, workdir)
+        _, failures = studies.tune(study, workdir)
+        if failures:
+            raise UserError(f"trials failed ({len(failures)}): {'; '.join(failures)}")
         print(f"written: {workdir / 'tuning.csv'}")
 
     return _with_study(arguments, tune)
@@ -219,9 +221,9 @@ def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> in
     from fedhelp_jax.report import files
 
     files.prepare_folder(workdir)
-    from fedhelp_jax import config as config_lib
+    from fedhelp_jax.study import first_config
 
-    _use_cpu_devices(config_lib.validate(next(iter(study.datasets.values()))))
+    _use_cpu_devices(first_config(study))
     _keep_programs(workdir / ".compiled")
     from fedhelp_jax import runner
 

@@ -86,7 +86,10 @@ def train(
             _log.warning("going on after round %d of %d", done, config.rounds)
         with _StopRequest() as stop:
             state = _run_rounds(experiment, checkpointer, workdir, state, done, stop)
-        return _finish(experiment, workdir, state, split)
+        summary = _finish(experiment, workdir, state, split)
+        if stop.requested:
+            raise Interrupted(f"asked to stop in the last round; the run in {workdir} is finished")
+        return summary
     finally:
         checkpointer.close()
 
@@ -114,7 +117,9 @@ def evaluate(workdir: Path) -> dict[str, Any]:
             f"--workdir={workdir}: the run stopped after round {done} of {config.rounds}; "
             "the same train command goes on with it"
         )
-    return _finish(experiment, workdir, state)
+    # A run that tuned without the test images is not to be judged by them afterwards.
+    before = files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
+    return _finish(experiment, workdir, state, before.get("split", "test"))
 
 
 def _run_rounds(
@@ -154,9 +159,7 @@ def _run_rounds(
     return state
 
 
-def _finish(
-    experiment: Experiment, workdir: Path, state: RunState, split: str = "test"
-) -> dict[str, Any]:
+def _finish(experiment: Experiment, workdir: Path, state: RunState, split: str) -> dict[str, Any]:
     started, compiled = time.perf_counter(), compile_totals()
     simulation, config = experiment.simulation, experiment.config
     results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}

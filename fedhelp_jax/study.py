@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 from fedhelp_jax import config as configs
 from fedhelp_jax import runner
@@ -83,6 +84,7 @@ class Cell:
     """One run of a study."""
 
     dataset: str
+    budget: str
     method: str
     seed: int
     config: RunConfig
@@ -106,17 +108,19 @@ def compare(study: Study, workdir: Path) -> None:
       Failed: If some runs were refused; the table then lacks them.
       Interrupted: After SIGINT or SIGTERM, once the run under way is saved.
     """
-    chosen = tune(study, workdir)
+    chosen, failures = tune(study, workdir)
     cells = list(_cells(study, workdir, chosen))
-    failures = _run_missing(cells)
+    if study.grids:
+        cells = [cell for cell in cells if (cell.dataset, cell.method) in chosen]
+    failures += _run_missing(cells)
     results = _results(study, [cell for cell in cells if _is_done(cell)])
     if results:
         write_comparison(results, list(study.methods), study.reference, workdir)
     if failures:
-        raise Failed(f"{len(failures)} of {len(cells)} runs failed: {'; '.join(failures)}")
+        raise Failed(f"runs failed ({len(failures)}): {'; '.join(failures)}")
 
 
-def tune(study: Study, workdir: Path) -> dict[tuple[str, str], Settings]:
+def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], list[str]]:
     """Runs the trials that are missing and chooses each method's settings on each data set.
 
     A trial's score is the mean, over the two roles, of the role's mean headline metric on its
@@ -124,19 +128,20 @@ def tune(study: Study, workdir: Path) -> dict[tuple[str, str], Settings]:
     are written to ``tuning.csv``.
 
     Returns:
-      ``{(data set, method): {dotted key: value}}``; empty if the study has no grids.
+      ``{(data set, method): {dotted key: value}}``, empty if the study has no grids; and which
+      trials were refused, and why. A method with such a trial has no entry for that data set.
 
     Raises:
-      UserError: If the study is not sound, a trial fails, or no client has validation images.
+      UserError: If the study is not sound, or no client has validation images.
       Interrupted: After SIGINT or SIGTERM, once the trial under way is saved.
     """
     trials = dict(_trials(study, workdir))
     list(_cells(study, workdir, {}))  # whatever is wrong with the runs is told before the trials
     failures = _run_missing([cell for cells in trials.values() for cell, _ in cells])
-    if failures:
-        raise UserError(f"tuning: {'; '.join(failures)}")
     chosen, rows = {}, []
     for (dataset, method), cells in trials.items():
+        if not all(_is_done(cell) for cell, _ in cells):
+            continue  # a method is tuned by all its trials, or not compared there
         scores = [_score(files.read_summary(cell.folder)) for cell, _ in cells]
         if all(math.isnan(score) for score in scores):
             raise UserError(f"tuning: no client of {dataset} has validation images to judge by")
@@ -155,14 +160,23 @@ def tune(study: Study, workdir: Path) -> dict[tuple[str, str], Settings]:
         ]
     if rows:
         files.write_csv(workdir / "tuning.csv", list(rows[0]), rows)
-    return chosen
+    return chosen, failures
+
+
+def first_config(study: Study) -> RunConfig:
+    """The settings of a study's first run, of which the process takes its number of CPU devices.
+
+    Raises:
+      UserError: If the study is not sound.
+    """
+    return next(_cells(study, Path(), {})).config
 
 
 # --- which runs there are -----------------------------------------------------------------------
 
 
-def _blocks(study: Study) -> Iterator[tuple[str, Any]]:
-    """Name and settings of each data set at each budget."""
+def _blocks(study: Study) -> Iterator[tuple[str, str, Any]]:
+    """Name, budget and settings of each data set at each budget."""
     names = set()
     for (name, base), (budget, changes) in itertools.product(
         study.datasets.items(), study.budgets.items()
@@ -171,18 +185,18 @@ def _blocks(study: Study) -> Iterator[tuple[str, Any]]:
         if label in names:
             raise UserError(f"datasets and budgets: {label!r} stands for two of them; rename one")
         names.add(label)
-        yield _checked_name("datasets and budgets", label), _changed(base, changes, label)
+        yield _checked_name("datasets and budgets", label), budget, _changed(base, changes, label)
 
 
 def _cells(study: Study, workdir: Path, chosen: Mapping[Any, Settings]) -> Iterator[Cell]:
     _check(study)
-    for dataset, base in _blocks(study):
+    for dataset, budget, base in _blocks(study):
         for method in study.methods:
             for seed in study.seeds:
                 settings = _settings(study, method, chosen.get((dataset, method), {}))
                 config = _configured(base, {**settings, "seed": seed}, f"{dataset}, {method}")
                 folder = workdir / dataset / method / f"seed{seed}"
-                yield Cell(dataset, method, seed, config, folder)
+                yield Cell(dataset, budget, method, seed, config, folder)
 
 
 def _trials(
@@ -190,14 +204,19 @@ def _trials(
 ) -> Iterator[tuple[tuple[str, str], list[tuple[Cell, Settings]]]]:
     """Per data set and method, its trials and their points of the grid."""
     _check(study)
-    for dataset, base in _blocks(study):
+    for dataset, budget, base in _blocks(study):
+        if study.grids and base.data.name == "npz_masks":
+            raise UserError(
+                f"grids: the test images of {dataset} are drawn by the seed (npz_masks), so trials "
+                "would be trained and judged on those of other runs; leave grids out"
+            )
         for method, grid in study.grids.items():
             cells = []
             for trial, point in enumerate(grid_points(grid, study.trials, method)):
                 settings = {**_settings(study, method, point), "seed": study.tuning_seed}
                 config = _configured(base, settings, f"{dataset}, {method}, trial {trial}")
                 folder = workdir / dataset / method / f"trial{trial}"
-                cell = Cell(dataset, method, study.tuning_seed, config, folder, trial)
+                cell = Cell(dataset, budget, method, study.tuning_seed, config, folder, trial)
                 cells.append((cell, point))
             yield (dataset, method), cells
 
@@ -259,6 +278,11 @@ def _check(study: Study) -> None:
     ):
         if not values:
             raise UserError(f"{name}: the study has none")
+    for name, base in study.datasets.items():
+        if not isinstance(base, config_dict.ConfigDict):
+            raise UserError(
+                f"datasets[{name!r}] must be default_config(), changed, or a config file as text"
+            )
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"seeds = {tuple(study.seeds)} must differ from each other")
     for label in study.methods:
@@ -303,7 +327,10 @@ def _is_done(cell: Cell) -> bool:
             f"{cell.folder}: holds a run of another configuration ({'; '.join(changed)}); name "
             "another folder for the study, or remove that one"
         )
-    return summary.exists()
+    # A trial counts only by validation images, whatever was done in its folder since.
+    return summary.exists() and (
+        cell.trial is None or files.read_summary(cell.folder).get("split") == "validation"
+    )
 
 
 def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> list[str]:
@@ -339,6 +366,8 @@ def _results(study: Study, cells: Sequence[Cell]) -> list[Result]:
     summaries = {
         (cell.dataset, cell.method, cell.seed): files.read_summary(cell.folder) for cell in cells
     }
+    folders = {(cell.dataset, cell.method, cell.seed): cell.folder for cell in cells}
+    budgets = {(cell.dataset, cell.method, cell.seed): cell.budget for cell in cells}
     results = []
     for (dataset, method, seed), summary in summaries.items():
         grouped_by = summaries.get((dataset, study.reference, seed), summary)
@@ -347,5 +376,10 @@ def _results(study: Study, cells: Sequence[Cell]) -> list[Result]:
         for client in summary["per_client"]:
             value = client["metrics"][summary["metric"]]
             values[roles[client["name"]]].append(math.nan if value is None else value)
-        results.append(Result(dataset, method, seed, summary, group_summary(values)))
+        rows = files.read_metrics(folders[dataset, method, seed] / "metrics.jsonl")
+        # The first of a process compiles and traces.
+        round_s = float(np.median([row["wall_s"] for row in rows[1:] or rows]))
+        budget = budgets[dataset, method, seed]
+        scores = group_summary(values)
+        results.append(Result(dataset, budget, method, seed, summary, scores, round_s))
     return results

@@ -31,7 +31,9 @@ SMALL = {
 }
 
 
-def result(method: str, seed: int, small: float, data: str = "skin & chest") -> Result:
+def result(
+    method: str, seed: int, small: float, data: str = "skin & chest", budget: str = ""
+) -> Result:
     summary = {
         "algorithm": "centralized" if method == "central" else method,
         "metric": "balanced_accuracy",
@@ -42,7 +44,7 @@ def result(method: str, seed: int, small: float, data: str = "skin & chest") -> 
         "compile_s": 40.0,
     }
     scores = {"small_mean": small, "worst_small": math.nan, "large_mean": 0.5, "gap": 0.5 - small}
-    return Result(data, method, seed, summary, scores)
+    return Result(data, budget, method, seed, summary, scores, 1.5 + seed)
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_means_and_sample_deviations_over_seeds(results):
     assert rows["local"].costs == {
         "bytes_up_per_round": 1_500_000,
         "bytes_down_per_round": 250_000,
-        "run_s": 61.0,
+        "round_s": 2.5,
     }
 
 
@@ -211,7 +213,8 @@ def test_paired_p_values():
     assert paired_p_value([*ours, math.nan], [*theirs, 1]) == paired_p_value(ours, theirs)
     assert math.isnan(paired_p_value([0.1], [0.2]))
     assert paired_p_value([0.5, 0.5], [0.5, 0.5]) == 1
-    assert paired_p_value([0.5, 0.75], [0.25, 0.5]) == 0
+    for ours in ([0.5, 0.75], [0.8, 0.9], [0.3, 0.4, 0.5]):  # no spread but rounding
+        assert math.isnan(paired_p_value(ours, [value - 0.1 for value in ours]))
 
 
 def test_holm_never_falls_nor_passes_one_and_skips_what_is_unknown():

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -55,6 +54,14 @@ def table(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows]
 
 
+def study_hit_by(signal: str, when: str, workdir: Path) -> subprocess.CompletedProcess:
+    """The result of a process that a signal hits in its study."""
+    script = [sys.executable, str(TESTS / "tiny_fedhelp.py"), signal, "after-row", when]
+    return subprocess.run(
+        [*script, *shlex.split(command(workdir))], capture_output=True, text=True, timeout=300
+    )
+
+
 def stamps(workdir: Path) -> dict[str, int]:
     """When each finished run was finished."""
     return {
@@ -98,8 +105,9 @@ def test_the_table_is_of_the_runs(finished):
     for i, row in enumerate(rows):
         values = [float(run["small_mean"]) for run in runs[2 * i : 2 * i + 2]]
         assert float(row["small_mean"]) == pytest.approx(sum(values) / 2)
-    assert (finished / "comparison.tex").read_text().count(r"\begin{tabular}") == 3
-    assert (finished / "ranks.png").stat().st_size > 1000
+    # Two budgets of one data set are not two data sets.
+    assert (finished / "comparison.tex").read_text().count(r"\begin{tabular}") == 2
+    assert not list(finished.glob("ranks*"))
 
 
 # --- going on ---
@@ -115,14 +123,7 @@ def test_a_finished_study_runs_nothing_and_writes_the_same_table(finished, capsy
 
 
 def test_a_killed_study_does_only_what_is_missing_and_writes_the_same_table(finished, tmp_path):
-    script = [sys.executable, str(TESTS / "tiny_fedhelp.py"), "SIGKILL", "after-row"]
-    killed = subprocess.run(
-        [*script, "2@tiny/plain/seed1", *shlex.split(command(tmp_path))],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
-    )
+    killed = study_hit_by("SIGKILL", "2@tiny/plain/seed1", tmp_path)
     assert killed.returncode == -9, killed.stderr
     done = stamps(tmp_path)
     assert sorted(done) == sorted(FOLDERS[:3])
@@ -134,6 +135,13 @@ def test_a_killed_study_does_only_what_is_missing_and_writes_the_same_table(fini
     assert [row["round"] for row in read(tmp_path / FOLDERS[3] / "metrics.jsonl")] == [1, 2]
     for name in ("runs.csv", "comparison.csv"):
         assert table(tmp_path / name) == table(finished / name)
+
+
+def test_a_study_asked_to_stop_in_a_last_round_stops(tmp_path):
+    result = study_hit_by("SIGINT", "2@tiny/fedhelp/seed1", tmp_path)
+    assert result.returncode == 130, result.stderr
+    assert "is finished" in result.stderr
+    assert sorted(stamps(tmp_path)) == sorted(FOLDERS[:2])
 
 
 def test_a_method_added_later_is_all_that_is_run(finished, tmp_path):
@@ -157,7 +165,7 @@ def test_a_run_that_is_refused_does_not_stop_the_others(tmp_path):
     methods = {"fedproto": {}, **study().methods}
     broken = study(methods=methods, seeds=(0,))
     message = refused(lambda: compare(broken, tmp_path), Failed)
-    assert message.startswith("1 of 3 runs failed: tiny, fedproto, seed 0: ")
+    assert message.startswith("runs failed (1): tiny, fedproto, seed 0: ")
     assert [row["method"] for row in table(tmp_path / "comparison.csv")] == ["fedhelp", "plain"]
 
 
@@ -185,7 +193,8 @@ def test_trials_are_judged_on_validation_and_never_look_at_test(tmp_path, monkey
         return evaluate(self, state, split)
 
     monkeypatch.setattr(Simulation, "evaluate", watched)
-    chosen = tune(study("tuned"), tmp_path)
+    chosen, failures = tune(study("tuned"), tmp_path)
+    assert not failures
     assert set(looked_at) == {"validation"}
     rows = table(tmp_path / "tuning.csv")
     for method in ("fedhelp", "plain"):
@@ -202,9 +211,24 @@ def test_trials_are_judged_on_validation_and_never_look_at_test(tmp_path, monkey
         best = scores.index(max(scores))
         assert [row["chosen"] for row in trials] == [str(int(i == best)) for i in range(3)]
         config = read(tmp_path / f"tiny/{method}/trial{best}/config.json")
+        # Measured again, it is still of the validation images.
+        evaluated = runner.evaluate(tmp_path / f"tiny/{method}/trial{best}")
+        again = (evaluated["small_mean"] + evaluated["large_mean"]) / 2
+        assert (evaluated["split"], again) == ("validation", max(scores))
         assert chosen["tiny", method] == {
             key: config[key] for key in ("learning_rate", "sgd_learning_rate")
         }
+
+
+def test_a_method_whose_trial_is_refused_is_left_out(tmp_path):
+    # Prototypes of unequal widths cannot be averaged.
+    methods = {"fedproto": {}, "fedavg": {}}
+    grids = dict.fromkeys(methods, {"learning_rate": (1e-3,)})
+    broken = study(methods=methods, grids=grids, trials=1, seeds=(0,), reference="fedavg")
+    message = refused(lambda: compare(broken, tmp_path), Failed)
+    assert message.startswith("runs failed (1): tiny, fedproto, trial 0: ")
+    assert [row["method"] for row in table(tmp_path / "comparison.csv")] == ["fedavg"]
+    assert sorted(stamps(tmp_path)) == ["tiny/fedavg/seed0", "tiny/fedavg/trial0"]
 
 
 def test_runs_take_the_settings_that_were_chosen(tmp_path, monkeypatch):
@@ -212,7 +236,8 @@ def test_runs_take_the_settings_that_were_chosen(tmp_path, monkeypatch):
 
     # The worst on validation, which nothing but a choice of it would take.
     monkeypatch.setattr(studies, "_score", lambda summary: -float(summary["small_mean"]))
-    chosen = tune(study("tuned"), tmp_path)
+    chosen, failures = tune(study("tuned"), tmp_path)
+    assert not failures
     compare(study("tuned"), tmp_path)
     for method in ("fedhelp", "plain"):
         for seed in (0, 1):
@@ -256,6 +281,7 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
                     "algorithm": config.algorithm.name,
                     "metric": "balanced_accuracy",
                     "synthetic": True,
+                    "split": split,
                     "per_client": clients,
                     **dict.fromkeys(("bytes_up_per_round", "bytes_down_per_round"), 1),
                     **dict.fromkeys(("wall_s", "compile_s"), 1.0),
@@ -263,6 +289,7 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
             )
         )
         (workdir / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
+        (workdir / "metrics.jsonl").write_text('{"round": 1, "wall_s": 1.0}\n')
 
     monkeypatch.setattr(runner, "train", train)
     study = TESTS.parent / "configs" / "studies" / source
@@ -282,6 +309,8 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
         ({"methods": {}}, "methods: the study has none"),
         ({"seeds": (1, 1)}, "must differ"),
         ({"budgets": {"": {}, " ": {}}}, "'tiny' stands for two of them"),
+        ({"datasets": {}}, "datasets: the study has none"),
+        ({"datasets": {"tiny": 3}}, "datasets['tiny'] must be default_config(), changed"),
         ({"reference": "fedhelpp"}, "did you mean fedhelp"),
         ({"methods": {"fedhelp": {}, "a/b": {}}}, "'a/b' must be a name that a folder can have"),
         ({"methods": {"fedhelp": {"batch_size": 2}}}, "batch_size must be the same for all"),

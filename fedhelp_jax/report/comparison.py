@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedhelp_jax.report import console as consoles
 from fedhelp_jax.report import files
 from fedhelp_jax.report.ranks import critical_difference_diagram
 from fedhelp_jax.report.significance import (
@@ -30,7 +29,7 @@ _SCORES = (
 _COSTS = (
     ("bytes_up_per_round", "up MB"),
     ("bytes_down_per_round", "down MB"),
-    ("run_s", "time"),
+    ("round_s", "s/round"),
 )
 _TESTED = "small_mean"
 _POOLS_DATA = "centralized"
@@ -40,19 +39,23 @@ class Result(NamedTuple):
     """One finished run.
 
     Attributes:
-      dataset: Name of its data set.
+      dataset: Name of its data set, and of its budget if there are several.
+      budget: Name of the budget alone.
       method: Label of its method.
       seed: Its seed.
       summary: Content of its ``summary.json``.
       scores: ``small_mean``, ``worst_small``, ``large_mean`` and ``gap`` of the headline metric on
         test; NaN where there is none.
+      round_s: Usual seconds of a round.
     """
 
     dataset: str
+    budget: str
     method: str
     seed: int
     summary: Mapping[str, Any]
     scores: Mapping[str, float]
+    round_s: float
 
 
 class Row(NamedTuple):
@@ -61,12 +64,12 @@ class Row(NamedTuple):
     Attributes:
       method: Its label.
       pooled: Whether it trains on the data of all in one place: a reference, no contender.
-      seeds: How many runs are finished.
+      seeds: How many runs have a `small_mean`.
       mean: Of each score over the seeds; NaN where there is none.
       std: Their sample standard deviation; NaN of fewer than two.
       marks: "best" or "second", of each score that is.
       p: Of the paired t test of `small_mean` against the reference, Holm-adjusted over the methods.
-      costs: Means over the seeds of what is sent up and down in a round, and of the time.
+      costs: Means over the seeds of what is sent up and down in a round, and of a round's seconds.
     """
 
     method: str
@@ -102,19 +105,29 @@ def write_comparison(
         _grid(dataset, rows, [r for r in results if r.dataset == dataset], reference)
         for dataset, rows in tables.items()
     ]
-    if len(datasets) > 1:
-        names, ranks = rank_methods(tables)
-        if len(names) > 1:
-            grids.append(_rank_grid(names, ranks, tables))
-            distance = critical_difference(len(names), len(datasets))
-            for kind in ("png", "pdf"):
-                critical_difference_diagram(folder / f"ranks.{kind}", names, ranks, distance)
-    for grid in grids:
-        print_grid(grid)
+    # Data sets are the blocks; the budgets of one data set are not independent of each other.
+    for budget in dict.fromkeys(result.budget for result in results):
+        ranked = {
+            d: tables[d]
+            for d in datasets
+            if d in {r.dataset for r in results if r.budget == budget}
+        }
+        names, ranks = rank_methods(ranked)
+        stem = f"ranks {budget}".strip()
+        for kind in ("png", "pdf"):
+            path = folder / f"{stem}.{kind}"
+            path.unlink(missing_ok=True)
+            if len(ranked) > 1 and len(names) > 1:
+                distance = critical_difference(len(names), len(ranked))
+                critical_difference_diagram(path, names, ranks, distance)
+        if len(ranked) > 1 and len(names) > 1:
+            grids.append(_rank_grid(names, ranks, ranked, budget))
     files.write_csv(folder / "runs.csv", *_run_lines(results))
     files.write_csv(folder / "comparison.csv", *_comparison_lines(tables))
     files.write_text(folder / "comparison.md", "\n".join(markdown(grid) for grid in grids))
     files.write_text(folder / "comparison.tex", "\n".join(latex(grid) for grid in grids))
+    for grid in grids:
+        print_grid(grid)
 
 
 def compare_methods(results: Sequence[Result], methods: Sequence[str], reference: str) -> list[Row]:
@@ -139,7 +152,7 @@ def compare_methods(results: Sequence[Result], methods: Sequence[str], reference
         Row(
             method=method,
             pooled=method in pooled,
-            seeds=len(by_method[method]),
+            seeds=sum(math.isfinite(r.scores[_TESTED]) for r in by_method[method]),
             mean=means[method],
             std={key: _std([r.scores[key] for r in by_method[method]]) for key, *_ in _SCORES},
             marks=marks[method],
@@ -178,7 +191,7 @@ def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], referenc
         if seeds > 1
         else "One seed: no method is shown to be better than another.",
         f"p: paired t test of small mean against {reference} over seeds, Holm-adjusted.",
-        "up, down: sent by and to all clients in a round. time: of a run, compiling left out.",
+        "up, down: sent by and to all clients in a round. s/round: the median after the first.",
         *([f"Fewer seeds: {', '.join(short)}."] if short else []),
         *(
             [
@@ -205,12 +218,12 @@ def _cells(row: Row) -> list[Cell]:
         Cell(_score(row.mean[key], row.std[key]), row.marks.get(key, "")) for key, *_ in _SCORES
     ]
     up, down, seconds = (row.costs[key] for key, _ in _COSTS)
-    costs = [f"{up / 1e6:.2f}", f"{down / 1e6:.2f}", consoles.duration(seconds)]
+    costs = [f"{up / 1e6:.2f}", f"{down / 1e6:.2f}", f"{seconds:.2f}"]
     return [Cell(row.method), *scores, Cell(_p(row.p)), *map(Cell, costs)]
 
 
 def _rank_grid(
-    names: Sequence[str], ranks: np.ndarray, tables: Mapping[str, Sequence[Row]]
+    names: Sequence[str], ranks: np.ndarray, tables: Mapping[str, Sequence[Row]], budget: str
 ) -> Grid:
     values = np.array(
         [
@@ -228,7 +241,10 @@ def _rank_grid(
         f"{_p(friedman_p_value(values))}.",
         f"Ranks closer than {distance:.2f} do not differ at 0.05 (Nemenyi).",
     ]
-    return Grid("Average ranks", ["method", "rank", *tables], rows, notes)
+    left_out = {r.method for t in tables.values() for r in t if not r.pooled} - set(names)
+    if left_out:
+        notes.append(f"Not on all data sets: {', '.join(sorted(left_out))}.")
+    return Grid(f"Average ranks {budget}".strip(), ["method", "rank", *tables], rows, notes)
 
 
 def _run_lines(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -241,6 +257,7 @@ def _run_lines(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any
             "metric": r.summary["metric"],
             **r.scores,
             **{key: _cost(r, key) for key, _ in _COSTS},
+            "wall_s": r.summary["wall_s"],
             "compile_s": r.summary["compile_s"],
         }
         for r in results
@@ -272,9 +289,7 @@ def _comparison_lines(
 
 
 def _cost(result: Result, key: str) -> float:
-    if key == "run_s":
-        return result.summary["wall_s"] - result.summary["compile_s"]
-    return result.summary[key]
+    return result.round_s if key == "round_s" else result.summary[key]
 
 
 def _paired(ours: Mapping[int, float], runs: Sequence[Result]) -> float:

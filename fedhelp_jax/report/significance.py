@@ -14,15 +14,15 @@ from scipy import stats
 def paired_p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Two-sided p-value of Student's t test on paired values; NaN for fewer than two pairs.
 
-    Values that differ by the same amount in every pair have no variance: p is 0, or 1 where that
-    amount is 0.
+    Where all pairs differ by the same amount, but for rounding, no variance is left to test with:
+    1 if that amount is 0, else NaN.
     """
     difference = np.asarray(ours, float) - np.asarray(theirs, float)
     difference = difference[np.isfinite(difference)]
     if len(difference) < 2:
         return float("nan")
-    if np.ptp(difference) == 0:
-        return float(difference[0] == 0)
+    if np.ptp(difference) < 1e-9:
+        return 1.0 if abs(difference[0]) < 1e-9 else float("nan")
     result: Any = stats.ttest_1samp(difference, 0)
     return float(result.pvalue)
 

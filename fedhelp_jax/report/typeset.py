@@ -74,7 +74,8 @@ def markdown(grid: Grid) -> str:
 def latex(grid: Grid) -> str:
     r"""A ``table`` for LaTeX with package booktabs: best ``\textbf``, second ``\underline``."""
     around = {BEST: r"\textbf{%s}", SECOND: r"\underline{%s}", "": "%s"}
-    rows = [" & ".join(around[c.mark] % _escaped(c.text) for c in row) for row in grid.rows]
+    # {}: a row that began with [ or * would be taken for an option of the one before.
+    rows = ["{}" + " & ".join(around[c.mark] % _escaped(c.text) for c in row) for row in grid.rows]
     heads = " & ".join(_escaped(head) for head in grid.heads)
     legend = ["Best in bold, second best underlined."] if _marked(grid) else []
     notes = " ".join(_escaped(note) for note in [*legend, *grid.notes])
@@ -110,7 +111,7 @@ _LATEX = {
 
 
 def _escaped(text: str) -> str:
-    if text.startswith("-") and text != "-":  # a minus, which is longer than a hyphen
+    if re.match(r"-\d", text):  # a minus, which is longer than a hyphen
         return "$-$" + _escaped(text[1:])
     return "".join(_LATEX.get(sign, sign) for sign in text)
 
