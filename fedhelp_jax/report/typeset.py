@@ -83,7 +83,7 @@ def latex(grid: Grid) -> str:
         [
             r"% needs \usepackage{booktabs}",
             r"\begin{table}",
-            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}\renewcommand{\arraystretch}{1.2}",
             rf"\caption{{{_escaped(grid.title)}. {notes}}}",
             r"\smallskip",
             rf"\begin{{tabular}}{{l{'r' * (len(grid.heads) - 1)}}}",
