@@ -110,10 +110,9 @@ def compare(study: Study, workdir: Path) -> None:
     """
     chosen, failures = tune(study, workdir)
     cells = list(_cells(study, workdir, chosen))
-    if study.grids:
-        cells = [cell for cell in cells if (cell.dataset, cell.method) in chosen]
-    failures += _run_missing(cells)
-    results = _results(study, [cell for cell in cells if _is_done(cell)])
+    wanted = [cell for cell in cells if not study.grids or (cell.dataset, cell.method) in chosen]
+    failures += _run_missing(wanted)
+    results = _results(study, cells, [cell for cell in wanted if _is_done(cell)])
     if results:
         write_comparison(results, list(study.methods), study.reference, workdir)
     if failures:
@@ -361,25 +360,38 @@ def _score(summary: Mapping[str, Any]) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
-def _results(study: Study, cells: Sequence[Cell]) -> list[Result]:
-    """What the finished runs came to, with clients grouped as the reference groups them."""
-    summaries = {
-        (cell.dataset, cell.method, cell.seed): files.read_summary(cell.folder) for cell in cells
+def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> list[Result]:
+    """What the finished ones came to, with clients grouped as the reference groups them."""
+    reference_roles = {
+        cell.dataset: cell.config.roles for cell in cells if cell.method == study.reference
     }
-    folders = {(cell.dataset, cell.method, cell.seed): cell.folder for cell in cells}
-    budgets = {(cell.dataset, cell.method, cell.seed): cell.budget for cell in cells}
+    summaries = [files.read_summary(cell.folder) for cell in finished]
+    roles: dict[tuple[str, int], dict[str, str]] = {}
+    for cell, summary in zip(finished, summaries, strict=True):
+        if cell.config.roles == reference_roles[cell.dataset]:
+            found = {client["name"]: client["role"] for client in summary["per_client"]}
+            roles[cell.dataset, cell.seed] = found
     results = []
-    for (dataset, method, seed), summary in summaries.items():
-        grouped_by = summaries.get((dataset, study.reference, seed), summary)
-        roles = {client["name"]: client["role"] for client in grouped_by["per_client"]}
+    for cell, summary in zip(finished, summaries, strict=True):
+        if (cell.dataset, cell.seed) not in roles:
+            continue  # nothing says yet which clients are large
         values: dict[str, list[float]] = {"small": [], "large": []}
         for client in summary["per_client"]:
             value = client["metrics"][summary["metric"]]
-            values[roles[client["name"]]].append(math.nan if value is None else value)
-        rows = files.read_metrics(folders[dataset, method, seed] / "metrics.jsonl")
+            role = roles[cell.dataset, cell.seed][client["name"]]
+            values[role].append(math.nan if value is None else value)
+        rows = files.read_metrics(cell.folder / "metrics.jsonl")
         # The first of a process compiles and traces.
         round_s = float(np.median([row["wall_s"] for row in rows[1:] or rows]))
-        budget = budgets[dataset, method, seed]
-        scores = group_summary(values)
-        results.append(Result(dataset, budget, method, seed, summary, scores, round_s))
+        results.append(
+            Result(
+                cell.dataset,
+                cell.budget,
+                cell.method,
+                cell.seed,
+                summary,
+                group_summary(values),
+                round_s,
+            )
+        )
     return results

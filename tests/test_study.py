@@ -181,6 +181,19 @@ def test_clients_are_grouped_as_the_reference_groups_them(tmp_path):
     assert float(all_small["small_mean"]) == pytest.approx(sum(small) / 3)
 
 
+def test_clients_are_grouped_so_where_the_reference_was_refused_too(tmp_path):
+    # Prototypes of unequal widths cannot be averaged.
+    all_small = {"algorithm.name": "fedavg", "roles.top_n": 0}
+    methods = {"all_small": all_small, "fedproto": {}, "fedavg": {}}
+    broken = study(methods=methods, seeds=(0,), reference="fedproto")
+    refused(lambda: compare(broken, tmp_path), Failed)
+    row, _ = table(tmp_path / "comparison.csv")
+    clients = read(tmp_path / "tiny/all_small/seed0/summary.json")["per_client"]
+    values = {c["name"]: c["metrics"]["balanced_accuracy"] for c in clients}
+    assert float(row["large_mean"]) == values["client_0"]
+    assert "No run of fedproto is finished" in (tmp_path / "comparison.md").read_text()
+
+
 # --- tuning ---
 
 

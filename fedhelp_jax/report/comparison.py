@@ -190,7 +190,9 @@ def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], referenc
         f"Mean ± standard deviation over {seeds} seeds."
         if seeds > 1
         else "One seed: no method is shown to be better than another.",
-        f"p: paired t test of small mean against {reference} over seeds, Holm-adjusted.",
+        f"p: paired t test of small mean against {reference} over seeds, Holm-adjusted."
+        if any(row.method == reference for row in rows)
+        else f"No run of {reference} is finished: nothing is tested against it.",
         "up, down: sent by and to all clients in a round. s/round: the median after the first.",
         *([f"Fewer seeds: {', '.join(short)}."] if short else []),
         *(
