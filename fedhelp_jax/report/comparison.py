@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedhelp_jax.report import console as consoles
 from fedhelp_jax.report import files
 from fedhelp_jax.report.ranks import critical_difference_diagram
 from fedhelp_jax.report.significance import (
@@ -107,21 +108,17 @@ def write_comparison(
     ]
     # Data sets are the blocks; the budgets of one data set are not independent of each other.
     for budget in dict.fromkeys(result.budget for result in results):
-        ranked = {
-            d: tables[d]
-            for d in datasets
-            if d in {r.dataset for r in results if r.budget == budget}
-        }
+        of_budget = {result.dataset for result in results if result.budget == budget}
+        ranked = {dataset: rows for dataset, rows in tables.items() if dataset in of_budget}
         names, ranks = rank_methods(ranked)
-        stem = f"ranks {budget}".strip()
-        for kind in ("png", "pdf"):
-            path = folder / f"{stem}.{kind}"
-            path.unlink(missing_ok=True)
-            if len(ranked) > 1 and len(names) > 1:
-                distance = critical_difference(len(names), len(ranked))
-                critical_difference_diagram(path, names, ranks, distance)
+        pictures = [folder / f"{f'ranks {budget}'.strip()}.{kind}" for kind in ("png", "pdf")]
+        for picture in pictures:
+            picture.unlink(missing_ok=True)
         if len(ranked) > 1 and len(names) > 1:
-            grids.append(_rank_grid(names, ranks, ranked, budget))
+            distance = critical_difference(len(names), len(ranked))
+            grids.append(_rank_grid(names, ranks, ranked, budget, distance))
+            for picture in pictures:
+                critical_difference_diagram(picture, names, ranks, distance)
     files.write_csv(folder / "runs.csv", *_run_lines(results))
     files.write_csv(folder / "comparison.csv", *_comparison_lines(tables))
     files.write_text(folder / "comparison.md", "\n".join(markdown(grid) for grid in grids))
@@ -208,9 +205,7 @@ def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], referenc
             else []
         ),
     ]
-    title = (
-        f"{dataset}{' (synthetic)' if synthetic and 'synthetic' not in dataset else ''}, {metric}"
-    )
+    title = f"{consoles.marked_synthetic(dataset, synthetic)}, {metric}"
     heads = ["method", *(name for _, name, _ in _SCORES), "p", *(name for _, name in _COSTS)]
     return Grid(title, heads, [_cells(row) for row in rows], notes)
 
@@ -225,7 +220,11 @@ def _cells(row: Row) -> list[Cell]:
 
 
 def _rank_grid(
-    names: Sequence[str], ranks: np.ndarray, tables: Mapping[str, Sequence[Row]], budget: str
+    names: Sequence[str],
+    ranks: np.ndarray,
+    tables: Mapping[str, Sequence[Row]],
+    budget: str,
+    distance: float,
 ) -> Grid:
     values = np.array(
         [
@@ -237,7 +236,6 @@ def _rank_grid(
         [Cell(name), Cell(f"{rank:.2f}"), *(Cell(f"{value:.3f}") for value in line)]
         for name, rank, line in zip(names, ranks, values, strict=True)
     ]
-    distance = critical_difference(len(names), len(tables))
     notes = [
         f"Average ranks by small mean over {len(tables)} data sets; Friedman p = "
         f"{_p(friedman_p_value(values))}.",

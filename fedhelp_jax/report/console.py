@@ -240,11 +240,13 @@ def _shown_metrics(headline: str, names: Sequence[str]) -> list[str]:
     return [headline, *(name for name in names if name != headline)]
 
 
+def marked_synthetic(name: str, synthetic: Any) -> str:
+    """Returns a data set's name, with "synthetic" beside it if it is and does not say so itself."""
+    return f"{name} (synthetic)" if synthetic and "synthetic" not in name else name
+
+
 def _dataset(summary: Mapping[str, Any]) -> str:
-    """Returns the data set's name, with "synthetic" beside it if it is."""
-    name = str(summary.get("dataset", "-"))
-    unmarked = summary.get("synthetic") and "synthetic" not in name
-    return f"{name} (synthetic)" if unmarked else name
+    return marked_synthetic(str(summary.get("dataset", "-")), summary.get("synthetic"))
 
 
 def _teacher(summary: Mapping[str, Any]) -> str:
