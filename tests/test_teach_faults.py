@@ -229,7 +229,9 @@ def test_all_requests_heed_retry_after(study):
 
 
 @pytest.mark.parametrize(
-    "value", ["3600", "9" * 12, email.utils.formatdate(time.time() + 3600, usegmt=True)]
+    "value",
+    ["3600", "9" * 12, email.utils.formatdate(time.time() + 3600, usegmt=True)],
+    ids=["an hour", "ages", "a date"],  # a date in a name would differ between processes
 )
 def test_a_pause_longer_than_max_wait_is_refused_at_once(study, capsys, value):
     study.server.faults, study.server.always = [None], status(429, Retry_After=value)
