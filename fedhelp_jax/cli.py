@@ -61,8 +61,10 @@ settings, with their defaults:
 
 TEACH_USAGE = """\
 usage: fedhelp teach --config=FILE.py[:ARGUMENT] [--dry-run] [--config.KEY=VALUE ...]
+       fedhelp teach --study=FILE.py[:ARGUMENT] [--dry-run]
 
   --config   a Python file with get_config(), which returns the settings
+  --study    a study file: all that its runs learn from, for all seeds
   --dry-run  only print what would be asked: images, requests, bytes, cost
 
 settings, with their defaults:
@@ -123,15 +125,25 @@ def _command(argv: list[str]) -> int:
 
 
 def _teach(arguments: list[str]) -> int:
-    own = _flags("config")
+    own = _flags("config", "study")
     flags.DEFINE_bool("dry_run", False, "only print the plan", flag_values=own)
     # --dry-run, as every other command line spells it.
     arguments = [a.replace("--dry-run", "--dry_run", 1) for a in arguments]
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
+    dry_run = bool(own["dry_run"].value)
+    if own["study"].value:
+        if own["config"].value:
+            raise UserError("--study names its configs itself; leave --config out")
+        _refuse_rest(overrides)
+        study = _load_study(own["study"].value)
+        from fedhelp_jax import study as studies
+
+        studies.teach(study, dry_run=dry_run)
+        return 0
     config = _load_config(_required(own, "config", "configs/fed_isic2019.py"), overrides)
     from fedhelp_jax.teach import teach
 
-    teach(config, dry_run=bool(own["dry_run"].value))
+    teach(config, dry_run=dry_run)
     return 0
 
 
@@ -206,7 +218,7 @@ def _tune(arguments: list[str]) -> int:
             raise UserError("the study has no grids, so there is nothing to tune")
         _, failures = studies.tune(study, workdir)
         if failures:
-            raise UserError(f"trials failed ({len(failures)}): {'; '.join(failures)}")
+            raise studies.Failed(failures)
         print(f"written: {workdir / 'tuning.csv'}")
 
     return _with_study(arguments, tune)
@@ -226,9 +238,16 @@ def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> in
     _use_cpu_devices(first_config(study))
     _keep_programs(workdir / ".compiled")
     from fedhelp_jax import runner
+    from fedhelp_jax.study import Failed
+    from fedhelp_jax.teachers.resolve import AnswersMissing
 
     try:
         do(study, workdir)
+    except Failed as failed:
+        if not any(isinstance(error, AnswersMissing) for _, error in failed.failures):
+            raise
+        command = shlex.join(["fedhelp", "teach", f"--study={own['study'].value}"])
+        raise UserError(f"{failed}: {command}") from None
     except runner.Interrupted as stop:
         _complain(str(stop))
         return 130

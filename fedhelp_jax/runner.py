@@ -264,12 +264,12 @@ def _restore(experiment: Experiment, checkpointer: Checkpointer) -> tuple[int, R
     if meta["config_sha256"] != ours["config_sha256"]:
         raise UserError(
             f"{_CONFIG} is not the one this run was started with; was it edited by hand? "
-            "Put it back, or --overwrite"
+            "Put it back, or remove the folder"
         )
     if meta["program"] != ours["program"]:
         raise UserError(
             f"the run was started with {meta['program']}, this is {ours['program']}: it would not "
-            "end with the same bits; set config.mapping alike, or --overwrite"
+            "end with the same bits; set config.mapping alike, or remove the folder"
         )
     return done, jax.device_put(state, simulation.mapping.replicated)
 

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from fedhelp_jax.report import files
 from fedhelp_jax.report.comparison import Result, write_comparison
 from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary
+from fedhelp_jax.teach import teach as teach_run
+from fedhelp_jax.teachers.resolve import is_asked, members
 
 Settings = Mapping[str, Any]
 
@@ -97,7 +100,18 @@ class Cell:
 
 
 class Failed(UserError):
-    """Some runs of a study could not be made; the others were."""
+    """Some runs of a study could not be made; the others were.
+
+    Attributes:
+      failures: Each of these runs and why.
+    """
+
+    def __init__(self, failures: "Failures"):
+        self.failures = failures
+        super().__init__(f"runs failed ({len(failures)}): {'; '.join(_reasons(failures))}")
+
+
+Failures = list[tuple[Cell, Exception]]
 
 
 def compare(study: Study, workdir: Path) -> None:
@@ -116,10 +130,10 @@ def compare(study: Study, workdir: Path) -> None:
     if results:
         write_comparison(results, list(study.methods), study.reference, workdir)
     if failures:
-        raise Failed(f"runs failed ({len(failures)}): {'; '.join(failures)}")
+        raise Failed(failures)
 
 
-def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], list[str]]:
+def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], Failures]:
     """Runs the trials that are missing and chooses each method's settings on each data set.
 
     A trial's score is the mean, over the two roles, of the role's mean headline metric on its
@@ -128,7 +142,7 @@ def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], 
 
     Returns:
       ``{(data set, method): {dotted key: value}}``, empty if the study has no grids; and which
-      trials were refused, and why. A method with such a trial has no entry for that data set.
+      trials failed, and why. A method with such a trial has no entry for that data set.
 
     Raises:
       UserError: If the study is not sound, or no client has validation images.
@@ -143,7 +157,10 @@ def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], 
             continue  # a method is tuned by all its trials, or not compared there
         scores = [_score(files.read_summary(cell.folder)) for cell, _ in cells]
         if all(math.isnan(score) for score in scores):
-            raise UserError(f"tuning: no client of {dataset} has validation images to judge by")
+            raise UserError(
+                f"tuning: no client of {dataset} has validation images to judge by; raise "
+                "data.validation_fraction"
+            )
         best = int(np.nanargmax(scores))
         chosen[dataset, method] = cells[best][1]
         rows += [
@@ -160,6 +177,31 @@ def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], 
     if rows:
         files.write_csv(workdir / "tuning.csv", list(rows[0]), rows)
     return chosen, failures
+
+
+def teach(study: Study, *, dry_run: bool = False) -> None:
+    """Gets the answers of all foundation models that a study's runs learn from, each once.
+
+    Raises:
+      UserError: If the study is not sound, none is asked, or as in `fedhelp_jax.teach.teach`.
+    """
+    # What is asked, and what must not be among it, follows from these alone.
+    asked = {
+        repr((config.data, config.public, config.teacher, config.seed)): config
+        for config in _all_configs(study)
+        if config.public.name != "none" and any(map(is_asked, members(config.teacher)))
+    }
+    if not asked:
+        raise UserError("no run of the study has a foundation model that must be asked")
+    for config in asked.values():
+        teach_run(config, dry_run=dry_run)
+
+
+def _all_configs(study: Study) -> Iterator[RunConfig]:
+    """Of trials and runs; what is tuned does not change a teacher's answers."""
+    for _, cells in _trials(study, Path()):
+        yield from (cell.config for cell, _ in cells)
+    yield from (cell.config for cell in _cells(study, Path(), {}))
 
 
 def first_config(study: Study) -> RunConfig:
@@ -257,7 +299,8 @@ def _changed(base: Any, changes: Settings, where: str) -> Any:
         try:
             config.update_from_flattened_dict({key: value})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: {key} = {value!r}: {error}") from None
+            said = str(error.args[0]).split(" Other fields present")[0]  # pages of them
+            raise UserError(f"{where}: {key} = {value!r}: {said}") from None
     return config
 
 
@@ -332,12 +375,13 @@ def _is_done(cell: Cell) -> bool:
     )
 
 
-def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> list[str]:
-    """Runs what is not finished; returns what was refused, and why."""
+def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> Failures:
+    """Runs what is not finished; returns what failed, and why."""
     missing = [cell for cell in cells if not _is_done(cell)]
     if len(missing) < len(cells):
         say(f"{len(cells) - len(missing)} of {len(cells)} runs are finished")
-    failures, started = [], time.monotonic()
+    failures: Failures = []
+    started = time.monotonic()
     for number, cell in enumerate(missing):
         left = (time.monotonic() - started) / number * (len(missing) - number) if number else None
         say(
@@ -350,9 +394,26 @@ def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> l
             runner.train(cell.config, cell.folder, split=split)
         except UserError as error:
             say(f"refused: {error}")
-            failures.append(f"{cell}: {error}")
+            failures.append((cell, error))
+        except runner.Interrupted:
+            raise
+        except Exception as error:  # of memory, or ours: one run is no reason to lose a night's
+            traceback.print_exc()
+            failures.append((cell, error))
         jax.clear_caches()  # the programs of a run serve no other; the next one's come from disk
     return failures
+
+
+def _reasons(failures: Failures) -> list[str]:
+    """Why runs failed, each reason once."""
+    by_reason: dict[str, list[Cell]] = {}
+    for cell, error in failures:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        by_reason.setdefault(f"{kind}{error}", []).append(cell)
+    return [
+        f"{cells[0]}" + (f" and {len(cells) - 1} more" if cells[1:] else "") + f": {reason}"
+        for reason, cells in by_reason.items()
+    ]
 
 
 def _score(summary: Mapping[str, Any]) -> float:

@@ -244,6 +244,43 @@ def test_a_method_whose_trial_is_refused_is_left_out(tmp_path):
     assert sorted(stamps(tmp_path)) == ["tiny/fedavg/seed0", "tiny/fedavg/trial0"]
 
 
+def test_what_is_missing_for_many_runs_is_said_once_with_the_command_that_gets_it(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    line = command(tmp_path / "out", source="self_taught_study.py")
+    assert fedhelp(line) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    path = TESTS / "self_taught_study.py"
+    # Phantoms are drawn by the seed, so each seed's answers are others; both methods share them.
+    assert said.startswith("fedhelp: runs failed (4): tiny, fedhelp, seed 0 and 1 more: ")
+    assert said.count("lacks 12 of the 12 answers") == 2
+    assert said.endswith(f"fedhelp teach --study={path}")
+    asked = []
+    monkeypatch.setattr("fedhelp_jax.study.teach_run", lambda config, dry_run: asked.append(config))
+    assert fedhelp(f"teach --study={path} --dry-run") == 0
+    assert sorted(config.seed for config in asked) == [0, 1]
+
+
+def test_a_failure_of_one_run_does_not_end_the_study(tmp_path, monkeypatch):
+    train = runner.train
+
+    def fails_once(config, workdir, **options):
+        if (config.algorithm.name, config.seed) == ("fedhelp", 1):
+            raise MemoryError("of the accelerator")
+        return train(config, workdir, **options)
+
+    monkeypatch.setattr(runner, "train", fails_once)
+    message = refused(lambda: compare(study(), tmp_path), Failed)
+    assert message == "runs failed (1): tiny, fedhelp, seed 1: MemoryError: of the accelerator"
+    assert sorted(stamps(tmp_path)) == [
+        "tiny/fedhelp/seed0",
+        "tiny/plain/seed0",
+        "tiny/plain/seed1",
+    ]
+    assert len(table(tmp_path / "runs.csv")) == 3
+
+
 def test_runs_take_the_settings_that_were_chosen(tmp_path, monkeypatch):
     from fedhelp_jax import study as studies
 
@@ -360,6 +397,18 @@ def test_a_file_that_is_no_study_is_refused(source, text, said, tmp_path, capsys
 
 def test_tuning_a_study_without_grids_is_refused(tmp_path, capsys):
     assert "no grids" in refusal(capsys, fedhelp(command(tmp_path, "tune")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (f"--study={TESTS / 'tiny_study.py'}", "no run of the study has a foundation model"),
+        (f"--study={TESTS / 'tiny_study.py'} --config=a.py", "leave --config out"),
+        (f"--study={TESTS / 'tiny_study.py'} --config.seed=1", "too many"),
+    ],
+)
+def test_a_study_to_teach_is_refused_by_the_reason(flags, said, capsys):
+    assert said in refusal(capsys, fedhelp(f"teach {flags}"))
 
 
 def test_flags_that_are_missing_or_too_many_are_named(tmp_path, capsys):

@@ -4,9 +4,10 @@
     fedhelp compare --study=configs/studies/baselines.py:fed_isic2019.py:cpu --workdir=runs/isic
 
 What stands after the first colon is a config file in `configs`; the quickstart's made-up images
-without it. Four trials a method, on validation images, choose its learning rate and, of methods
-that have one, the weight of what it adds to FedAvg or local training; a method with nothing to
-weigh gets the finer grid of rates. Then every method runs three times.
+without it. With masks FedProto and FedGH are refused, because U-Nets of two sizes have heads of two
+widths; the table is then of the others. Four trials a method, on validation images, choose its
+learning rate and, of methods that have one, the weight of what it adds to FedAvg or local training;
+a method with nothing to weigh gets the finer grid of rates. Then every method runs three times.
 
 Per data set these are 119 runs: hours on an accelerator, days on two cores. For minutes there is
 `miniature.py`.
