@@ -1,0 +1,71 @@
+"""Rivals that take turns, each in a process of its own, so that no thread pools fight.
+
+A worker is a module that calls `serve`; `Worker` starts it, and asks it by a line of JSON at a
+time. While one works the others wait for their line, which costs nothing.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Worker:
+    """A process that runs ``python -m MODULE JSON`` and answers questions."""
+
+    def __init__(self, module: str, options: Mapping[str, Any]):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.about = self._read()
+
+    def ask(self, what: str) -> dict[str, Any]:
+        """The answer to ``what``, one of the worker's questions."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker ended with {self._process.wait()}; see above")
+        return json.loads(line)
+
+
+def serve(about: Mapping[str, Any], questions: Mapping[str, Callable[[], Any]]) -> None:
+    """Says ``about``, then answers questions until the input ends. Other output goes to stderr."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    print(json.dumps(about), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(questions[line.strip()]()), file=answers, flush=True)
+
+
+def alternate(workers: Mapping[str, Worker], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each worker's rounds, ``repeats`` of each after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for worker in workers.values():
+        worker.ask("round")
+    for _ in range(repeats):
+        for name, worker in workers.items():
+            seconds[name].append(worker.ask("round")["seconds"])
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}

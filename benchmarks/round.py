@@ -1,0 +1,148 @@
+"""One FedHelp round beside PyTorch: the same weights, batches and steps.
+
+    python -m benchmarks.round --role=small --clients=1,8 --batch_sizes=4,16
+    python -m benchmarks.round --role=large --clients=1 --batch_sizes=4 --large_depth=110
+
+Rivals are a tuned PyTorch loop and, for small clients, ``torch.func.vmap`` (`benchmarks/
+round_torch.py`). For each case a small one of it is run first in float64 by all, two rounds, and
+the averaged weights must agree. Then the rivals alternate, each in a process of its own. Images are
+random pixels. A line of JSON a case is appended to ``--out``; a Markdown table is printed.
+"""
+
+import itertools
+import json
+import os
+import pickle
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks.alternate import Worker, alternate, spread
+
+_ROLE = flags.DEFINE_enum("role", "small", ["small", "large"], "which clients")
+_CLIENTS = flags.DEFINE_list("clients", ["1", "8"], "numbers of clients")
+_BATCHES = flags.DEFINE_list("batch_sizes", ["4", "16"], "images a step, private and public each")
+_STEPS = flags.DEFINE_integer("steps", 4, "steps a client and round")
+_SIZE = flags.DEFINE_integer("image_size", 32, "side of an image in pixels")
+_DEPTH = flags.DEFINE_integer("large_depth", 110, "layers of the large ResNet")
+_RIVALS = flags.DEFINE_list("rivals", ["loop", "vmap"], "loop, vmap (small clients only)")
+_COMPILE = flags.DEFINE_bool("torch_compile", True, "let the loop try torch.compile, minutes")
+_CHUNK = flags.DEFINE_integer("chunk_size", None, "ours; None takes the back end's default")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "alternations")
+_OUT = flags.DEFINE_string("out", None, "file that gets a line of JSON a case")
+
+_OURS = "fedhelp_jax"
+_TOLERANCE = 1e-6
+
+
+def workers(options: dict[str, Any], rivals: list[str]) -> dict[str, Worker]:
+    """Ours, which writes down where to start from, and then its rivals."""
+    started = {_OURS: Worker("benchmarks.round_jax", options)}
+    for rival in rivals:
+        started[rival] = Worker("benchmarks.round_torch", {**options, "rival": rival})
+    return started
+
+
+def assert_parity(options: dict[str, Any], rivals: list[str]) -> float:
+    """The largest relative difference of the averaged weights after two rounds in float64.
+
+    Raises:
+      AssertionError: If it is not small.
+    """
+    small = options | {"float64": True, "clients": min(2, options["clients"]), "steps": 2}
+    running = workers(small, rivals)
+    found = {}
+    for name, worker in running.items():
+        worker.ask("round")
+        worker.ask("round")
+        file = Path(options["folder"]) / str(worker.ask("result"))
+        found[name] = pickle.loads(file.read_bytes())
+        worker.close()
+    worst = max(difference(found[_OURS], found[rival]) for rival in rivals)
+    assert worst < _TOLERANCE, f"the rivals' weights differ by {worst:.1e}: nothing is timed"
+    return worst
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """The largest difference over the leaves of ``theirs``, relative to the leaf's largest."""
+    if isinstance(theirs, dict):
+        return max((difference(ours[k], v) for k, v in theirs.items()), default=0.0)
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-8))
+
+
+def measure(clients: int, batch_size: int, rivals: list[str]) -> dict[str, Any]:
+    """One case: parity, then times in milliseconds a client and step."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "role": _ROLE.value,
+            "clients": clients,
+            "batch_size": batch_size,
+            "steps": _STEPS.value,
+            "image_size": _SIZE.value,
+            "large_depth": _DEPTH.value,
+            "chunk_size": _CHUNK.value,
+            "compile": [False, True] if _COMPILE.value else [False],
+            "float64": False,
+            "folder": folder,
+        }
+        parity = assert_parity(options, rivals)
+        running = workers(options, rivals)
+        seconds = alternate(running, _REPEATS.value)
+        for worker in running.values():
+            worker.close()
+    steps = 1e3 / (clients * _STEPS.value)
+    return {
+        **{key: options[key] for key in ("role", "clients", "batch_size", "image_size", "steps")},
+        "large_depth": _DEPTH.value if _ROLE.value == "large" else None,
+        "parity": parity,
+        "ms": {name: spread([steps * s for s in values]) for name, values in seconds.items()},
+        "ratio": {
+            rival: spread([b / a for a, b in zip(seconds[_OURS], seconds[rival], strict=True)])
+            for rival in rivals
+        },
+        "about": {name: worker.about for name, worker in running.items()},
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main(_: list[str]) -> None:
+    rivals = [r for r in _RIVALS.value if r == "loop" or _ROLE.value == "small"]
+    rows = []
+    for clients, batch_size in itertools.product(
+        map(int, _CLIENTS.value), map(int, _BATCHES.value)
+    ):
+        row = measure(clients, batch_size, rivals)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if _OUT.value:
+            with Path(_OUT.value).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    network = "ResNet-20" if _ROLE.value == "small" else f"ResNet-{_DEPTH.value} and ResNet-20"
+    print(f"\n{_ROLE.value} clients, {network}, {_SIZE.value}x{_SIZE.value}; ms a client and step")
+    print(
+        "| clients | batch | ours | " + " | ".join(f"{r} | ratio" for r in rivals) + " | loop is |"
+    )
+    print("|---|---|---|" + "---|---|" * len(rivals) + "---|")
+    for row in rows:
+        cells = [f"{row['clients']}", f"{row['batch_size']}", _text(row["ms"][_OURS], 1)]
+        for rival in rivals:
+            cells += [_text(row["ms"][rival], 1), _text(row["ratio"][rival], 2) + "x"]
+        how = row["about"]["loop"]["how"] if "loop" in rivals else ""
+        print("| " + " | ".join([*cells, how]) + " |")
+    last = rows[-1]
+    versions = ", ".join(dict.fromkeys(about["version"] for about in last["about"].values()))
+    print(f"\n{last['machine']}, ours on {last['about'][_OURS]['how']}; {versions}, {last['date']}")
+
+
+def _text(found: dict[str, float], digits: int) -> str:
+    return f"{found['median']:.{digits}f} ({found['low']:.{digits}f} - {found['high']:.{digits}f})"
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,138 @@
+"""Worker: FedHelp rounds of one role by ``fedhelp_jax``; writes down what its rivals start from."""
+
+import json
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+OPTIONS = json.loads(sys.argv[1])
+jax.config.update("jax_enable_x64", OPTIONS["float64"])
+if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from benchmarks.alternate import serve  # noqa: E402
+from fedhelp_jax.algorithms.base import PublicSpec, Setup  # noqa: E402
+from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp  # noqa: E402
+from fedhelp_jax.client import adam_l2, shuffled  # noqa: E402
+from fedhelp_jax.compilation import compile_totals  # noqa: E402
+from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset  # noqa: E402
+from fedhelp_jax.federation import make_federation  # noqa: E402
+from fedhelp_jax.mapping import make_mapping  # noqa: E402
+from fedhelp_jax.models.resnet import resnet  # noqa: E402
+from fedhelp_jax.random import Purpose, client_round_key, for_purpose  # noqa: E402
+from fedhelp_jax.simulation import Simulation  # noqa: E402
+from fedhelp_jax.task import classification  # noqa: E402
+
+CLASSES, PUBLIC, ANSWERS = 8, 256, 10
+ROUNDS = 2  # whose batches the rivals are given; later rounds of theirs take the last one's again
+
+
+def datasets(rng: np.random.Generator) -> tuple[FederatedDataset, PublicDataset, np.ndarray]:
+    """Random pixels, labels and answers."""
+    clients, side = OPTIONS["clients"], OPTIONS["image_size"]
+    each = OPTIONS["steps"] * OPTIONS["batch_size"]
+    images = rng.integers(0, 256, (clients * each, side, side, 3), dtype=np.uint8)
+    labels = rng.integers(0, CLASSES, len(images)).astype(np.int32)
+    own = np.arange(len(images), dtype=np.int32).reshape(clients, each)
+    splits = tuple(ClientSplit(f"c{i}", rows, rows[:1], rows[:1]) for i, rows in enumerate(own))
+    names = tuple(map(str, range(CLASSES)))
+    public = rng.integers(0, 256, (PUBLIC, side, side, 3), dtype=np.uint8)
+    public_labels = rng.integers(0, ANSWERS, PUBLIC).astype(np.int32)
+    answers = rng.normal(size=(PUBLIC, ANSWERS)).astype(float if OPTIONS["float64"] else np.float32)
+    return (
+        FederatedDataset("noise", True, images, labels, names, splits),
+        PublicDataset("noise", True, public, public_labels, None, (), public),
+        answers,
+    )
+
+
+def batches(run_key: jax.Array, clients: int) -> dict[str, np.ndarray]:
+    """Which images a client sees, ``[ROUNDS, K, steps, B]``, of the private and the public ones."""
+    steps, size = OPTIONS["steps"], OPTIONS["batch_size"]
+
+    def one(round: int, client: int) -> tuple[np.ndarray, np.ndarray]:
+        key = client_round_key(run_key, round, client)
+        private = jax.random.fold_in(for_purpose(key, Purpose.PRIVATE_BATCHES), 0)
+        order = np.asarray(shuffled(private, steps * size, steps * size)) + client * steps * size
+        public = np.asarray(shuffled(for_purpose(key, Purpose.PUBLIC_BATCHES), PUBLIC, PUBLIC))
+        return order.reshape(steps, size), np.resize(public, (steps, size))
+
+    found = [[one(round, client) for client in range(clients)] for round in range(ROUNDS)]
+    return {
+        name: np.array([[pair[i] for pair in row] for row in found])
+        for i, name in enumerate(("private", "public"))
+    }
+
+
+def main() -> None:
+    role, size = OPTIONS["role"], OPTIONS["batch_size"]
+    dataset, public, answers = datasets(np.random.default_rng(0))
+    setup = Setup(
+        task=classification,
+        num_classes=CLASSES,
+        sample_shape=dataset.images.shape[1:],
+        models={"small": resnet(20, CLASSES), "large": resnet(OPTIONS["large_depth"], CLASSES)},
+        tx=adam_l2(1e-3, 1e-4),
+        batch_size=size,
+        public_batch_size=size,
+        local_epochs=1,
+        public=PublicSpec(num_images=PUBLIC, num_labels=ANSWERS, num_answers=ANSWERS, shared=True),
+    )
+    roles = [role] * OPTIONS["clients"]
+    mapping = make_mapping(OPTIONS.get("chunk_size"))
+    simulation = Simulation(
+        fedhelp(setup, FedHelpSettings()),
+        make_federation(dataset, roles, public, answers),
+        classification,
+        mapping,
+        seed=0,
+    )
+    compiled = compile_totals().seconds
+    state = simulation.init()
+    start = {
+        "w": state.server.averaged.variables,
+        "clients": state.clients[role].public_heads if role == "small" else state.clients[role],
+        "batches": batches(simulation.run_key, OPTIONS["clients"]),
+        "images": dataset.images,
+        "labels": dataset.labels,
+        "public_images": public.images,
+        "public_labels": public.labels,
+        "answers": answers,
+    }
+    folder = Path(OPTIONS["folder"])
+    (folder / "start.pickle").write_bytes(pickle.dumps(jax.tree.map(np.asarray, start)))
+    now: list[Any] = [state, 0]
+    jax.block_until_ready(simulation.round(jax.tree.map(jnp.copy, state), 0))
+    compiled = compile_totals().seconds - compiled
+
+    def round() -> dict[str, float]:
+        began = time.perf_counter()
+        now[0], _ = simulation.round(now[0], now[1])
+        jax.block_until_ready(now[0])
+        now[1] += 1
+        return {"seconds": time.perf_counter() - began}
+
+    def result() -> str:
+        variables = jax.tree.map(np.asarray, now[0].server.averaged.variables)
+        (folder / "fedhelp_jax.pickle").write_bytes(pickle.dumps(variables))
+        return "fedhelp_jax.pickle"
+
+    device = mapping.mesh.devices.flat[0]
+    about = {
+        "version": f"jax {jax.__version__}",
+        "how": f"{mapping.num_devices} x {device.device_kind}, chunks of {mapping.chunk_size}",
+        "compile_s": compiled,
+    }
+    serve(about, {"round": round, "result": result})
+
+
+if __name__ == "__main__":
+    main()
