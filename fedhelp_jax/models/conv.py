@@ -43,8 +43,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
         return (kernels[0].T @ _patches(x, groups[0], kernel.shape[0], stride)).reshape(out_shape)
 
     def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        offsets, part = group
-        return total + part.T @ _patches(x, offsets, kernel.shape[0], stride), None
+        leading, part = group
+        return total + part.T @ _patches(x, leading, kernel.shape[0], stride), None
 
     zeros = jnp.zeros((out_shape[0], int(np.prod(out_shape[1:]))), x.dtype)
     return lax.scan(add, zeros, (jnp.asarray(groups), kernels))[0].reshape(out_shape)
@@ -61,8 +61,8 @@ def _backward(stride, residuals, out_grad):
     groups = _offset_groups(x, size, stride)
     columns = out_grad.reshape(out_grad.shape[0], -1).T
 
-    def part(offsets: jax.Array | np.ndarray) -> jax.Array:
-        return _patches(x, offsets, size, stride) @ columns
+    def part(leading: jax.Array | np.ndarray) -> jax.Array:
+        return _patches(x, leading, size, stride) @ columns
 
     kernel_grad = part(groups[0]) if len(groups) == 1 else lax.map(part, jnp.asarray(groups))
     # The gradient by x is a "same" correlation too: of the gradient, spread out to the input's
@@ -165,40 +165,30 @@ def _out_extent(x: jax.Array, stride: int) -> tuple[int, ...]:
 
 
 def _offset_groups(x: jax.Array, size: int, stride: int) -> np.ndarray:
-    """``[G, size**i, rank]``: a kernel's offsets, in as few parts as ``_PATCH_BYTES`` allows."""
+    """``[G, i]``: the leading offsets that parts of the patches have, i such that a part fits."""
     rank = x.ndim - 2
-    offsets = np.array(list(itertools.product(range(size), repeat=rank)))
     one = x.shape[0] * x.shape[1] * int(np.prod(_out_extent(x, stride))) * x.dtype.itemsize
-    at_once = next((size**i for i in range(rank, 0, -1) if one * size**i <= _PATCH_BYTES), 1)
-    return offsets.reshape(-1, at_once, rank)
+    fixed = next((i for i in range(rank) if one * size ** (rank - i) <= _PATCH_BYTES), rank)
+    offsets = list(itertools.product(range(size), repeat=fixed))
+    return np.array(offsets, int).reshape(len(offsets), fixed)
 
 
-def _patches(x: jax.Array, offsets: jax.Array | np.ndarray, size: int, stride: int) -> jax.Array:
-    """``[C, B, *spatial] -> [len(offsets) * C, B * out]``, in the order of the flat kernel."""
-    rank = x.ndim - 2
-    strided = (slice(None), slice(None), *(slice(None, None, stride),) * rank)
-    if size == 1:
-        return x[strided].reshape(x.shape[0], -1)
+def _patches(x: jax.Array, leading: jax.Array | np.ndarray, size: int, stride: int) -> jax.Array:
+    """``[C, B, *spatial] -> [size**(rank - i) * C, B * out]``, in the order of the flat kernel.
+
+    The first i axes are shifted by ``leading``, the others by every offset, an axis at a time:
+    shifted copies of shifted copies, which run faster and compile faster than a slice per offset.
+    """
+    rank, out = x.ndim - 2, _out_extent(x, stride)
     pad = size // 2
-    padded = jnp.pad(x, [(0, 0), (0, 0)] + [(pad, pad)] * rank)
-    extent = (*x.shape[:2], *(stride * (n - 1) + 1 for n in _out_extent(x, stride)))
-
-    def shifted(offset: jax.Array | np.ndarray) -> jax.Array:
-        return lax.dynamic_slice(padded, (0, 0, *offset), extent)[strided]
-
-    if jax.default_backend() == "cpu":
-        # A loop compiles two to three times faster than a slice per offset and runs as fast; an
-        # accelerator would wait for the host at each turn. It starts from the first slice rather
-        # than from zeros: XLA makes equal zeros once, early, and then lets no two layers' patches
-        # share memory.
-        index = jnp.asarray(offsets)
-        first = shifted(index[0])
-        patches = jnp.broadcast_to(first, (len(offsets), *first.shape))
-
-        def fill(i: jax.Array, patches: jax.Array) -> jax.Array:
-            return lax.dynamic_update_index_in_dim(patches, shifted(index[i]), i, 0)
-
-        patches = lax.fori_loop(1, len(offsets), fill, patches)
-    else:
-        patches = jnp.stack([shifted(offset) for offset in offsets])
-    return patches.reshape(len(offsets) * x.shape[0], -1)
+    x = jnp.pad(x, [(0, 0), (0, 0)] + [(pad, pad)] * rank)
+    for axis in reversed(range(rank)):
+        # Counted from the end: in front stand the offsets along the axes done before.
+        along, extent = x.ndim - rank + axis, stride * (out[axis] - 1) + 1
+        if axis < len(leading):
+            shifted = lax.dynamic_slice_in_dim(x, leading[axis], extent, along)
+            x = lax.slice_in_dim(shifted, 0, None, stride, along)
+        else:
+            ends = ((offset, offset + extent) for offset in range(size))
+            x = jnp.stack([lax.slice_in_dim(x, *end, stride, along) for end in ends])
+    return x.reshape(-1, x.shape[-rank - 1] * int(np.prod(out)))
