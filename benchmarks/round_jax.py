@@ -9,28 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.alternate import serve
+from fedhelp_jax.algorithms.base import PublicSpec, Setup
+from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp
+from fedhelp_jax.client import adam_l2, shuffled
+from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
+from fedhelp_jax.federation import make_federation
+from fedhelp_jax.mapping import make_mapping
+from fedhelp_jax.models.resnet import resnet
+from fedhelp_jax.random import Purpose, client_round_key, for_purpose
+from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.task import classification
 
 OPTIONS = json.loads(sys.argv[1])
-jax.config.update("jax_enable_x64", OPTIONS["float64"])
-if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from benchmarks.alternate import serve  # noqa: E402
-from fedhelp_jax.algorithms.base import PublicSpec, Setup  # noqa: E402
-from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp  # noqa: E402
-from fedhelp_jax.client import adam_l2, shuffled  # noqa: E402
-from fedhelp_jax.compilation import compile_totals  # noqa: E402
-from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset  # noqa: E402
-from fedhelp_jax.federation import make_federation  # noqa: E402
-from fedhelp_jax.mapping import make_mapping  # noqa: E402
-from fedhelp_jax.models.resnet import resnet  # noqa: E402
-from fedhelp_jax.random import Purpose, client_round_key, for_purpose  # noqa: E402
-from fedhelp_jax.simulation import Simulation  # noqa: E402
-from fedhelp_jax.task import classification  # noqa: E402
-
 CLASSES, PUBLIC, ANSWERS = 8, 256, 10
 ROUNDS = 2  # whose batches the rivals are given; later rounds of theirs take the last one's again
 
@@ -73,6 +68,9 @@ def batches(run_key: jax.Array, clients: int) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
+    jax.config.update("jax_enable_x64", OPTIONS["float64"])
+    if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     role, size = OPTIONS["role"], OPTIONS["batch_size"]
     dataset, public, answers = datasets(np.random.default_rng(0))
     setup = Setup(

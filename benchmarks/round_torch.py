@@ -72,15 +72,16 @@ class Loop:
         self.w, self.model = network(20, start["w"]), network(20, start["w"])
         self.sums = copy.deepcopy(self.w)
         clients = OPTIONS["clients"]
+        forward = torch.compile if compiled else lambda module: module
         if OPTIONS["role"] == "small":
+            self.features = forward(self.model.features)
             heads = [take(start["clients"], i) for i in range(clients)]
             self.heads = [make_head(head["labels"]).to(DEVICE) for head in heads]
         else:
             depth = OPTIONS["large_depth"]
             self.large = [network(depth, take(start["clients"], i)) for i in range(clients)]
-        self.forward = torch.compile if compiled else lambda module: module
-        self.features = self.forward(self.model.features)
-        self.networks: dict[int, Any] = {}
+            self.small_net = forward(self.model)
+            self.large_nets = [forward(large) for large in self.large]
         self.round_number = 0
 
     def round(self, clients: int | None = None, steps: int | None = None) -> None:
@@ -123,12 +124,9 @@ class Loop:
     def large_client(self, client: int, batches: Any) -> None:
         """Steps A and B on every batch, distilling after the warm-up."""
         proxy, large = self.model, self.large[client]
-        if client not in self.networks:
-            self.networks[client] = self.forward(large)
-        small_net = self.networks.setdefault(-1, self.forward(proxy))
-        large_net = self.networks[client]
+        small_net, large_net = self.small_net, self.large_nets[client]
         opt_proxy, opt_large = adam(proxy.parameters()), adam(large.parameters())
-        warm = float(self.round_number >= WARMUP_ROUNDS)
+        warm = self.round_number >= WARMUP_ROUNDS
         for x, y, *_ in batches:
             proxy.train()
             large.eval()
@@ -269,25 +267,24 @@ def tuned_loop(start: dict[str, Any]) -> tuple[Loop, str]:
         return Loop(start, channels_last=False, compiled=False), "float64"
     cores = len(os.sched_getaffinity(0))
     threads = (1, cores) if DEVICE.type == "cpu" else (1,)
-    found: list[tuple[float, Loop, str, int]] = []
-    for channels_last, compiled in itertools.product((False, True), OPTIONS["compile"]):
-        for count in dict.fromkeys(threads):
-            torch.set_num_threads(count)
-            loop = Loop(start, channels_last, compiled)
-            loop.round(1, 1)
-            times = []
-            for _ in range(3):
-                began = time.perf_counter()
-                loop.round(1, PROBE_STEPS)
-                times.append(time.perf_counter() - began)
-            name = f"{count} threads" + ", channels last" * channels_last + ", compiled" * compiled
-            print(f"loop, {name}: {1e3 * min(times):.0f} ms", file=sys.stderr)
-            found.append((min(times), loop, name, count))
-    _, loop, name, count = min(found, key=lambda one: one[0])
+    variants = itertools.product((False, True), OPTIONS["compile"], dict.fromkeys(threads))
+    milliseconds = {}
+    for channels_last, compiled, count in variants:
+        torch.set_num_threads(count)
+        loop = Loop(start, channels_last, compiled)
+        loop.round(1, 1)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            loop.round(1, PROBE_STEPS)
+            times.append(1e3 * (time.perf_counter() - began))
+        milliseconds[channels_last, compiled, count] = min(times)
+    print("loop, (channels last, compiled, threads): ms:", milliseconds, file=sys.stderr)
+    channels_last, compiled, count = min(milliseconds, key=lambda one: milliseconds[one])
     torch.set_num_threads(count)
+    name = f"{count} threads" + ", channels last" * channels_last + ", compiled" * compiled
     # The probes have trained heads and large models: begin with fresh ones.
-    fresh = Loop(start, "channels last" in name, "compiled" in name)
-    return fresh, name
+    return Loop(start, channels_last, compiled), name
 
 
 def main() -> None:
