@@ -71,6 +71,10 @@ settings, with their defaults:
 """
 
 
+# Compiled programs: JAX removes those unused for longest beyond it.
+_MAX_KEPT_BYTES = 2 * 1024**3
+
+
 def main_entry() -> None:
     """Runs the command line of this process and exits with its code."""
     sys.exit(main(sys.argv))
@@ -159,6 +163,7 @@ def _train(arguments: list[str]) -> int:
 
     files.prepare_folder(workdir)
     _use_cpu_devices(config)
+    _keep_programs()
     from fedhelp_jax import runner
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
@@ -183,6 +188,7 @@ def _evaluate(arguments: list[str]) -> int:
     from fedhelp_jax.report import console
 
     _use_cpu_devices(config_lib.load(workdir / "config.json"))
+    _keep_programs()
     from fedhelp_jax import runner
 
     console.print_summary(runner.evaluate(workdir))
@@ -236,7 +242,7 @@ def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> in
     from fedhelp_jax.study import first_config
 
     _use_cpu_devices(first_config(study))
-    _keep_programs(workdir / ".compiled")
+    _keep_programs()
     from fedhelp_jax import runner
     from fedhelp_jax.study import Failed
     from fedhelp_jax.teachers.resolve import AnswersMissing
@@ -394,15 +400,18 @@ def _use_cpu_devices(config: "RunConfig") -> None:
         pass  # a back end is in use: a library's caller, or an earlier call, has chosen
 
 
-def _keep_programs(folder: Path) -> None:
-    """Keeps what is compiled in a folder, unless the user keeps it in another (JAX's own setting).
+def _keep_programs() -> None:
+    """Keeps what is compiled in the user's cache folder, unless JAX was told to keep it elsewhere.
 
-    The seeds of a study run the same programs, and so does a study that goes on.
+    The next start of a run, and the other seeds of a study, then compile next to nothing.
     """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    from fedhelp_jax.data.cache import cache_folder
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder(None) / "compiled"))
+        jax.config.update("jax_compilation_cache_max_size", _MAX_KEPT_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -12,6 +12,12 @@ jax.config.update("jax_num_cpu_devices", 2)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_user(tmp_path_factory):
+    """Tests leave the user's cache folder alone."""
+    os.environ.setdefault("FEDHELP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def float64():
     """For comparisons over many steps: in float32 Adam amplifies rounding."""

@@ -26,7 +26,7 @@ def tiny_networks(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_cache_of_images(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FEDHELP_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def refused(tmp_path: Path, capsys, rest: str) -> str:

@@ -7,6 +7,7 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 import fedhelp_jax
@@ -118,6 +119,33 @@ def test_calls_share_no_state(tmp_path, runner):
     assert train(tmp_path, "--config.seed=3 --overwrite") == 0
     assert train(tmp_path) == 0
     assert (runner.calls[1][0].seed, runner.calls[1][2]) == (0, False)
+
+
+@pytest.fixture
+def programs_are_kept_nowhere():
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_max_size", -1)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("programs_are_kept_nowhere")
+@pytest.mark.parametrize("chosen", [None, "elsewhere"])
+def test_programs_are_kept_in_the_users_cache_folder(tmp_path, runner, monkeypatch, chosen):
+    """Unless the user chose another place, by JAX's own setting."""
+    monkeypatch.setenv("FEDHELP_CACHE_DIR", str(tmp_path / "cache"))
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    assert train(tmp_path) == 0
+    folder = chosen or str(tmp_path / "cache" / "compiled")
+    assert jax.config.jax_compilation_cache_dir == folder
+    assert (jax.config.jax_compilation_cache_max_size == 2 * 2**30) == (chosen is None)
 
 
 @pytest.mark.parametrize(
