@@ -21,6 +21,7 @@ from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
 from fedhelp_jax.federation import make_federation
 from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.models.resnet import resnet
+from fedhelp_jax.phases import Phases, num_clients
 from fedhelp_jax.random import Purpose, client_round_key, for_purpose
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.task import classification
@@ -86,13 +87,10 @@ def main() -> None:
     )
     roles = [role] * OPTIONS["clients"]
     mapping = make_mapping(OPTIONS.get("chunk_size"))
-    simulation = Simulation(
-        fedhelp(setup, FedHelpSettings()),
-        make_federation(dataset, roles, public, answers),
-        classification,
-        mapping,
-        seed=0,
-    )
+    federation = make_federation(dataset, roles, public, answers)
+    method = fedhelp(setup, FedHelpSettings())
+    phases = Phases(method, classification, num_clients(federation), mapping)
+    simulation = Simulation(phases, federation, seed=0)
     compiled = compile_totals().seconds
     state = simulation.init()
     start = {

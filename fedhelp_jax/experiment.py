@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,29 @@ from fedhelp_jax.config import RunConfig
 from fedhelp_jax.data.load import load_federated, load_public
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset
 from fedhelp_jax.errors import UserError
-from fedhelp_jax.federation import assign_roles, make_federation
-from fedhelp_jax.mapping import make_mapping
+from fedhelp_jax.federation import Federation, assign_roles, make_federation
+from fedhelp_jax.mapping import Mapping, make_mapping
 from fedhelp_jax.models.cnn import CNNS, cnn
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
+from fedhelp_jax.phases import Phases, num_clients
 from fedhelp_jax.schema import ModelConfig, ServerConfig
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.task import Task
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.resolve import resolve_answers
+
+
+class Loaded(NamedTuple):
+    """A run's data, and what follows from them."""
+
+    task: Task
+    dataset: FederatedDataset
+    roles: tuple[str, ...]
+    public: PublicDataset | None
+    answers: Answers | None
+    federation: Federation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +60,18 @@ def build_experiment(config: RunConfig) -> Experiment:
     Raises:
       UserError: If the data cannot be read or do not fit the settings.
     """
+    loaded = load(config)
+    phases = make_phases(config, loaded, make_mapping(config.mapping.chunk_size))
+    simulation = Simulation(phases, loaded.federation, seed=config.seed)
+    return Experiment(config, *loaded[:5], simulation)
+
+
+def load(config: RunConfig) -> Loaded:
+    """Loads what a run learns from.
+
+    Raises:
+      UserError: If it cannot be read or does not fit the settings.
+    """
     method = ALGORITHMS[config.algorithm.name]
     with_public = method.uses_public and config.public.name != "none"
     dataset, public = load_data(config, with_public=with_public)
@@ -66,9 +90,25 @@ def build_experiment(config: RunConfig) -> Experiment:
             )
         if method.uses_teacher and logits is None and public.labels is None:
             raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
+    federation = make_federation(dataset, roles, public, logits)
+    return Loaded(task, dataset, roles, public, answers, federation)
+
+
+def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> Phases:
+    """The method over the clients of the loaded data.
+
+    Args:
+      config: The settings; numbers that no shape depends on may be traced.
+      loaded: The data.
+      mapping: How clients run.
+
+    Returns:
+      The phases of a round.
+    """
+    method, dataset = ALGORITHMS[config.algorithm.name], loaded.dataset
     num_classes = len(dataset.label_names)
     setup = Setup(
-        task=task,
+        task=loaded.task,
         num_classes=num_classes,
         sample_shape=dataset.images.shape[1:],
         models={
@@ -84,7 +124,7 @@ def build_experiment(config: RunConfig) -> Experiment:
         public_batch_size=config.public_batch_size,
         local_epochs=config.local_epochs,
         rounds=config.rounds,
-        public=None if public is None else _public_spec(public, answers),
+        public=_public_spec(loaded.public, loaded.answers),
         server_tx=_server_optimizer(config.server),
     )
 
@@ -94,18 +134,16 @@ def build_experiment(config: RunConfig) -> Experiment:
         scheduled = setup._replace(**_client_optimizers(config, factor))
         return method.build(scheduled, config.algorithm.settings)
 
-    simulation = Simulation(
+    return Phases(
         method.build(setup, config.algorithm.settings),
-        make_federation(dataset, roles, public, logits),
-        task,
-        make_mapping(config.mapping.chunk_size),
-        seed=config.seed,
+        loaded.task,
+        num_clients(loaded.federation),
+        mapping,
         participation=config.participation,
         client_weights=config.client_weights,
         eval_batch_size=_eval_batch_size(dataset.images.shape[1:-1]),
         algorithm_at=algorithm_at if config.learning_rate_schedule == "cosine" else None,
     )
-    return Experiment(config, task, dataset, roles, public, answers, simulation)
 
 
 def load_data(
@@ -182,7 +220,9 @@ def _eval_batch_size(spatial: tuple[int, ...]) -> int:
     return max(1, min(64, 2**18 // math.prod(spatial)))
 
 
-def _public_spec(public: PublicDataset, answers: Answers | None) -> PublicSpec:
+def _public_spec(public: PublicDataset | None, answers: Answers | None) -> PublicSpec | None:
+    if public is None:
+        return None
     labels = None if public.label_names is None else len(public.label_names)
     return PublicSpec(
         num_images=len(public.images),

@@ -25,6 +25,7 @@ from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Experiment, build_experiment
+from fedhelp_jax.phases import RoundInfo, RunState
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import Progress
 from fedhelp_jax.report.masks import final_masks, merged
@@ -35,7 +36,6 @@ from fedhelp_jax.report.summary import (
     per_client,
     versions,
 )
-from fedhelp_jax.simulation import RoundInfo, RunState
 
 _log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from fedhelp_jax.federation import Federation, assign_roles, make_federation
 from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.phases import Phases, num_clients
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.task import classification
 from fedhelp_jax.teachers.foundation import PublicImages, clear_public
@@ -160,7 +161,8 @@ def simulate(
 ) -> Simulation:
     """A simulation on one device, clients one after the other, unless told otherwise."""
     mapping = make_mapping(chunk_size, num_devices)
-    return Simulation(algorithm, federation, classification, mapping, seed=seed, **options)
+    phases = Phases(algorithm, classification, num_clients(federation), mapping, **options)
+    return Simulation(phases, federation, seed=seed)
 
 
 def on_host(tree: Any) -> Any:

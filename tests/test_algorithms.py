@@ -165,8 +165,8 @@ def test_what_is_deployed_are_the_models_with_the_headline_first(name):
     state, headlines = run.states[-1], {}
     x = jnp.zeros((2, *tiny_setup().sample_shape))
     for group in simulation.groups:
-        client = simulation.algorithm.clients[group.role]
-        download = simulation.algorithm.download(state.server, group.role)
+        client = simulation.phases.algorithm.clients[group.role]
+        download = simulation.phases.algorithm.download(state.server, group.role)
         pool, public = simulation.federation.pool, simulation.federation.public
         data = ClientData(pool, public, *row(group.train, 0))
         deployed = client.deploy(download, row(state.clients[group.role], 0), data)
@@ -290,14 +290,14 @@ def serialised(tree):
 def test_bytes_are_those_of_the_serialised_payloads(name):
     run = run_of(name)
     for role, (up, down) in make(name).payload_bytes().items():
-        download = run.simulation.algorithm.download(run.states[-1].server, role)
+        download = run.simulation.phases.algorithm.download(run.states[-1].server, role)
         assert (serialised(row(run.uploads[role], 0)), serialised(download)) == (up, down)
 
 
 def test_local_can_train_the_small_model_everywhere():
     simulation = simulate(build("local", tiny_setup(), small_only=True), tiny_federation())
     states = simulation.state_shapes().clients
-    models = {role: list(c.models) for role, c in simulation.algorithm.clients.items()}
+    models = {role: list(c.models) for role, c in simulation.phases.algorithm.clients.items()}
     assert models == {"small": ["personal"], "large": ["personal"]}
     shapes = jax.tree.map(lambda leaf: leaf.shape[1:], states)
     assert shapes["large"] == shapes["small"]

@@ -25,6 +25,7 @@ LAYERS: tuple[str, ...] = (
     "mapping",
     "algorithms",
     "teachers",
+    "phases",
     "simulation",
     "compilation",
     "config",

@@ -198,7 +198,7 @@ def test_per_fedavg():
     federation = tiny_federation()
     for role, i, _, index in clients_of(federation):
         own = ClientData(data.pool, data.public, *row(data.groups[role]["train"], i))
-        deploy = jax.jit(simulation.algorithm.clients[role].deploy)
+        deploy = jax.jit(simulation.phases.algorithm.clients[role].deploy)
         deployed = deploy(w, row(state.clients[role], i), own)
         expected = step(w["params"], gradient(w["params"], *examples(federation, index)))
         assert_trees_close(deployed["personal"]["params"], expected)
@@ -272,8 +272,8 @@ def test_centralized():
             w = trained(w, server_batches(data, round, pooled))
             server = states[round + 1].server
             assert_trees_close(server[role]["params"], w)
-            download = simulation.algorithm.download(server, role)
-            deployed = simulation.algorithm.clients[role].deploy(download, None, None)
+            download = simulation.phases.algorithm.download(server, role)
+            deployed = simulation.phases.algorithm.clients[role].deploy(download, None, None)
             assert_trees_equal(deployed["global"], server[role])
 
 
@@ -341,7 +341,7 @@ def test_fedbn():
     models = dict.fromkeys(("small", "large"), normalised_layers())
     given = setup(models=models, server_tx=optax.sgd(0.7, momentum=0.9))
     simulation, state = compare("fedbn", update, given, momentum)
-    for role, client in simulation.algorithm.clients.items():
+    for role, client in simulation.phases.algorithm.clients.items():
         own, w = row(state.clients[role], 1), state.server.variables
         assert np.abs(own["params"]["features"]["norm1"]["bias"]).max() > 1e-3
         deployed = client.deploy(w, own, None)["personal"]["params"]

@@ -263,7 +263,11 @@ def test_the_draw_of_participants_is_by_client():
     simulation = simulate(algorithm("fedavg"), federation(), participation=0.3)
     for round in range(5):
         drawn = [
-            group.ids[simulation._participants(group, simulation.run_key, jnp.int32(round))[0]]
+            group.ids[
+                simulation.phases.participants(
+                    "small", group.ids, simulation.run_key, jnp.int32(round)
+                )[0]
+            ]
             for group in (small, turned)
         ]
         assert drawn[0] == drawn[1]
@@ -349,7 +353,7 @@ def test_only_those_chosen_change():
 )
 def test_the_number_that_takes_part_is_rounded_up(fraction, expected):
     simulation = simulate(algorithm("fedavg"), federation(), participation=fraction)
-    assert [simulation.num_participants(g) for g in simulation.groups] == expected
+    assert [simulation.phases.num_participants(g.role) for g in simulation.groups] == expected
 
 
 def test_the_server_can_weigh_clients_by_their_examples():

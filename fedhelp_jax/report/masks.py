@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from fedhelp_jax.data.types import FederatedDataset
+from fedhelp_jax.phases import RunState
 from fedhelp_jax.report.pictures import Row, segmentation_panel
-from fedhelp_jax.simulation import RunState, Simulation
+from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.surface import surface_metrics
 
 _SHOWN_CLIENTS = 3

@@ -1,0 +1,258 @@
+"""A round's phases as pure functions of state, key and data, for one run or many at once."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData
+from fedhelp_jax.client import predict
+from fedhelp_jax.federation import ClientData, Federation
+from fedhelp_jax.mapping import Mapping as ClientMapping
+from fedhelp_jax.mapping import over_clients
+from fedhelp_jax.models.model import Model
+from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
+from fedhelp_jax.task import Task
+
+Rows = dict[str, jax.Array]
+
+
+class RunState(NamedTuple):
+    """The whole state of a run between rounds; keys are folds of the seed, so no part of it.
+
+    Attributes:
+      server: The method's server state.
+      clients: Per role, the stacked states ``[K, ...]`` of its clients.
+    """
+
+    server: Any
+    clients: dict[str, Any]
+
+
+class Trained(NamedTuple):
+    """What a group's training phase returns; every leaf has a leading axis of the M slots.
+
+    Attributes:
+      state: The clients' new states.
+      upload: What they send.
+      weight: Their weight in the server's mean; 0 in an empty slot.
+      slot: Which client of the group trained there; K, past the end, for nobody.
+      info: Scalars to report.
+    """
+
+    state: Any
+    upload: Any
+    weight: jax.Array
+    slot: jax.Array
+    info: Rows
+
+
+class RoundInfo(NamedTuple):
+    """What a round reports, per role: ``[M]`` rows that took part (K for nobody), and scalars."""
+
+    participants: dict[str, jax.Array]
+    info: dict[str, Rows]
+
+
+class Arrays(NamedTuple):
+    """The arrays of a federation; by role ``ids`` and a `Table` a split; names stay on the host."""
+
+    pool: Any
+    public: Any
+    groups: Mapping[str, Mapping[str, Any]]
+    pooled: Any
+
+
+def federation_arrays(federation: Federation) -> Arrays:
+    """The traced part of a federation."""
+    tables = {
+        g.role: {"ids": g.ids, "train": g.train, "validation": g.validation, "test": g.test}
+        for g in federation.groups
+    }
+    return Arrays(federation.pool, federation.public, tables, federation.pooled)
+
+
+def num_clients(federation: Federation) -> dict[str, int]:
+    """How many clients there are of each role."""
+    return {group.role: len(group.names) for group in federation.groups}
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """A method over a federation's clients; everything here is fixed while it is traced.
+
+    Attributes:
+      algorithm: The method.
+      task: Gives the metrics.
+      num_clients: By role.
+      mapping: How clients run.
+      participation: Fraction of each group that takes part in a round, rounded up.
+      client_weights: "uniform" or "examples" (by number of training examples).
+      eval_batch_size: Examples at a time in evaluation.
+      algorithm_at: The method as clients follow it in a round, by the round's number, where a
+        learning rate changes; ``algorithm`` in every round if None.
+    """
+
+    algorithm: FederatedAlgorithm
+    task: Task
+    num_clients: Mapping[str, int]
+    mapping: ClientMapping
+    participation: float = 1.0
+    client_weights: str = "uniform"
+    eval_batch_size: int = 64
+    algorithm_at: Callable[[jax.Array], FederatedAlgorithm] | None = None
+
+    def init(self, run_key: jax.Array, data: Arrays) -> RunState:
+        """The state before the first round."""
+        clients = {}
+        for role in self.num_clients:
+            init = functools.partial(self.algorithm.clients[role].init, run_key)
+            # One after the other: under vmap the draws would be another program for every K.
+            clients[role] = lax.map(init, data.groups[role]["ids"])
+        return RunState(self.algorithm.init(run_key), clients)
+
+    def _algorithm(self, round: jax.Array) -> FederatedAlgorithm:
+        return self.algorithm if self.algorithm_at is None else self.algorithm_at(round)
+
+    def num_participants(self, role: str) -> int:
+        """How many clients of a role take part in a round."""
+        return max(1, math.ceil(self.participation * self.num_clients[role] - 1e-9))
+
+    def num_slots(self, role: str) -> int:
+        """Participants rounded up to whole devices."""
+        devices = self.mapping.num_devices
+        return -(-self.num_participants(role) // devices) * devices
+
+    def participants(
+        self, role: str, ids: jax.Array, run_key: jax.Array, round: jax.Array
+    ) -> jax.Array:
+        """``[M]`` rows of the group that take part, ascending; K fills up the last device."""
+        size, count = self.num_clients[role], self.num_participants(role)
+        # The smallest draws take part; drawn by client id, so no draw depends on the grouping.
+        keys = jax.vmap(functools.partial(client_round_key, run_key, round))(ids)
+        draws = jax.vmap(lambda key: jax.random.bits(for_purpose(key, Purpose.PARTICIPATION)))(keys)
+        chosen = jnp.sort(jnp.argsort(draws, stable=True)[:count])
+        return jnp.pad(chosen, (0, self.num_slots(role) - count), constant_values=size)
+
+    def train(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+    ) -> Trained:
+        """A role's clients train; ``states`` are theirs, ``server`` the server's."""
+        algorithm, size = self._algorithm(round), self.num_clients[role]
+        client = algorithm.clients[role]
+        tables = data.groups[role]
+        participants = self.participants(role, tables["ids"], run_key, round)
+        present = participants < size
+        rows = jnp.minimum(participants, size - 1)
+
+        def one(shared: Any, own: Any) -> Any:
+            download, pool, public = shared
+            key, state, index, size = own
+            return client.update(key, download, state, ClientData(pool, public, index, size))
+
+        sizes = tables["train"].size[rows]
+        own = (
+            jax.vmap(functools.partial(client_round_key, run_key, round))(tables["ids"][rows]),
+            jax.tree.map(lambda leaf: leaf[rows], states),
+            tables["train"].index[rows],
+            jnp.where(present, sizes, 0),
+        )
+        shared = (algorithm.download(server, role), data.pool, data.public)
+        updated, upload, info = over_clients(one, self.mapping)(shared, own)
+        weight = sizes if self.client_weights == "examples" else jnp.ones_like(sizes)
+        return Trained(updated, upload, jnp.where(present, weight, 0), participants, info)
+
+    def aggregate(
+        self,
+        state: RunState,
+        trained: dict[str, Any],
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+    ) -> RunState:
+        """The server's turn, on what :meth:`train` gave: by role state, upload, weight, slot."""
+        clients, uploads, weights = dict(state.clients), {}, {}
+        for role, (updated, uploads[role], weights[role], slot) in trained.items():
+            clients[role] = _scatter(clients[role], slot, updated)
+        server = ServerData(
+            key=server_round_key(run_key, round),
+            public=data.public,
+            pooled=ClientData(data.pool, data.public, *data.pooled),
+            num_clients=sum(self.num_clients.values()),
+        )
+        algorithm = self._algorithm(round)
+        return RunState(algorithm.aggregate(state.server, uploads, weights, server), clients)
+
+    def evaluate(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        data: Arrays,
+        table: Any,
+    ) -> dict[str, Rows]:
+        """Metrics of a role's deployed models, ``[K]`` rounded up to whole devices."""
+        client = self.algorithm.clients[role]
+        slots = -self.num_clients[role] % self.mapping.num_devices
+
+        def one(shared: Any, own: Any) -> dict[str, Rows]:
+            download, pool, public = shared
+            state, train, (index, size) = own
+            deployed = client.deploy(download, state, ClientData(pool, public, *train))
+            mask = jnp.arange(index.shape[0]) < size
+            results = {}
+            for model in dict.fromkeys(client.models.values()):
+                # Variables of one network go through one program, one after the other.
+                names = [name for name, m in client.models.items() if m is model]
+                stacked = jax.tree.map(lambda *x: jnp.stack(x), *(deployed[n] for n in names))
+
+                def measure(variables: Any, model: Model = model) -> Rows:
+                    logits = predict(model, variables, pool, index, size, self.eval_batch_size)
+                    return self.task.metrics(logits, pool.targets[index], mask)
+
+                rows = lax.map(measure, stacked)
+                for i, name in enumerate(names):
+                    results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], rows)
+            return results
+
+        own = jax.tree.map(
+            lambda leaf: jnp.pad(leaf, [(0, slots)] + [(0, 0)] * (leaf.ndim - 1)),
+            (states, data.groups[role]["train"], table),
+        )
+        shared = (self.algorithm.download(server, role), data.pool, data.public)
+        return over_clients(one, self.mapping)(shared, own)
+
+    def predict(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        data: Arrays,
+        row: jax.Array,
+        index: jax.Array,
+    ) -> jax.Array:
+        """What the headline model of one client says of the examples ``index``."""
+        client = self.algorithm.clients[role]
+        name, model = next(iter(client.models.items()))
+        own, train = jax.tree.map(lambda leaf: leaf[row], (states, data.groups[role]["train"]))
+        download = self.algorithm.download(server, role)
+        variables = client.deploy(download, own, ClientData(data.pool, data.public, *train))[name]
+        logits = predict(model, variables, data.pool, index, jnp.int32(len(index)), len(index))
+        assert self.task.predict is not None
+        return self.task.predict(logits, data.pool.targets[index])
+
+
+def _scatter(states: Any, slot: jax.Array, updated: Any) -> Any:
+    """Puts clients' new states in their place; rows past the end, the empty slots, are dropped."""
+    return jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), states, updated)
