@@ -62,7 +62,12 @@ def build_experiment(config: RunConfig) -> Experiment:
     """
     loaded = load(config)
     phases = make_phases(config, loaded, make_mapping(config.mapping.chunk_size))
-    simulation = Simulation(phases, loaded.federation, seed=config.seed)
+    simulation = Simulation(
+        phases,
+        loaded.federation,
+        seed=config.seed,
+        rounds_at_once=min(config.evaluate_every, config.checkpoint_every, config.rounds),
+    )
     return Experiment(config, *loaded[:5], simulation)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -27,6 +28,12 @@ class Mapping(NamedTuple):
     def num_devices(self) -> int:
         """Number of devices the clients are spread over."""
         return self.mesh.size
+
+    def slots(self, clients: int) -> int:
+        """The number of clients rounded up, so that every device has whole chunks."""
+        each = -(-clients // self.num_devices)
+        chunk = min(self.chunk_size or each, each)
+        return self.num_devices * chunk * -(-each // chunk)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -65,16 +72,83 @@ def over_clients(fn: Callable[[Any, Any], Any], mapping: Mapping) -> Callable[[A
       mapping: How to run it.
 
     Returns:
-      A function whose second argument has leaves ``[K, ...]``, ``K`` a multiple of the number of
-      devices.
+      A function whose second argument has leaves ``[K, ...]``, ``K`` one of ``mapping.slots``.
     """
 
+    def without_sum(shared: Any, one: Any) -> Any:
+        return fn(shared, one), ()
+
+    return lambda shared, stacked: _over_devices(without_sum, mapping)(shared, stacked)[0]
+
+
+def mean_over_clients(
+    fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping
+) -> Callable[[Any, Any, jax.Array], tuple[Any, Any, jax.Array]]:
+    """Like :func:`over_clients`, but of a part of the results only a weighted mean per device.
+
+    The mean is summed up while clients run, so that never more than a chunk of them is in memory.
+
+    Args:
+      fn: ``(shared, one) -> (result, averaged)``.
+      mapping: How to run it.
+
+    Returns:
+      A function ``(shared, stacked, weights [K]) -> (stacked results, means [D, ...], totals
+      [D])`` over D devices; clients of weight 0 count for nothing, whatever they give.
+    """
+
+    def weighted(shared: Any, one: tuple[Any, jax.Array]) -> Any:
+        own, weight = one
+        result, averaged = fn(shared, own)
+
+        def scaled(leaf: jax.Array) -> jax.Array:
+            return jnp.where(weight > 0, leaf * weight.astype(leaf.dtype), 0)
+
+        return result, (jax.tree.map(scaled, averaged), weight)
+
+    def run(shared: Any, stacked: Any, weights: jax.Array) -> Any:
+        results, (sums, totals) = _over_devices(weighted, mapping)(shared, (stacked, weights))
+
+        def mean(leaf: jax.Array) -> jax.Array:
+            total = jnp.where(totals > 0, totals, 1).astype(leaf.dtype)
+            return leaf / total.reshape(-1, *(1,) * (leaf.ndim - 1))
+
+        return results, jax.tree.map(mean, sums), totals
+
+    return run
+
+
+def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping) -> Any:
+    """``(shared, stacked) -> (stacked results, sums [D, ...])`` of ``fn``'s two results."""
+
     def on_one_device(shared: Any, stacked: Any) -> Any:
-        if mapping.chunk_size == 0:
-            return jax.vmap(lambda one: fn(shared, one))(stacked)
-        # batch_size=1 would still vmap over an axis of one, and with it change the convolutions.
-        batch_size = mapping.chunk_size if mapping.chunk_size > 1 else None
-        return lax.map(lambda one: fn(shared, one), stacked, batch_size=batch_size)
+        clients = jax.tree.leaves(stacked)[0].shape[0]
+        chunk = min(mapping.chunk_size or clients, clients)
+
+        def one_chunk(part: Any) -> Any:
+            # A chunk of one is no vmap over an axis of one, which would change the convolutions.
+            if chunk == 1:
+                return fn(shared, part)
+            results, summed = jax.vmap(lambda one: fn(shared, one))(part)
+            return results, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), summed)
+
+        def add(sums: Any, part: Any) -> Any:
+            results, summed = one_chunk(part)
+            return jax.tree.map(jnp.add, sums, summed), results
+
+        if chunk == clients > 1:
+            results, sums = one_chunk(stacked)
+        else:
+            shape = (-1,) if chunk == 1 else (-1, chunk)
+            parts = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), stacked)
+            first = jax.tree.map(lambda leaf: leaf[0], parts)
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one_chunk, first)[1]
+            )
+            sums, results = lax.scan(add, zeros, parts)
+            if chunk > 1:
+                results = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
+        return results, jax.tree.map(lambda leaf: leaf[None], sums)
 
     if mapping.num_devices == 1:
         return on_one_device

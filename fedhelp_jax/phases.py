@@ -14,7 +14,7 @@ from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData
 from fedhelp_jax.client import predict
 from fedhelp_jax.federation import ClientData, Federation
 from fedhelp_jax.mapping import Mapping as ClientMapping
-from fedhelp_jax.mapping import over_clients
+from fedhelp_jax.mapping import mean_over_clients, over_clients
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.task import Task
@@ -35,12 +35,13 @@ class RunState(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a group's training phase returns; every leaf has a leading axis of the M slots.
+    """What a group's training phase returns; leaves have a leading axis of the M slots.
 
     Attributes:
       state: The clients' new states.
-      upload: What they send.
-      weight: Their weight in the server's mean; 0 in an empty slot.
+      upload: What they send; of a method that needs only the mean, the means of each device's
+        clients, one a device.
+      weight: The weight of each upload in the server's mean; 0 in an empty slot.
       slot: Which client of the group trained there; K, past the end, for nobody.
       info: Scalars to report.
     """
@@ -124,9 +125,8 @@ class Phases:
         return max(1, math.ceil(self.participation * self.num_clients[role] - 1e-9))
 
     def num_slots(self, role: str) -> int:
-        """Participants rounded up to whole devices."""
-        devices = self.mapping.num_devices
-        return -(-self.num_participants(role) // devices) * devices
+        """Participants rounded up to whole devices and chunks."""
+        return self.mapping.slots(self.num_participants(role))
 
     def participants(
         self, role: str, ids: jax.Array, run_key: jax.Array, round: jax.Array
@@ -159,7 +159,9 @@ class Phases:
         def one(shared: Any, own: Any) -> Any:
             download, pool, public = shared
             key, state, index, size = own
-            return client.update(key, download, state, ClientData(pool, public, index, size))
+            data = ClientData(pool, public, index, size)
+            state, upload, info = client.update(key, download, state, data)
+            return (state, info), upload
 
         sizes = tables["train"].size[rows]
         own = (
@@ -169,9 +171,14 @@ class Phases:
             jnp.where(present, sizes, 0),
         )
         shared = (algorithm.download(server, role), data.pool, data.public)
-        updated, upload, info = over_clients(one, self.mapping)(shared, own)
         weight = sizes if self.client_weights == "examples" else jnp.ones_like(sizes)
-        return Trained(updated, upload, jnp.where(present, weight, 0), participants, info)
+        weight = jnp.where(present, weight, 0)
+        if algorithm.mean_only:
+            run = mean_over_clients(one, self.mapping)
+            (updated, info), upload, weight = run(shared, own, weight)
+        else:
+            (updated, info), upload = over_clients(one, self.mapping)(shared, own)
+        return Trained(updated, upload, weight, participants, info)
 
     def aggregate(
         self,
@@ -194,6 +201,43 @@ class Phases:
         algorithm = self._algorithm(round)
         return RunState(algorithm.aggregate(state.server, uploads, weights, server), clients)
 
+    def round(
+        self, state: RunState, run_key: jax.Array, round: jax.Array, data: Arrays
+    ) -> tuple[RunState, RoundInfo]:
+        """A whole round: every role trains, then the server has its turn."""
+        trained = {
+            role: self.train(role, state.clients[role], state.server, run_key, round, data)
+            for role in self.num_clients
+        }
+        state = self.aggregate(state, server_part(trained), run_key, round, data)
+        return state, round_info(trained)
+
+    def rounds(
+        self,
+        state: RunState,
+        run_key: jax.Array,
+        first: jax.Array,
+        last: jax.Array,
+        data: Arrays,
+        *,
+        most: int,
+    ) -> tuple[RunState, RoundInfo]:
+        """The rounds from ``first`` to before ``last``, at most ``most``, in one program.
+
+        Returns:
+          The state after them, and what each reported: leaves ``[most, ...]``, the first ``last -
+          first`` filled.
+        """
+        shapes = jax.eval_shape(self.round, state, run_key, first, data)[1]
+        infos = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
+
+        def one(round: jax.Array, carry: tuple[RunState, RoundInfo]) -> tuple[RunState, RoundInfo]:
+            state, infos = carry
+            state, info = self.round(state, run_key, round, data)
+            return state, jax.tree.map(lambda all, x: all.at[round - first].set(x), infos, info)
+
+        return lax.fori_loop(first, last, one, (state, infos))
+
     def evaluate(
         self,
         role: str,
@@ -202,9 +246,9 @@ class Phases:
         data: Arrays,
         table: Any,
     ) -> dict[str, Rows]:
-        """Metrics of a role's deployed models, ``[K]`` rounded up to whole devices."""
-        client = self.algorithm.clients[role]
-        slots = -self.num_clients[role] % self.mapping.num_devices
+        """Metrics of a role's deployed models, ``[K]`` rounded up to whole devices and chunks."""
+        client, size = self.algorithm.clients[role], self.num_clients[role]
+        empty = self.mapping.slots(size) - size
 
         def one(shared: Any, own: Any) -> dict[str, Rows]:
             download, pool, public = shared
@@ -227,7 +271,7 @@ class Phases:
             return results
 
         own = jax.tree.map(
-            lambda leaf: jnp.pad(leaf, [(0, slots)] + [(0, 0)] * (leaf.ndim - 1)),
+            lambda leaf: jnp.pad(leaf, [(0, empty)] + [(0, 0)] * (leaf.ndim - 1)),
             (states, data.groups[role]["train"], table),
         )
         shared = (self.algorithm.download(server, role), data.pool, data.public)
@@ -251,6 +295,18 @@ class Phases:
         logits = predict(model, variables, data.pool, index, jnp.int32(len(index)), len(index))
         assert self.task.predict is not None
         return self.task.predict(logits, data.pool.targets[index])
+
+
+def server_part(trained: Mapping[str, Trained]) -> dict[str, Any]:
+    """What the server's turn takes of the training phases: by role state, upload, weight, slot."""
+    return {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()}
+
+
+def round_info(trained: Mapping[str, Trained]) -> RoundInfo:
+    """What a round reports of its training phases."""
+    return RoundInfo(
+        {role: t.slot for role, t in trained.items()}, {role: t.info for role, t in trained.items()}
+    )
 
 
 def _scatter(states: Any, slot: jax.Array, updated: Any) -> Any:

@@ -133,30 +133,41 @@ def _run_rounds(
     config, simulation = experiment.config, experiment.simulation
     metric, payload = experiment.task.headline, None
     with Progress(config.rounds, first_round=done, metric=metric) as display:
-        for round in range(done, config.rounds):
+        while done < config.rounds:
             started, compiled = time.perf_counter(), compile_totals()
-            state, info = simulation.round(state, round)
+            first, done = done, _next_stop(config, done)
+            state, infos = simulation.rounds(state, first, done)
             payload = payload or simulation.payload_bytes()
-            row: dict[str, Any] = {"round": round + 1, **_round_losses(experiment, info)}
-            row |= _traffic(experiment, info, payload)
-            last = round + 1 == config.rounds
-            if last or (round + 1) % config.evaluate_every == 0:
+            rows: list[dict[str, Any]] = [
+                {"round": round, **_round_losses(experiment, i), **_traffic(experiment, i, payload)}
+                for round, i in enumerate(infos, start=first + 1)
+            ]
+            last = done == config.rounds
+            if last or done % config.evaluate_every == 0:
                 results = simulation.evaluate(state, "validation")
-                row |= {"split": "validation", "metric": metric}
-                row |= group_summary(headline(results, metric))
+                rows[-1] |= {"split": "validation", "metric": metric}
+                rows[-1] |= group_summary(headline(results, metric))
             jax.block_until_ready(state)
-            row["wall_s"] = time.perf_counter() - started
-            row["compile_s"] = compile_totals().seconds - compiled.seconds
-            files.append_metrics(workdir / _METRICS, row)
-            display.update(files.plain(row) | {"seconds": row["wall_s"] - row["compile_s"]})
-            if last or stop.requested or (round + 1) % config.checkpoint_every == 0:
-                checkpointer.save(round + 1, state, _program(experiment))
+            wall_s = (time.perf_counter() - started) / len(rows)
+            compile_s = (compile_totals().seconds - compiled.seconds) / len(rows)
+            for row in rows:
+                row |= {"wall_s": wall_s, "compile_s": compile_s}
+                files.append_metrics(workdir / _METRICS, row)
+                display.update(files.plain(row) | {"seconds": wall_s - compile_s})
+            if last or stop.requested or done % config.checkpoint_every == 0:
+                checkpointer.save(done, state, _program(experiment))
             if stop.requested and not last:
                 raise Interrupted(
-                    f"stopped after round {round + 1} of {config.rounds}, saved in {workdir}; "
+                    f"stopped after round {done} of {config.rounds}, saved in {workdir}; "
                     "the same command goes on from there"
                 )
     return state
+
+
+def _next_stop(config: RunConfig, done: int) -> int:
+    """The round after which something is to be evaluated or saved."""
+    every = (config.evaluate_every, config.checkpoint_every)
+    return min(config.rounds, *((done // n + 1) * n for n in every))
 
 
 def _finish(experiment: Experiment, workdir: Path, state: RunState, split: str) -> dict[str, Any]:

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedhelp_jax.federation import Federation, Group
-from fedhelp_jax.phases import Phases, RoundInfo, Rows, RunState, Trained, federation_arrays
+from fedhelp_jax.phases import (
+    Phases,
+    RoundInfo,
+    Rows,
+    RunState,
+    Trained,
+    federation_arrays,
+    round_info,
+    server_part,
+)
 from fedhelp_jax.tree import num_bytes
 
 # XLA's CPU back end drops the barriers between what is computed and what is computed again for the
@@ -22,13 +31,17 @@ KEEP_REMATERIALISATION = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 class Simulation:
     """The compiled phases of a run: ``init``, ``round``, ``evaluate``."""
 
-    def __init__(self, phases: Phases, federation: Federation, *, seed: int):
+    def __init__(
+        self, phases: Phases, federation: Federation, *, seed: int, rounds_at_once: int = 1
+    ):
         """Prepares the phases; nothing is compiled before its first call.
 
         Args:
           phases: The method, and how its clients run.
           federation: The data, of as many clients.
           seed: All randomness of the run.
+          rounds_at_once: The most rounds that :meth:`rounds` is asked for at a time. With more than
+            one it makes them in a single dispatch, but not on several CPU devices.
         """
         self.phases = phases
         self.mapping = mapping = phases.mapping
@@ -50,6 +63,13 @@ class Simulation:
             phases.aggregate,
             donate_argnums=0,
             compiler_options=None if phases.algorithm.server_trains else unoptimised,
+        )
+        # Over CPU devices a round waits for the clients before the mean, see there.
+        self.rounds_at_once = 1 if on_cpu and mapping.num_devices > 1 else rounds_at_once
+        self._rounds = whole(
+            functools.partial(phases.rounds, most=rounds_at_once),
+            donate_argnums=0,
+            compiler_options=KEEP_REMATERIALISATION if on_cpu else None,
         )
         roles = [group.role for group in self.groups]
         self._train = {r: by_client(functools.partial(phases.train, r)) for r in roles}
@@ -87,15 +107,29 @@ class Simulation:
             jax.block_until_ready(trained)
         state = self._aggregate(
             state,
-            {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()},
+            server_part(trained),
             self.run_key,
             np.int32(round),
             self.federation,
         )
-        return state, RoundInfo(
-            {role: t.slot for role, t in trained.items()},
-            {role: t.info for role, t in trained.items()},
-        )
+        return state, round_info(trained)
+
+    def rounds(self, state: RunState, first: int, last: int) -> tuple[RunState, list[RoundInfo]]:
+        """The rounds from ``first`` to before ``last``. ``state`` is consumed.
+
+        Returns:
+          The state after them, and what each of them reported.
+        """
+        if self.rounds_at_once == 1:
+            infos = []
+            for round in range(first, last):
+                state, info = self.round(state, round)
+                infos.append(info)
+            return state, infos
+        numbers = np.int32(first), np.int32(last)
+        state, rows = self._rounds(state, self.run_key, *numbers, self.federation)
+        rows = jax.device_get(rows)
+        return state, [jax.tree.map(lambda x, i=i: x[i], rows) for i in range(last - first)]
 
     def evaluate(self, state: RunState, split: str) -> dict[str, dict[str, Rows]]:
         """Metrics of every client's deployed models on a split.
@@ -150,13 +184,13 @@ class Simulation:
         state = self.state_shapes()
         payload = {}
         for group in self.groups:
-            upload = self.train_shapes(group, state).upload
+            trained = self.train_shapes(group, state)
             down = jax.eval_shape(
                 lambda server, role=group.role: self.phases.algorithm.download(server, role),
                 state.server,
             )
             payload[group.role] = (
-                num_bytes(upload) // self.phases.num_slots(group.role),
+                num_bytes(trained.upload) // trained.weight.shape[0],
                 num_bytes(down),
             )
         return payload

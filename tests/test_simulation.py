@@ -223,6 +223,49 @@ def widened(data, columns):
     return data._replace(groups=tuple(groups))
 
 
+def test_rounds_in_one_dispatch_change_nothing():
+    """The state and every report; the second call, of fewer rounds, is the same program."""
+    start, (expected, reports), _ = reference()
+    simulation = simulate(algorithm("fedhelp"), federation(), rounds_at_once=3)
+    state, infos = simulation.rounds(
+        jax.device_put(start, simulation.mapping.replicated), 0, ROUNDS
+    )
+    assert_trees_close(on_host(state), expected)
+    for info, report in zip(infos, reports, strict=True):
+        assert_trees_close(by_client(simulation, info), report)
+    compiled = compile_totals().programs
+    _, infos = simulation.rounds(state, ROUNDS, ROUNDS + 1)
+    assert len(infos) == 1
+    assert compile_totals().programs == compiled
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "num_devices"), [(1, 1), (2, 1), (0, 1), pytest.param(2, 2, marks=two_devices)]
+)
+def test_a_mean_is_taken_while_clients_run(chunk_size, num_devices):
+    """Uploads of all clients never lie beside each other; weights are by examples here."""
+    options = {"client_weights": "examples", "participation": 0.5}
+    expected = run(simulate(algorithm("fedavg"), federation(0), **options), ROUNDS)
+    mapping = {"chunk_size": chunk_size, "num_devices": num_devices}
+    simulation = simulate(algorithm("fedavg"), federation(0), **mapping, **options)
+    (group,) = simulation.groups
+    trained = simulation.train_shapes(group, simulation.state_shapes())
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(trained.upload)} == {num_devices}
+    assert trained.weight.shape == (num_devices,)
+    assert_trees_close(run(simulation, ROUNDS), expected)
+
+
+def test_a_client_need_not_keep_its_copy():
+    with_copies = simulate(algorithm("fedavg"), federation())
+    without = simulate(build("fedavg", tiny_setup(public=PUBLIC), personal=False), federation())
+    expected, state = run(with_copies, ROUNDS), run(without, ROUNDS)
+    assert_trees_equal(state.server, expected.server)
+    assert not jax.tree.leaves(state.clients)
+    metrics = without.evaluate(state, "test")["small"]
+    assert list(metrics) == ["global"]
+    assert_trees_close(metrics["global"], with_copies.evaluate(expected, "test")["small"]["global"])
+
+
 def test_padding_changes_nothing():
     start, expected, metrics = reference()
     simulation = simulate(algorithm("fedhelp"), widened(federation(), 7))

@@ -124,6 +124,8 @@ class FederatedAlgorithm(NamedTuple):
       aggregate: ``(server_state, uploads, weights, data) -> server_state``: by role stacked uploads
         ``[K, ...]`` and weights ``[K]``, 0 for whoever took no part; ``data`` a
         :class:`ServerData`. Roles that nobody has are missing.
+      mean_only: Whether ``aggregate`` uses no more of the uploads than their weighted mean over all
+        clients. Then it is given means of some clients each, and the sums of their weights.
       server_trains: Whether ``aggregate`` takes gradient steps, so is worth compiling in full.
     """
 
@@ -131,6 +133,7 @@ class FederatedAlgorithm(NamedTuple):
     download: Callable[[Any, str], Any]
     clients: Mapping[str, ClientAlgorithm]
     aggregate: Callable[[Any, Mapping[str, Any], Mapping[str, jax.Array], ServerData], Any]
+    mean_only: bool = False
     server_trains: bool = False
 
 
@@ -330,6 +333,7 @@ def averaging(setup: Setup, clients: Mapping[str, ClientAlgorithm]) -> Federated
         download=lambda server_state, role: server_state.variables,
         clients=clients,
         aggregate=lambda state, uploads, weights, data: average(setup, state, uploads, weights),
+        mean_only=True,
     )
 
 
@@ -337,16 +341,19 @@ def training_client(
     setup: Setup,
     train: Callable[[jax.Array, Variables, ClientData], tuple[Variables, Info]],
     role: str = "small",
+    *,
+    personal: bool = True,
 ) -> ClientAlgorithm:
     """A client that trains the broadcast model and sends the outcome back.
 
     The broadcast model is what it deploys (``global``); its own copy after the training is reported
-    beside it (``personal``).
+    beside it (``personal``), for which it is kept.
 
     Args:
       setup: What the method is given.
       train: ``(key, w, data) -> (variables, info)``.
       role: Whose architecture it is.
+      personal: Whether its own copy is kept; without it the client has no state.
 
     Returns:
       The client.
@@ -356,8 +363,15 @@ def training_client(
     def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
         del state
         variables, info = train(key, download, data)
-        return variables, variables, info
+        return variables if personal else (), variables, info
 
+    if not personal:
+        return ClientAlgorithm(
+            models={"global": model},
+            init=lambda run_key, client_id: (),
+            update=update,
+            deploy=lambda download, state, data: {"global": download},
+        )
     return ClientAlgorithm(
         models={"global": model, "personal": model},
         init=lambda run_key, client_id: init_shared(setup, run_key, role),

@@ -27,11 +27,17 @@ from fedhelp_jax.federation import ROLES
 
 
 class FedAvgSettings(NamedTuple):
-    """FedAvg has no settings of its own."""
+    """Settings of FedAvg.
+
+    Attributes:
+      personal: Whether a client's copy is kept, to be measured; off for thousands of clients.
+    """
+
+    personal: bool = True
 
 
 def fedavg(setup: Setup, settings: FedAvgSettings) -> FederatedAlgorithm:
     """FedAvg on the small architecture."""
-    del settings
     train = functools.partial(train_locally, setup, setup.models["small"])
-    return averaging(setup, dict.fromkeys(ROLES, training_client(setup, train)))
+    client = training_client(setup, train, personal=settings.personal)
+    return averaging(setup, dict.fromkeys(ROLES, client))

@@ -147,6 +147,7 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
         download=lambda state, role: Broadcast(state.averaged.variables, state.round),
         clients={"small": small_client(setup, settings), "large": large_client(setup, settings)},
         aggregate=aggregate,
+        mean_only=True,
     )
 
 

@@ -155,6 +155,7 @@ def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
         ),
         clients={role: client(role) for role in ROLES},
         aggregate=aggregate,
+        mean_only=True,
     )
 
 

@@ -34,9 +34,11 @@ class FedProxSettings(NamedTuple):
 
     Attributes:
       mu: Weight of the proximal term; 0 is FedAvg.
+      personal: As in FedAvg.
     """
 
     mu: float = 0.1
+    personal: bool = True
 
 
 def fedprox(setup: Setup, settings: FedProxSettings) -> FederatedAlgorithm:
@@ -46,4 +48,5 @@ def fedprox(setup: Setup, settings: FedProxSettings) -> FederatedAlgorithm:
         tx = optax.chain(proximal(settings.mu, w["params"]), setup.tx)
         return train_locally(setup, setup.models["small"], key, w, data, tx=tx)
 
-    return averaging(setup, dict.fromkeys(ROLES, training_client(setup, train)))
+    client = training_client(setup, train, personal=settings.personal)
+    return averaging(setup, dict.fromkeys(ROLES, client))
