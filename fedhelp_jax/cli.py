@@ -7,6 +7,8 @@ Nothing heavy is imported before it is needed, so that ``fedhelp --help`` answer
 that the number of CPU devices can be set before JAX starts.
 """
 
+import ast
+import itertools
 import os
 import shlex
 import sys
@@ -41,6 +43,9 @@ commands:
             fedhelp show runs/demo/fedhelp runs/demo/local
   compare   make the runs of a study that are missing, and one table of all: methods, data, seeds
             fedhelp compare --study=configs/studies/miniature.py --workdir=runs/miniature
+  sweep     many runs that differ in a few settings and seeds, as one compiled program
+            fedhelp sweep --config=configs/quickstart.py --workdir=runs/sweep \\
+                --sweep=learning_rate=1e-4,1e-3 --sweep=algorithm.lambda_b=0,0.2 --seeds=0:4
   tune      only the study's trials, on validation images; compare makes them too
             fedhelp tune --study=configs/studies/baselines.py --workdir=runs/baselines
 
@@ -66,6 +71,22 @@ usage: fedhelp teach --config=FILE.py[:ARGUMENT] [--dry-run] [--config.KEY=VALUE
   --config   a Python file with get_config(), which returns the settings
   --study    a study file: all that its runs learn from, for all seeds
   --dry-run  only print what would be asked: images, requests, bytes, cost
+
+settings, with their defaults:
+"""
+
+
+SWEEP_USAGE = """\
+usage: fedhelp sweep --config=FILE.py[:ARGUMENT] --workdir=FOLDER --sweep=KEY=VALUE,VALUE...
+                     [--sweep=...] [--seeds=FIRST:END | --seeds=N,N...] [--split=test]
+                     [--runs_at_once=N] [--config.KEY=VALUE ...]
+
+  --config        a Python file with get_config(), which returns the settings
+  --workdir       the folder of the sweep; what is finished there is not run again
+  --sweep         a setting and its values; given more than once, every combination is run
+  --seeds         0:4 is 0, 1, 2, 3; the config's own seed if left out
+  --split         what is measured: validation, to choose by, or test
+  --runs_at_once  runs that a device vectorises; the back end's best if left out
 
 settings, with their defaults:
 """
@@ -113,6 +134,7 @@ def _command(argv: list[str]) -> int:
         "show": _show,
         "compare": _compare,
         "tune": _tune,
+        "sweep": _sweep,
     }
     name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if name in ("--help", "-h", "-help", "help"):
@@ -122,7 +144,7 @@ def _command(argv: list[str]) -> int:
         said = f"{name!r} is not a command" if name else "no command is given"
         raise UserError(f"{said}; it is one of {', '.join(commands)} (see fedhelp --help)")
     if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        usages = {"train": TRAIN_USAGE, "teach": TEACH_USAGE}
+        usages = {"train": TRAIN_USAGE, "teach": TEACH_USAGE, "sweep": SWEEP_USAGE}
         print(usages[name] + _settings_help() if name in usages else USAGE, end="")
         return 0
     return commands[name](arguments)
@@ -228,6 +250,84 @@ def _tune(arguments: list[str]) -> int:
         print(f"written: {workdir / 'tuning.csv'}")
 
     return _with_study(arguments, tune)
+
+
+def _sweep(arguments: list[str]) -> int:
+    own = _flags("workdir", "config", "seeds")
+    flags.DEFINE_multi_string("sweep", [], "a setting and its values", flag_values=own)
+    flags.DEFINE_enum("split", "validation", ["validation", "test"], "split", flag_values=own)
+    flags.DEFINE_integer("runs_at_once", None, "a device", lower_bound=1, flag_values=own)
+    overrides = own(["fedhelp", *arguments], known_only=True)[1:]
+    source = _required(own, "config", "configs/quickstart.py")
+    workdir = Path(_required(own, "workdir", "runs/sweep"))
+    axes = dict(_axis(text) for text in own["sweep"].value or [])
+    base = _load_config(source, overrides)
+    seeds = _seeds(own["seeds"].value) if own["seeds"].value else [base.seed]
+    if not axes and len(seeds) == 1:
+        raise UserError("--sweep is missing; e.g. --sweep=learning_rate=1e-4,1e-3")
+    points = [
+        (dict(zip(axes, values, strict=True)), seed)
+        for values in itertools.product(*axes.values())
+        for seed in seeds
+    ]
+    found = []
+    for point, seed in points:
+        own_flags = [f"--config.{key}={value}" for key, value in point.items()]
+        config = _load_config(source, [*overrides, *own_flags, f"--config.seed={seed}"])
+        found.append(({**{key: _literal(v) for key, v in point.items()}, "seed": seed}, config))
+
+    from fedhelp_jax.report import files
+
+    files.prepare_folder(workdir)
+    _use_cpu_devices(base)
+    _keep_programs()
+    from fedhelp_jax.sweep import Run, sweep
+    from fedhelp_jax.teachers.resolve import AnswersMissing
+
+    try:
+        sweep(
+            [Run(swept, config) for swept, config in found],
+            workdir,
+            split=str(own["split"].value),
+            runs_at_once=own["runs_at_once"].value,
+        )
+    except AnswersMissing as error:
+        command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
+        raise UserError(f"{error}: {command}") from None
+    print(f"written: {workdir / 'runs.csv'}")
+    return 0
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    key, _, values = text.partition("=")
+    found = [value.strip() for value in values.split(",") if value.strip()]
+    if not found:
+        raise UserError(f"--sweep={text}: must be KEY=VALUE,VALUE; e.g. learning_rate=1e-4,1e-3")
+    if key == "seed":
+        raise UserError(f"--sweep={text}: seeds have a flag of their own; e.g. --seeds=0:4")
+    return key, found
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        if ":" in text:
+            first, end = map(int, text.split(":"))
+            seeds = list(range(first, end))
+        else:
+            seeds = list(map(int, text.split(",")))
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds={text}: must be FIRST:END or N,N,...; e.g. 0:4 or 1,5,7")
+    return seeds
+
+
+def _literal(text: str) -> Any:
+    """Returns a number as such, for the table; anything else as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> int:
@@ -409,7 +509,7 @@ def _keep_programs() -> None:
 
     from fedhelp_jax.data.cache import cache_folder
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(None) / "compiled"))
         jax.config.update("jax_compilation_cache_max_size", _MAX_KEPT_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -35,6 +35,7 @@ LAYERS: tuple[str, ...] = (
     "teach",
     "runner",
     "study",
+    "sweep",
     "cli",
 )
 PACKAGE = Path(fedhelp_jax.__file__).parent

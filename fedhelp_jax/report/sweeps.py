@@ -1,0 +1,76 @@
+"""The table and the pictures of a sweep."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedhelp_jax.report import files
+
+_MEASURES = ("small_mean", "large_mean", "worst_small", "gap")
+_COLOURS = ("#0072b2", "#d55e00", "#56b4e9", "#777777")
+
+
+def write_sweep(
+    folder: Path, swept: Sequence[str], table: Sequence[Mapping[str, Any]], split: str
+) -> None:
+    """Writes ``runs.csv``, ``runs.parquet`` where pyarrow is there, and a picture per swept name.
+
+    Args:
+      folder: Where to.
+      swept: Names of what is swept, columns of the table.
+      table: One row per run.
+      split: What was measured on, for the pictures.
+    """
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    files.write_csv(folder / "runs.csv", columns, table)
+    if find_spec("pyarrow") is not None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [files.plain(row) for row in table]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "runs.parquet")
+    for name in swept:
+        if len({row[name] for row in table}) > 1:
+            draw(folder / f"{name}.png", name, table, split)
+
+
+def draw(path: Path, name: str, table: Sequence[Mapping[str, Any]], split: str) -> None:
+    """Draws each metric against one swept name: a dot a run, a line through the means.
+
+    Args:
+      path: The picture.
+      name: What is swept.
+      table: One row per run.
+      split: What was measured on.
+    """
+    # Here, because it takes a second.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = sorted({row[name] for row in table}, key=lambda v: (isinstance(v, str), v))
+    numeric = all(isinstance(value, int | float) for value in values)
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(_MEASURES))
+    for axis, measure, colour in zip(axes, _MEASURES, _COLOURS, strict=True):
+        places = values if numeric else range(len(values))
+        means = []
+        for place, value in zip(places, values, strict=True):
+            found = [row[measure] for row in table if row[name] == value]
+            known = [float(v) for v in found if v is not None and np.isfinite(v)]
+            axis.plot([place] * len(known), known, ".", color=colour, alpha=0.35)
+            means.append(np.mean(known) if known else np.nan)
+        axis.plot(places, means, "-o", color=colour, markersize=4)
+        axis.set_title(measure.replace("_", " "), fontsize=9)
+        axis.tick_params(labelsize=8)
+        if numeric and min(values) > 0 and max(values) / min(values) >= 20:
+            axis.set_xscale("log")
+        if not numeric:
+            axis.set_xticks(list(places), [str(value) for value in values])
+    metric = str(table[0]["metric"]).replace("_", " ")
+    figure.supxlabel(name, fontsize=9)
+    figure.supylabel(f"{split} {metric}", fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,436 @@
+"""Sweeps: many runs that differ in numbers or seeds, as one compiled program over an axis of runs.
+
+What is a number in the traced program (a rate, a weight of a loss, the seed) goes along that axis;
+what decides shapes (batch size, architecture) makes a program of its own. A run inside a sweep
+computes what it computes alone: its clients run one after the other or vectorised, as
+``mapping.chunk_size`` says, and the devices share out runs instead of clients.
+
+``WORKDIR/runs.jsonl`` gets a line per finished run, known by its settings: the same command goes on
+where it stopped, and one with more values or seeds runs only what is missing.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedhelp_jax import config as configs
+from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.config import RunConfig
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.experiment import Loaded, load, make_phases
+from fedhelp_jax.mapping import Mapping as ClientMapping
+from fedhelp_jax.mapping import make_mapping, over_clients
+from fedhelp_jax.phases import Arrays, Phases, RunState, federation_arrays, num_clients
+from fedhelp_jax.report import files
+from fedhelp_jax.report.console import duration
+from fedhelp_jax.report.summary import group_summary, headline
+from fedhelp_jax.report.sweeps import write_sweep
+from fedhelp_jax.simulation import KEEP_REMATERIALISATION
+
+_RUNS = "runs.jsonl"
+_TOP_LEVEL = ("learning_rate", "sgd_learning_rate", "weight_decay")
+_SERVER = ("learning_rate", "momentum", "beta2", "adaptivity")
+
+
+class Run(NamedTuple):
+    """One run of a sweep: what it is called in the table, and all its settings."""
+
+    swept: Mapping[str, Any]
+    config: RunConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its settings, but for how clients are spread over devices."""
+        values = configs.to_dict(self.config)
+        del values["mapping"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def sweep(
+    runs: Sequence[Run],
+    workdir: Path,
+    *,
+    split: str = "validation",
+    runs_at_once: int | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Makes the runs that are missing in a folder, and writes the table and the pictures of all.
+
+    Args:
+      runs: What to run.
+      workdir: The folder of the sweep.
+      split: What the last models are measured on. Settings are chosen on "validation"; "test" is
+        for runs that differ in nothing that is chosen, such as seeds.
+      runs_at_once: How many runs a device vectorises; None takes 1 on CPU, and on accelerators as
+        many as fit the memory by the measure of one.
+      say: Where progress goes.
+
+    Returns:
+      One row per run: what is swept, ``small_mean``, ``large_mean``, ``worst_small``, ``gap``.
+
+    Raises:
+      UserError: If the data do not fit the settings, or the runs do not fit the memory.
+    """
+    finished = _finished(workdir / _RUNS, split)
+    missing = [run for run in runs if run.fingerprint not in finished]
+    if len(missing) < len(runs):
+        say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished")
+    started, before, done = time.monotonic(), compile_totals(), 0
+    blocks = list(_blocks(missing))
+    for number, block in enumerate(blocks):
+        program = Program(block, split, runs_at_once)
+        say(f"program {number + 1} of {len(blocks)}: {program.plan()}")
+        for part, rows in program.results():
+            for run, row in zip(part, rows, strict=True):
+                line = {"fingerprint": run.fingerprint, "split": split, **run.swept, **row}
+                finished[run.fingerprint] = files.plain(line)
+                with (workdir / _RUNS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(files.plain(line), allow_nan=False) + "\n")
+            done += len(part)
+            left = (time.monotonic() - started) / done * (len(missing) - done)
+            say(f"{done} of {len(missing)} runs" + (f"  left {duration(left)}" if left else ""))
+    if missing:
+        compiled = compile_totals()
+        say(
+            f"{len(missing)} runs in {duration(time.monotonic() - started)}; compiled "
+            f"{compiled.programs - before.programs} programs in "
+            f"{compiled.seconds - before.seconds:.1f} s"
+        )
+    names = list(dict.fromkeys(name for run in runs for name in run.swept))
+    table = [{**run.swept, **_measures(finished[run.fingerprint])} for run in runs]
+    write_sweep(workdir, names, table, split)
+    return table
+
+
+def _measures(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in ("split", "metric", *group_summary({}))}
+
+
+def _finished(path: Path, split: str) -> dict[str, dict[str, Any]]:
+    """The finished runs measured on that split, by fingerprint; a last line may be cut off."""
+    found: dict[str, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            if line["split"] == split:
+                found[line["fingerprint"]] = line
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not a line of a sweep") from None
+    if lines and not path.read_text(encoding="utf-8").endswith("\n"):
+        files.write_text(path, "".join(f"{text}\n" for text in lines[:-1]))
+    return found
+
+
+# --- numbers that may be traced -----------------------------------------------------------------
+
+
+def numbers(config: RunConfig) -> dict[str, float]:
+    """The settings that no shape depends on, by dotted key."""
+    found = {name: vars(config)[name] for name in _TOP_LEVEL}
+    found |= {f"server.{name}": vars(config.server)[name] for name in _SERVER}
+    settings = config.algorithm.settings._asdict()
+    found |= {f"algorithm.{name}": value for name, value in settings.items()}
+    return {name: value for name, value in found.items() if isinstance(value, float)}
+
+
+def with_numbers(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The settings with other numbers, traced ones too."""
+    top, server, settings = {}, {}, {}
+    for name, value in values.items():
+        part, _, own = name.rpartition(".")
+        {"": top, "server": server, "algorithm": settings}[part][own] = value
+    algorithm = dataclasses.replace(
+        config.algorithm, settings=config.algorithm.settings._replace(**settings)
+    )
+    return dataclasses.replace(
+        config, **top, server=dataclasses.replace(config.server, **server), algorithm=algorithm
+    )
+
+
+# --- which runs share a program -----------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Runs that one program makes.
+
+    Attributes:
+      runs: They.
+      traced: Which numbers go along the axis of runs.
+      loaded: The data of one of them, for shapes and names.
+      arrays: Leaves of the federation's arrays; with a leading axis of the seeds where they differ.
+      by_seed: Which leaves have it.
+      structure: Of the leaves.
+      seeds: The seeds along that axis.
+    """
+
+    runs: list[Run]
+    traced: tuple[str, ...]
+    loaded: Loaded
+    arrays: list[np.ndarray]
+    by_seed: list[bool]
+    structure: Any
+    seeds: list[int]
+
+
+def _blocks(runs: Sequence[Run]) -> list[Block]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        values = configs.to_dict(with_numbers(run.config, dict.fromkeys(numbers(run.config))))
+        values["seed"] = None
+        groups.setdefault(json.dumps(values, sort_keys=True), []).append(run)
+    return [block for group in groups.values() for block in _by_shape(group)]
+
+
+def _by_shape(runs: list[Run]) -> list[Block]:
+    """Runs that differ in numbers and seeds only, apart where the seed changes shapes."""
+    by_seed = {run.config.seed: run.config for run in runs}
+    first: Arrays | None = None
+    shapes: dict[Any, dict[int, Any]] = {}
+    loaded: dict[int, Loaded] = {}
+    widths = []
+    for seed, config in by_seed.items():
+        loaded[seed] = load(config)
+        widths.append(_widths(federation_arrays(loaded[seed].federation)))
+    width = jax.tree.map(lambda *sizes: max(sizes), *widths)
+    for seed, found in loaded.items():
+        arrays = jax.tree.map(np.asarray, _padded(federation_arrays(found.federation), width))
+        # Of equal arrays one is kept: real images are the same for every seed.
+        first = arrays if first is None else first
+        arrays = _shared_with(first, arrays)
+        key = json.dumps(
+            [
+                [(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(arrays)],
+                num_clients(found.federation),
+                found.dataset.label_names,
+            ]
+        )
+        shapes.setdefault(key, {})[seed] = arrays
+    traced = tuple(
+        name
+        for name in numbers(runs[0].config)
+        if len({numbers(run.config)[name] for run in runs}) > 1
+    )
+    blocks = []
+    for found in shapes.values():
+        seeds = list(found)
+        leaves = zip(*(jax.tree.leaves(arrays) for arrays in found.values()), strict=True)
+        columns = list(leaves)
+        apart = [any(leaf is not column[0] for leaf in column) for column in columns]
+        stacked = [
+            np.stack(c) if differ else c[0] for c, differ in zip(columns, apart, strict=True)
+        ]
+        own = [run for run in runs if run.config.seed in found]
+        structure = jax.tree.structure(found[seeds[0]])
+        blocks.append(Block(own, traced, loaded[seeds[0]], stacked, apart, structure, seeds))
+    return blocks
+
+
+def _shared_with(first: Any, arrays: Any) -> Any:
+    if jax.tree.structure(first) != jax.tree.structure(arrays):
+        return arrays
+    return jax.tree.map(lambda a, b: a if np.array_equal(a, b) else b, first, arrays)
+
+
+def _widths(arrays: Arrays) -> dict[str, int]:
+    """How wide the tables are; of all roles, as only the widest decides."""
+    tables = [group["train"] for group in arrays.groups.values()]
+    return {
+        "clients": max(table.index.shape[1] for table in tables),
+        "pooled": len(arrays.pooled.index),
+    }
+
+
+def _padded(arrays: Arrays, width: Mapping[str, int]) -> Arrays:
+    """Tables as wide as those of the other seeds, so that one program takes all."""
+
+    def pad(table: Any, to: int) -> Any:
+        missing = to - table.index.shape[-1]
+        padding = [(0, 0)] * (table.index.ndim - 1) + [(0, missing)]
+        return table._replace(index=jnp.pad(table.index, padding))
+
+    groups = {
+        role: {
+            name: value if name == "ids" else pad(value, width["clients"])
+            for name, value in group.items()
+        }
+        for role, group in arrays.groups.items()
+    }
+    return arrays._replace(groups=groups, pooled=pad(arrays.pooled, width["pooled"]))
+
+
+# --- the program --------------------------------------------------------------------------------
+
+
+class Program:
+    """The compiled functions of a block, and how many runs they take at once."""
+
+    def __init__(self, block: Block, split: str, runs_at_once: int | None = None):
+        """Compiles; on an accelerator first for one run, whose memory tells how many fit."""
+        self.block, self.split = block, split
+        self.config = block.runs[0].config
+        self.shared = [jnp.asarray(leaf) for leaf in block.arrays]
+        self.device = jax.devices()[0]
+        on_cpu = self.device.platform == "cpu"
+        self._compile(min(runs_at_once or 1, self._most()))
+        limit = _memory_limit(self.device)
+        if runs_at_once is None and not on_cpu and limit is not None:
+            fitting = int(0.8 * limit / self.bytes_at_once)
+            if fitting > 1 and self._most() > 1:
+                self._compile(min(fitting, self._most()))
+        if limit is not None and self.bytes_at_once * (len(jax.devices()) if on_cpu else 1) > limit:
+            raise UserError(
+                f"{self.plan()}, but {_gib(limit)} are free: lower --runs_at_once, "
+                "config.batch_size or config.mapping.cpu_devices"
+            )
+
+    def plan(self) -> str:
+        """What will be run, and in how much memory."""
+        runs, devices = len(self.block.runs), self.mapping.num_devices
+        return (
+            f"{runs} runs, {self.slots} at a time ({self.per_device} on each of {devices} "
+            f"{'device' if devices == 1 else 'devices'}), {_gib(self.bytes_at_once)} a device"
+        )
+
+    def results(self) -> Iterator[tuple[list[Run], list[dict[str, Any]]]]:
+        """Gives runs and their rows, as they are finished."""
+        task, clients = self.block.loaded.task, num_clients(self.block.loaded.federation)
+        models = self._phases(self.config).algorithm.clients
+        for start in range(0, len(self.block.runs), self.slots):
+            part = self.block.runs[start : start + self.slots]
+            point = self._points(part)
+            state = self._init(self.shared, point, ())
+            every = self.config.checkpoint_every
+            for done in range(0, self.config.rounds, every):
+                last = min(done + every, self.config.rounds)
+                state = self._rounds(self.shared, point, state, np.int32(done), np.int32(last))
+                jax.block_until_ready(state)
+            measured = jax.device_get(self._evaluate(self.shared, point, state))
+            rows = []
+            for i in range(len(part)):
+                results = {
+                    role: {
+                        name: {m: v[i][: clients[role]] for m, v in measured[role][name].items()}
+                        for name in models[role].models
+                    }
+                    for role in clients
+                }
+                summary = group_summary(headline(results, task.headline))
+                rows.append({"metric": task.headline, **summary})
+            yield part, rows
+
+    def _most(self) -> int:
+        return -(-len(self.block.runs) // len(jax.devices()))
+
+    def _compile(self, per_device: int) -> None:
+        devices = min(len(jax.devices()), len(self.block.runs))
+        self.per_device, self.slots = per_device, per_device * devices
+        chunk = 1 if per_device == 1 else 0
+        self.mapping = mapping = make_mapping(chunk, devices)
+        by_run = NamedSharding(mapping.mesh, P(*mapping.by_client.spec))
+        self.shared = jax.device_put(self.shared, mapping.replicated)
+        on_cpu = self.device.platform == "cpu"
+        unoptimised = {"xla_backend_optimization_level": 0} if on_cpu else None
+        keep = KEEP_REMATERIALISATION if on_cpu else None
+        compiled = functools.partial(jax.jit, out_shardings=by_run)
+        point = self._points(self.block.runs[: self.slots])
+
+        def over(fn: Callable[..., Any]) -> Callable[..., Any]:
+            """``fn(leaves, point, state, *rest)`` of one run, as a function of all."""
+
+            def one(shared: Any, run: Any) -> Any:
+                leaves, rest = shared
+                return fn(leaves, *run, *rest)
+
+            return lambda leaves, point, state, *rest: over_clients(one, mapping)(
+                (leaves, rest), (point, state)
+            )
+
+        self._init = compiled(over(self._init_one), compiler_options=unoptimised)
+        state = self._init(self.shared, point, ())  # its placement belongs to what is compiled
+        rounds = compiled(over(self._rounds_of_one), donate_argnums=2, compiler_options=keep)
+        zero = np.int32(0)
+        self._rounds = rounds.lower(self.shared, point, state, zero, zero).compile()
+        self._evaluate = compiled(over(self._evaluate_one), compiler_options=keep)
+        memory = self._rounds.memory_analysis()
+        assert memory is not None
+        self.bytes_at_once = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+
+    def _points(self, runs: Sequence[Run]) -> Any:
+        """What goes along the axis of runs; the last run stands in the empty slots too."""
+        runs = [*runs, *[runs[-1]] * (self.slots - len(runs))]
+        point = {
+            "key": jax.vmap(jax.random.key)(
+                jnp.asarray([run.config.seed for run in runs], jnp.uint32)
+            ),
+            "data": np.asarray([self.block.seeds.index(run.config.seed) for run in runs], np.int32),
+            "numbers": {
+                name: np.asarray([numbers(run.config)[name] for run in runs], float)
+                for name in self.block.traced
+            },
+        }
+        return jax.device_put(point, self.mapping.by_client)
+
+    def _data(self, leaves: Any, point: Any) -> Arrays:
+        picked = [
+            leaf[point["data"]] if apart else leaf
+            for leaf, apart in zip(leaves, self.block.by_seed, strict=True)
+        ]
+        return jax.tree.unflatten(self.block.structure, picked)
+
+    def _phases(self, config: RunConfig) -> Phases:
+        inner = ClientMapping(
+            make_mapping(num_devices=1).mesh, make_mapping(config.mapping.chunk_size).chunk_size
+        )
+        return make_phases(config, self.block.loaded, inner)
+
+    def _at(self, point: Any) -> Phases:
+        return self._phases(with_numbers(self.config, point["numbers"]))
+
+    def _init_one(self, leaves: Any, point: Any, _: Any) -> RunState:
+        return self._at(point).init(point["key"], self._data(leaves, point))
+
+    def _rounds_of_one(
+        self, leaves: Any, point: Any, state: RunState, first: jax.Array, last: jax.Array
+    ) -> RunState:
+        data, most = self._data(leaves, point), self.config.checkpoint_every
+        return self._at(point).rounds(state, point["key"], first, last, data, most=most)[0]
+
+    def _evaluate_one(self, leaves: Any, point: Any, state: RunState) -> Any:
+        phases, data = self._at(point), self._data(leaves, point)
+        return {
+            role: phases.evaluate(
+                role, state.clients[role], state.server, data, data.groups[role][self.split]
+            )
+            for role in phases.num_clients
+        }
+
+
+def _memory_limit(device: Any) -> int | None:
+    """Bytes a program may take on a device; of all devices together on a CPU; None if not known."""
+    if device.platform == "cpu":
+        pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
+        return None if pages is None else pages * os.sysconf("SC_PAGE_SIZE")
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

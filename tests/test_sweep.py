@@ -1,0 +1,192 @@
+"""A sweep is the same runs, in one program: equal results, one compilation, nothing run twice."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from commands import CONFIG, fedhelp, refusal
+from helpers import use_tiny_networks
+
+from fedhelp_jax import sweep as sweeps
+from fedhelp_jax.algorithms import SETTINGS
+from fedhelp_jax.cli import _load_config
+from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.experiment import build_experiment, load, make_phases
+from fedhelp_jax.mapping import make_mapping
+from fedhelp_jax.phases import federation_arrays
+from fedhelp_jax.report.summary import group_summary, headline
+from fedhelp_jax.sweep import Run, numbers, sweep, with_numbers
+
+ROUNDS = 2
+FINE = "loss"  # shares of a few images are equal too easily
+POINTS = [(1e-3, 0.0, 0), (1e-3, 0.4, 1), (4e-3, 0.0, 1)]
+
+pytestmark = pytest.mark.usefixtures("tiny_networks")
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    use_tiny_networks(monkeypatch)
+
+
+def config_of(seed=0, **settings):
+    flags = {"rounds": ROUNDS, "checkpoint_every": 1, "seed": seed, **settings}
+    return _load_config(str(CONFIG), [f"--config.{k}={v}" for k, v in flags.items()])
+
+
+def runs_of(points=POINTS, **settings):
+    return [
+        Run(
+            {"learning_rate": rate, "algorithm.lambda_b": weight, "seed": seed},
+            config_of(seed, learning_rate=rate, **{"algorithm.lambda_b": weight, **settings}),
+        )
+        for rate, weight, seed in points
+    ]
+
+
+def alone(config, split="validation"):
+    """The same run by itself."""
+    experiment = build_experiment(config)
+    state = experiment.simulation.init()
+    for round in range(config.rounds):
+        state, _ = experiment.simulation.round(state, round)
+    results = experiment.simulation.evaluate(state, split)
+    return group_summary(headline(results, FINE))
+
+
+@pytest.fixture
+def fine_metric(monkeypatch):
+    """Tables lead with the loss."""
+    monkeypatch.setattr(sweeps, "headline", lambda results, metric: headline(results, FINE))
+
+
+@pytest.mark.usefixtures("float64", "fine_metric")
+@pytest.mark.parametrize("runs_at_once", [1, 2])
+def test_a_run_in_a_sweep_equals_the_run_alone(tmp_path, runs_at_once):
+    """Numbers and seeds, whose data and large clinic differ; vectorised and one by one."""
+    runs = runs_of()
+    rows = sweep(runs, tmp_path, runs_at_once=runs_at_once, say=lambda text: None)
+    for run, row in zip(runs, rows, strict=True):
+        expected = alone(run.config)
+        assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+    assert len({row["small_mean"] for row in rows}) == len(runs)
+
+
+def test_one_program_takes_all_numbers_and_seeds_and_nothing_is_run_twice(tmp_path):
+    """Whatever is finished is not run again; a value more, and only its runs are made."""
+    said: list[str] = []
+    sweep(runs_of(), tmp_path, say=said.append)
+    assert [line for line in said if line.startswith("program")][0].startswith(
+        "program 1 of 1: 3 runs"
+    )
+    before = (tmp_path / "runs.jsonl").read_text()
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"fingerprint": "cut o')  # killed in the writing
+
+    compiled = compile_totals().programs
+    said.clear()
+    table = sweep(runs_of(), tmp_path, say=said.append)
+    assert said == ["3 of 3 runs are finished"]
+    assert compile_totals().programs == compiled
+    assert (tmp_path / "runs.jsonl").read_text() == before
+
+    rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    assert [row["seed"] for row in rows] == ["0", "1", "1"]
+    assert [float(row["small_mean"]) for row in rows] == [row["small_mean"] for row in table]
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "learning_rate.png",
+        "algorithm.lambda_b.png",
+        "seed.png",
+    }
+
+    more = [*POINTS, (1e-3, 0.2, 0)]
+    sweep(runs_of(more), tmp_path, say=said.append)
+    assert "program 1 of 1: 1 runs, 1 at a time" in " ".join(said)
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(lines) == len(more) and lines[:3] == [json.loads(x) for x in before.splitlines()]
+
+
+def test_as_many_programs_as_shapes(tmp_path):
+    """Runs of two batch sizes make two blocks; the second chunk of one compiles nothing."""
+    points = [(1e-3, 0.0, 0), (2e-3, 0.0, 0), (3e-3, 0.0, 0)]
+    runs = runs_of(points) + runs_of(points, batch_size=8)
+    blocks = sweeps._blocks(runs)
+    assert [len(block.runs) for block in blocks] == [3, 3]
+    assert [block.traced for block in blocks] == [("learning_rate",)] * 2
+    program = sweeps.Program(blocks[0], "validation")
+    assert program.slots == min(2, jax.device_count())
+    results = program.results()
+    next(results)
+    compiled = compile_totals().programs
+    assert len(list(results)) == -(-3 // program.slots) - 1
+    assert compile_totals().programs == compiled
+
+
+def test_what_does_not_fit_the_memory_is_refused_before_it_is_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "_memory_limit", lambda device: 1000)
+    with pytest.raises(sweeps.UserError, match="GiB a device, but 0.00 GiB are free: lower --runs"):
+        sweep(runs_of(), tmp_path, say=lambda text: None)
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("server", ["none", "adam", "sgd"])
+def test_every_number_of_every_method_can_be_traced(name, server):
+    """So that a sweep over it is one program."""
+    large = {"model.large": "resnet20"} if name in ("fedproto", "fedgh") else {}
+    config = config_of(**{"algorithm.name": name, "server.optimizer": server, **large})
+    loaded = load(config)
+    arrays = federation_arrays(loaded.federation)
+    swept = numbers(config)
+    own = SETTINGS[name]()._asdict()
+    assert {f"algorithm.{k}" for k, v in own.items() if isinstance(v, float)} <= set(swept)
+
+    def one_round(values):
+        phases = make_phases(with_numbers(config, values), loaded, make_mapping(1, 1))
+        key = jax.random.key(0)
+        state = phases.init(key, arrays)
+        return phases.round(state, key, jnp.int32(0), arrays)[0], state
+
+    after, before = jax.eval_shape(one_round, {k: jnp.float32(v) for k, v in swept.items()})
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), before
+    )
+
+
+def test_the_command_sweeps(tmp_path, capsys):
+    devices = f"--config.mapping.cpu_devices={jax.device_count()} --config.rounds=1"
+    command = (
+        f"sweep --config={CONFIG} --workdir={tmp_path} {devices} --config.algorithm.name=fedavg "
+        "--sweep=learning_rate=1e-3,1e-2 --sweep=client_weights=uniform,examples --seeds=0:2"
+    )
+    assert fedhelp(command) == 0
+    assert "written: " in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    assert [tuple(row.values())[:3] for row in rows] == [
+        (rate, weights, seed)
+        for rate in ("0.001", "0.01")
+        for weights in ("uniform", "examples")
+        for seed in ("0", "1")
+    ]
+    assert {row["split"] for row in rows} == {"validation"}
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ("", "--sweep is missing"),
+        ("--sweep=learning_rate", "must be KEY=VALUE,VALUE"),
+        ("--sweep=learning_rat=1,2", "--config.learning_rat is not a known flag; did you mean"),
+        ("--sweep=learning_rate=1,fast", "--config.learning_rate=fast must be of type float"),
+        ("--sweep=learning_rate=0.1,0", "config.learning_rate = 0.0 must be more than 0"),
+        ("--sweep=seed=1,2", "seeds have a flag of their own"),
+        ("--seeds=4:2", "--seeds=4:2: must be FIRST:END"),
+        ("--seeds=1,1", "--seeds=1,1: must be FIRST:END"),
+        ("--seeds=x", "--seeds=x: must be FIRST:END"),
+    ],
+)
+def test_bad_sweeps_are_one_line_and_exit_code_2(tmp_path, capsys, rest, words):
+    code = fedhelp(f"sweep --config={CONFIG} --workdir={tmp_path} {rest}")
+    assert words in refusal(capsys, code)
