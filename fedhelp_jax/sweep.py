@@ -87,11 +87,12 @@ def sweep(
     missing = [run for run in runs if run.fingerprint not in finished]
     if len(missing) < len(runs):
         say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished")
-    started, before, done = time.monotonic(), compile_totals(), 0
+    started, before, done, running = time.monotonic(), compile_totals(), 0, 0.0
     blocks = list(_blocks(missing))
     for number, block in enumerate(blocks):
         program = Program(block, split, runs_at_once)
         say(f"program {number + 1} of {len(blocks)}: {program.plan()}")
+        begun = time.monotonic()
         for part, rows in program.results():
             for run, row in zip(part, rows, strict=True):
                 line = {"fingerprint": run.fingerprint, "split": split, **run.swept, **row}
@@ -99,7 +100,9 @@ def sweep(
                 with (workdir / _RUNS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(files.plain(line), allow_nan=False) + "\n")
             done += len(part)
-            left = (time.monotonic() - started) / done * (len(missing) - done)
+            running += time.monotonic() - begun
+            begun = time.monotonic()
+            left = running / done * (len(missing) - done)
             say(f"{done} of {len(missing)} runs" + (f"  left {duration(left)}" if left else ""))
     if missing:
         compiled = compile_totals()

@@ -10,6 +10,7 @@ import numpy as np
 from fedhelp_jax.report import files
 
 _MEASURES = ("small_mean", "large_mean", "worst_small", "gap")
+_MOST_TICKS = 8
 _COLOURS = ("#0072b2", "#d55e00", "#56b4e9", "#777777")
 
 
@@ -38,7 +39,7 @@ def write_sweep(
 
 
 def draw(path: Path, name: str, table: Sequence[Mapping[str, Any]], split: str) -> None:
-    """Draws each metric against one swept name: a dot a run, a line through the means.
+    """Draws each metric against one swept name: a dot a run, a line through the means; names have no line.
 
     Args:
       path: The picture.
@@ -63,13 +64,15 @@ def draw(path: Path, name: str, table: Sequence[Mapping[str, Any]], split: str) 
             known = [float(v) for v in found if v is not None and np.isfinite(v)]
             axis.plot([place] * len(known), known, ".", color=colour, alpha=0.35)
             means.append(np.mean(known) if known else np.nan)
-        axis.plot(places, means, "-o", color=colour, markersize=4)
+        axis.plot(places, means, "-o" if numeric else "o", color=colour, markersize=4)
         axis.set_title(measure.replace("_", " "), fontsize=9)
         axis.tick_params(labelsize=8)
-        if numeric and min(values) > 0 and max(values) / min(values) >= 20:
+        if numeric and min(values) > 0 and max(values) / min(values) >= 8:
             axis.set_xscale("log")
-        if not numeric:
-            axis.set_xticks(list(places), [str(value) for value in values])
+        if len(values) <= _MOST_TICKS:
+            texts = [f"{value:g}" if numeric else str(value) for value in values]
+            axis.set_xticks(list(places), texts, rotation=30 if max(map(len, texts)) > 3 else 0)
+            axis.minorticks_off()
     metric = str(table[0]["metric"]).replace("_", " ")
     figure.supxlabel(name, fontsize=9)
     figure.supylabel(f"{split} {metric}", fontsize=8)
