@@ -15,11 +15,10 @@ from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 
 
-def xla_conv(x, kernel, stride):
+def xla_conv(x, kernel, stride, pad):
     """The same correlation by XLA, on our channels-first layout."""
     rank = x.ndim - 2
     letters = "DHW"[-rank:]
-    pad = kernel.shape[0] // 2
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -44,16 +43,49 @@ CASES = [
 
 # Bytes of patches made at once: all offsets of a kernel, a row or plane of them, one.
 @pytest.mark.parametrize("patch_bytes", [2**28, 4000, 1])
+@pytest.mark.parametrize("channels", [3, 1])  # of many and of few the kernel's gradient differs
 @pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
 def test_conv_equals_xla_in_value_and_both_gradients(
-    spatial, size, stride, patch_bytes, monkeypatch
+    spatial, size, stride, channels, patch_bytes, monkeypatch
 ):
     monkeypatch.setattr(convolutions, "_PATCH_BYTES", patch_bytes)
+    check_conv(spatial, size, stride, channels, None)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
+def test_images_multiplied_one_after_the_other_change_nothing(
+    spatial, size, stride, channels, monkeypatch
+):
+    monkeypatch.setattr(convolutions, "_TILE_BYTES", 1)
+    monkeypatch.setattr(convolutions, "_TILE_POSITIONS", 1)
+    check_conv(spatial, size, stride, channels, None)
+
+
+def test_images_are_multiplied_together_as_far_as_their_patches_fit():
+    def images(batch, side):
+        return convolutions._images_at_once(jnp.zeros((16, batch, side, side)), 3, (side, side))
+
+    assert (images(16, 32), images(16, 128), images(12, 24)) == (1, 1, 1)
+    assert images(12, 18) == 3  # of 187 kB each
+    assert images(16, 8) == 16  # of few columns
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("patch_bytes", [2**28, 1])
+@pytest.mark.parametrize(("spatial", "size", "stride"), [((7, 6), 3, 1), ((7, 6), 3, 2)])
+def test_conv_with_another_padding(spatial, size, stride, patch_bytes, padding, monkeypatch):
+    monkeypatch.setattr(convolutions, "_PATCH_BYTES", patch_bytes)
+    check_conv(spatial, size, stride, 3, padding)
+
+
+def check_conv(spatial, size, stride, channels, padding):
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (3, 2, *spatial))
-    kernel = jax.random.normal(keys[1], (*(size,) * len(spatial), 3, 4))
-    ours, pull = jax.vjp(lambda x, k: conv(x, k, stride), x, kernel)
-    theirs, reference_pull = jax.vjp(lambda x, k: xla_conv(x, k, stride), x, kernel)
+    x = jax.random.normal(keys[0], (channels, 2, *spatial))
+    kernel = jax.random.normal(keys[1], (*(size,) * len(spatial), channels, 5))
+    pad = size // 2 if padding is None else padding
+    ours, pull = jax.vjp(lambda x, k: conv(x, k, stride, padding), x, kernel)
+    theirs, reference_pull = jax.vjp(lambda x, k: xla_conv(x, k, stride, pad), x, kernel)
     cotangent = jax.random.normal(keys[2], theirs.shape)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
     for got, wanted in zip(pull(cotangent), reference_pull(cotangent), strict=True):
@@ -64,7 +96,7 @@ def test_patches_are_made_in_as_few_parts_as_memory_allows(monkeypatch):
     x = jnp.zeros((2, 1, 4, 4, 4))  # 512 bytes an offset
     for limit, fixed in [(2**28, 0), (27 * 512, 0), (26 * 512, 1), (9 * 512, 1), (512, 3)]:
         monkeypatch.setattr(convolutions, "_PATCH_BYTES", limit)
-        groups = convolutions._offset_groups(x, 3, 1)
+        groups = convolutions._offset_groups(x, 3, (4, 4, 4))
         assert groups.shape == (3**fixed, fixed)
         assert len({tuple(leading) for leading in groups.tolist()}) == 3**fixed
 

@@ -8,6 +8,7 @@ slower than the product below (``docs/performance.md``). Activations are channel
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,15 @@ from jax import lax
 # Patches of more bytes than this are made a part at a time: those of a wide 3D convolution, 27
 # times its input, would not fit in memory. Below it one product is the fastest.
 _PATCH_BYTES = 2**28
+# On CPU, images whose patches are not more than this are multiplied together: so the patches are
+# still in the core's cache when they are. Products of fewer columns than that are slower instead.
+_TILE_BYTES, _TILE_POSITIONS = 640 * 2**10, 512
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """Cross-correlation with "same" padding ``k // 2`` on every side, without bias.
+def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None = None) -> jax.Array:
+    """Cross-correlation without bias.
 
-    ``out[o, b, p] = sum_{c, q} kernel[q, c, o] * x[c, b, stride * p + q - k // 2]``
+    ``out[o, b, p] = sum_{c, q} kernel[q, c, o] * x[c, b, stride * p + q - padding]``
 
     Equal to ``lax.conv_general_dilated`` with that padding to float32 rounding, in value and in
     both gradients.
@@ -32,52 +35,145 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
       x: ``[C_in, B, *spatial]`` activations, any number of spatial axes.
       kernel: ``[*(k,) * rank, C_in, C_out]``, ``k`` odd.
       stride: Step between outputs, the same along every axis.
+      padding: Zeros on every side, at most ``k - 1``; ``k // 2`` ("same") if None.
 
     Returns:
-      ``[C_out, B, *out]`` with ``out = ceil(spatial / stride)``.
+      ``[C_out, B, *out]`` with ``out = (spatial + 2 padding - k) // stride + 1``, which is
+      ``ceil(spatial / stride)`` for "same".
     """
-    groups = _offset_groups(x, kernel.shape[0], stride)
-    kernels = kernel.reshape(len(groups), -1, kernel.shape[-1])
-    out_shape = (kernel.shape[-1], x.shape[1], *_out_extent(x, stride))
-    if len(groups) == 1:
-        return (kernels[0].T @ _patches(x, groups[0], kernel.shape[0], stride)).reshape(out_shape)
-
-    def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        leading, part = group
-        return total + part.T @ _patches(x, leading, kernel.shape[0], stride), None
-
-    zeros = jnp.zeros((out_shape[0], int(np.prod(out_shape[1:]))), x.dtype)
-    return lax.scan(add, zeros, (jnp.asarray(groups), kernels))[0].reshape(out_shape)
+    return _conv(x, kernel, stride, kernel.shape[0] // 2 if padding is None else padding)
 
 
-def _forward(x, kernel, stride):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    return _correlate(x, kernel, kernel.shape[0], stride, padding)[0]
+
+
+def _forward(x, kernel, stride, padding):
     # The patches, 9 or 27 times the size of x, are made again in the backward pass, not kept.
-    return conv(x, kernel, stride), (x, kernel)
+    return _conv(x, kernel, stride, padding), (x, kernel)
 
 
-def _backward(stride, residuals, out_grad):
+def _backward(stride, padding, residuals, out_grad):
     x, kernel = residuals
-    size = kernel.shape[0]
-    groups = _offset_groups(x, size, stride)
-    columns = out_grad.reshape(out_grad.shape[0], -1).T
-
-    def part(leading: jax.Array | np.ndarray) -> jax.Array:
-        return _patches(x, leading, size, stride) @ columns
-
-    kernel_grad = part(groups[0]) if len(groups) == 1 else lax.map(part, jnp.asarray(groups))
-    # The gradient by x is a "same" correlation too: of the gradient, spread out to the input's
-    # grid, with the flipped, transposed kernel.
+    size, rank = kernel.shape[0], x.ndim - 2
+    # The gradient by x is a correlation too: of the gradient, spread out to the input's grid, with
+    # the flipped, transposed kernel.
     spread = [
-        (0, n - stride * (m - 1) - 1, stride - 1)
+        (0, n + 2 * padding - size - stride * (m - 1), stride - 1)
         for n, m in zip(x.shape[2:], out_grad.shape[2:], strict=True)
     ]
-    out_grad = lax.pad(out_grad, jnp.zeros((), out_grad.dtype), [(0, 0, 0)] * 2 + spread)
-    flipped = jnp.flip(kernel, tuple(range(kernel.ndim - 2))).swapaxes(-1, -2)
-    x_grad = conv(out_grad, flipped, 1)
+    grid = lax.pad(out_grad, jnp.zeros((), out_grad.dtype), [(0, 0, 0)] * 2 + spread)
+    flipped = _flipped(kernel)
+    if stride == 1 and 4 * x.shape[0] >= out_grad.shape[0]:
+        # Its patches serve the kernel's gradient as well. Not in a first layer, whose few channels
+        # make small patches and need no gradient.
+        x_grad, kernel_grad = _correlate(grid, flipped, size, 1, size - 1 - padding, x)
+        return x_grad, _flipped(kernel_grad.reshape(*(size,) * rank, -1, x.shape[0]))
+    x_grad = _correlate(grid, flipped, size, 1, size - 1 - padding)[0]
+    kernel_grad = _correlate(x, None, size, stride, padding, out_grad)[1]
     return x_grad, kernel_grad.reshape(kernel.shape)
 
 
-conv.defvjp(_forward, _backward)
+_conv.defvjp(_forward, _backward)
+
+
+def _flipped(kernel: jax.Array) -> jax.Array:
+    return jnp.flip(kernel, tuple(range(kernel.ndim - 2))).swapaxes(-1, -2)
+
+
+def _correlate(
+    x: jax.Array,
+    kernel: jax.Array | None,
+    size: int,
+    stride: int,
+    padding: int,
+    other: jax.Array | None = None,
+) -> tuple[Any, Any]:
+    """:func:`_correlate_at_once`, on CPU a few images after the other."""
+    run = functools.partial(_correlate_at_once, size=size, stride=stride, padding=padding)
+    images = _images_at_once(x, size, _out_extent(x, size, stride, padding))
+    if images == x.shape[1]:
+        return run(x, kernel, other=other)
+
+    def part(rows: Any, tile: Any) -> tuple[Any, Any]:
+        product, more = run(tile[0], kernel, other=tile[1])
+        return None if rows is None else rows + more, product
+
+    def tiles(x: jax.Array | None) -> Any:
+        if x is None:
+            return None
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, images, *x.shape[2:]), 1, 0)
+
+    rows = (
+        None
+        if other is None
+        else jnp.zeros((size ** (x.ndim - 2) * x.shape[0], other.shape[0]), x.dtype)
+    )
+    rows, product = lax.scan(part, rows, (tiles(x), tiles(other)))
+    if product is not None:
+        product = jnp.moveaxis(product, 0, 1)
+        product = product.reshape(product.shape[0], x.shape[1], *product.shape[3:])
+    return product, rows
+
+
+def _images_at_once(x: jax.Array, size: int, out: tuple[int, ...]) -> int:
+    """So many that their patches stay in a core's cache; all on accelerators, which have many."""
+    if jax.default_backend() != "cpu":
+        return x.shape[1]
+    positions = int(np.prod(out))
+    one = size ** len(out) * x.shape[0] * positions * x.dtype.itemsize
+    most = max(1, _TILE_BYTES // one)
+    tile = max(n for n in range(1, x.shape[1] + 1) if x.shape[1] % n == 0 and n <= most)
+    return tile if tile * positions >= _TILE_POSITIONS else x.shape[1]
+
+
+def _correlate_at_once(
+    x: jax.Array,
+    kernel: jax.Array | None,
+    other: jax.Array | None,
+    *,
+    size: int,
+    stride: int,
+    padding: int,
+) -> tuple[Any, Any]:
+    """What is wanted of x's patches: ``kernel.T @ patches``, and ``patches @ other.T``.
+
+    Args:
+      x: ``[C, B, *spatial]``.
+      kernel: ``[*(k,) * rank, C, C_out]``, or None.
+      other: ``[D, B, *out]``, or None.
+      size: ``k``.
+      stride: Of the patches.
+      padding: Around x.
+
+    Returns:
+      ``[C_out, B, *out]`` and ``[k**rank * C, D]``, None for what was not wanted.
+    """
+    out = _out_extent(x, size, stride, padding)
+    groups = _offset_groups(x, size, out)
+    kernels = None if kernel is None else kernel.reshape(len(groups), -1, kernel.shape[-1])
+    columns = None if other is None else other.reshape(other.shape[0], -1).T
+
+    def part(leading: Any, kernel: Any) -> tuple[Any, Any]:
+        patches = _patches(x, leading, size, stride, padding, out)
+        return (
+            None if kernel is None else kernel.T @ patches,
+            None if columns is None else patches @ columns,
+        )
+
+    def add(total: Any, group: Any) -> tuple[Any, Any]:
+        product, rows = part(*group)
+        return None if product is None else total + product, rows
+
+    if len(groups) == 1:
+        product, rows = part(groups[0], None if kernels is None else kernels[0])
+    else:
+        positions = x.shape[1] * int(np.prod(out))
+        zeros = None if kernels is None else jnp.zeros((kernels.shape[-1], positions), x.dtype)
+        product, rows = lax.scan(add, zeros, (jnp.asarray(groups), kernels))
+        rows = None if rows is None else rows.reshape(-1, rows.shape[-1])
+    return None if product is None else product.reshape(-1, x.shape[1], *out), rows
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -160,28 +256,34 @@ def _from_blocks(blocks: jax.Array) -> jax.Array:
     return blocks.transpose(order).reshape(*blocks.shape[rank : rank + 2], *sides)
 
 
-def _out_extent(x: jax.Array, stride: int) -> tuple[int, ...]:
-    return tuple(-(-n // stride) for n in x.shape[2:])
+def _out_extent(x: jax.Array, size: int, stride: int, padding: int) -> tuple[int, ...]:
+    return tuple((n + 2 * padding - size) // stride + 1 for n in x.shape[2:])
 
 
-def _offset_groups(x: jax.Array, size: int, stride: int) -> np.ndarray:
+def _offset_groups(x: jax.Array, size: int, out: tuple[int, ...]) -> np.ndarray:
     """``[G, i]``: the leading offsets that parts of the patches have, i such that a part fits."""
     rank = x.ndim - 2
-    one = x.shape[0] * x.shape[1] * int(np.prod(_out_extent(x, stride))) * x.dtype.itemsize
+    one = x.shape[0] * x.shape[1] * int(np.prod(out)) * x.dtype.itemsize
     fixed = next((i for i in range(rank) if one * size ** (rank - i) <= _PATCH_BYTES), rank)
     offsets = list(itertools.product(range(size), repeat=fixed))
     return np.array(offsets, int).reshape(len(offsets), fixed)
 
 
-def _patches(x: jax.Array, leading: jax.Array | np.ndarray, size: int, stride: int) -> jax.Array:
+def _patches(
+    x: jax.Array,
+    leading: jax.Array | np.ndarray,
+    size: int,
+    stride: int,
+    padding: int,
+    out: tuple[int, ...],
+) -> jax.Array:
     """``[C, B, *spatial] -> [size**(rank - i) * C, B * out]``, in the order of the flat kernel.
 
     The first i axes are shifted by ``leading``, the others by every offset, an axis at a time:
     shifted copies of shifted copies, which run faster and compile faster than a slice per offset.
     """
-    rank, out = x.ndim - 2, _out_extent(x, stride)
-    pad = size // 2
-    x = jnp.pad(x, [(0, 0), (0, 0)] + [(pad, pad)] * rank)
+    rank = x.ndim - 2
+    x = jnp.pad(x, [(0, 0), (0, 0)] + [(padding, padding)] * rank)
     for axis in reversed(range(rank)):
         # Counted from the end: in front stand the offsets along the axes done before.
         along, extent = x.ndim - rank + axis, stride * (out[axis] - 1) + 1

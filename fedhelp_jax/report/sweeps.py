@@ -39,7 +39,7 @@ def write_sweep(
 
 
 def draw(path: Path, name: str, table: Sequence[Mapping[str, Any]], split: str) -> None:
-    """Draws each metric against one swept name: a dot a run, a line through the means; names have no line.
+    """Draws each metric against one swept name: a dot a run, and the means.
 
     Args:
       path: The picture.
