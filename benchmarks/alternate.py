@@ -14,11 +14,17 @@ from typing import Any
 
 
 class Worker:
-    """A process that runs ``python -m MODULE JSON`` and answers questions."""
+    """A process that runs ``python -m MODULE JSON`` and answers questions.
 
-    def __init__(self, module: str, options: Mapping[str, Any]):
+    Attributes:
+      about: What it says of itself.
+    """
+
+    def __init__(
+        self, module: str, options: Mapping[str, Any], python: str | os.PathLike = sys.executable
+    ):
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(options)],
+            [os.fspath(python), "-m", module, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
