@@ -3,11 +3,14 @@
 import copy
 import functools
 import json
+import os
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+os.environ["TQDM_DISABLE"] = "1"  # or a bar a round
 
 import numpy as np
 import torch
