@@ -12,8 +12,11 @@ and in the ways that its documentation gives. Of each framework every variant, w
 first has to reach our weights in float64, in a case that leaves nothing to chance: all users take
 part, with a single batch. Then it runs a few rounds, and the fastest is kept. Those of all
 frameworks alternate, each in processes of its own, in blocks of rounds: a first one that does not
-count, then ``--rounds`` that do. A framework without an environment is not measured. A line of JSON
-is appended to ``--out``; a Markdown table is printed.
+count, then ``--rounds`` that do, without evaluation or start-up. A framework that has no
+environment is not measured. A line of JSON is appended to ``--out``; a Markdown table is printed.
+
+What is drawn at random is each framework's own: pfl chooses users with replacement, as in its
+benchmark, and takes a user's images in one order; the others choose without it, and shuffle.
 """
 
 import json
@@ -201,9 +204,16 @@ def measure(names: list[str]) -> dict[str, Any]:
     }
 
 
+def described(variant: dict[str, Any]) -> str:
+    """A variant in words."""
+    workers, threads = variant["workers"], variant["threads"]
+    how = f"{workers} worker{'s' * (workers > 1)}, {threads} thread{'s' * (threads > 1)} each"
+    return f"{variant['mode']}: {how}" if "mode" in variant else how
+
+
 def table(row: dict[str, Any]) -> str:
     lines = [
-        "| framework | how it ran | s a round | rounds a minute | against ours | final loss |",
+        "| framework | how it ran | s a round | rounds a minute | theirs / ours | final loss |",
         "|---|---|---|---|---|---|",
     ]
     for name in [_OURS, *_PACKAGES]:
@@ -213,11 +223,11 @@ def table(row: dict[str, Any]) -> str:
             )
             continue
         about, variant = row["about"][name], row["chosen"][name]
-        how = about.get("how") or " ".join(f"{value} {key}," for key, value in variant.items())
-        ratio = "" if name == _OURS else f"{_text(row['ratio'][name], 2)}x the time"
-        cells = [about["version"].split(",")[0] if name != _OURS else name, how.rstrip(",")]
+        how = about.get("how") or described(variant)
+        ratio = "" if name == _OURS else _text(row["ratio"][name], 2)
+        cells = [about["version"].split(",")[0] if name != _OURS else name, how]
         cells += [_text(row["seconds"][name], 2), _text(row["rounds_per_minute"][name], 1)]
-        lines.append("| " + " | ".join([*cells, ratio, f"{row['loss'][name]:.3f}"]) + " |")
+        lines.append("| " + " | ".join([*cells, ratio, f"{row['loss'][name]:.4f}"]) + " |")
     versions = "; ".join(about["version"] for about in row["about"].values())
     return "\n".join(
         [
