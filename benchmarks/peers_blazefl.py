@@ -14,6 +14,7 @@ os.environ["TQDM_DISABLE"] = "1"  # or a bar a round
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimizer does; so forked processes need not, every round anew
 from blazefl.contrib import (
     FedAvgBaseClientTrainer,
     FedAvgBaseServerHandler,
