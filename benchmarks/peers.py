@@ -207,7 +207,7 @@ def measure(names: list[str]) -> dict[str, Any]:
 def described(variant: dict[str, Any]) -> str:
     """A variant in words."""
     workers, threads = variant["workers"], variant["threads"]
-    how = f"{workers} worker{'s' * (workers > 1)}, {threads} thread{'s' * (threads > 1)} each"
+    how = f"{workers} worker{'s' * (workers > 1)}, torch threads: {threads}"
     return f"{variant['mode']}: {how}" if "mode" in variant else how
 
 

@@ -13,10 +13,9 @@ import numpy as np
 
 from benchmarks.alternate import serve
 from benchmarks.peers_workload import CLASSES, SIDE, Weights, load_workload
-from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.base import Setup
 from fedhelp_jax.algorithms.fedavg import FedAvgSettings, fedavg
 from fedhelp_jax.client import sgd_l2
-from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset
 from fedhelp_jax.federation import make_federation
 from fedhelp_jax.mapping import make_mapping
@@ -76,24 +75,6 @@ def network(weights: Weights) -> Model:
     return Model(init, features, linear)
 
 
-def without_personal(method: FederatedAlgorithm) -> FederatedAlgorithm:
-    """The method whose clients keep nothing: of 1,000 copies of the network none is looked at."""
-
-    def strip(client: ClientAlgorithm) -> ClientAlgorithm:
-        def update(key: jax.Array, download: Any, state: Any, data: Any) -> Any:
-            _, upload, info = client.update(key, download, None, data)
-            return state, upload, info
-
-        return ClientAlgorithm(
-            models={"global": client.models["global"]},
-            init=lambda run_key, client_id: {},
-            update=update,
-            deploy=lambda download, state, data: {"global": download},
-        )
-
-    return method._replace(clients={role: strip(c) for role, c in method.clients.items()})
-
-
 def main() -> None:
     options = json.loads(sys.argv[1])
     jax.config.update("jax_enable_x64", options["float64"])
@@ -123,7 +104,7 @@ def main() -> None:
     federation = make_federation(dataset, ["small"] * users)
     mapping = make_mapping()
     phases = Phases(
-        without_personal(fedavg(setup, FedAvgSettings())),
+        fedavg(setup, FedAvgSettings(personal=False)),
         classification,
         num_clients(federation),
         mapping,
@@ -144,8 +125,7 @@ def main() -> None:
         began = time.perf_counter()
         for _ in range(options["rounds"]):
             one_round()
-        seconds = (time.perf_counter() - began) / options["rounds"]
-        return {"seconds": seconds, "compile_s": compile_totals().seconds}
+        return {"seconds": (time.perf_counter() - began) / options["rounds"]}
 
     def result() -> str:
         weights = to_torch(state.server.variables["params"])
