@@ -60,8 +60,7 @@ def network(weights: Weights) -> Model:
         return {"params": jax.tree.map(jnp.asarray, from_torch(weights)), "batch_stats": {}}
 
     def convolve(layer: Any, x: jax.Array) -> jax.Array:
-        # Without padding: what lies within the border of one that has it.
-        out = conv(x, layer["kernel"])[:, :, 1:-1, 1:-1]
+        out = conv(x, layer["kernel"], padding=0)
         return jax.nn.relu(out + layer["bias"][:, None, None, None])
 
     def features(variables: Any, x: jax.Array, *, train: bool, mask: Any = None) -> Any:

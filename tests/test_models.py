@@ -43,7 +43,7 @@ CASES = [
 
 # Bytes of patches made at once: all offsets of a kernel, a row or plane of them, one.
 @pytest.mark.parametrize("patch_bytes", [2**28, 4000, 1])
-@pytest.mark.parametrize("channels", [3, 1])  # of many and of few the kernel's gradient differs
+@pytest.mark.parametrize("channels", [5, 3])  # as many as come out, and fewer: other gradients
 @pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
 def test_conv_equals_xla_in_value_and_both_gradients(
     spatial, size, stride, channels, patch_bytes, monkeypatch
@@ -52,7 +52,7 @@ def test_conv_equals_xla_in_value_and_both_gradients(
     check_conv(spatial, size, stride, channels, None)
 
 
-@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("channels", [5, 3])
 @pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
 def test_images_multiplied_one_after_the_other_change_nothing(
     spatial, size, stride, channels, monkeypatch
@@ -64,19 +64,23 @@ def test_images_multiplied_one_after_the_other_change_nothing(
 
 def test_images_are_multiplied_together_as_far_as_their_patches_fit():
     def images(batch, side):
-        return convolutions._images_at_once(jnp.zeros((16, batch, side, side)), 3, (side, side))
+        x = jnp.zeros((16, batch, side, side))
+        return convolutions._images_at_once(x, convolutions._window(x, 3, 1, 1))
 
     assert (images(16, 32), images(16, 128), images(12, 24)) == (1, 1, 1)
     assert images(12, 18) == 3  # of 187 kB each
     assert images(16, 8) == 16  # of few columns
 
 
+@pytest.mark.parametrize("channels", [5, 3])
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("patch_bytes", [2**28, 1])
 @pytest.mark.parametrize(("spatial", "size", "stride"), [((7, 6), 3, 1), ((7, 6), 3, 2)])
-def test_conv_with_another_padding(spatial, size, stride, patch_bytes, padding, monkeypatch):
+def test_conv_with_another_padding(
+    spatial, size, stride, patch_bytes, padding, channels, monkeypatch
+):
     monkeypatch.setattr(convolutions, "_PATCH_BYTES", patch_bytes)
-    check_conv(spatial, size, stride, 3, padding)
+    check_conv(spatial, size, stride, channels, padding)
 
 
 def check_conv(spatial, size, stride, channels, padding):
@@ -96,7 +100,7 @@ def test_patches_are_made_in_as_few_parts_as_memory_allows(monkeypatch):
     x = jnp.zeros((2, 1, 4, 4, 4))  # 512 bytes an offset
     for limit, fixed in [(2**28, 0), (27 * 512, 0), (26 * 512, 1), (9 * 512, 1), (512, 3)]:
         monkeypatch.setattr(convolutions, "_PATCH_BYTES", limit)
-        groups = convolutions._offset_groups(x, 3, (4, 4, 4))
+        groups = convolutions._offset_groups(x, convolutions._window(x, 3, 1, 1))
         assert groups.shape == (3**fixed, fixed)
         assert len({tuple(leading) for leading in groups.tolist()}) == 3**fixed
 

@@ -8,7 +8,9 @@ slower than the product below (``docs/performance.md``). Activations are channel
 
 import functools
 import itertools
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    return _correlate(x, kernel, kernel.shape[0], stride, padding)[0]
+    window = _window(x, kernel.shape[0], stride, padding)
+    return _over_tiles(lambda x: _multiply(x, kernel, None, window), window, x)[0]
 
 
 def _forward(x, kernel, stride, padding):
@@ -56,124 +59,117 @@ def _forward(x, kernel, stride, padding):
 
 def _backward(stride, padding, residuals, out_grad):
     x, kernel = residuals
-    size, rank = kernel.shape[0], x.ndim - 2
-    # The gradient by x is a correlation too: of the gradient, spread out to the input's grid, with
-    # the flipped, transposed kernel.
-    spread = [
-        (0, n + 2 * padding - size - stride * (m - 1), stride - 1)
-        for n, m in zip(x.shape[2:], out_grad.shape[2:], strict=True)
-    ]
-    grid = lax.pad(out_grad, jnp.zeros((), out_grad.dtype), [(0, 0, 0)] * 2 + spread)
-    flipped = _flipped(kernel)
-    if stride == 1 and 4 * x.shape[0] >= out_grad.shape[0]:
-        # Its patches serve the kernel's gradient as well. Not in a first layer, whose few channels
-        # make small patches and need no gradient.
-        x_grad, kernel_grad = _correlate(grid, flipped, size, 1, size - 1 - padding, x)
-        return x_grad, _flipped(kernel_grad.reshape(*(size,) * rank, -1, x.shape[0]))
-    x_grad = _correlate(grid, flipped, size, 1, size - 1 - padding)[0]
-    kernel_grad = _correlate(x, None, size, stride, padding, out_grad)[1]
+    size = kernel.shape[0]
+    if stride == 1 and x.shape[0] >= out_grad.shape[0]:
+        # The gradient by x is a correlation too, of the gradient with the flipped, transposed
+        # kernel. Its patches serve the kernel's gradient as well.
+        window = _window(out_grad, size, 1, size - 1 - padding)
+        flipped = _flipped(kernel)
+        x_grad, kernel_grad = _over_tiles(
+            lambda grad, x: _multiply(grad, flipped, x, window), window, out_grad, x
+        )
+        return x_grad, _flipped(kernel_grad.reshape(flipped.shape))
+    # With a stride those patches would be mostly zeros, and of more channels than x has larger.
+    window = _window(x, size, stride, padding)
+    x_grad, kernel_grad = _over_tiles(
+        lambda x, grad: _pull_back(x, kernel, grad, window), window, x, out_grad
+    )
     return x_grad, kernel_grad.reshape(kernel.shape)
 
 
 _conv.defvjp(_forward, _backward)
 
 
+class _Window(NamedTuple):
+    """How patches are taken: kernel size, stride, padding, and how many along each axis."""
+
+    size: int
+    stride: int
+    padding: int
+    out: tuple[int, ...]
+
+
+def _window(x: jax.Array, size: int, stride: int, padding: int) -> _Window:
+    out = tuple((n + 2 * padding - size) // stride + 1 for n in x.shape[2:])
+    return _Window(size, stride, padding, out)
+
+
 def _flipped(kernel: jax.Array) -> jax.Array:
     return jnp.flip(kernel, tuple(range(kernel.ndim - 2))).swapaxes(-1, -2)
 
 
-def _correlate(
-    x: jax.Array,
-    kernel: jax.Array | None,
-    size: int,
-    stride: int,
-    padding: int,
-    other: jax.Array | None = None,
-) -> tuple[Any, Any]:
-    """:func:`_correlate_at_once`, on CPU a few images after the other."""
-    run = functools.partial(_correlate_at_once, size=size, stride=stride, padding=padding)
-    images = _images_at_once(x, size, _out_extent(x, size, stride, padding))
-    if images == x.shape[1]:
-        return run(x, kernel, other=other)
+def _over_tiles(fn: Callable[..., tuple[Any, Any]], window: _Window, *arrays: jax.Array) -> Any:
+    """``fn(*arrays)``, on CPU of a few images after the other.
 
-    def part(rows: Any, tile: Any) -> tuple[Any, Any]:
-        product, more = run(tile[0], kernel, other=tile[1])
-        return None if rows is None else rows + more, product
+    Args:
+      fn: Gives ``(result [C, B, ...], what is summed over images)``.
+      window: Of the first array's patches.
+      *arrays: ``[C, B, *spatial]``.
+    """
+    batch = arrays[0].shape[1]
+    images = _images_at_once(arrays[0], window)
+    if images == batch:
+        return fn(*arrays)
 
-    def tiles(x: jax.Array | None) -> Any:
-        if x is None:
-            return None
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, images, *x.shape[2:]), 1, 0)
+    def add(sums: Any, tiles: Any) -> tuple[Any, Any]:
+        result, more = fn(*tiles)
+        return jax.tree.map(jnp.add, sums, more), result
 
-    rows = (
-        None
-        if other is None
-        else jnp.zeros((size ** (x.ndim - 2) * x.shape[0], other.shape[0]), x.dtype)
-    )
-    rows, product = lax.scan(part, rows, (tiles(x), tiles(other)))
-    if product is not None:
-        product = jnp.moveaxis(product, 0, 1)
-        product = product.reshape(product.shape[0], x.shape[1], *product.shape[3:])
-    return product, rows
+    tiles = [jnp.moveaxis(x.reshape(len(x), -1, images, *x.shape[2:]), 1, 0) for x in arrays]
+    sums = jax.eval_shape(fn, *(tile[0] for tile in tiles))[1]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
+    sums, results = lax.scan(add, zeros, tiles)
+    results = jnp.moveaxis(results, 0, 1)
+    return results.reshape(len(results), batch, *results.shape[3:]), sums
 
 
-def _images_at_once(x: jax.Array, size: int, out: tuple[int, ...]) -> int:
+def _images_at_once(x: jax.Array, window: _Window) -> int:
     """So many that their patches stay in a core's cache; all on accelerators, which have many."""
     if jax.default_backend() != "cpu":
         return x.shape[1]
-    positions = int(np.prod(out))
-    one = size ** len(out) * x.shape[0] * positions * x.dtype.itemsize
+    positions = math.prod(window.out)
+    one = window.size ** len(window.out) * x.shape[0] * positions * x.dtype.itemsize
     most = max(1, _TILE_BYTES // one)
     tile = max(n for n in range(1, x.shape[1] + 1) if x.shape[1] % n == 0 and n <= most)
     return tile if tile * positions >= _TILE_POSITIONS else x.shape[1]
 
 
-def _correlate_at_once(
-    x: jax.Array,
-    kernel: jax.Array | None,
-    other: jax.Array | None,
-    *,
-    size: int,
-    stride: int,
-    padding: int,
-) -> tuple[Any, Any]:
-    """What is wanted of x's patches: ``kernel.T @ patches``, and ``patches @ other.T``.
-
-    Args:
-      x: ``[C, B, *spatial]``.
-      kernel: ``[*(k,) * rank, C, C_out]``, or None.
-      other: ``[D, B, *out]``, or None.
-      size: ``k``.
-      stride: Of the patches.
-      padding: Around x.
-
-    Returns:
-      ``[C_out, B, *out]`` and ``[k**rank * C, D]``, None for what was not wanted.
-    """
-    out = _out_extent(x, size, stride, padding)
-    groups = _offset_groups(x, size, out)
-    kernels = None if kernel is None else kernel.reshape(len(groups), -1, kernel.shape[-1])
-    columns = None if other is None else other.reshape(other.shape[0], -1).T
+def _multiply(x: jax.Array, kernel: jax.Array, other: jax.Array | None, window: _Window) -> Any:
+    """``kernel.T @ patches`` of x, ``[C_out, B, *out]``; and ``patches @ other.T``, if any."""
+    groups = _offset_groups(x, window)
+    kernels = kernel.reshape(len(groups), -1, kernel.shape[-1])
+    columns = None if other is None else other.reshape(len(other), -1).T
 
     def part(leading: Any, kernel: Any) -> tuple[Any, Any]:
-        patches = _patches(x, leading, size, stride, padding, out)
-        return (
-            None if kernel is None else kernel.T @ patches,
-            None if columns is None else patches @ columns,
-        )
+        patches = _patches(x, leading, window)
+        return kernel.T @ patches, () if columns is None else patches @ columns
 
-    def add(total: Any, group: Any) -> tuple[Any, Any]:
+    def add(total: jax.Array, group: Any) -> tuple[Any, Any]:
         product, rows = part(*group)
-        return None if product is None else total + product, rows
+        return total + product, rows
 
     if len(groups) == 1:
-        product, rows = part(groups[0], None if kernels is None else kernels[0])
+        product, rows = part(groups[0], kernels[0])
     else:
-        positions = x.shape[1] * int(np.prod(out))
-        zeros = None if kernels is None else jnp.zeros((kernels.shape[-1], positions), x.dtype)
+        zeros = jnp.zeros((kernel.shape[-1], x.shape[1] * math.prod(window.out)), x.dtype)
         product, rows = lax.scan(add, zeros, (jnp.asarray(groups), kernels))
-        rows = None if rows is None else rows.reshape(-1, rows.shape[-1])
-    return None if product is None else product.reshape(-1, x.shape[1], *out), rows
+    return product.reshape(-1, x.shape[1], *window.out), rows
+
+
+def _pull_back(x: jax.Array, kernel: jax.Array, out_grad: jax.Array, window: _Window) -> Any:
+    """Both gradients by the very patches of the forward pass: theirs, put back in place, is x's."""
+    groups = _offset_groups(x, window)
+    kernels = kernel.reshape(len(groups), -1, kernel.shape[-1])
+    rows = out_grad.reshape(len(out_grad), -1)
+
+    def add(x_grad: Any, group: Any) -> tuple[Any, Any]:
+        leading, kernel = group
+        patches, put_back = jax.vjp(lambda x: _patches(x, leading, window), x)
+        return x_grad + put_back(kernel @ rows)[0], patches @ rows.T
+
+    if len(groups) == 1:
+        return add(0, (groups[0], kernels[0]))
+    return lax.scan(add, jnp.zeros_like(x), (jnp.asarray(groups), kernels))
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -256,33 +252,22 @@ def _from_blocks(blocks: jax.Array) -> jax.Array:
     return blocks.transpose(order).reshape(*blocks.shape[rank : rank + 2], *sides)
 
 
-def _out_extent(x: jax.Array, size: int, stride: int, padding: int) -> tuple[int, ...]:
-    return tuple((n + 2 * padding - size) // stride + 1 for n in x.shape[2:])
-
-
-def _offset_groups(x: jax.Array, size: int, out: tuple[int, ...]) -> np.ndarray:
+def _offset_groups(x: jax.Array, window: _Window) -> np.ndarray:
     """``[G, i]``: the leading offsets that parts of the patches have, i such that a part fits."""
-    rank = x.ndim - 2
-    one = x.shape[0] * x.shape[1] * int(np.prod(out)) * x.dtype.itemsize
+    rank, size = x.ndim - 2, window.size
+    one = x.shape[0] * x.shape[1] * math.prod(window.out) * x.dtype.itemsize
     fixed = next((i for i in range(rank) if one * size ** (rank - i) <= _PATCH_BYTES), rank)
     offsets = list(itertools.product(range(size), repeat=fixed))
     return np.array(offsets, int).reshape(len(offsets), fixed)
 
 
-def _patches(
-    x: jax.Array,
-    leading: jax.Array | np.ndarray,
-    size: int,
-    stride: int,
-    padding: int,
-    out: tuple[int, ...],
-) -> jax.Array:
+def _patches(x: jax.Array, leading: jax.Array | np.ndarray, window: _Window) -> jax.Array:
     """``[C, B, *spatial] -> [size**(rank - i) * C, B * out]``, in the order of the flat kernel.
 
     The first i axes are shifted by ``leading``, the others by every offset, an axis at a time:
     shifted copies of shifted copies, which run faster and compile faster than a slice per offset.
     """
-    rank = x.ndim - 2
+    rank, (size, stride, padding, out) = x.ndim - 2, window
     x = jnp.pad(x, [(0, 0), (0, 0)] + [(padding, padding)] * rank)
     for axis in reversed(range(rank)):
         # Counted from the end: in front stand the offsets along the axes done before.
@@ -293,4 +278,4 @@ def _patches(
         else:
             ends = ((offset, offset + extent) for offset in range(size))
             x = jnp.stack([lax.slice_in_dim(x, *end, stride, along) for end in ends])
-    return x.reshape(-1, x.shape[-rank - 1] * int(np.prod(out)))
+    return x.reshape(-1, x.shape[-rank - 1] * math.prod(out))
