@@ -20,9 +20,10 @@ from jax import lax
 # Patches of more bytes than this are made a part at a time: those of a wide 3D convolution, 27
 # times its input, would not fit in memory. Below it one product is the fastest.
 _PATCH_BYTES = 2**28
-# On CPU, images whose patches are not more than this are multiplied together: so the patches are
-# still in the core's cache when they are. Products of fewer columns than that are slower instead.
-_TILE_BYTES, _TILE_POSITIONS = 640 * 2**10, 512
+# On CPU, images whose patches are not more than this are multiplied together, so that the patches
+# are still in the core's cache when they are. Not for products of more rows than that, which make
+# so much of each patch that the memory keeps up.
+_TILE_BYTES, _TILE_ROWS = 640 * 2**10, 32
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None = None) -> jax.Array:
@@ -49,7 +50,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     window = _window(x, kernel.shape[0], stride, padding)
-    return _over_tiles(lambda x: _multiply(x, kernel, None, window), window, x)[0]
+    rows = kernel.shape[-1]
+    return _over_tiles(lambda x: _multiply(x, kernel, None, window), window, rows, x)[0]
 
 
 def _forward(x, kernel, stride, padding):
@@ -66,13 +68,13 @@ def _backward(stride, padding, residuals, out_grad):
         window = _window(out_grad, size, 1, size - 1 - padding)
         flipped = _flipped(kernel)
         x_grad, kernel_grad = _over_tiles(
-            lambda grad, x: _multiply(grad, flipped, x, window), window, out_grad, x
+            lambda grad, x: _multiply(grad, flipped, x, window), window, len(x), out_grad, x
         )
         return x_grad, _flipped(kernel_grad.reshape(flipped.shape))
     # With a stride those patches would be mostly zeros, and of more channels than x has larger.
     window = _window(x, size, stride, padding)
     x_grad, kernel_grad = _over_tiles(
-        lambda x, grad: _pull_back(x, kernel, grad, window), window, x, out_grad
+        lambda x, grad: _pull_back(x, kernel, grad, window), window, len(out_grad), x, out_grad
     )
     return x_grad, kernel_grad.reshape(kernel.shape)
 
@@ -98,16 +100,19 @@ def _flipped(kernel: jax.Array) -> jax.Array:
     return jnp.flip(kernel, tuple(range(kernel.ndim - 2))).swapaxes(-1, -2)
 
 
-def _over_tiles(fn: Callable[..., tuple[Any, Any]], window: _Window, *arrays: jax.Array) -> Any:
+def _over_tiles(
+    fn: Callable[..., tuple[Any, Any]], window: _Window, rows: int, *arrays: jax.Array
+) -> Any:
     """``fn(*arrays)``, on CPU of a few images after the other.
 
     Args:
       fn: Gives ``(result [C, B, ...], what is summed over images)``.
       window: Of the first array's patches.
+      rows: Of the product with them.
       *arrays: ``[C, B, *spatial]``.
     """
     batch = arrays[0].shape[1]
-    images = _images_at_once(arrays[0], window)
+    images = _images_at_once(arrays[0], window, rows)
     if images == batch:
         return fn(*arrays)
 
@@ -123,15 +128,13 @@ def _over_tiles(fn: Callable[..., tuple[Any, Any]], window: _Window, *arrays: ja
     return results.reshape(len(results), batch, *results.shape[3:]), sums
 
 
-def _images_at_once(x: jax.Array, window: _Window) -> int:
-    """So many that their patches stay in a core's cache; all on accelerators, which have many."""
-    if jax.default_backend() != "cpu":
+def _images_at_once(x: jax.Array, window: _Window, rows: int) -> int:
+    """How many images are multiplied together; all on accelerators, whose caches are others."""
+    if rows > _TILE_ROWS or jax.default_backend() != "cpu":
         return x.shape[1]
-    positions = math.prod(window.out)
-    one = window.size ** len(window.out) * x.shape[0] * positions * x.dtype.itemsize
-    most = max(1, _TILE_BYTES // one)
-    tile = max(n for n in range(1, x.shape[1] + 1) if x.shape[1] % n == 0 and n <= most)
-    return tile if tile * positions >= _TILE_POSITIONS else x.shape[1]
+    patch = window.size ** len(window.out) * x.shape[0] * x.dtype.itemsize
+    most = max(1, _TILE_BYTES // (patch * math.prod(window.out)))
+    return max(n for n in range(1, x.shape[1] + 1) if x.shape[1] % n == 0 and n <= most)
 
 
 def _multiply(x: jax.Array, kernel: jax.Array, other: jax.Array | None, window: _Window) -> Any:
