@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from benchmarks.peers_workload import CLASSES, SIDE, Weights, load_workload
 from fedhelp_jax.algorithms.base import Setup
 from fedhelp_jax.algorithms.fedavg import FedAvgSettings, fedavg
 from fedhelp_jax.client import sgd_l2
+from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset
 from fedhelp_jax.federation import make_federation
 from fedhelp_jax.mapping import make_mapping
@@ -78,7 +80,8 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     jax.config.update("jax_enable_x64", options["float64"])
     if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        devices = options.get("devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", devices)
     workload = load_workload(options["folder"])
     users = len(workload.owned)
     clients = tuple(
@@ -124,7 +127,11 @@ def main() -> None:
         began = time.perf_counter()
         for _ in range(options["rounds"]):
             one_round()
-        return {"seconds": (time.perf_counter() - began) / options["rounds"]}
+        return {
+            "seconds": (time.perf_counter() - began) / options["rounds"],
+            "compile_s": compile_totals().seconds,
+            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
 
     def result() -> str:
         weights = to_torch(state.server.variables["params"])

@@ -1,0 +1,49 @@
+"""Worker: a sweep of FedAvg on phantoms, as many runs as it is told."""
+
+import json
+import os
+import resource
+import sys
+import time
+
+import jax
+import numpy as np
+
+from benchmarks.alternate import serve
+from fedhelp_jax import sweep as sweeps
+from fedhelp_jax.config import default_config, validate
+
+
+def runs(count: int) -> list[sweeps.Run]:
+    """Runs that differ in the learning rate."""
+    found = []
+    for rate in np.geomspace(1e-4, 1e-2, count).tolist():
+        config = default_config()
+        config.algorithm.name, config.learning_rate = "fedavg", rate
+        config.model.small = config.model.large = "cnn_large"
+        config.rounds, config.checkpoint_every, config.batch_size = 10, 10, 16
+        found.append(sweeps.Run({"learning_rate": rate}, validate(config)))
+    return found
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    (block,) = sweeps._blocks(runs(options["runs"]))
+    program = sweeps.Program(block, "validation")
+    list(program.results())  # compiles the evaluation
+
+    def sweep() -> dict[str, float]:
+        began = time.perf_counter()
+        list(program.results())
+        return {
+            "seconds": time.perf_counter() - began,
+            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+
+    serve({"version": f"jax {jax.__version__}", "how": program.plan()}, {"sweep": sweep})
+
+
+if __name__ == "__main__":
+    main()

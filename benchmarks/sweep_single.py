@@ -1,0 +1,40 @@
+"""Worker: runs of the quickstart one after the other in one process, as a sweep computes them."""
+
+import json
+import os
+import sys
+import time
+
+import jax
+
+from benchmarks.alternate import serve
+from fedhelp_jax.cli import _keep_programs, _load_config
+from fedhelp_jax.experiment import build_experiment
+from fedhelp_jax.report.summary import group_summary, headline
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    _keep_programs()
+
+    def one(point: dict[str, str]) -> tuple[float, float]:
+        settings = [f"--config.{name}={value}" for name, value in point.items()]
+        began = time.perf_counter()
+        experiment = build_experiment(_load_config(options["config"], settings))
+        simulation = experiment.simulation
+        state, _ = simulation.rounds(simulation.init(), 0, experiment.config.rounds)
+        results = simulation.evaluate(state, "validation")
+        small_mean = group_summary(headline(results, experiment.task.headline))["small_mean"]
+        return time.perf_counter() - began, small_mean
+
+    def all_runs() -> dict[str, list[float]]:
+        seconds, small_mean = zip(*map(one, options["points"]), strict=True)
+        return {"seconds": list(seconds), "small_mean": list(small_mean)}
+
+    serve({"version": f"jax {jax.__version__}"}, {"all": all_runs})
+
+
+if __name__ == "__main__":
+    main()
