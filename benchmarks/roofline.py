@@ -1,0 +1,178 @@
+"""How near the training of each stage of ResNet-20 comes to what the machine allows.
+
+    python -m benchmarks.roofline --clients=8 --batch_size=16
+    python -m benchmarks.roofline --clients=1024 --batch_size=16   # on an accelerator
+
+One device. A stage's rate is its FLOP, by count, over the time of its forward and backward pass for
+all clients, each with weights of its own. What is attainable is the lesser of two: the rate of a
+large matrix product, measured; and the stage's FLOP a byte times the bandwidth of a copy, measured.
+FLOP are those of the convolutions: a product forward, one for each gradient (none by the image).
+Bytes are the least possible: each product reads its two and writes its one array once, and all else
+comes free with them. So the whole of the attainable rate is out of reach.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from fedhelp_jax.mapping import make_mapping, over_clients
+from fedhelp_jax.models.resnet import Stage, Stem
+
+_CLIENTS = flags.DEFINE_integer("clients", 8, "clients")
+_BATCH = flags.DEFINE_integer("batch_size", 16, "images a step")
+_SIZE = flags.DEFINE_integer("image_size", 32, "side of an image in pixels")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "of which the median is taken")
+_STEPS = flags.DEFINE_integer("steps", 5, "steps in a dispatch")
+_OUT = flags.DEFINE_string("out", None, "file that gets a line of JSON")
+
+_BLOCKS, _FLOAT = 3, 4
+
+
+class Work(NamedTuple):
+    """Of one client's step through one stage: FLOP, and least bytes to move."""
+
+    flop: float
+    bytes: float
+
+
+def stages() -> list[tuple[str, Any, tuple[int, int], Work]]:
+    """Name, module, ``(channels, side)`` of the input, and work."""
+    side, found = _SIZE.value, []
+    found.append(("stem", Stem(train=True), (3, side), convolution(3, 16, side, side, products=2)))
+    channels = 16
+    for i, features in enumerate((16, 32, 64)):
+        stride = 1 if i == 0 else 2
+        out = side // stride
+        layers = [convolution(channels, features, side, out)]
+        layers += [convolution(features, features, out, out)] * (2 * _BLOCKS - 1)
+        work = Work(sum(w.flop for w in layers), sum(w.bytes for w in layers))
+        stage = Stage(features, stride, _BLOCKS, train=True)
+        found.append((f"stage {i + 1}", stage, (channels, side), work))
+        channels, side = features, out
+    return found
+
+
+def convolution(inputs: int, outputs: int, side: int, out: int, products: int = 3) -> Work:
+    """Of a 3x3 convolution's training."""
+    weights, images = 9 * inputs * outputs, _BATCH.value
+    arrays = images * (inputs * side**2 + outputs * out**2) + weights
+    return Work(2 * products * weights * images * out**2, products * _FLOAT * arrays)
+
+
+def seconds(fn: Callable[..., Any], *arguments: Any) -> float:
+    """The median time of a call."""
+    jax.block_until_ready(fn(*arguments))
+    times = []
+    for _ in range(_REPEATS.value):
+        began = time.perf_counter()
+        jax.block_until_ready(fn(*arguments))
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
+
+
+def matrix_rate() -> float:
+    """FLOP a second of a product of two large square matrices."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a, b = jax.random.normal(jax.random.key(0), (2, n, n))
+    return 2 * n**3 / seconds(jax.jit(jnp.matmul), a, b)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    x = jnp.zeros(2**28 // _FLOAT if jax.default_backend() == "cpu" else 2**32 // _FLOAT)
+    return 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), x)
+
+
+def stage_seconds(module: Any, channels: int, side: int) -> float:
+    """One step of all clients through a stage, forward and backward."""
+    mapping = make_mapping(num_devices=1)
+    shape = (channels, _BATCH.value, side, side)
+    mask = jnp.ones(_BATCH.value, bool)
+
+    def init(key: jax.Array) -> Any:
+        x = jax.random.normal(key, shape)
+        return module.init(key, x, mask), x
+
+    def one(_: Any, own: Any) -> Any:
+        variables, x = own
+        stats = {"batch_stats": variables["batch_stats"]}
+
+        def apply(params: Any, x: jax.Array) -> jax.Array:
+            out, _ = module.apply({"params": params, **stats}, x, mask, mutable=["batch_stats"])
+            return out
+
+        out, pull = jax.vjp(apply, variables["params"], x)
+        params, x_grad = pull(out)
+        moved = jax.tree.map(lambda p, g: p - 1e-9 * g, variables["params"], params)
+        # The stem's input is the image, by which nothing is differentiated.
+        x = x if channels == 3 else x - 1e-9 * x_grad
+        return {"params": moved, **stats}, x
+
+    def steps(own: Any) -> Any:
+        step = over_clients(one, mapping)
+        return jax.lax.fori_loop(0, _STEPS.value, lambda _, own: step((), own), own)
+
+    own = jax.jit(jax.vmap(init))(jax.random.split(jax.random.key(1), _CLIENTS.value))
+    return seconds(jax.jit(steps), own) / _STEPS.value
+
+
+def main(_: list[str]) -> None:
+    peak, bandwidth = matrix_rate(), copy_bandwidth()
+    rows, flop, ideal, spent = [], 0.0, 0.0, 0.0
+    for name, module, (channels, side), work in stages():
+        took = stage_seconds(module, channels, side)
+        total = _CLIENTS.value * work.flop
+        attainable = min(peak, work.flop / work.bytes * bandwidth)
+        row = {
+            "stage": name,
+            "gflop": total / 1e9,
+            "flop_per_byte": work.flop / work.bytes,
+            "attainable": attainable / 1e9,
+            "achieved": total / took / 1e9,
+            "ms": 1e3 * took,
+        }
+        rows.append(row)
+        flop, ideal, spent = flop + total, ideal + total / attainable, spent + took
+    device = jax.devices()[0].device_kind
+    found = {
+        "clients": _CLIENTS.value,
+        "batch_size": _BATCH.value,
+        "peak": peak / 1e9,
+        "bandwidth": bandwidth / 1e9,
+        "rows": rows,
+        "fraction": ideal / spent,
+        "device": f"{device}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+        "version": f"jax {jax.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(json.dumps(found))
+    if _OUT.value:
+        with Path(_OUT.value).open("a") as file:
+            file.write(json.dumps(found) + "\n")
+    print(f"\n{_CLIENTS.value} clients, batch {_BATCH.value}, {_SIZE.value}x{_SIZE.value}")
+    print("| stage | GFLOP | FLOP a byte | attainable, GFLOP/s | achieved | fraction | ms |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        fraction = row["achieved"] / row["attainable"]
+        print(
+            f"| {row['stage']} | {row['gflop']:.2f} | {row['flop_per_byte']:.0f} | "
+            f"{row['attainable']:.0f} | {row['achieved']:.0f} | {fraction:.2f} | {row['ms']:.1f} |"
+        )
+    rates = f"{flop / ideal / 1e9:.0f} | {flop / spent / 1e9:.0f} | {ideal / spent:.2f}"
+    print(f"| all | {flop / 1e9:.2f} | | {rates} | {1e3 * spent:.1f} |")
+    print(f"\nproduct {peak / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; {found['device']}")
+
+
+if __name__ == "__main__":
+    # One core: XLA's thread pool is as large as the set of cores it may run on.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    app.run(main)
