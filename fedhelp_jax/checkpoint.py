@@ -4,9 +4,13 @@ Orbax writes a checkpoint beside its place and renames it, so that a killed run 
 or none. Damage on the disk it may not see (a byte that flips in a stored array can load without an
 error), or tell of from threads of its own. So the digests of a checkpoint's files are written into
 it, in the format of ``sha256sum -c``, and compared before Orbax reads it.
+
+Where there are many processes, all write and read their part of the arrays in one folder that they
+share; the first one does the rest and says what is found there.
 """
 
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -16,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fedhelp_jax import processes
 from fedhelp_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -56,7 +61,9 @@ class Checkpointer:
             ),
             force=True,
         )
-        _write_sums(self._folder / str(round))
+        if processes.first():
+            _write_sums(self._folder / str(round))
+        processes.share("saved")
 
     def restore_latest(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns (round, state, meta) of the newest readable checkpoint; None if none exists.
@@ -65,22 +72,31 @@ class Checkpointer:
 
         Args:
             template: a pytree like the saved state; leaves need `shape` and `dtype` only, so that
-                `jax.eval_shape` makes one.
+                `jax.eval_shape` makes one; where there are many processes, `sharding` too.
 
         Returns:
-            The state has the template's structure, with NumPy arrays as leaves.
+            The state has the template's structure, with NumPy arrays as leaves; where there are
+            many processes, arrays on their devices.
 
         Raises:
             UserError: There are checkpoints, but none can be read or fits the template.
         """
-        rounds = sorted(self._manager.all_steps(), reverse=True)
+        found = sorted(self._manager.all_steps(), reverse=True)
+        # Another process's view of a shared folder may be older.
+        rounds = json.loads(processes.share(json.dumps(found))[0])
         reasons: list[str] = []
         for round in rounds:
-            try:
-                state, meta = self._restore(round, template)
-            except Exception as error:  # Orbax and TensorStore raise whatever the damage leads to
-                reasons.append(f"{self._folder / str(round)} ({_first_line(error)})")
+            restored, reason = None, self._check(round)
+            if not reason:
+                try:
+                    restored = self._restore(round, template)
+                except Exception as error:  # Orbax and TensorStore raise whatever damage leads to
+                    reason = _first_line(error)
+                reason = next(filter(None, processes.share(reason)), "")
+            if restored is None or reason:
+                reasons.append(f"{self._folder / str(round)} ({reason})")
                 continue
+            state, meta = restored
             if reasons:
                 self._unreadable = rounds[: len(reasons)]
                 _log.warning(
@@ -108,15 +124,27 @@ class Checkpointer:
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
+    def _check(self, round: int) -> str:
+        """Returns what is wrong with a checkpoint's files, or nothing."""
+        reason = ""
+        if processes.first():
+            try:
+                _check_sums(self._folder / str(round))
+            except (OSError, ValueError) as error:
+                reason = _first_line(error)
+        return processes.share(reason)[0]
+
     def _restore(self, round: int, template: Any) -> tuple[Any, dict[str, Any]]:
-        _check_sums(self._folder / str(round))
         restored = self._manager.restore(
             round, args=ocp.args.Composite(envelope=ocp.args.JsonRestore())
         )
         envelope = restored["envelope"]
-        wanted = _describe(_leaves(template, shapes_only=True))
+        shapes = _leaves(template, shapes_only=True)
+        wanted = _describe(shapes)
         _check_fit(envelope["leaves"], wanted)
         leaves = {name: np.zeros(shape, dtype) for name, (dtype, shape) in wanted.items()}
+        if jax.process_count() > 1:  # each reads what its devices hold
+            leaves |= {name: leaf for name, leaf in shapes.items() if leaf.size}
         arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
         restored = self._manager.restore(
             round, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays))
@@ -129,7 +157,7 @@ class Checkpointer:
         if not self._unreadable:
             return
         self._manager.close()
-        for round in self._unreadable:
+        for round in self._unreadable if processes.first() else ():
             aside = self._folder / f"unreadable_{round}"
             number = 1
             while aside.exists():
@@ -137,6 +165,7 @@ class Checkpointer:
                 aside = self._folder / f"unreadable_{round}_{number}"
             (self._folder / str(round)).rename(aside)
         self._unreadable = []
+        processes.share("set aside")
         self._manager = self._open()
 
 
@@ -145,7 +174,7 @@ def _leaves(state: Any, *, shapes_only: bool = False) -> dict[str, Any]:
     paths, _ = jax.tree.flatten_with_path(state)
     named = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        if shapes_only
+        if shapes_only or not getattr(leaf, "is_fully_addressable", True)
         else np.asarray(leaf)
         for path, leaf in paths
     }

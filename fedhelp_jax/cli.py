@@ -1,7 +1,8 @@
 """The command ``fedhelp``: teach, train, compare and more; what went wrong becomes an exit code.
 
 0: done. 2: something the user can mend, told in one line on stderr. 1: our own failure, with its
-traceback. 130: interrupted, after the run was saved.
+traceback. 3: another process of a distributed run is lost. 130: interrupted, after the run was
+saved.
 
 Nothing heavy is imported before it is needed, so that ``fedhelp --help`` answers at once, and so
 that the number of CPU devices can be set before JAX starts.
@@ -26,6 +27,7 @@ from fedhelp_jax.errors import UserError
 
 if TYPE_CHECKING:  # these bring jax along
     from fedhelp_jax.config import RunConfig
+    from fedhelp_jax.processes import Address
     from fedhelp_jax.study import Study
 
 USAGE = """\
@@ -55,10 +57,20 @@ commands:
 TRAIN_USAGE = """\
 usage: fedhelp train --config=FILE.py[:ARGUMENT] --workdir=FOLDER [--overwrite]
                      [--config.KEY=VALUE ...]
+                     [--distributed [--coordinator_address=HOST:PORT --num_processes=N
+                     --process_id=I] [--heartbeat_timeout=SECONDS]]
 
   --config     a Python file with get_config(), which returns the settings
   --workdir    the run folder; a run stopped there goes on, if its settings are the same
   --overwrite  remove what is in the run folder and begin anew
+
+  --distributed          one of many processes, on one host or many, that share the run folder and
+                         run the same command; each holds only its own clients' data on its devices
+  --coordinator_address  HOST:PORT of process 0, which all can reach; this and the next two are left
+                         out where JAX finds them itself: SLURM, Open MPI, GKE, TPU pods
+  --num_processes        how many there are
+  --process_id           which this one is, from 0
+  --heartbeat_timeout    seconds without a sign of life after which a process counts as lost: 60
 
 settings, with their defaults:
 """
@@ -91,6 +103,19 @@ usage: fedhelp sweep --config=FILE.py[:ARGUMENT] --workdir=FOLDER --sweep=KEY=VA
 settings, with their defaults:
 """
 
+
+# What is no setting, for who misspells it.
+_OWN_FLAGS = (
+    "config",
+    "workdir",
+    "overwrite",
+    "dry_run",
+    "distributed",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "heartbeat_timeout",
+)
 
 # Compiled programs: JAX removes those unused for longest beyond it.
 _MAX_KEPT_BYTES = 2 * 1024**3
@@ -176,6 +201,7 @@ def _teach(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     own = _flags("workdir", "config")
     flags.DEFINE_bool("overwrite", False, "begin anew", flag_values=own)
+    _define_address(own)
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     source = _required(own, "config", "configs/quickstart.py")
     config = _load_config(source, overrides)
@@ -186,23 +212,26 @@ def _train(arguments: list[str]) -> int:
     files.prepare_folder(workdir)
     _use_cpu_devices(config)
     _keep_programs()
-    from fedhelp_jax import runner
+    from fedhelp_jax import processes, runner
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
-    try:
-        summary = runner.train(config, workdir, bool(own["overwrite"].value))
-    except AnswersMissing as error:
-        command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
-        raise UserError(f"{error}: {command}") from None
-    except runner.Interrupted as stop:
-        _complain(str(stop) or f"interrupted; the same command goes on from {workdir}")
-        return 130
-    console.print_summary(summary)
+    with processes.joined(_address(own), _complain):
+        try:
+            summary = runner.train(config, workdir, bool(own["overwrite"].value))
+        except AnswersMissing as error:
+            command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
+            raise UserError(f"{error}: {command}") from None
+        except runner.Interrupted as stop:
+            _complain(str(stop) or f"interrupted; the same command goes on from {workdir}")
+            return 130
+        if processes.first():
+            console.print_summary(summary)
     return 0
 
 
 def _evaluate(arguments: list[str]) -> int:
     own = _flags("workdir")
+    _define_address(own)
     _refuse_rest(own(["fedhelp", *arguments])[1:])
     workdir = Path(_required(own, "workdir", "runs/demo"))
 
@@ -211,9 +240,12 @@ def _evaluate(arguments: list[str]) -> int:
 
     _use_cpu_devices(config_lib.load(workdir / "config.json"))
     _keep_programs()
-    from fedhelp_jax import runner
+    from fedhelp_jax import processes, runner
 
-    console.print_summary(runner.evaluate(workdir))
+    with processes.joined(_address(own), _complain):
+        summary = runner.evaluate(workdir)
+        if processes.first():
+            console.print_summary(summary)
     return 0
 
 
@@ -382,6 +414,26 @@ def _flags(*names: str) -> flags.FlagValues:
     return values
 
 
+def _define_address(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool("distributed", False, "one of many processes", flag_values=values)
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("heartbeat_timeout", None, "seconds", lower_bound=1, flag_values=values)
+
+
+def _address(values: flags.FlagValues) -> "Address | None":
+    """Returns where the processes of a distributed run meet, or None for a run of one."""
+    from fedhelp_jax.processes import Address
+
+    given = {name: values[name].value for name in Address._fields if values[name].value is not None}
+    if values["distributed"].value:
+        return Address(**given)
+    if given:
+        raise UserError(f"--{next(iter(given))} is for --distributed, which is not given")
+    return None
+
+
 def _required(values: flags.FlagValues, name: str, example: str) -> str:
     value = values[name].value
     if not value:
@@ -476,7 +528,7 @@ def _refuse_unknown_flags(arguments: Sequence[str], keys: Iterable[str]) -> None
     """Refuses a misspelt flag by the closest known one; ml_collections would raise its own way."""
     from fedhelp_jax.config import suggest
 
-    known = [f"--{key}" for key in (*keys, "config", "workdir", "overwrite", "dry_run")]
+    known = [f"--{key}" for key in (*keys, *_OWN_FLAGS)]
     for argument in arguments:
         if not argument.startswith("-") or argument == "--":
             continue

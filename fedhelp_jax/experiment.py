@@ -95,7 +95,9 @@ def load(config: RunConfig) -> Loaded:
             )
         if method.uses_teacher and logits is None and public.labels is None:
             raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
-    federation = make_federation(dataset, roles, public, logits)
+    # Where there are other processes, no device is given what is not its own.
+    on_host = jax.process_count() > 1
+    federation = make_federation(dataset, roles, public, logits, on_host=on_host)
     return Loaded(task, dataset, roles, public, answers, federation)
 
 

@@ -1,7 +1,7 @@
 """A federation on the device: one flat pool of examples, and tables of who owns which."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +108,8 @@ def make_federation(
     roles: Sequence[str],
     public: PublicDataset | None = None,
     answers: np.ndarray | None = None,
+    *,
+    on_host: bool = False,
 ) -> Federation:
     """Puts the data on the device.
 
@@ -117,10 +119,12 @@ def make_federation(
       public: The public data, or None.
       answers: float ``[P, ..., F]`` the foundation model's logits in the order of ``public``, or
         None.
+      on_host: Leave them on the host instead, as NumPy arrays.
 
     Returns:
       The federation; roles that nobody has make no group.
     """
+    put: Any = np.asarray if on_host else jnp.asarray
     groups = []
     for role in ROLES:
         ids = [i for i, r in enumerate(roles) if r == role]
@@ -129,20 +133,23 @@ def make_federation(
         clients = [dataset.clients[i] for i in ids]
         # One width for all splits, so that evaluating another split compiles nothing.
         width = max(len(getattr(client, split)) for client in clients for split in SPLITS)
-        tables = [_table([getattr(client, split) for client in clients], width) for split in SPLITS]
+        tables = [
+            Table(*map(put, _table([getattr(client, split) for client in clients], width)))
+            for split in SPLITS
+        ]
         names = tuple(client.name for client in clients)
-        groups.append(Group(role, names, jnp.asarray(ids, jnp.int32), *tables))
+        groups.append(Group(role, names, put(ids, np.int32), *tables))
     public_pool = None
     if public is not None:
         public_pool = PublicPool(
-            images=jnp.asarray(public.images),
-            labels=None if public.labels is None else jnp.asarray(public.labels),
-            answers=None if answers is None else jnp.asarray(answers),
+            images=put(public.images),
+            labels=None if public.labels is None else put(public.labels),
+            answers=None if answers is None else put(answers),
         )
-    pool = Pool(jnp.asarray(dataset.images), jnp.asarray(dataset.labels))
+    pool = Pool(put(dataset.images), put(dataset.labels))
     # Sorted, so that the order of the clients makes no difference.
     union = np.sort(np.concatenate([client.train for client in dataset.clients]))
-    pooled = Table(jnp.asarray(union, jnp.int32), jnp.int32(len(union)))
+    pooled = Table(put(union, np.int32), put(len(union), np.int32))
     return Federation(pool, public_pool, tuple(groups), pooled)
 
 
@@ -151,8 +158,8 @@ def normalize_images(images: jax.Array) -> jax.Array:
     return images.astype(float) / 127.5 - 1.0
 
 
-def _table(rows: Sequence[np.ndarray], width: int) -> Table:
+def _table(rows: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
     index = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
         index[i, : len(row)] = row
-    return Table(jnp.asarray(index), jnp.asarray([len(row) for row in rows], jnp.int32))
+    return index, np.asarray([len(row) for row in rows], np.int32)

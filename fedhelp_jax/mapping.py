@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 _AXIS = "clients"
+_EVERYWHERE = P()
 
 
 class Mapping(NamedTuple):
@@ -19,10 +20,13 @@ class Mapping(NamedTuple):
     Attributes:
       mesh: Devices along the axis ``clients``.
       chunk_size: How many clients of a device are vectorised at a time; 0 means all of them.
+      private: Whether a device holds the examples and states of its own clients alone. Then every
+        client has a slot of its own in every round, and nothing of a client's ever moves.
     """
 
     mesh: Mesh
     chunk_size: int
+    private: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -45,15 +49,23 @@ class Mapping(NamedTuple):
         """The placement of what has a leading axis of clients."""
         return NamedSharding(self.mesh, P(_AXIS))
 
+    @property
+    def own(self) -> P:
+        """How what belongs to clients lies on devices between rounds."""
+        return P(_AXIS) if self.private else P()
 
-def make_mapping(chunk_size: int | None = None, num_devices: int | None = None) -> Mapping:
+
+def make_mapping(
+    chunk_size: int | None = None, num_devices: int | None = None, *, private: bool | None = None
+) -> Mapping:
     """A mapping over the first ``num_devices`` devices of the default back end.
 
     Args:
       chunk_size: Clients vectorised at a time on a device. None takes the back end's default: 1 on
         CPU, where a second client only pushes the first one's activations out of the cache, and 0
         (all) on accelerators.
-      num_devices: None takes all.
+      num_devices: None takes all, those of other processes too.
+      private: As in `Mapping`; None is where there are other processes.
 
     Returns:
       The mapping.
@@ -61,15 +73,20 @@ def make_mapping(chunk_size: int | None = None, num_devices: int | None = None) 
     devices = jax.devices()[:num_devices]
     if chunk_size is None:
         chunk_size = 1 if devices[0].platform == "cpu" else 0
-    return Mapping(Mesh(np.array(devices), (_AXIS,)), chunk_size)
+    if private is None:
+        private = jax.process_count() > 1
+    return Mapping(Mesh(np.array(devices), (_AXIS,)), chunk_size, private)
 
 
-def over_clients(fn: Callable[[Any, Any], Any], mapping: Mapping) -> Callable[[Any, Any], Any]:
+def over_clients(
+    fn: Callable[[Any, Any], Any], mapping: Mapping, placed: Any = _EVERYWHERE
+) -> Callable[[Any, Any], Any]:
     """``(shared, stacked) -> stacked results`` of ``fn(shared, one)``, for use inside ``jit``.
 
     Args:
       fn: A pure function of what all clients share and of one client's own tree.
       mapping: How to run it.
+      placed: How what is shared lies on devices, a prefix of its tree; each sees its own part.
 
     Returns:
       A function whose second argument has leaves ``[K, ...]``, ``K`` one of ``mapping.slots``.
@@ -78,11 +95,43 @@ def over_clients(fn: Callable[[Any, Any], Any], mapping: Mapping) -> Callable[[A
     def without_sum(shared: Any, one: Any) -> Any:
         return fn(shared, one), ()
 
-    return lambda shared, stacked: _over_devices(without_sum, mapping)(shared, stacked)[0]
+    return lambda shared, stacked: _over_devices(without_sum, mapping, placed)(shared, stacked)[0]
+
+
+def of_one_client(
+    fn: Callable[[Any, Any], jax.Array], mapping: Mapping, placed: Any = _EVERYWHERE
+) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    """Like :func:`over_clients`, but of one client alone, on the device that holds it.
+
+    Args:
+      fn: A pure function of what all clients share and of one client's own tree.
+      mapping: How to run it.
+      placed: As in :func:`over_clients`.
+
+    Returns:
+      A function ``(shared, stacked, row) -> [D, ...]``, zeros but for the client's device.
+    """
+
+    def on_one_device(shared: Any, stacked: Any, row: jax.Array) -> jax.Array:
+        clients = jax.tree.leaves(stacked)[0].shape[0]
+        place = row - lax.axis_index(_AXIS) * clients
+        own = jax.tree.map(lambda leaf: leaf[jnp.clip(place, 0, clients - 1)], stacked)
+        shape = jax.eval_shape(fn, shared, own)
+        nothing = jnp.zeros(shape.shape, shape.dtype)
+        mine = (place >= 0) & (place < clients)
+        return lax.cond(mine, lambda: fn(shared, own), lambda: nothing)[None]
+
+    return jax.shard_map(
+        on_one_device,
+        mesh=mapping.mesh,
+        in_specs=(placed, P(_AXIS), P()),
+        out_specs=P(_AXIS),
+        check_vma=False,
+    )
 
 
 def mean_over_clients(
-    fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping
+    fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, placed: Any = _EVERYWHERE
 ) -> Callable[[Any, Any, jax.Array], tuple[Any, Any, jax.Array]]:
     """Like :func:`over_clients`, but of a part of the results only a weighted mean per device.
 
@@ -91,6 +140,7 @@ def mean_over_clients(
     Args:
       fn: ``(shared, one) -> (result, averaged)``.
       mapping: How to run it.
+      placed: As in :func:`over_clients`.
 
     Returns:
       A function ``(shared, stacked, weights [K]) -> (stacked results, means [D, ...], totals
@@ -107,7 +157,8 @@ def mean_over_clients(
         return result, (jax.tree.map(scaled, averaged), weight)
 
     def run(shared: Any, stacked: Any, weights: jax.Array) -> Any:
-        results, (sums, totals) = _over_devices(weighted, mapping)(shared, (stacked, weights))
+        run = _over_devices(weighted, mapping, placed)
+        results, (sums, totals) = run(shared, (stacked, weights))
 
         def mean(leaf: jax.Array) -> jax.Array:
             total = jnp.where(totals > 0, totals, 1).astype(leaf.dtype)
@@ -118,7 +169,7 @@ def mean_over_clients(
     return run
 
 
-def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping) -> Any:
+def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, placed: Any) -> Any:
     """``(shared, stacked) -> (stacked results, sums [D, ...])`` of ``fn``'s two results."""
 
     def on_one_device(shared: Any, stacked: Any) -> Any:
@@ -155,7 +206,7 @@ def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping) -
     return jax.shard_map(
         on_one_device,
         mesh=mapping.mesh,
-        in_specs=(P(), P(_AXIS)),
+        in_specs=(placed, P(_AXIS)),
         out_specs=P(_AXIS),
         check_vma=False,
     )

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData
 from fedhelp_jax.client import predict
 from fedhelp_jax.federation import ClientData, Federation
 from fedhelp_jax.mapping import Mapping as ClientMapping
-from fedhelp_jax.mapping import mean_over_clients, over_clients
+from fedhelp_jax.mapping import mean_over_clients, of_one_client, over_clients
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.task import Task
@@ -27,7 +28,8 @@ class RunState(NamedTuple):
 
     Attributes:
       server: The method's server state.
-      clients: Per role, the stacked states ``[K, ...]`` of its clients.
+      clients: Per role, the stacked states ``[K, ...]`` of its clients; of whole devices and
+        chunks where the mapping is private.
     """
 
     server: Any
@@ -61,7 +63,11 @@ class RoundInfo(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """The arrays of a federation; by role ``ids`` and a `Table` a split; names stay on the host."""
+    """The arrays of a federation; by role ``ids`` and a `Table` a split; names stay on the host.
+
+    Where the mapping is private, the pool is one of equal length for each device, and each table
+    holds places in the pool of its client's device; nothing is pooled.
+    """
 
     pool: Any
     public: Any
@@ -112,32 +118,52 @@ class Phases:
         """The state before the first round."""
         clients = {}
         for role in self.num_clients:
-            init = functools.partial(self.algorithm.clients[role].init, run_key)
+            init, ids = self.algorithm.clients[role].init, data.groups[role]["ids"]
             # One after the other: under vmap the draws would be another program for every K.
-            clients[role] = lax.map(init, data.groups[role]["ids"])
+            if self.mapping.private:
+                one_by_one = self.mapping._replace(chunk_size=1)
+                clients[role] = over_clients(init, one_by_one)(run_key, ids)
+            else:
+                clients[role] = lax.map(functools.partial(init, run_key), ids)
         return RunState(self.algorithm.init(run_key), clients)
 
     def _algorithm(self, round: jax.Array) -> FederatedAlgorithm:
         return self.algorithm if self.algorithm_at is None else self.algorithm_at(round)
+
+    @property
+    def _placed(self) -> Any:
+        """How what clients are given lies on devices: download, pool, public set."""
+        return P(), self.mapping.own, P()
 
     def num_participants(self, role: str) -> int:
         """How many clients of a role take part in a round."""
         return max(1, math.ceil(self.participation * self.num_clients[role] - 1e-9))
 
     def num_slots(self, role: str) -> int:
-        """Participants rounded up to whole devices and chunks."""
-        return self.mapping.slots(self.num_participants(role))
+        """Participants rounded up to whole devices and chunks; all clients where it is private."""
+        private = self.mapping.private
+        return self.mapping.slots(
+            self.num_clients[role] if private else self.num_participants(role)
+        )
 
     def participants(
         self, role: str, ids: jax.Array, run_key: jax.Array, round: jax.Array
     ) -> jax.Array:
-        """``[M]`` rows of the group that take part, ascending; K fills up the last device."""
-        size, count = self.num_clients[role], self.num_participants(role)
+        """``[M]`` rows of the group that take part, ascending; K is a slot for nobody."""
+        size, count, slots = (
+            self.num_clients[role],
+            self.num_participants(role),
+            self.num_slots(role),
+        )
+        ids = ids[:size]
         # The smallest draws take part; drawn by client id, so no draw depends on the grouping.
         keys = jax.vmap(functools.partial(client_round_key, run_key, round))(ids)
         draws = jax.vmap(lambda key: jax.random.bits(for_purpose(key, Purpose.PARTICIPATION)))(keys)
         chosen = jnp.sort(jnp.argsort(draws, stable=True)[:count])
-        return jnp.pad(chosen, (0, self.num_slots(role) - count), constant_values=size)
+        if self.mapping.private:
+            rows = jnp.arange(slots)
+            return jnp.where(jnp.isin(rows, chosen), rows, size)
+        return jnp.pad(chosen, (0, slots - count), constant_values=size)
 
     def train(
         self,
@@ -156,6 +182,10 @@ class Phases:
         present = participants < size
         rows = jnp.minimum(participants, size - 1)
 
+        def chosen(tree: Any) -> Any:
+            # Nobody leaves their own slot where the mapping is private.
+            return tree if self.mapping.private else jax.tree.map(lambda leaf: leaf[rows], tree)
+
         def one(shared: Any, own: Any) -> Any:
             download, pool, public = shared
             key, state, index, size = own
@@ -163,21 +193,21 @@ class Phases:
             state, upload, info = client.update(key, download, state, data)
             return (state, info), upload
 
-        sizes = tables["train"].size[rows]
+        sizes = chosen(tables["train"].size)
         own = (
-            jax.vmap(functools.partial(client_round_key, run_key, round))(tables["ids"][rows]),
-            jax.tree.map(lambda leaf: leaf[rows], states),
-            tables["train"].index[rows],
+            jax.vmap(functools.partial(client_round_key, run_key, round))(chosen(tables["ids"])),
+            chosen(states),
+            chosen(tables["train"].index),
             jnp.where(present, sizes, 0),
         )
         shared = (algorithm.download(server, role), data.pool, data.public)
         weight = sizes if self.client_weights == "examples" else jnp.ones_like(sizes)
         weight = jnp.where(present, weight, 0)
         if algorithm.mean_only:
-            run = mean_over_clients(one, self.mapping)
+            run = mean_over_clients(one, self.mapping, self._placed)
             (updated, info), upload, weight = run(shared, own, weight)
         else:
-            (updated, info), upload = over_clients(one, self.mapping)(shared, own)
+            (updated, info), upload = over_clients(one, self.mapping, self._placed)(shared, own)
         return Trained(updated, upload, weight, participants, info)
 
     def aggregate(
@@ -191,11 +221,14 @@ class Phases:
         """The server's turn, on what :meth:`train` gave: by role state, upload, weight, slot."""
         clients, uploads, weights = dict(state.clients), {}, {}
         for role, (updated, uploads[role], weights[role], slot) in trained.items():
-            clients[role] = _scatter(clients[role], slot, updated)
+            if self.mapping.private:
+                clients[role] = _take(slot < self.num_clients[role], updated, clients[role])
+            else:
+                clients[role] = _scatter(clients[role], slot, updated)
         server = ServerData(
             key=server_round_key(run_key, round),
             public=data.public,
-            pooled=ClientData(data.pool, data.public, *data.pooled),
+            pooled=data.pooled and ClientData(data.pool, data.public, *data.pooled),
             num_clients=sum(self.num_clients.values()),
         )
         algorithm = self._algorithm(round)
@@ -247,8 +280,7 @@ class Phases:
         table: Any,
     ) -> dict[str, Rows]:
         """Metrics of a role's deployed models, ``[K]`` rounded up to whole devices and chunks."""
-        client, size = self.algorithm.clients[role], self.num_clients[role]
-        empty = self.mapping.slots(size) - size
+        client, slots = self.algorithm.clients[role], self.mapping.slots(self.num_clients[role])
 
         def one(shared: Any, own: Any) -> dict[str, Rows]:
             download, pool, public = shared
@@ -271,11 +303,11 @@ class Phases:
             return results
 
         own = jax.tree.map(
-            lambda leaf: jnp.pad(leaf, [(0, empty)] + [(0, 0)] * (leaf.ndim - 1)),
+            lambda leaf: jnp.pad(leaf, [(0, slots - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)),
             (states, data.groups[role]["train"], table),
         )
         shared = (self.algorithm.download(server, role), data.pool, data.public)
-        return over_clients(one, self.mapping)(shared, own)
+        return over_clients(one, self.mapping, self._placed)(shared, own)
 
     def predict(
         self,
@@ -283,18 +315,31 @@ class Phases:
         states: Any,
         server: Any,
         data: Arrays,
+        table: Any,
         row: jax.Array,
-        index: jax.Array,
+        places: jax.Array,
     ) -> jax.Array:
-        """What the headline model of one client says of the examples ``index``."""
+        """What the headline model of one client says of its examples at ``places`` of a split.
+
+        Where the mapping is private, ``[D, ...]``: zeros but for the client's own device.
+        """
         client = self.algorithm.clients[role]
         name, model = next(iter(client.models.items()))
-        own, train = jax.tree.map(lambda leaf: leaf[row], (states, data.groups[role]["train"]))
-        download = self.algorithm.download(server, role)
-        variables = client.deploy(download, own, ClientData(data.pool, data.public, *train))[name]
-        logits = predict(model, variables, data.pool, index, jnp.int32(len(index)), len(index))
-        assert self.task.predict is not None
-        return self.task.predict(logits, data.pool.targets[index])
+
+        def one(shared: Any, own: Any) -> jax.Array:
+            (download, pool, public), places = shared
+            state, train, table = own
+            deployed = client.deploy(download, state, ClientData(pool, public, *train))[name]
+            index = table.index[places]
+            logits = predict(model, deployed, pool, index, jnp.int32(len(index)), len(index))
+            assert self.task.predict is not None
+            return self.task.predict(logits, pool.targets[index])
+
+        shared = ((self.algorithm.download(server, role), data.pool, data.public), places)
+        own = (states, data.groups[role]["train"], table)
+        if self.mapping.private:
+            return of_one_client(one, self.mapping, (self._placed, P()))(shared, own, row)
+        return one(shared, jax.tree.map(lambda leaf: leaf[row], own))
 
 
 def server_part(trained: Mapping[str, Trained]) -> dict[str, Any]:
@@ -312,3 +357,12 @@ def round_info(trained: Mapping[str, Trained]) -> RoundInfo:
 def _scatter(states: Any, slot: jax.Array, updated: Any) -> Any:
     """Puts clients' new states in their place; rows past the end, the empty slots, are dropped."""
     return jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), states, updated)
+
+
+def _take(present: jax.Array, updated: Any, states: Any) -> Any:
+    """The new states of those present, each in its own slot, and the old ones of all others."""
+
+    def one(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(present.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(one, updated, states)

@@ -5,6 +5,7 @@ end, ``clients.csv`` and ``summary.json``; of masks also ``pictures/``. The same
 folder goes on where it stopped, and ends with the same bits as if it had never stopped.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ import jax
 import numpy as np
 
 from fedhelp_jax import config as configs
+from fedhelp_jax import processes
+from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
@@ -67,27 +71,35 @@ def train(
       split: What the last models are measured on; with "validation" no test image is looked at.
 
     Returns:
-      The content of ``summary.json``.
+      The content of ``summary.json``; nothing in other processes than the first.
 
     Raises:
       UserError: If the settings, the data or the folder do not allow the run.
       Interrupted: After SIGINT or SIGTERM, once the state is saved.
     """
-    if overwrite:
+    _check_together(config, workdir)
+    if overwrite and processes.first():
         _remove_run(workdir)
-    _check_same_config(config, workdir)
-    experiment = build_experiment(config)
-    files.write_json(workdir / _CONFIG, configs.to_dict(config))
+    processes.share("removed")
+
+    def prepare() -> Experiment:
+        _check_same_config(config, workdir)
+        return build_experiment(config)
+
+    experiment = processes.together(prepare)
+    if processes.first():
+        files.write_json(workdir / _CONFIG, configs.to_dict(config))
     checkpointer = Checkpointer(workdir / _CHECKPOINTS)
     try:
         done, state = _restore(experiment, checkpointer)
-        files.cut_metrics(workdir / _METRICS, done)
+        if processes.first():
+            files.cut_metrics(workdir / _METRICS, done)
         if done:
             _log.warning("going on after round %d of %d", done, config.rounds)
         with _StopRequest() as stop:
             state = _run_rounds(experiment, checkpointer, workdir, state, done, stop)
         summary = _finish(experiment, workdir, state, split)
-        if stop.requested:
+        if processes.any_of(stop.requested):
             raise Interrupted(f"asked to stop in the last round; the run in {workdir} is finished")
         return summary
     finally:
@@ -98,15 +110,20 @@ def evaluate(workdir: Path) -> dict[str, Any]:
     """Evaluates the newest checkpoint of a run folder anew and rewrites its ``summary.json``.
 
     Returns:
-      The content of ``summary.json``.
+      The content of ``summary.json``; nothing in other processes than the first.
 
     Raises:
       UserError: If the folder holds no checkpoint or is not as the run left it.
     """
     config = configs.load(workdir / _CONFIG)
-    if not (workdir / _CHECKPOINTS).is_dir():
-        raise UserError(f"--workdir={workdir}: there is no checkpoint; train first")
-    experiment = build_experiment(config)
+    _check_together(config, workdir)
+
+    def prepare() -> Experiment:
+        if not (workdir / _CHECKPOINTS).is_dir():
+            raise UserError(f"--workdir={workdir}: there is no checkpoint; train first")
+        return build_experiment(config)
+
+    experiment = processes.together(prepare)
     checkpointer = Checkpointer(workdir / _CHECKPOINTS)
     try:
         done, state = _restore(experiment, checkpointer)
@@ -132,7 +149,8 @@ def _run_rounds(
 ) -> RunState:
     config, simulation = experiment.config, experiment.simulation
     metric, payload = experiment.task.headline, None
-    with Progress(config.rounds, first_round=done, metric=metric) as display:
+    shown = Progress(config.rounds, first_round=done, metric=metric) if processes.first() else None
+    with shown or contextlib.nullcontext():
         while done < config.rounds:
             started, compiled = time.perf_counter(), compile_totals()
             first, done = done, _next_stop(config, done)
@@ -151,12 +169,16 @@ def _run_rounds(
             wall_s = (time.perf_counter() - started) / len(rows)
             compile_s = (compile_totals().seconds - compiled.seconds) / len(rows)
             for row in rows:
+                if shown is None:
+                    continue
                 row |= {"wall_s": wall_s, "compile_s": compile_s}
                 files.append_metrics(workdir / _METRICS, row)
-                display.update(files.plain(row) | {"seconds": wall_s - compile_s})
-            if last or stop.requested or done % config.checkpoint_every == 0:
+                shown.update(files.plain(row) | {"seconds": wall_s - compile_s})
+            # Whichever process was asked: all stop after the same round.
+            stopping = processes.any_of(stop.requested)
+            if last or stopping or done % config.checkpoint_every == 0:
                 checkpointer.save(done, state, _program(experiment))
-            if stop.requested and not last:
+            if stopping and not last:
                 raise Interrupted(
                     f"stopped after round {done} of {config.rounds}, saved in {workdir}; "
                     "the same command goes on from there"
@@ -176,10 +198,11 @@ def _finish(experiment: Experiment, workdir: Path, state: RunState, split: str) 
     results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}
     measured = results[split]
     if experiment.task.predict is not None and split == "test":
-        found = final_masks(
-            simulation, state, experiment.dataset, workdir / _PICTURES, config.algorithm.name
-        )
+        pictures = workdir / _PICTURES if processes.first() else None
+        found = final_masks(simulation, state, experiment.dataset, pictures, config.algorithm.name)
         results["test"] = measured = merged(measured, found)
+    if not processes.first():
+        return {}
     names = {group.role: group.names for group in simulation.groups}
     files.write_csv(workdir / _CLIENTS, files.CLIENT_COLUMNS, client_rows(names, results))
     rows = files.read_metrics(workdir / _METRICS)
@@ -252,13 +275,14 @@ def _traffic(
 
 def _program(experiment: Experiment) -> dict[str, Any]:
     """What decides the last bits of a result besides the settings; kept in each checkpoint."""
-    mapping = experiment.simulation.mapping
+    mapping, count = experiment.simulation.mapping, jax.process_count()
     text = json.dumps(configs.to_dict(experiment.config), sort_keys=True)
     return {
         "program": {
             "platform": mapping.mesh.devices.flat[0].platform,
             "devices": mapping.num_devices,
             "chunk_size": mapping.chunk_size,
+            **({"processes": count} if count > 1 else {}),
         },
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
@@ -282,7 +306,45 @@ def _restore(experiment: Experiment, checkpointer: Checkpointer) -> tuple[int, R
             f"the run was started with {meta['program']}, this is {ours['program']}: it would not "
             "end with the same bits; set config.mapping alike, or remove the folder"
         )
-    return done, jax.device_put(state, simulation.mapping.replicated)
+    return done, simulation.put(state)
+
+
+def _check_together(config: RunConfig, workdir: Path) -> None:
+    """Checks that all processes make the same run, in one folder that they share.
+
+    Raises:
+      UserError: If they do not.
+    """
+    if jax.process_count() == 1:
+        return
+    if ALGORITHMS[config.algorithm.name].pools_data:
+        raise processes.Agreed(
+            f"algorithm.name: {config.algorithm.name} needs all clients' data in one place, so "
+            "cannot be --distributed"
+        )
+
+    def differences(theirs: str) -> str:
+        return "; ".join(configs.differences(configs.from_dict(json.loads(theirs)), config))
+
+    ours = json.dumps(configs.to_dict(config), sort_keys=True)
+    processes.check_same("settings", ours, differences)
+    probe = workdir / f".shared.{processes.share(uuid.uuid4().hex)[0]}"
+    if processes.first():
+        probe.touch()
+    processes.share("written")
+
+    def look() -> None:
+        if not probe.exists():
+            raise UserError(
+                f"--workdir={workdir}: is not the folder that process 0 sees under that name; all "
+                "processes must share it"
+            )
+
+    try:
+        processes.together(look)
+    finally:
+        if processes.first():
+            probe.unlink()
 
 
 def _check_same_config(config: RunConfig, workdir: Path) -> None:

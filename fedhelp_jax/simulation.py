@@ -4,11 +4,13 @@ Everything here is computation; files, logging and resuming are the runner's.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from fedhelp_jax.federation import Federation, Group
 from fedhelp_jax.phases import (
@@ -17,10 +19,10 @@ from fedhelp_jax.phases import (
     Rows,
     RunState,
     Trained,
-    federation_arrays,
     round_info,
     server_part,
 )
+from fedhelp_jax.placement import place, put
 from fedhelp_jax.tree import num_bytes
 
 # XLA's CPU back end drops the barriers between what is computed and what is computed again for the
@@ -46,13 +48,18 @@ class Simulation:
         self.phases = phases
         self.mapping = mapping = phases.mapping
         self.groups = federation.groups
-        self.federation = jax.device_put(federation_arrays(federation), mapping.replicated)
-        self.run_key = jax.device_put(jax.random.key(seed), mapping.replicated)
+        self.federation = place(federation, mapping)
+        # Made where it is needed: to send it there, processes would compare what they have.
+        self.run_key = jax.jit(jax.random.key, out_shardings=mapping.replicated)(seed)
         # What starts a run and what files its results only moves memory: on CPU it is compiled in
         # half the time without LLVM's optimisations.
         on_cpu = mapping.mesh.devices.flat[0].platform == "cpu"
         unoptimised = {"xla_backend_optimization_level": 0} if on_cpu else None
-        whole = functools.partial(jax.jit, out_shardings=mapping.replicated)
+        self._state_sharding = RunState(
+            mapping.replicated,
+            {g.role: NamedSharding(mapping.mesh, mapping.own) for g in self.groups},
+        )
+        whole = functools.partial(jax.jit, out_shardings=self._state_sharding)
         by_client = functools.partial(
             jax.jit,
             out_shardings=mapping.by_client,
@@ -66,8 +73,9 @@ class Simulation:
         )
         # Over CPU devices a round waits for the clients before the mean, see there.
         self.rounds_at_once = 1 if on_cpu and mapping.num_devices > 1 else rounds_at_once
-        self._rounds = whole(
+        self._rounds = jax.jit(
             functools.partial(phases.rounds, most=rounds_at_once),
+            out_shardings=(self._state_sharding, mapping.replicated),
             donate_argnums=0,
             compiler_options=KEEP_REMATERIALISATION if on_cpu else None,
         )
@@ -75,14 +83,35 @@ class Simulation:
         self._train = {r: by_client(functools.partial(phases.train, r)) for r in roles}
         self._evaluate = {r: by_client(functools.partial(phases.evaluate, r)) for r in roles}
         self._predict = {r: jax.jit(functools.partial(phases.predict, r)) for r in roles}
+        self._gather = jax.jit(lambda tree: tree, out_shardings=mapping.replicated)
 
     def init(self) -> RunState:
         """The state before the first round."""
         return self._init(self.run_key, self.federation)
 
     def state_shapes(self) -> RunState:
-        """The shapes of :meth:`init`'s state, without computing it."""
-        return self._init.eval_shape(self.run_key, self.federation)
+        """The shapes of :meth:`init`'s state and where it lies, without computing it."""
+        shapes = self._init.eval_shape(self.run_key, self.federation)
+
+        def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return self._each(placed, shapes)
+
+    def put(self, state: RunState) -> RunState:
+        """A restored state on the devices: from the host, but for what lies there already."""
+        return self._each(lambda x, s: x if isinstance(x, jax.Array) else put(x, s), state)
+
+    def _each(self, fn: Callable[[Any, NamedSharding], Any], state: RunState) -> RunState:
+        """``fn(leaf, sharding)`` over a state."""
+        server, clients = self._state_sharding
+        return RunState(
+            jax.tree.map(lambda leaf: fn(leaf, server), state.server),
+            {
+                role: jax.tree.map(lambda leaf, s=clients[role]: fn(leaf, s), own)
+                for role, own in state.clients.items()
+            },
+        )
 
     def round(self, state: RunState, round: int) -> tuple[RunState, RoundInfo]:
         """One round: every group trains, then the server aggregates. ``state`` is consumed.
@@ -112,7 +141,13 @@ class Simulation:
             np.int32(round),
             self.federation,
         )
-        return state, round_info(trained)
+        return state, self._reported(round_info(trained))
+
+    def _reported(self, tree: Any) -> Any:
+        """What every process may look at."""
+        if not self.mapping.private:
+            return tree
+        return self._gather(jax.block_until_ready(tree))
 
     def rounds(self, state: RunState, first: int, last: int) -> tuple[RunState, list[RoundInfo]]:
         """The rounds from ``first`` to before ``last``. ``state`` is consumed.
@@ -142,10 +177,12 @@ class Simulation:
           ``{role: {model name: {metric: [K]}}}`` on the host, the headline model of a role first.
         """
         tables = {g.role: self.federation.groups[g.role][split] for g in self.groups}
-        rows = {
-            role: evaluate(state.clients[role], state.server, self.federation, tables[role])
-            for role, evaluate in self._evaluate.items()
-        }
+        rows = self._reported(
+            {
+                role: evaluate(state.clients[role], state.server, self.federation, tables[role])
+                for role, evaluate in self._evaluate.items()
+            }
+        )
         # In the method's own order, the headline model first; JAX sorts a dict by its keys.
         return {
             g.role: {
@@ -167,16 +204,20 @@ class Simulation:
         Returns:
           ``[n, ...]`` on the host, in the order of the client's split.
         """
-        table = getattr(group, split)
-        index = np.asarray(table.index[row])[: int(table.size[row])]
+        table = self.federation.groups[group.role][split]
+        size, batch = int(getattr(group, split).size[row]), self.phases.eval_batch_size
+        # Every client has a slot where the mapping is private, and a device as many as another.
+        device = row * self.mapping.num_devices // len(table.size)
         found = []
-        for start in range(0, len(index), self.phases.eval_batch_size):
-            part = index[start : start + self.phases.eval_batch_size]
-            padded = np.pad(part, (0, self.phases.eval_batch_size - len(part)))
-            out = self._predict[group.role](
-                state.clients[group.role], state.server, self.federation, row, padded
+        for start in range(0, size, batch):
+            places = np.minimum(np.arange(start, start + batch), size - 1)
+            out = self._reported(
+                self._predict[group.role](
+                    state.clients[group.role], state.server, self.federation, table, row, places
+                )
             )
-            found.append(np.asarray(out)[: len(part)])
+            out = np.asarray(out)
+            found.append((out[device] if self.mapping.private else out)[: size - start])
         return np.concatenate(found)
 
     def payload_bytes(self) -> dict[str, tuple[int, int]]:

@@ -9,6 +9,7 @@ import fedhelp_jax
 
 LAYERS: tuple[str, ...] = (
     "errors",
+    "processes",
     "schema",
     "tree",
     "random",
@@ -26,6 +27,7 @@ LAYERS: tuple[str, ...] = (
     "algorithms",
     "teachers",
     "phases",
+    "placement",
     "simulation",
     "compilation",
     "config",

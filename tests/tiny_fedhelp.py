@@ -1,6 +1,8 @@
 """The command ``fedhelp`` with tiny networks for its ResNets, which stops itself where it is told.
 
-python tiny_fedhelp.py SIGNAL after-row|before-sums ROUND[@PART OF FOLDER]  train --config=...
+python tiny_fedhelp.py SIGNAL after-row|before-sums|after-rounds ROUND[@PART OF FOLDER]  train ...
+
+Only the first of many processes writes rows and sums; rounds all make.
 """
 
 import os
@@ -12,6 +14,7 @@ from helpers import use_tiny_networks
 
 from fedhelp_jax import checkpoint, cli
 from fedhelp_jax.report import files
+from fedhelp_jax.simulation import Simulation
 
 
 def main() -> int:
@@ -29,6 +32,16 @@ def main() -> int:
                     os.kill(os.getpid(), number)
 
             patch.setattr(files, "append_metrics", append_then_stop)
+        elif where == "after-rounds":
+            rounds = Simulation.rounds
+
+            def make_then_stop(self, state, first, last):
+                made = rounds(self, state, first, last)
+                if last == int(when):
+                    os.kill(os.getpid(), number)
+                return made
+
+            patch.setattr(Simulation, "rounds", make_then_stop)
         else:
             write_sums = checkpoint._write_sums
 

@@ -32,18 +32,20 @@ class Method(NamedTuple):
       settings: The type of its settings.
       uses_public: Whether it learns from the public images.
       uses_teacher: Whether it learns from the foundation model's answers about them.
+      pools_data: Whether it needs all clients' data in one place, as no federated method does.
     """
 
     build: Callable[..., FederatedAlgorithm]
     settings: type[Any]
     uses_public: bool = False
     uses_teacher: bool = False
+    pools_data: bool = False
 
 
 ALGORITHMS: Mapping[str, Method] = {
     "fedhelp": Method(fedhelp, FedHelpSettings, uses_public=True, uses_teacher=True),
     "local": Method(local, LocalSettings),
-    "centralized": Method(centralized, CentralizedSettings),
+    "centralized": Method(centralized, CentralizedSettings, pools_data=True),
     "fedavg": Method(fedavg, FedAvgSettings),
     "fedprox": Method(fedprox, FedProxSettings),
     "fedbn": Method(fedbn, FedBNSettings),

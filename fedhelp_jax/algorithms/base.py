@@ -104,13 +104,13 @@ class ServerData(NamedTuple):
       key: The round's.
       public: The public set, or None.
       pooled: All clients' training data as one client's. No federated method may look at it; it is
-        there for the reference that may.
+        there for the reference that may, and None where no device holds it.
       num_clients: How many clients there are, whether they took part or not.
     """
 
     key: jax.Array
     public: PublicPool | None
-    pooled: ClientData
+    pooled: ClientData | None
     num_clients: int
 
 

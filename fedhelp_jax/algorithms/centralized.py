@@ -72,8 +72,10 @@ def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorit
         data: ServerData,
     ) -> dict[str, Variables]:
         del weights
+        pooled = data.pooled
+        assert pooled is not None, "nobody holds all clients' data"
         trained = {
-            role: train_locally(setup, setup.models[role], data.key, state[role], data.pooled)[0]
+            role: train_locally(setup, setup.models[role], data.key, state[role], pooled)[0]
             for role in uploads
         }
         return {**state, **trained}

@@ -15,7 +15,11 @@ _SHOWN_CLIENTS = 3
 
 
 def final_masks(
-    simulation: Simulation, state: RunState, dataset: FederatedDataset, folder: Path, method: str
+    simulation: Simulation,
+    state: RunState,
+    dataset: FederatedDataset,
+    folder: Path | None,
+    method: str,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Surface distances of the deployed models on the clients' test images; draws some of them.
 
@@ -26,7 +30,7 @@ def final_masks(
       simulation: The run.
       state: Its last state.
       dataset: The data.
-      folder: Where the pictures go.
+      folder: Where the pictures go; None draws none.
       method: Name of the method, for the pictures' titles.
 
     Returns:
@@ -40,7 +44,7 @@ def final_masks(
             predicted = simulation.predictions(state, group, number, "test")
             truth = dataset.labels[examples]
             measured.append(surface_metrics(predicted, truth, dataset.label_names))
-            if number < _SHOWN_CLIENTS:
+            if folder is not None and number < _SHOWN_CLIENTS:
                 dice = _dice(predicted > 0, truth > 0)
                 order = np.argsort(dice, kind="stable")
                 for place, word in ((order[len(order) // 2], "middle"), (order[0], "worst")):
@@ -52,6 +56,8 @@ def final_masks(
         found[group.role] = {
             name: np.array([metrics[name] for metrics in measured]) for name in measured[0]
         }
+        if folder is None:
+            continue
         kind = " (synthetic)" if dataset.synthetic else ""
         title = f"{method} on {dataset.name}{kind}: {group.role} clients, test"
         folder.mkdir(parents=True, exist_ok=True)
