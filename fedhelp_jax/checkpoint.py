@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ class Checkpointer:
             _write_sums(self._folder / str(round))
         processes.share("saved")
 
-    def restore_latest(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore_latest(
+        self, template: Any, check: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns (round, state, meta) of the newest readable checkpoint; None if none exists.
 
         One that cannot be read is passed over with a warning in favour of the one before.
@@ -73,6 +76,7 @@ class Checkpointer:
         Args:
             template: a pytree like the saved state; leaves need `shape` and `dtype` only, so that
                 `jax.eval_shape` makes one; where there are many processes, `sharding` too.
+            check: refuses what the template need not fit, by raising a UserError.
 
         Returns:
             The state has the template's structure, with NumPy arrays as leaves; where there are
@@ -89,7 +93,9 @@ class Checkpointer:
             restored, reason = None, self._check(round)
             if not reason:
                 try:
-                    restored = self._restore(round, template)
+                    restored = self._restore(round, template, check)
+                except UserError:
+                    raise
                 except Exception as error:  # Orbax and TensorStore raise whatever damage leads to
                     reason = _first_line(error)
                 reason = next(filter(None, processes.share(reason)), "")
@@ -106,7 +112,7 @@ class Checkpointer:
                 )
             return round, state, meta
         if reasons:
-            raise UserError(
+            raise processes.Agreed(
                 f"no checkpoint can be read: {' and '.join(reasons)}; "
                 "--overwrite begins the run anew"
             )
@@ -134,11 +140,14 @@ class Checkpointer:
                 reason = _first_line(error)
         return processes.share(reason)[0]
 
-    def _restore(self, round: int, template: Any) -> tuple[Any, dict[str, Any]]:
+    def _restore(
+        self, round: int, template: Any, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[Any, dict[str, Any]]:
         restored = self._manager.restore(
             round, args=ocp.args.Composite(envelope=ocp.args.JsonRestore())
         )
         envelope = restored["envelope"]
+        check(envelope["meta"])
         shapes = _leaves(template, shapes_only=True)
         wanted = _describe(shapes)
         _check_fit(envelope["leaves"], wanted)

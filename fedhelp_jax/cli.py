@@ -419,14 +419,17 @@ def _define_address(values: flags.FlagValues) -> None:
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("heartbeat_timeout", None, "seconds", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "heartbeat_timeout", None, "seconds", lower_bound=1, upper_bound=90, flag_values=values
+    )
 
 
 def _address(values: flags.FlagValues) -> "Address | None":
     """Returns where the processes of a distributed run meet, or None for a run of one."""
     from fedhelp_jax.processes import Address
 
-    given = {name: values[name].value for name in Address._fields if values[name].value is not None}
+    given: dict[str, Any] = {name: values[name].value for name in Address._fields}
+    given = {name: value for name, value in given.items() if value is not None}
     if values["distributed"].value:
         return Address(**given)
     if given:

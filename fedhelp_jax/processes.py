@@ -8,8 +8,11 @@ trace, and leave one that waits in a collective of an idle network waiting.
 
 import collections
 import contextlib
+import ctypes
 import logging
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -35,7 +38,8 @@ class Address(NamedTuple):
       coordinator_address: ``HOST:PORT`` of process 0.
       num_processes: How many there are.
       process_id: Which this one is, from 0.
-      heartbeat_timeout: Seconds without a sign of life after which a process counts as lost.
+      heartbeat_timeout: Seconds without a sign of life after which a process counts as lost; less
+        than the 100 after which JAX aborts.
     """
 
     coordinator_address: str | None = None
@@ -168,12 +172,14 @@ class _Watch:
         from jax._src import distributed  # the store has no public name; Orbax takes it here too
 
         self._client: Any = distributed.global_state.client
+        self._coordinator = str(distributed.global_state.coordinator_address)
         self._timeout = timeout
         self._pause = min(1.0, timeout / 10)
         self._complain = complain
         self._ending = threading.Lock()
         self._parted = threading.Event()
         self._answered = time.monotonic()
+        _delay_abort()
         for target in (self._beat, self._guard):
             threading.Thread(target=target, daemon=True).start()
 
@@ -221,9 +227,11 @@ class _Watch:
                     self._lose(f"process {number} is lost")
 
     def _guard(self) -> None:
-        """Process 0 may also not answer at all."""
+        """Process 0 may also not answer at all, and an abort under way keeps its answers back."""
         while not self._parted.wait(self._pause):
-            if time.monotonic() - self._answered > self._timeout + 2 * self._pause:
+            silence = time.monotonic() - self._answered
+            gone = silence > 2 * self._pause and not _listens(self._coordinator)
+            if gone or silence > self._timeout + 2 * self._pause:
                 self._lose("process 0 is lost")
 
     def _lose(self, what: str) -> None:
@@ -243,13 +251,8 @@ def _join(address: Address, complain: Callable[[str], None]) -> _Watch | None:
         _check(address)
     if jax.config.values["jax_cpu_collectives_implementation"] in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Who ends is told of by the watch; signals are the run's own.
-    for name, value in (
-        ("jax_enable_recoverability", True),
-        ("jax_enable_preemption_service", False),
-    ):
-        if name in jax.config.values:
-            jax.config.update(name, value)
+    if "jax_enable_preemption_service" in jax.config.values:  # signals are the run's own
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             *found,
@@ -267,6 +270,31 @@ def _check_devices() -> None:
     if len(set(counts.values())) > 1:
         found = ", ".join(str(counts[i]) for i in sorted(counts))
         raise Agreed(f"--distributed: all processes need equally many devices; there are {found}")
+
+
+def _listens(address: str) -> bool:
+    """Whether nobody there says that nobody listens."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True  # no answer is not yet a verdict
+    return True
+
+
+def _delay_abort() -> None:
+    """Lets the watch speak before JAX aborts.
+
+    JAX's client aborts the process as soon as process 0 is gone, and takes no callback from Python.
+    ``sleep`` as the signal's handler holds that thread for as many seconds as the signal's number,
+    6, and then the abort goes on.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _exit(code: int) -> None:

@@ -291,21 +291,25 @@ def _program(experiment: Experiment) -> dict[str, Any]:
 def _restore(experiment: Experiment, checkpointer: Checkpointer) -> tuple[int, RunState]:
     """The newest checkpoint's round and state, or round 0 and the first state."""
     simulation = experiment.simulation
-    found = checkpointer.restore_latest(simulation.state_shapes())
+
+    def check(meta: dict[str, Any]) -> None:
+        ours = _program(experiment)
+        if meta["config_sha256"] != ours["config_sha256"]:
+            raise processes.Agreed(
+                f"{_CONFIG} is not the one this run was started with; was it edited by hand? "
+                "Put it back, or remove the folder"
+            )
+        if meta["program"] != ours["program"]:
+            raise processes.Agreed(
+                f"the run was started with {meta['program']}, this is {ours['program']}: it would "
+                "not end with the same bits; set config.mapping and the processes alike, or remove "
+                "the folder"
+            )
+
+    found = checkpointer.restore_latest(simulation.state_shapes(), check)
     if found is None:
         return 0, simulation.init()
-    done, state, meta = found
-    ours = _program(experiment)
-    if meta["config_sha256"] != ours["config_sha256"]:
-        raise UserError(
-            f"{_CONFIG} is not the one this run was started with; was it edited by hand? "
-            "Put it back, or remove the folder"
-        )
-    if meta["program"] != ours["program"]:
-        raise UserError(
-            f"the run was started with {meta['program']}, this is {ours['program']}: it would not "
-            "end with the same bits; set config.mapping alike, or remove the folder"
-        )
+    done, state, _ = found
     return done, simulation.put(state)
 
 

@@ -156,12 +156,13 @@ def simulate(
     *,
     chunk_size: int | None = 1,
     num_devices: int = 1,
+    private: bool = False,
     seed: int = 0,
     rounds_at_once: int = 1,
     **options: Any,
 ) -> Simulation:
     """A simulation on one device, clients one after the other, unless told otherwise."""
-    mapping = make_mapping(chunk_size, num_devices)
+    mapping = make_mapping(chunk_size, num_devices, private=private)
     phases = Phases(algorithm, classification, num_clients(federation), mapping, **options)
     return Simulation(phases, federation, seed=seed, rounds_at_once=rounds_at_once)
 

@@ -1,7 +1,9 @@
 """The command ``fedhelp`` with tiny networks for its ResNets, which stops itself where it is told.
 
 python tiny_fedhelp.py SIGNAL after-row|before-sums|after-rounds ROUND[@PART OF FOLDER]  train ...
+python tiny_fedhelp.py FOLDER pool -  train ...
 
+The second writes what this process's devices hold of the pool.
 Only the first of many processes writes rows and sums; rounds all make.
 """
 
@@ -9,6 +11,8 @@ import os
 import signal
 import sys
 
+import jax
+import numpy as np
 import pytest
 from helpers import use_tiny_networks
 
@@ -19,10 +23,20 @@ from fedhelp_jax.simulation import Simulation
 
 def main() -> int:
     name, where, when, *arguments = sys.argv[1:]
-    number = signal.Signals[name]
+    number = signal.Signals[name] if where != "pool" else None
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_networks(patch)
-        if where == "after-row":
+        if where == "pool":
+            init = Simulation.__init__
+
+            def init_then_write(self, *arguments, **options):
+                init(self, *arguments, **options)
+                shards = self.federation.pool.images.addressable_shards
+                file = f"{name}/pool{jax.process_index()}.npz"
+                np.savez(file, *(shard.data for shard in shards))
+
+            patch.setattr(Simulation, "__init__", init_then_write)
+        elif where == "after-row":
             append = files.append_metrics
 
             def append_then_stop(path, row):
