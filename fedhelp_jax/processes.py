@@ -28,6 +28,8 @@ from fedhelp_jax.errors import UserError
 
 LOST = 3  # the exit code where another process is lost
 
+_START_TIMEOUT = 290  # seconds; JAX's own is 300
+
 _ALIVE, _ENDED = "fedhelp/alive", "fedhelp/ended"
 
 
@@ -80,6 +82,7 @@ def joined(address: Address | None, complain: Callable[[str], None]) -> Iterator
         try:
             _check_devices()
             yield
+            share("end")  # as long as another is at work, the watch goes on
         except Agreed:
             watch.part()
             raise
@@ -185,7 +188,6 @@ class _Watch:
 
     def part(self) -> None:
         """Parts from the others, who have come to the same end; all must ask."""
-        share("end")
         self._parted.set()
         with contextlib.suppress(Exception):  # the coordinator may be quicker; all is done
             jax.distributed.shutdown()
@@ -253,6 +255,10 @@ def _join(address: Address, complain: Callable[[str], None]) -> _Watch | None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if "jax_enable_preemption_service" in jax.config.values:  # signals are the run's own
         jax.config.update("jax_enable_preemption_service", False)
+    # JAX would give up by an abort, with a stack trace.
+    timer = threading.Timer(_START_TIMEOUT, _give_up, [found, complain])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             *found,
@@ -260,9 +266,20 @@ def _join(address: Address, complain: Callable[[str], None]) -> _Watch | None:
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--distributed: {_first_line(error)}") from None
+    finally:
+        timer.cancel()
     if jax.process_index() > 0:
         logging.getLogger("fedhelp_jax").setLevel(logging.ERROR)
     return None if jax.process_count() == 1 else _Watch(address.heartbeat_timeout, complain)
+
+
+def _give_up(found: tuple[Any, ...], complain: Callable[[str], None]) -> None:
+    where = f"is process 0 at {found[0]}, and " if found[0] else ""
+    complain(
+        f"--distributed: not all processes came within {_START_TIMEOUT} seconds; {where}did all "
+        "start?"
+    )
+    _exit(2)
 
 
 def _check_devices() -> None:

@@ -115,7 +115,7 @@ def evaluate(workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: If the folder holds no checkpoint or is not as the run left it.
     """
-    config = configs.load(workdir / _CONFIG)
+    config = processes.together(lambda: configs.load(workdir / _CONFIG))
     _check_together(config, workdir)
 
     def prepare() -> Experiment:

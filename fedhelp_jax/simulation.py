@@ -50,7 +50,7 @@ class Simulation:
         self.groups = federation.groups
         self.federation = place(federation, mapping)
         # Made where it is needed: to send it there, processes would compare what they have.
-        self.run_key = jax.jit(jax.random.key, out_shardings=mapping.replicated)(seed)
+        self.run_key = jax.jit(lambda: jax.random.key(seed), out_shardings=mapping.replicated)()
         # What starts a run and what files its results only moves memory: on CPU it is compiled in
         # half the time without LLVM's optimisations.
         on_cpu = mapping.mesh.devices.flat[0].platform == "cpu"
