@@ -1,5 +1,6 @@
 """Many processes as one run, on this machine: what comes out, what stops them, who holds what."""
 
+import functools
 import json
 import os
 import shlex
@@ -63,7 +64,16 @@ class Ended:
         self.last = (self.err.splitlines() or [""])[-1]
 
 
-def two_processes(workdir: Path, *scripts: str, rest=("", "")) -> tuple[Ended, Ended]:
+@pytest.fixture(scope="module")
+def two_processes(compilation_cache_of_the_module):
+    """:func:`in_two_processes` with what is compiled kept."""
+    kept = {name.upper(): str(value) for name, value in compilation_cache_of_the_module.items()}
+    return functools.partial(in_two_processes, kept)
+
+
+def in_two_processes(
+    environment: dict[str, str], workdir: Path, *scripts: str, rest=("", "")
+) -> tuple[Ended, Ended]:
     """A run in two processes of one CPU device each, which stop themselves where they are told."""
     port = free_port()
     started = []
@@ -72,7 +82,7 @@ def two_processes(workdir: Path, *scripts: str, rest=("", "")) -> tuple[Ended, E
         command = train_command(
             workdir, f"--config.mapping.cpu_devices=1 --distributed {meet} --heartbeat_timeout=4"
         )
-        environment = {
+        environment |= {
             "JAX_ENABLE_X64": "1",
             "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
         }
@@ -126,7 +136,7 @@ def of_clients(state, simulation: Simulation):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(two_processes, tmp_path_factory):
     """A run in two processes to its end; not to be changed. Beside it lies what they hold."""
     folder = tmp_path_factory.mktemp("finished")
     script = f"{folder} pool -"
@@ -164,11 +174,12 @@ def test_two_processes_are_as_one(finished, tmp_path):
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
-@pytest.mark.parametrize("name", ["fedbn", "scaffold"])
-def test_clients_with_devices_of_their_own_learn_the_same(name):
+def test_clients_with_devices_of_their_own_learn_the_same():
     """With one large client for two devices, and half of the clients in a round."""
     federation = tiny_federation(top_n=1)
-    method = build(name, tiny_setup(models=dict.fromkeys(("small", "large"), tiny_model(CLASSES))))
+    method = build(
+        "scaffold", tiny_setup(models=dict.fromkeys(("small", "large"), tiny_model(CLASSES)))
+    )
     outcomes = []
     for options in ({}, {"num_devices": 2, "private": True}):
         simulation = simulate(method, federation, participation=0.5, **options)
@@ -198,7 +209,7 @@ def test_a_process_holds_only_its_own_clients_images(finished):
 # --- what stops them ---
 
 
-def test_stopped_and_killed_they_go_on_as_if_nothing_had_been(finished, tmp_path):
+def test_stopped_and_killed_they_go_on_as_if_nothing_had_been(two_processes, finished, tmp_path):
     """SIGINT to one, then the loss of one, then of the first; the same command each time."""
     workdir = tmp_path / "run"
     both = two_processes(workdir, ON, "SIGINT after-rounds 1")
@@ -227,7 +238,7 @@ def test_stopped_and_killed_they_go_on_as_if_nothing_had_been(finished, tmp_path
 # --- bad use, in one line ---
 
 
-def test_other_settings_in_another_process_are_refused_by_name(tmp_path):
+def test_other_settings_in_another_process_are_refused_by_name(two_processes, tmp_path):
     rest = ("", "--config.batch_size=3")
     for ended in two_processes(tmp_path / "run", ON, ON, rest=rest):
         assert ended.code == 2, ended.err
