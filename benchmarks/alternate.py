@@ -6,10 +6,12 @@ time. While one works the others wait for their line, which costs nothing.
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -59,6 +61,18 @@ def serve(about: Mapping[str, Any], questions: Mapping[str, Callable[[], Any]]) 
     print(json.dumps(about), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(questions[line.strip()]()), file=answers, flush=True)
+
+
+def peak_gib() -> float:
+    """The most memory that this process has had.
+
+    Linux gives ``getrusage`` of a parent on to its children, so that is not asked there.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def alternate(workers: Mapping[str, Worker], repeats: int) -> dict[str, list[float]]:

@@ -100,10 +100,10 @@ def main(_: list[str]) -> None:
         sizes = [row["size"] for row in rows]
         for row in rows:
             lines.append(
-                f"| {axis} | {row['size']} | {row['seconds']:.2f} | {row['peak_gb']:.2f} |"
+                f"| {axis} | {row['size']} | {row['seconds']:.2f} | {row['peak_gib']:.2f} |"
             )
         if len(rows) > 1:
-            slopes = [slope(sizes, [row[key] for row in rows]) for key in ("seconds", "peak_gb")]
+            slopes = [slope(sizes, [row[key] for row in rows]) for key in ("seconds", "peak_gib")]
             lines.append(f"| {axis} | slope | {slopes[0]:.2f} | {slopes[1]:.2f} |")
     print("\n| what grows | how many | s | peak, GiB |\n|---|---|---|---|")
     print("\n".join(lines))

@@ -2,14 +2,13 @@
 
 import json
 import os
-import resource
 import sys
 import time
 
 import jax
 import numpy as np
 
-from benchmarks.alternate import serve
+from benchmarks.alternate import peak_gib, serve
 from fedhelp_jax import sweep as sweeps
 from fedhelp_jax.config import default_config, validate
 
@@ -39,7 +38,7 @@ def main() -> None:
         list(program.results())
         return {
             "seconds": time.perf_counter() - began,
-            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "peak_gib": peak_gib(),
         }
 
     serve({"version": f"jax {jax.__version__}", "how": program.plan()}, {"sweep": sweep})
