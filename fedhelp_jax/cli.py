@@ -565,7 +565,13 @@ def _keep_programs() -> None:
     from fedhelp_jax.data.cache import cache_folder
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder(None) / "compiled"))
+        folder = cache_folder(None) / "compiled"
+        # A program whose time of use a killed process did not get to write: JAX, which looks for
+        # what to remove by these times, would not keep anything any more.
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                program.unlink(missing_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _MAX_KEPT_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

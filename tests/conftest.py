@@ -30,6 +30,7 @@ def compilation_cache_of_the_module(tmp_path_factory):
     """For modules that compile the same run many times."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_max_size": -1,  # a command may have set it: here as in subprocesses
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

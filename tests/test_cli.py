@@ -148,6 +148,18 @@ def test_programs_are_kept_in_the_users_cache_folder(tmp_path, runner, monkeypat
     assert (jax.config.jax_compilation_cache_max_size == 2 * 2**30) == (chosen is None)
 
 
+@pytest.mark.usefixtures("programs_are_kept_nowhere")
+def test_a_program_that_was_kept_by_half_is_removed(tmp_path, runner, monkeypatch):
+    """JAX writes a program and then the time of its use; in between the process may be killed."""
+    monkeypatch.setenv("FEDHELP_CACHE_DIR", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "compiled"
+    folder.mkdir(parents=True)
+    for name in ("whole-cache", "whole-atime", "half-cache"):
+        (folder / name).write_bytes(b"12345678")
+    assert train(tmp_path) == 0
+    assert {path.name for path in folder.iterdir()} == {"whole-cache", "whole-atime"}
+
+
 @pytest.mark.parametrize(
     ("config", "name", "large"),
     [
