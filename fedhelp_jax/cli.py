@@ -23,86 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from fedhelp_jax import usage
 from fedhelp_jax.errors import UserError
 
 if TYPE_CHECKING:  # these bring jax along
     from fedhelp_jax.config import RunConfig
     from fedhelp_jax.processes import Address
     from fedhelp_jax.study import Study
-
-USAGE = """\
-usage: fedhelp COMMAND [--flag=value ...]
-
-commands:
-  train     train the clients of a federation, or go on where a stopped run was saved
-            fedhelp train --config=configs/quickstart.py --workdir=runs/demo \\
-                --config.algorithm.name=fedavg --config.seed=3
-  teach     ask the foundation model about the public images, once; train reads the answers
-            fedhelp teach --config=configs/fed_isic2019.py --dry-run
-  evaluate  measure a trained run again, from its newest checkpoint
-            fedhelp evaluate --workdir=runs/demo
-  show      print finished runs side by side
-            fedhelp show runs/demo/fedhelp runs/demo/local
-  compare   make the runs of a study that are missing, and one table of all: methods, data, seeds
-            fedhelp compare --study=configs/studies/miniature.py --workdir=runs/miniature
-  sweep     many runs that differ in a few settings and seeds, as one compiled program
-            fedhelp sweep --config=configs/quickstart.py --workdir=runs/sweep \\
-                --sweep=learning_rate=1e-4,1e-3 --sweep=algorithm.lambda_b=0,0.2 --seeds=0:4
-  tune      only the study's trials, on validation images; compare makes them too
-            fedhelp tune --study=configs/studies/baselines.py --workdir=runs/baselines
-
-`fedhelp train --help` lists all settings.
-"""
-
-TRAIN_USAGE = """\
-usage: fedhelp train --config=FILE.py[:ARGUMENT] --workdir=FOLDER [--overwrite]
-                     [--config.KEY=VALUE ...]
-                     [--distributed [--coordinator_address=HOST:PORT --num_processes=N
-                     --process_id=I] [--heartbeat_timeout=SECONDS]]
-
-  --config     a Python file with get_config(), which returns the settings
-  --workdir    the run folder; a run stopped there goes on, if its settings are the same
-  --overwrite  remove what is in the run folder and begin anew
-
-  --distributed          one of many processes, on one host or many, that share the run folder and
-                         run the same command; each holds only its own clients' data on its devices
-  --coordinator_address  HOST:PORT of process 0, which all can reach; this and the next two are left
-                         out where JAX finds them itself: SLURM, Open MPI, GKE, TPU pods
-  --num_processes        how many there are
-  --process_id           which this one is, from 0
-  --heartbeat_timeout    seconds without a sign of life after which a process counts as lost: 60
-
-settings, with their defaults:
-"""
-
-
-TEACH_USAGE = """\
-usage: fedhelp teach --config=FILE.py[:ARGUMENT] [--dry-run] [--config.KEY=VALUE ...]
-       fedhelp teach --study=FILE.py[:ARGUMENT] [--dry-run]
-
-  --config   a Python file with get_config(), which returns the settings
-  --study    a study file: all that its runs learn from, for all seeds
-  --dry-run  only print what would be asked: images, requests, bytes, cost
-
-settings, with their defaults:
-"""
-
-
-SWEEP_USAGE = """\
-usage: fedhelp sweep --config=FILE.py[:ARGUMENT] --workdir=FOLDER --sweep=KEY=VALUE,VALUE...
-                     [--sweep=...] [--seeds=FIRST:END | --seeds=N,N...] [--split=test]
-                     [--runs_at_once=N] [--config.KEY=VALUE ...]
-
-  --config        a Python file with get_config(), which returns the settings
-  --workdir       the folder of the sweep; what is finished there is not run again
-  --sweep         a setting and its values; given more than once, every combination is run
-  --seeds         0:4 is 0, 1, 2, 3; the config's own seed if left out
-  --split         what is measured: validation, to choose by, or test
-  --runs_at_once  runs that a device vectorises; the back end's best if left out
-
-settings, with their defaults:
-"""
-
 
 # What is no setting, for who misspells it.
 _OWN_FLAGS = (
@@ -163,14 +90,14 @@ def _command(argv: list[str]) -> int:
     }
     name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if name in ("--help", "-h", "-help", "help"):
-        print(USAGE, end="")
+        print(usage.COMMANDS, end="")
         return 0
     if name not in commands:
         said = f"{name!r} is not a command" if name else "no command is given"
         raise UserError(f"{said}; it is one of {', '.join(commands)} (see fedhelp --help)")
     if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        usages = {"train": TRAIN_USAGE, "teach": TEACH_USAGE, "sweep": SWEEP_USAGE}
-        print(usages[name] + _settings_help() if name in usages else USAGE, end="")
+        usages = {"train": usage.TRAIN, "teach": usage.TEACH, "sweep": usage.SWEEP}
+        print(usages[name] + _settings_help() if name in usages else usage.COMMANDS, end="")
         return 0
     return commands[name](arguments)
 

@@ -38,6 +38,7 @@ LAYERS: tuple[str, ...] = (
     "runner",
     "study",
     "sweep",
+    "usage",
     "cli",
 )
 PACKAGE = Path(fedhelp_jax.__file__).parent
