@@ -21,7 +21,9 @@ CONFIG = Path(__file__).parent / "teach_config.py"
 BATCH = 4
 COUNT, DISTINCT = 40, 34
 _ENTRY = """\
-import resource, sys
+import resource, signal, sys
+# A shell's background job, which the tests may be, is started with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if limit := int(sys.argv.pop(1)):  # bytes that no file may grow beyond
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 from fedhelp_jax.cli import main_entry
