@@ -71,7 +71,8 @@ def peak_gib() -> float:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 

@@ -9,14 +9,13 @@ that of the device elsewhere.
 """
 
 import platform
-import resource
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks.alternate import peak_gib
 from fedhelp_jax.client import adam_l2, gradient_step
 from fedhelp_jax.mask_losses import mask_loss
 from fedhelp_jax.models.model import apply_model
@@ -63,8 +62,7 @@ def peak_bytes() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(2**30 * peak_gib())
 
 
 def main(_: list[str]) -> None:

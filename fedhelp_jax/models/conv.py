@@ -1,4 +1,4 @@
-"""Convolution as patches and matrix products, the same program on CPU and accelerators.
+"""Convolution as patches and matrix products, on CPU of a few images after the other.
 
 Why not ``lax.conv_general_dilated``: under ``vmap`` over clients it becomes a grouped convolution,
 and inside a loop XLA's CPU back end runs any convolution by naive code; both are tens of times
