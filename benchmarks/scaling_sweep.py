@@ -29,7 +29,7 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    (block,) = sweeps._blocks(runs(options["runs"]))
+    (block,) = sweeps.blocks(runs(options["runs"]))
     program = sweeps.Program(block, "validation")
     list(program.results())  # compiles the evaluation
 

@@ -8,7 +8,8 @@ import time
 import jax
 
 from benchmarks.alternate import serve
-from fedhelp_jax.cli import _keep_programs, _load_config
+from fedhelp_jax.compilation import keep_programs
+from fedhelp_jax.config_files import load_config
 from fedhelp_jax.experiment import build_experiment
 from fedhelp_jax.report.summary import group_summary, headline
 
@@ -17,12 +18,12 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    _keep_programs()
+    keep_programs()
 
     def one(point: dict[str, str]) -> tuple[float, float]:
         settings = [f"--config.{name}={value}" for name, value in point.items()]
         began = time.perf_counter()
-        experiment = build_experiment(_load_config(options["config"], settings))
+        experiment = build_experiment(load_config(options["config"], settings))
         simulation = experiment.simulation
         state, _ = simulation.rounds(simulation.init(), 0, experiment.config.rounds)
         results = simulation.evaluate(state, "validation")

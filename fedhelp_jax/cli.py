@@ -14,10 +14,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,22 +27,6 @@ if TYPE_CHECKING:  # these bring jax along
     from fedhelp_jax.config import RunConfig
     from fedhelp_jax.processes import Address
     from fedhelp_jax.study import Study
-
-# What is no setting, for who misspells it.
-_OWN_FLAGS = (
-    "config",
-    "workdir",
-    "overwrite",
-    "dry_run",
-    "distributed",
-    "coordinator_address",
-    "num_processes",
-    "process_id",
-    "heartbeat_timeout",
-)
-
-# Compiled programs: JAX removes those unused for longest beyond it.
-_MAX_KEPT_BYTES = 2 * 1024**3
 
 
 def main_entry() -> None:
@@ -109,16 +90,18 @@ def _teach(arguments: list[str]) -> int:
     arguments = [a.replace("--dry-run", "--dry_run", 1) for a in arguments]
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     dry_run = bool(own["dry_run"].value)
+    from fedhelp_jax.config_files import load_config, load_study, refuse_rest
+
     if own["study"].value:
         if own["config"].value:
             raise UserError("--study names its configs itself; leave --config out")
-        _refuse_rest(overrides)
-        study = _load_study(own["study"].value)
+        refuse_rest(overrides)
+        study = load_study(own["study"].value)
         from fedhelp_jax import study as studies
 
         studies.teach(study, dry_run=dry_run)
         return 0
-    config = _load_config(_required(own, "config", "configs/fed_isic2019.py"), overrides)
+    config = load_config(_required(own, "config", "configs/fed_isic2019.py"), overrides)
     from fedhelp_jax.teach import teach
 
     teach(config, dry_run=dry_run)
@@ -131,14 +114,15 @@ def _train(arguments: list[str]) -> int:
     _define_address(own)
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     source = _required(own, "config", "configs/quickstart.py")
-    config = _load_config(source, overrides)
+    from fedhelp_jax.config_files import load_config
+
+    config = load_config(source, overrides)
     workdir = Path(_required(own, "workdir", "runs/demo"))
 
     from fedhelp_jax.report import console, files
 
     files.prepare_folder(workdir)
-    _use_cpu_devices(config)
-    _keep_programs()
+    _prepare_jax(config)
     from fedhelp_jax import processes, runner
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
@@ -159,14 +143,15 @@ def _train(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     own = _flags("workdir")
     _define_address(own)
-    _refuse_rest(own(["fedhelp", *arguments])[1:])
+    from fedhelp_jax.config_files import refuse_rest
+
+    refuse_rest(own(["fedhelp", *arguments])[1:])
     workdir = Path(_required(own, "workdir", "runs/demo"))
 
     from fedhelp_jax import config as config_lib
     from fedhelp_jax.report import console
 
-    _use_cpu_devices(config_lib.load(workdir / "config.json"))
-    _keep_programs()
+    _prepare_jax(config_lib.load(workdir / "config.json"))
     from fedhelp_jax import processes, runner
 
     with processes.joined(_address(own), _complain):
@@ -213,6 +198,7 @@ def _tune(arguments: list[str]) -> int:
 
 def _sweep(arguments: list[str]) -> int:
     own = _flags("workdir", "config", "seeds")
+    _define_address(own)
     flags.DEFINE_multi_string("sweep", [], "a setting and its values", flag_values=own)
     flags.DEFINE_enum("split", "validation", ["validation", "test"], "split", flag_values=own)
     flags.DEFINE_integer("runs_at_once", None, "a device", lower_bound=1, flag_values=own)
@@ -220,7 +206,9 @@ def _sweep(arguments: list[str]) -> int:
     source = _required(own, "config", "configs/quickstart.py")
     workdir = Path(_required(own, "workdir", "runs/sweep"))
     axes = dict(_axis(text) for text in own["sweep"].value or [])
-    base = _load_config(source, overrides)
+    from fedhelp_jax.config_files import load_config
+
+    base = load_config(source, overrides)
     seeds = _seeds(own["seeds"].value) if own["seeds"].value else [base.seed]
     if not axes and len(seeds) == 1:
         raise UserError("--sweep is missing; e.g. --sweep=learning_rate=1e-4,1e-3")
@@ -232,28 +220,31 @@ def _sweep(arguments: list[str]) -> int:
     found = []
     for point, seed in points:
         own_flags = [f"--config.{key}={value}" for key, value in point.items()]
-        config = _load_config(source, [*overrides, *own_flags, f"--config.seed={seed}"])
+        config = load_config(source, [*overrides, *own_flags, f"--config.seed={seed}"])
         found.append(({**{key: _literal(v) for key, v in point.items()}, "seed": seed}, config))
 
     from fedhelp_jax.report import files
 
     files.prepare_folder(workdir)
-    _use_cpu_devices(base)
-    _keep_programs()
+    _prepare_jax(base)
+    from fedhelp_jax import processes
     from fedhelp_jax.sweep import Run, sweep
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
-    try:
-        sweep(
-            [Run(swept, config) for swept, config in found],
-            workdir,
-            split=str(own["split"].value),
-            runs_at_once=own["runs_at_once"].value,
-        )
-    except AnswersMissing as error:
-        command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
-        raise UserError(f"{error}: {command}") from None
-    print(f"written: {workdir / 'runs.csv'}")
+    with processes.joined(_address(own), _complain):
+        try:
+            sweep(
+                [Run(swept, config) for swept, config in found],
+                workdir,
+                split=str(own["split"].value),
+                runs_at_once=own["runs_at_once"].value,
+                say=print if processes.first() else lambda text: None,
+            )
+        except AnswersMissing as error:
+            command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
+            raise UserError(f"{error}: {command}") from None
+        if processes.first():
+            print(f"written: {workdir / 'runs.csv'}")
     return 0
 
 
@@ -291,8 +282,10 @@ def _literal(text: str) -> Any:
 
 def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> int:
     own = _flags("workdir", "study")
-    _refuse_rest(own(["fedhelp", *arguments])[1:])
-    study = _load_study(_required(own, "study", "configs/studies/miniature.py"))
+    from fedhelp_jax.config_files import load_study, refuse_rest
+
+    refuse_rest(own(["fedhelp", *arguments])[1:])
+    study = load_study(_required(own, "study", "configs/studies/miniature.py"))
     workdir = Path(_required(own, "workdir", "runs/miniature"))
 
     from fedhelp_jax.report import files
@@ -300,8 +293,7 @@ def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> in
     files.prepare_folder(workdir)
     from fedhelp_jax.study import first_config
 
-    _use_cpu_devices(first_config(study))
-    _keep_programs()
+    _prepare_jax(first_config(study))
     from fedhelp_jax import runner
     from fedhelp_jax.study import Failed
     from fedhelp_jax.teachers.resolve import AnswersMissing
@@ -371,136 +363,21 @@ def _required(values: flags.FlagValues, name: str, example: str) -> str:
     return value
 
 
-def _refuse_rest(arguments: Sequence[str]) -> None:
-    if arguments:
-        raise UserError(f"{arguments[0]!r} is one argument too many; flags are --name=value")
-
-
-def _load_config(source: str, overrides: list[str]) -> "RunConfig":
-    """Returns the settings of a config file, changed by ``--config.a.b=...`` and checked."""
-    from ml_collections import config_dict, config_flags
-
-    from fedhelp_jax import config as config_lib
-
-    config = _call(source, "config")
-    if not isinstance(config, config_dict.ConfigDict):
-        raise UserError(
-            f"{source}: get_config() must return fedhelp_jax.config.default_config(), changed; "
-            f"it returned {type(config).__name__}"
-        )
-    types = _types(config)
-    _refuse_unknown_flags(overrides, types)
-    values = flags.FlagValues()
-    argv = ["fedhelp", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        _refuse_rest(values(argv)[1:])
-    except flags.IllegalFlagValueError as error:
-        flag = str(error).removeprefix("flag ").split(": ", 1)[0]
-        kind = types[flag.removeprefix("--").split("=", 1)[0]]
-        raise UserError(f"{flag} must be of type {kind.__name__}") from None
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        # ml_collections lets some of these through as they are; all are about an override.
-        raise UserError(f"{' '.join(overrides)}: {error}") from None
-    return config_lib.validate(config)
-
-
-def _load_study(source: str) -> "Study":
-    """Returns the study of a study file, its config files read."""
-    from fedhelp_jax.study import Study
-
-    study = _call(source, "study")
-    if not isinstance(study, Study):
-        raise UserError(
-            f"{source}: get_study() must return a fedhelp_jax.study.Study; it returned "
-            f"{type(study).__name__}"
-        )
-    beside = Path(source.split(":", 1)[0]).parent
-    read = {
-        name: _call(str(beside / value), "config") if isinstance(value, str) else value
-        for name, value in study.datasets.items()
-    }
-    return replace(study, datasets=read)
-
-
-def _call(source: str, what: str) -> Any:
-    """Runs a file and returns what its ``get_<what>`` gives; ``file.py:x`` hands it "x"."""
-    path, *argument = source.split(":", 1)
-    if not Path(path).is_file():
-        raise UserError(f"--{what}={source}: there is no file {path}")
-    loader = SourceFileLoader(f"fedhelp_{what}", path)
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    try:
-        loader.exec_module(module)
-        if not hasattr(module, f"get_{what}"):
-            raise UserError(f"--{what}={source}: there is no get_{what}() in it")
-        return vars(module)[f"get_{what}"](*argument)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--{what}={source}: raised {type(error).__name__}: {error}") from None
-
-
-def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
-    """Returns the type of each setting in a `ConfigDict`, by its flag's name."""
-    types: dict[str, type] = {}
-    for key in config:
-        if hasattr(config[key], "keys"):
-            types |= _types(config[key], f"{prefix}{key}.")
-        else:
-            types[prefix + key] = config.get_type(key)
-    return types
-
-
-def _refuse_unknown_flags(arguments: Sequence[str], keys: Iterable[str]) -> None:
-    """Refuses a misspelt flag by the closest known one; ml_collections would raise its own way."""
-    from fedhelp_jax.config import suggest
-
-    known = [f"--{key}" for key in (*keys, *_OWN_FLAGS)]
-    for argument in arguments:
-        if not argument.startswith("-") or argument == "--":
-            continue
-        name = "--" + argument.lstrip("-").split("=", 1)[0]
-        # A switch is turned off by a leading "no".
-        if name not in known and name.replace("--no", "--", 1) not in known:
-            raise UserError(f"{name} is not a known flag{suggest(name, known)}")
-
-
 # --- the process --------------------------------------------------------------------------------
 
 
-def _use_cpu_devices(config: "RunConfig") -> None:
-    """Sets how many devices the CPU stands for, if JAX has not started yet."""
+def _prepare_jax(config: "RunConfig") -> None:
+    """Keeps compiled programs, and sets how many devices the CPU is, if JAX has not started yet."""
     import jax
 
+    from fedhelp_jax.compilation import keep_programs
+
+    keep_programs()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         jax.config.update("jax_num_cpu_devices", config.mapping.cpu_devices or min(cores or 1, 8))
     except RuntimeError:
         pass  # a back end is in use: a library's caller, or an earlier call, has chosen
-
-
-def _keep_programs() -> None:
-    """Keeps what is compiled in the user's cache folder, unless JAX was told to keep it elsewhere.
-
-    The next start of a run, and the other seeds of a study, then compile next to nothing.
-    """
-    import jax
-
-    from fedhelp_jax.data.cache import cache_folder
-
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = cache_folder(None) / "compiled"
-        # A program whose time of use a killed process did not get to write: JAX, which looks for
-        # what to remove by these times, would not keep anything any more.
-        for program in folder.glob("*-cache"):
-            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
-                program.unlink(missing_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", _MAX_KEPT_BYTES)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _complain(message: str) -> None:

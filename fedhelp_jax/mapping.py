@@ -56,7 +56,11 @@ class Mapping(NamedTuple):
 
 
 def make_mapping(
-    chunk_size: int | None = None, num_devices: int | None = None, *, private: bool | None = None
+    chunk_size: int | None = None,
+    num_devices: int | None = None,
+    *,
+    private: bool | None = None,
+    local: bool = False,
 ) -> Mapping:
     """A mapping over the first ``num_devices`` devices of the default back end.
 
@@ -65,16 +69,17 @@ def make_mapping(
         CPU, where a second client only pushes the first one's activations out of the cache, and 0
         (all) on accelerators.
       num_devices: None takes all, those of other processes too.
-      private: As in `Mapping`; None is where there are other processes.
+      private: As in `Mapping`; None is where there are devices of other processes.
+      local: Take this process's own devices only.
 
     Returns:
       The mapping.
     """
-    devices = jax.devices()[:num_devices]
+    devices = (jax.local_devices() if local else jax.devices())[:num_devices]
     if chunk_size is None:
         chunk_size = 1 if devices[0].platform == "cpu" else 0
     if private is None:
-        private = jax.process_count() > 1
+        private = jax.process_count() > 1 and not local
     return Mapping(Mesh(np.array(devices), (_AXIS,)), chunk_size, private)
 
 

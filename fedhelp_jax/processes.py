@@ -30,6 +30,8 @@ LOST = 3  # the exit code where another process is lost
 
 _START_TIMEOUT = 290  # seconds; JAX's own is 300
 
+_LONGEST_WAIT = 30 * 24 * 3600  # seconds, for the one with the most to do
+
 _ALIVE, _ENDED = "fedhelp/alive", "fedhelp/ended"
 
 
@@ -145,6 +147,18 @@ def together(do: Callable[[], Any]) -> Any:
     return result
 
 
+def wait_for_all(what: str) -> None:
+    """Waits until all processes have come here, once; a collective would give up sooner."""
+    if jax.process_count() > 1:
+        _client().wait_at_barrier(f"fedhelp/{what}", _LONGEST_WAIT * 1000)
+
+
+def _client() -> Any:
+    from jax._src import distributed  # the store has no public name; Orbax takes it here too
+
+    return distributed.global_state.client
+
+
 def check_same(what: str, ours: str, differences: Callable[[str], str]) -> None:
     """Refuses, in all processes, what is not as it is in process 0.
 
@@ -172,9 +186,9 @@ class _Watch:
     """Says that this process is alive, and sees that the others are, in threads of its own."""
 
     def __init__(self, timeout: float, complain: Callable[[str], None]):
-        from jax._src import distributed  # the store has no public name; Orbax takes it here too
+        from jax._src import distributed
 
-        self._client: Any = distributed.global_state.client
+        self._client = _client()
         self._coordinator = str(distributed.global_state.coordinator_address)
         self._timeout = timeout
         self._pause = min(1.0, timeout / 10)
@@ -242,7 +256,7 @@ class _Watch:
                 return
             self._complain(
                 f"{what}, so this process stops; the same command in all processes goes on from "
-                "the last checkpoint"
+                "what is saved"
             )
             _exit(LOST)
 

@@ -6,7 +6,9 @@ computes what it computes alone: its clients run one after the other or vectoris
 ``mapping.chunk_size`` says, and the devices share out runs instead of clients.
 
 ``WORKDIR/runs.jsonl`` gets a line per finished run, known by its settings: the same command goes on
-where it stopped, and one with more values or seeds runs only what is missing.
+where it stopped, and one with more values or seeds runs only what is missing. Of many processes
+each makes a share of the runs on its own devices, with a file of its own, ``runs.1.jsonl`` and so
+on; any number of processes goes on from all of them.
 """
 
 import dataclasses
@@ -26,11 +28,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedhelp_jax import config as configs
+from fedhelp_jax import processes
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Loaded, load, make_phases
-from fedhelp_jax.mapping import Mapping as ClientMapping
 from fedhelp_jax.mapping import make_mapping, over_clients
 from fedhelp_jax.phases import Arrays, Phases, RunState, federation_arrays, num_clients
 from fedhelp_jax.report import files
@@ -39,7 +41,6 @@ from fedhelp_jax.report.summary import group_summary, headline
 from fedhelp_jax.report.sweeps import write_sweep
 from fedhelp_jax.simulation import KEEP_REMATERIALISATION
 
-_RUNS = "runs.jsonl"
 _TOP_LEVEL = ("learning_rate", "sgd_learning_rate", "weight_decay")
 _SERVER = ("learning_rate", "momentum", "beta2", "adaptivity")
 
@@ -68,6 +69,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Makes the runs that are missing in a folder, and writes the table and the pictures of all.
 
+    Of many processes all must call it with the same; each returns all rows, and the first writes.
+
     Args:
       runs: What to run.
       workdir: The folder of the sweep.
@@ -83,58 +86,82 @@ def sweep(
     Raises:
       UserError: If the data do not fit the settings, or the runs do not fit the memory.
     """
-    finished = _finished(workdir / _RUNS, split)
+    finished = _agreed(lambda: _finished(workdir, split))
     missing = [run for run in runs if run.fingerprint not in finished]
     if len(missing) < len(runs):
         say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished")
+    own = missing[jax.process_index() :: jax.process_count()]
+    if missing and jax.process_count() > 1:
+        say(f"of {len(missing)} runs each of {jax.process_count()} processes makes its share")
+    for line in _made(own, split, runs_at_once, say):
+        with (workdir / _file(jax.process_index())).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+    processes.wait_for_all("sweep")
+    finished = _agreed(lambda: _finished(workdir, split))
+    names = list(dict.fromkeys(name for run in runs for name in run.swept))
+    table = [{**run.swept, **_measures(finished[run.fingerprint])} for run in runs]
+    if processes.first():
+        write_sweep(workdir, names, table, split)
+    return table
+
+
+def _made(
+    runs: Sequence[Run], split: str, runs_at_once: int | None, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Makes runs, and gives the line of each."""
     started, before, done, running = time.monotonic(), compile_totals(), 0, 0.0
-    blocks = list(_blocks(missing))
-    for number, block in enumerate(blocks):
+    programs = list(blocks(runs))
+    for number, block in enumerate(programs):
         program = Program(block, split, runs_at_once)
-        say(f"program {number + 1} of {len(blocks)}: {program.plan()}")
+        say(f"program {number + 1} of {len(programs)}: {program.plan()}")
         begun = time.monotonic()
         for part, rows in program.results():
             for run, row in zip(part, rows, strict=True):
                 line = {"fingerprint": run.fingerprint, "split": split, **run.swept, **row}
-                finished[run.fingerprint] = files.plain(line)
-                with (workdir / _RUNS).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(files.plain(line), allow_nan=False) + "\n")
+                yield files.plain(line)
             done += len(part)
             running += time.monotonic() - begun
             begun = time.monotonic()
-            left = running / done * (len(missing) - done)
-            say(f"{done} of {len(missing)} runs" + (f"  left {duration(left)}" if left else ""))
-    if missing:
+            left = running / done * (len(runs) - done)
+            say(f"{done} of {len(runs)} runs" + (f"  left {duration(left)}" if left else ""))
+    if runs:
         compiled = compile_totals()
         say(
-            f"{len(missing)} runs in {duration(time.monotonic() - started)}; compiled "
+            f"{len(runs)} runs in {duration(time.monotonic() - started)}; compiled "
             f"{compiled.programs - before.programs} programs in "
             f"{compiled.seconds - before.seconds:.1f} s"
         )
-    names = list(dict.fromkeys(name for run in runs for name in run.swept))
-    table = [{**run.swept, **_measures(finished[run.fingerprint])} for run in runs]
-    write_sweep(workdir, names, table, split)
-    return table
 
 
 def _measures(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: line[name] for name in ("split", "metric", *group_summary({}))}
 
 
-def _finished(path: Path, split: str) -> dict[str, dict[str, Any]]:
-    """The finished runs measured on that split, by fingerprint; a last line may be cut off."""
+def _file(process: int) -> str:
+    return f"runs.{process}.jsonl" if process else "runs.jsonl"
+
+
+def _agreed(found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the first process finds, in all: a shared folder may show the others less."""
+    text = processes.together(lambda: json.dumps(found()) if processes.first() else "")
+    return json.loads(processes.share(text)[0])
+
+
+def _finished(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
+    """The finished runs measured on that split, by fingerprint; last lines may be cut off."""
     found: dict[str, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, text in enumerate(lines, start=1):
-        try:
-            line = json.loads(text)
-            if line["split"] == split:
-                found[line["fingerprint"]] = line
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not a line of a sweep") from None
-    if lines and not path.read_text(encoding="utf-8").endswith("\n"):
-        files.write_text(path, "".join(f"{text}\n" for text in lines[:-1]))
+    for path in sorted(workdir.glob("runs*.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, text in enumerate(lines, start=1):
+            try:
+                line = json.loads(text)
+                if line["split"] == split:
+                    found[line["fingerprint"]] = line
+            except (ValueError, TypeError, KeyError):
+                if number < len(lines):
+                    raise UserError(f"{path}: line {number} is not a line of a sweep") from None
+        if lines and not path.read_text(encoding="utf-8").endswith("\n"):
+            files.write_text(path, "".join(f"{text}\n" for text in lines[:-1]))
     return found
 
 
@@ -189,7 +216,8 @@ class Block(NamedTuple):
     seeds: list[int]
 
 
-def _blocks(runs: Sequence[Run]) -> list[Block]:
+def blocks(runs: Sequence[Run]) -> list[Block]:
+    """The runs by the program that makes them."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         values = configs.to_dict(with_numbers(run.config, dict.fromkeys(numbers(run.config))))
@@ -286,15 +314,15 @@ class Program:
         self.block, self.split = block, split
         self.config = block.runs[0].config
         self.shared = [jnp.asarray(leaf) for leaf in block.arrays]
-        self.device = jax.devices()[0]
-        on_cpu = self.device.platform == "cpu"
+        self.devices = jax.local_devices()
+        on_cpu = self.devices[0].platform == "cpu"
         self._compile(min(runs_at_once or 1, self._most()))
-        limit = _memory_limit(self.device)
+        limit = _memory_limit(self.devices[0])
         if runs_at_once is None and not on_cpu and limit is not None:
             fitting = int(0.8 * limit / self.bytes_at_once)
             if fitting > 1 and self._most() > 1:
                 self._compile(min(fitting, self._most()))
-        if limit is not None and self.bytes_at_once * (len(jax.devices()) if on_cpu else 1) > limit:
+        if limit is not None and self.bytes_at_once * (len(self.devices) if on_cpu else 1) > limit:
             raise UserError(
                 f"{self.plan()}, but {_gib(limit)} are free: lower --runs_at_once, "
                 "config.batch_size or config.mapping.cpu_devices"
@@ -336,16 +364,16 @@ class Program:
             yield part, rows
 
     def _most(self) -> int:
-        return -(-len(self.block.runs) // len(jax.devices()))
+        return -(-len(self.block.runs) // len(self.devices))
 
     def _compile(self, per_device: int) -> None:
-        devices = min(len(jax.devices()), len(self.block.runs))
+        devices = min(len(self.devices), len(self.block.runs))
         self.per_device, self.slots = per_device, per_device * devices
         chunk = 1 if per_device == 1 else 0
-        self.mapping = mapping = make_mapping(chunk, devices)
+        self.mapping = mapping = make_mapping(chunk, devices, local=True)
         by_run = NamedSharding(mapping.mesh, P(*mapping.by_client.spec))
         self.shared = jax.device_put(self.shared, mapping.replicated)
-        on_cpu = self.device.platform == "cpu"
+        on_cpu = self.devices[0].platform == "cpu"
         unoptimised = {"xla_backend_optimization_level": 0} if on_cpu else None
         keep = KEEP_REMATERIALISATION if on_cpu else None
         compiled = functools.partial(jax.jit, out_shardings=by_run)
@@ -400,10 +428,8 @@ class Program:
         return jax.tree.unflatten(self.block.structure, picked)
 
     def _phases(self, config: RunConfig) -> Phases:
-        inner = ClientMapping(
-            make_mapping(num_devices=1).mesh, make_mapping(config.mapping.chunk_size).chunk_size
-        )
-        return make_phases(config, self.block.loaded, inner)
+        one_device = make_mapping(config.mapping.chunk_size, 1, local=True)
+        return make_phases(config, self.block.loaded, one_device)
 
     def _at(self, point: Any) -> Phases:
         return self._phases(with_numbers(self.config, point["numbers"]))

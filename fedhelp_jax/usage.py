@@ -62,6 +62,7 @@ SWEEP = """\
 usage: fedhelp sweep --config=FILE.py[:ARGUMENT] --workdir=FOLDER --sweep=KEY=VALUE,VALUE...
                      [--sweep=...] [--seeds=FIRST:END | --seeds=N,N...] [--split=test]
                      [--runs_at_once=N] [--config.KEY=VALUE ...]
+                     [--distributed ...]
 
   --config        a Python file with get_config(), which returns the settings
   --workdir       the folder of the sweep; what is finished there is not run again
@@ -69,6 +70,8 @@ usage: fedhelp sweep --config=FILE.py[:ARGUMENT] --workdir=FOLDER --sweep=KEY=VA
   --seeds         0:4 is 0, 1, 2, 3; the config's own seed if left out
   --split         what is measured: validation, to choose by, or test
   --runs_at_once  runs that a device vectorises; the back end's best if left out
+  --distributed   one of many processes that share the folder; each makes its share of the runs.
+                  The flags of fedhelp train --distributed go with it
 
 settings, with their defaults:
 """

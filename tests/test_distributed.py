@@ -72,14 +72,14 @@ def two_processes(compilation_cache_of_the_module):
 
 
 def in_two_processes(
-    environment: dict[str, str], workdir: Path, *scripts: str, rest=("", "")
+    environment: dict[str, str], workdir: Path, *scripts: str, rest=("", ""), command=train_command
 ) -> tuple[Ended, Ended]:
     """A run in two processes of one CPU device each, which stop themselves where they are told."""
     port = free_port()
     started = []
     for number, (script, own) in enumerate(zip(scripts, rest, strict=True)):
         meet = f"--coordinator_address=127.0.0.1:{port} --num_processes=2 --process_id={number}"
-        command = train_command(
+        whole = command(
             workdir, f"--config.mapping.cpu_devices=1 --distributed {meet} --heartbeat_timeout=4"
         )
         environment |= {
@@ -90,7 +90,7 @@ def in_two_processes(
             subprocess.Popen(
                 [
                     *(sys.executable, str(TESTS / "tiny_fedhelp.py"), *script.split()),
-                    *shlex.split(f"{command} {own}"),
+                    *shlex.split(f"{whole} {own}"),
                 ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -233,6 +233,39 @@ def test_stopped_and_killed_they_go_on_as_if_nothing_had_been(two_processes, fin
     assert without_times(ours) == without_times(theirs)
     rows = [[without_times(row) for row in read(w / "metrics.jsonl")] for w in (workdir, finished)]
     assert rows[0] == rows[1]
+
+
+# --- a sweep ---
+
+
+def sweep_command(workdir: Path, rest: str = "") -> str:
+    """Three runs of FedAvg."""
+    own = "--sweep=learning_rate=1e-3,2e-3,4e-3 --config.algorithm.name=fedavg"
+    return train_command(workdir, f"{own} --config.rounds=1 {rest}").replace("train", "sweep", 1)
+
+
+def test_two_processes_share_out_the_runs_of_a_sweep(two_processes, tmp_path):
+    """Each makes its own, also after one was lost; and one process goes on from those of two."""
+    assert fedhelp(sweep_command(tmp_path / "alone")) == 0
+    expected = (tmp_path / "alone" / "runs.csv").read_bytes()
+
+    both = tmp_path / "both"
+    lost, killed = two_processes(both, ON, "SIGKILL after-program -", command=sweep_command)
+    assert killed.code == -9
+    assert lost.code == processes.LOST and f"process 1 {LOST}" in lost.last, lost.err
+    assert len(read(both / "runs.1.jsonl")) == 1
+    assert not (both / "runs.csv").exists()
+
+    rows = read(both / "runs.jsonl")  # of two runs, if the loss was noticed after them
+    (both / "runs.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    first, second = two_processes(both, ON, ON, command=sweep_command)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "2 of 3 runs are finished" in first.out and "runs" not in second.out
+    assert (both / "runs.csv").read_bytes() == expected
+
+    (both / "runs.jsonl").unlink()
+    assert fedhelp(sweep_command(both)) == 0
+    assert (both / "runs.csv").read_bytes() == expected
 
 
 # --- bad use, in one line ---

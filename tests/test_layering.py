@@ -38,6 +38,7 @@ LAYERS: tuple[str, ...] = (
     "runner",
     "study",
     "sweep",
+    "config_files",
     "usage",
     "cli",
 )

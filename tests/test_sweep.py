@@ -11,8 +11,8 @@ from helpers import use_tiny_networks
 
 from fedhelp_jax import sweep as sweeps
 from fedhelp_jax.algorithms import SETTINGS
-from fedhelp_jax.cli import _load_config
 from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.config_files import load_config
 from fedhelp_jax.experiment import build_experiment, load, make_phases
 from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.phases import federation_arrays
@@ -33,7 +33,7 @@ def tiny_networks(monkeypatch):
 
 def config_of(seed=0, **settings):
     flags = {"rounds": ROUNDS, "checkpoint_every": 1, "seed": seed, **settings}
-    return _load_config(str(CONFIG), [f"--config.{k}={v}" for k, v in flags.items()])
+    return load_config(str(CONFIG), [f"--config.{k}={v}" for k, v in flags.items()])
 
 
 def runs_of(points=POINTS, **settings):
@@ -112,7 +112,7 @@ def test_as_many_programs_as_shapes(tmp_path):
     """Runs of two batch sizes make two blocks; the second chunk of one compiles nothing."""
     points = [(1e-3, 0.0, 0), (2e-3, 0.0, 0), (3e-3, 0.0, 0)]
     runs = runs_of(points) + runs_of(points, batch_size=8)
-    blocks = sweeps._blocks(runs)
+    blocks = sweeps.blocks(runs)
     assert [len(block.runs) for block in blocks] == [3, 3]
     assert [block.traced for block in blocks] == [("learning_rate",)] * 2
     program = sweeps.Program(blocks[0], "validation")

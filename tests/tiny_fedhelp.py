@@ -1,9 +1,10 @@
 """The command ``fedhelp`` with tiny networks for its ResNets, which stops itself where it is told.
 
 python tiny_fedhelp.py SIGNAL after-row|before-sums|after-rounds ROUND[@PART OF FOLDER]  train ...
+python tiny_fedhelp.py SIGNAL after-program -  sweep ...
 python tiny_fedhelp.py FOLDER pool -  train ...
 
-The second writes what this process's devices hold of the pool.
+The last writes what this process's devices hold of the pool.
 Only the first of many processes writes rows and sums; rounds all make.
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from helpers import use_tiny_networks
 
-from fedhelp_jax import checkpoint, cli
+from fedhelp_jax import checkpoint, cli, sweep
 from fedhelp_jax.report import files
 from fedhelp_jax.simulation import Simulation
 
@@ -56,6 +57,14 @@ def main() -> int:
                 return made
 
             patch.setattr(Simulation, "rounds", make_then_stop)
+        elif where == "after-program":
+            results = sweep.Program.results
+
+            def give_then_stop(self):
+                yield from results(self)
+                os.kill(os.getpid(), number)
+
+            patch.setattr(sweep.Program, "results", give_then_stop)
         else:
             write_sums = checkpoint._write_sums
 

@@ -1,0 +1,123 @@
+"""Settings and studies from the Python files that a command names, changed by its flags."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from fedhelp_jax import config as config_lib
+from fedhelp_jax.config import RunConfig, suggest
+from fedhelp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fedhelp_jax.study import Study  # brings all that computes along
+
+# What is no setting, for who misspells it.
+_OWN_FLAGS = (
+    "config",
+    "workdir",
+    "overwrite",
+    "dry_run",
+    "distributed",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "heartbeat_timeout",
+)
+
+
+def refuse_rest(arguments: Sequence[str]) -> None:
+    """Refuses what is left of a command line once its flags are taken."""
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is one argument too many; flags are --name=value")
+
+
+def load_config(source: str, overrides: list[str]) -> RunConfig:
+    """Returns the settings of a config file, changed by ``--config.a.b=...`` and checked."""
+    config = _call(source, "config")
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(
+            f"{source}: get_config() must return fedhelp_jax.config.default_config(), changed; "
+            f"it returned {type(config).__name__}"
+        )
+    types = _types(config)
+    _refuse_unknown_flags(overrides, types)
+    values = flags.FlagValues()
+    argv = ["fedhelp", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        refuse_rest(values(argv)[1:])
+    except flags.IllegalFlagValueError as error:
+        flag = str(error).removeprefix("flag ").split(": ", 1)[0]
+        kind = types[flag.removeprefix("--").split("=", 1)[0]]
+        raise UserError(f"{flag} must be of type {kind.__name__}") from None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        # ml_collections lets some of these through as they are; all are about an override.
+        raise UserError(f"{' '.join(overrides)}: {error}") from None
+    return config_lib.validate(config)
+
+
+def load_study(source: str) -> "Study":
+    """Returns the study of a study file, its config files read."""
+    from fedhelp_jax.study import Study
+
+    study = _call(source, "study")
+    if not isinstance(study, Study):
+        raise UserError(
+            f"{source}: get_study() must return a fedhelp_jax.study.Study; it returned "
+            f"{type(study).__name__}"
+        )
+    beside = Path(source.split(":", 1)[0]).parent
+    read = {
+        name: _call(str(beside / value), "config") if isinstance(value, str) else value
+        for name, value in study.datasets.items()
+    }
+    return replace(study, datasets=read)
+
+
+def _call(source: str, what: str) -> Any:
+    """Runs a file and returns what its ``get_<what>`` gives; ``file.py:x`` hands it "x"."""
+    path, *argument = source.split(":", 1)
+    if not Path(path).is_file():
+        raise UserError(f"--{what}={source}: there is no file {path}")
+    loader = SourceFileLoader(f"fedhelp_{what}", path)
+    spec = spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    try:
+        loader.exec_module(module)
+        if not hasattr(module, f"get_{what}"):
+            raise UserError(f"--{what}={source}: there is no get_{what}() in it")
+        return vars(module)[f"get_{what}"](*argument)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--{what}={source}: raised {type(error).__name__}: {error}") from None
+
+
+def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
+    """Returns the type of each setting in a `ConfigDict`, by its flag's name."""
+    types: dict[str, type] = {}
+    for key in config:
+        if hasattr(config[key], "keys"):
+            types |= _types(config[key], f"{prefix}{key}.")
+        else:
+            types[prefix + key] = config.get_type(key)
+    return types
+
+
+def _refuse_unknown_flags(arguments: Sequence[str], keys: Iterable[str]) -> None:
+    """Refuses a misspelt flag by the closest known one; ml_collections would raise its own way."""
+    known = [f"--{key}" for key in (*keys, *_OWN_FLAGS)]
+    for argument in arguments:
+        if not argument.startswith("-") or argument == "--":
+            continue
+        name = "--" + argument.lstrip("-").split("=", 1)[0]
+        # A switch is turned off by a leading "no".
+        if name not in known and name.replace("--no", "--", 1) not in known:
+            raise UserError(f"{name} is not a known flag{suggest(name, known)}")
