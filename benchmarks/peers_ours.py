@@ -25,6 +25,7 @@ from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.phases import Phases, num_clients
 from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.streaming import StreamedSimulation
 from fedhelp_jax.task import classification
 
 # In the order of the network; convolutions' and dense layers' kernels by their rank.
@@ -102,7 +103,8 @@ def main() -> None:
         local_epochs=1,
         public=None,
     )
-    federation = make_federation(dataset, ["small"] * users)
+    pool_bytes = options.get("pool_bytes", 0)
+    federation = make_federation(dataset, ["small"] * users, on_host=pool_bytes > 0)
     mapping = make_mapping()
     phases = Phases(
         fedavg(setup, FedAvgSettings(personal=False)),
@@ -111,7 +113,10 @@ def main() -> None:
         mapping,
         participation=options["cohort"] / users,
     )
-    simulation = Simulation(phases, federation, seed=0)
+    if pool_bytes:
+        simulation = StreamedSimulation(phases, federation, seed=0, pool_bytes=pool_bytes)
+    else:
+        simulation = Simulation(phases, federation, seed=0)
     compile_totals()  # counts from here on
     state, number = simulation.init(), 0
 

@@ -25,6 +25,7 @@ from fedhelp_jax.models.unet import UNETS, unet
 from fedhelp_jax.phases import Phases, num_clients
 from fedhelp_jax.schema import ModelConfig, ServerConfig
 from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.streaming import StreamedSimulation
 from fedhelp_jax.task import Task
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.resolve import resolve_answers
@@ -60,14 +61,25 @@ def build_experiment(config: RunConfig) -> Experiment:
     Raises:
       UserError: If the data cannot be read or do not fit the settings.
     """
+    pool_bytes = config.mapping.pool_bytes
+    if pool_bytes and ALGORITHMS[config.algorithm.name].pools_data:
+        raise UserError(
+            f"config.mapping.pool_bytes = {pool_bytes}, but {config.algorithm.name} needs all "
+            "clients' data on the device at once: it must be 0"
+        )
     loaded = load(config)
     phases = make_phases(config, loaded, make_mapping(config.mapping.chunk_size))
-    simulation = Simulation(
-        phases,
-        loaded.federation,
-        seed=config.seed,
-        rounds_at_once=min(config.evaluate_every, config.checkpoint_every, config.rounds),
-    )
+    if pool_bytes:
+        simulation = StreamedSimulation(
+            phases, loaded.federation, seed=config.seed, pool_bytes=pool_bytes
+        )
+    else:
+        simulation = Simulation(
+            phases,
+            loaded.federation,
+            seed=config.seed,
+            rounds_at_once=min(config.evaluate_every, config.checkpoint_every, config.rounds),
+        )
     return Experiment(config, *loaded[:5], simulation)
 
 
@@ -96,7 +108,7 @@ def load(config: RunConfig) -> Loaded:
         if method.uses_teacher and logits is None and public.labels is None:
             raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
     # Where there are other processes, no device is given what is not its own.
-    on_host = jax.process_count() > 1
+    on_host = jax.process_count() > 1 or config.mapping.pool_bytes > 0
     federation = make_federation(dataset, roles, public, logits, on_host=on_host)
     return Loaded(task, dataset, roles, public, answers, federation)
 

@@ -10,6 +10,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fedhelp_jax.tree import zeros_of
+
 _AXIS = "clients"
 _EVERYWHERE = P()
 
@@ -135,49 +137,63 @@ def of_one_client(
     )
 
 
-def mean_over_clients(
+def sum_over_clients(
     fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, placed: Any = _EVERYWHERE
-) -> Callable[[Any, Any, jax.Array], tuple[Any, Any, jax.Array]]:
-    """Like :func:`over_clients`, but of a part of the results only a weighted mean per device.
+) -> Callable[..., tuple[Any, tuple[Any, jax.Array]]]:
+    """Like :func:`over_clients`, but of a part of the results only a weighted sum per device.
 
-    The mean is summed up while clients run, so that never more than a chunk of them is in memory.
+    It is summed up while clients run, so that never more than a chunk of them is in memory.
 
     Args:
-      fn: ``(shared, one) -> (result, averaged)``.
+      fn: ``(shared, one) -> (result, summed)``.
       mapping: How to run it.
       placed: As in :func:`over_clients`.
 
     Returns:
-      A function ``(shared, stacked, weights [K]) -> (stacked results, means [D, ...], totals
-      [D])`` over D devices; clients of weight 0 count for nothing, whatever they give.
+      A function ``(shared, stacked, weights [K], begun=None) -> (stacked results, (sums [D, ...],
+      totals [D]))`` over D devices; clients of weight 0 count for nothing, whatever they give.
+      ``begun`` are the sums and totals of other clients, to which these are added.
     """
 
     def weighted(shared: Any, one: tuple[Any, jax.Array]) -> Any:
         own, weight = one
-        result, averaged = fn(shared, own)
+        result, summed = fn(shared, own)
 
         def scaled(leaf: jax.Array) -> jax.Array:
             return jnp.where(weight > 0, leaf * weight.astype(leaf.dtype), 0)
 
-        return result, (jax.tree.map(scaled, averaged), weight)
+        return result, (jax.tree.map(scaled, summed), weight)
 
-    def run(shared: Any, stacked: Any, weights: jax.Array) -> Any:
-        run = _over_devices(weighted, mapping, placed)
-        results, (sums, totals) = run(shared, (stacked, weights))
-
-        def mean(leaf: jax.Array) -> jax.Array:
-            total = jnp.where(totals > 0, totals, 1).astype(leaf.dtype)
-            return leaf / total.reshape(-1, *(1,) * (leaf.ndim - 1))
-
-        return results, jax.tree.map(mean, sums), totals
+    def run(shared: Any, stacked: Any, weights: jax.Array, begun: Any = None) -> Any:
+        return _over_devices(weighted, mapping, placed)(shared, (stacked, weights), begun)
 
     return run
 
 
-def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, placed: Any) -> Any:
-    """``(shared, stacked) -> (stacked results, sums [D, ...])`` of ``fn``'s two results."""
+def fill(mapping: Mapping, stacked: Any, place: jax.Array, rows: Any) -> Any:
+    """Stacked results with those of some clients put in, on each device by itself.
 
-    def on_one_device(shared: Any, stacked: Any) -> Any:
+    Args:
+      mapping: Whose devices.
+      stacked: Leaves ``[K, ...]``.
+      place: ``[M]`` where each row goes among those of its device; past their end for nobody.
+      rows: Leaves ``[M, ...]``.
+
+    Returns:
+      Leaves ``[K, ...]``.
+    """
+
+    def on_one_device(stacked: Any, place: jax.Array, rows: Any) -> Any:
+        return jax.tree.map(lambda old, new: old.at[place].set(new, mode="drop"), stacked, rows)
+
+    return _on_each(on_one_device, mapping, (P(_AXIS), P(_AXIS), P(_AXIS)))(stacked, place, rows)
+
+
+def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, placed: Any) -> Any:
+    """``(shared, stacked, begun) -> (stacked results, sums [D, ...])`` of ``fn``'s two results."""
+
+    def on_one_device(shared: Any, stacked: Any, begun: Any) -> Any:
+        begun = jax.tree.map(lambda leaf: leaf[0], begun)
         clients = jax.tree.leaves(stacked)[0].shape[0]
         chunk = min(mapping.chunk_size or clients, clients)
 
@@ -194,24 +210,27 @@ def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, p
 
         if chunk == clients > 1:
             results, sums = one_chunk(stacked)
+            if begun is not None:
+                sums = jax.tree.map(jnp.add, begun, sums)
         else:
             shape = (-1,) if chunk == 1 else (-1, chunk)
             parts = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), stacked)
-            first = jax.tree.map(lambda leaf: leaf[0], parts)
-            zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one_chunk, first)[1]
-            )
-            sums, results = lax.scan(add, zeros, parts)
+            if begun is None:
+                first = jax.tree.map(lambda leaf: leaf[0], parts)
+                begun = zeros_of(jax.eval_shape(one_chunk, first)[1])
+            sums, results = lax.scan(add, begun, parts)
             if chunk > 1:
                 results = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
         return results, jax.tree.map(lambda leaf: leaf[None], sums)
 
+    run = _on_each(on_one_device, mapping, (placed, P(_AXIS), P(_AXIS)))
+    return lambda shared, stacked, begun=None: run(shared, stacked, begun)
+
+
+def _on_each(fn: Callable[..., Any], mapping: Mapping, placed: tuple[Any, ...]) -> Any:
+    """``fn`` on each device by itself, of its parts of the arguments."""
     if mapping.num_devices == 1:
-        return on_one_device
+        return fn
     return jax.shard_map(
-        on_one_device,
-        mesh=mapping.mesh,
-        in_specs=(placed, P(_AXIS)),
-        out_specs=P(_AXIS),
-        check_vma=False,
+        fn, mesh=mapping.mesh, in_specs=placed, out_specs=P(_AXIS), check_vma=False
     )

@@ -13,12 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData
 from fedhelp_jax.client import predict
-from fedhelp_jax.federation import ClientData, Federation
+from fedhelp_jax.federation import ClientData, Federation, Pool, Table
 from fedhelp_jax.mapping import Mapping as ClientMapping
-from fedhelp_jax.mapping import mean_over_clients, of_one_client, over_clients
+from fedhelp_jax.mapping import fill, of_one_client, over_clients, sum_over_clients
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.task import Task
+from fedhelp_jax.tree import means, zeros_of
 
 Rows = dict[str, jax.Array]
 
@@ -41,9 +42,10 @@ class Trained(NamedTuple):
 
     Attributes:
       state: The clients' new states.
-      upload: What they send; of a method that needs only the mean, the means of each device's
-        clients, one a device.
-      weight: The weight of each upload in the server's mean; 0 in an empty slot.
+      upload: What they send; of a method that needs only the mean, the weighted sums over each
+        device's clients, one a device.
+      weight: The weight of each upload in the server's mean, or the sum of them on each device; 0
+        in an empty slot.
       slot: Which client of the group trained there; K, past the end, for nobody.
       info: Scalars to report.
     """
@@ -66,13 +68,33 @@ class Arrays(NamedTuple):
     """The arrays of a federation; by role ``ids`` and a `Table` a split; names stay on the host.
 
     Where the mapping is private, the pool is one of equal length for each device, and each table
-    holds places in the pool of its client's device; nothing is pooled.
+    holds places in the pool of its client's device; nothing is pooled. Where the images come in
+    parts, there are neither pool nor tables, see `Part`.
     """
 
     pool: Any
     public: Any
     groups: Mapping[str, Mapping[str, Any]]
     pooled: Any
+
+
+class Part(NamedTuple):
+    """Clients of a role that are computed together, and what they need of the private images.
+
+    Attributes:
+      slot: ``[M]`` rows of the group; K, past the end, for nobody.
+      place: ``[M]`` where each stands among its device's slots of the round, past their end for
+        nobody; None where these are all of them.
+      pool: The examples, or one pool of equal length for each device.
+      train: Each one's training examples, places in the pool of its device; or None.
+      split: What they are measured on, likewise.
+    """
+
+    slot: Any
+    place: Any
+    pool: Pool
+    train: Table | None
+    split: Table | None
 
 
 def federation_arrays(federation: Federation) -> Arrays:
@@ -130,10 +152,13 @@ class Phases:
     def _algorithm(self, round: jax.Array) -> FederatedAlgorithm:
         return self.algorithm if self.algorithm_at is None else self.algorithm_at(round)
 
-    @property
-    def _placed(self) -> Any:
-        """How what clients are given lies on devices: download, pool, public set."""
-        return P(), self.mapping.own, P()
+    def _of(self, role: str, slot: jax.Array, tree: Any) -> Any:
+        """Those in the slots, of what there is of all clients; of nobody, anybody's."""
+        # Nobody leaves their own slot where the mapping is private.
+        if self.mapping.private:
+            return tree
+        rows = jnp.minimum(slot, self.num_clients[role] - 1)
+        return jax.tree.map(lambda leaf: leaf[rows], tree)
 
     def num_participants(self, role: str) -> int:
         """How many clients of a role take part in a round."""
@@ -175,16 +200,72 @@ class Phases:
         data: Arrays,
     ) -> Trained:
         """A role's clients train; ``states`` are theirs, ``server`` the server's."""
-        algorithm, size = self._algorithm(round), self.num_clients[role]
-        client = algorithm.clients[role]
         tables = data.groups[role]
-        participants = self.participants(role, tables["ids"], run_key, round)
-        present = participants < size
-        rows = jnp.minimum(participants, size - 1)
+        slot = self.participants(role, tables["ids"], run_key, round)
+        part = Part(slot, None, data.pool, self._of(role, slot, tables["train"]), None)
+        return self._train(role, states, server, run_key, round, data, part, self.mapping.own)
 
-        def chosen(tree: Any) -> Any:
-            # Nobody leaves their own slot where the mapping is private.
-            return tree if self.mapping.private else jax.tree.map(lambda leaf: leaf[rows], tree)
+    def begin(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+        *,
+        shapes: Part,
+    ) -> Trained:
+        """What :meth:`train` returns, with who takes part, and zeros where they have yet to train.
+
+        ``shapes`` are those of the pool and table of a part; of as many clients as there are slots.
+        """
+        slot = self.participants(role, data.groups[role]["ids"], run_key, round)
+        train = functools.partial(self._train, role, held=self.mapping.by_client.spec)
+        part = shapes._replace(slot=slot)
+        trained = jax.eval_shape(train, states, server, run_key, round, data, part)
+        return zeros_of(trained)._replace(slot=slot)
+
+    def train_part(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+        part: Part,
+        before: Trained,
+    ) -> Trained:
+        """Some of those who take part train; their results are put among those of ``before``."""
+        mean_only, held = self.algorithm.mean_only, self.mapping.by_client.spec
+        begun = (before.upload, before.weight) if mean_only else None
+        now = self._train(role, states, server, run_key, round, data, part, held, begun)
+        stacked = ("state", "info") if mean_only else ("state", "info", "upload", "weight")
+        rows = [{name: getattr(t, name) for name in stacked} for t in (before, now)]
+        filled = fill(self.mapping, rows[0], part.place, rows[1])
+        return now._replace(slot=before.slot, **filled)
+
+    def _train(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+        part: Part,
+        held: Any,
+        begun: Any = None,
+    ) -> Trained:
+        """The clients of a part train, whose pool is ``held`` so on devices.
+
+        ``begun`` are sums of uploads and of weights that theirs are added to.
+        """
+        algorithm = self._algorithm(round)
+        client, table = algorithm.clients[role], part.train
+        assert table is not None
+        present = part.slot < self.num_clients[role]
 
         def one(shared: Any, own: Any) -> Any:
             download, pool, public = shared
@@ -193,22 +274,23 @@ class Phases:
             state, upload, info = client.update(key, download, state, data)
             return (state, info), upload
 
-        sizes = chosen(tables["train"].size)
+        ids = self._of(role, part.slot, data.groups[role]["ids"])
         own = (
-            jax.vmap(functools.partial(client_round_key, run_key, round))(chosen(tables["ids"])),
-            chosen(states),
-            chosen(tables["train"].index),
-            jnp.where(present, sizes, 0),
+            jax.vmap(functools.partial(client_round_key, run_key, round))(ids),
+            self._of(role, part.slot, states),
+            table.index,
+            jnp.where(present, table.size, 0),
         )
-        shared = (algorithm.download(server, role), data.pool, data.public)
-        weight = sizes if self.client_weights == "examples" else jnp.ones_like(sizes)
+        placed = P(), held, P()
+        shared = (algorithm.download(server, role), part.pool, data.public)
+        weight = table.size if self.client_weights == "examples" else jnp.ones_like(table.size)
         weight = jnp.where(present, weight, 0)
         if algorithm.mean_only:
-            run = mean_over_clients(one, self.mapping, self._placed)
-            (updated, info), upload, weight = run(shared, own, weight)
+            run = sum_over_clients(one, self.mapping, placed)
+            (updated, info), (upload, weight) = run(shared, own, weight, begun)
         else:
-            (updated, info), upload = over_clients(one, self.mapping, self._placed)(shared, own)
-        return Trained(updated, upload, weight, participants, info)
+            (updated, info), upload = over_clients(one, self.mapping, placed)(shared, own)
+        return Trained(updated, upload, weight, part.slot, info)
 
     def aggregate(
         self,
@@ -220,7 +302,8 @@ class Phases:
     ) -> RunState:
         """The server's turn, on what :meth:`train` gave: by role state, upload, weight, slot."""
         clients, uploads, weights = dict(state.clients), {}, {}
-        for role, (updated, uploads[role], weights[role], slot) in trained.items():
+        for role, (updated, upload, weights[role], slot) in trained.items():
+            uploads[role] = means(upload, weights[role]) if self.algorithm.mean_only else upload
             if self.mapping.private:
                 clients[role] = _take(slot < self.num_clients[role], updated, clients[role])
             else:
@@ -280,12 +363,32 @@ class Phases:
         table: Any,
     ) -> dict[str, Rows]:
         """Metrics of a role's deployed models, ``[K]`` rounded up to whole devices and chunks."""
-        client, slots = self.algorithm.clients[role], self.mapping.slots(self.num_clients[role])
+        slots = self.mapping.slots(self.num_clients[role])
+        train = data.groups[role]["train"] if self.algorithm.clients[role].adapts else None
+        own = jax.tree.map(
+            lambda leaf: jnp.pad(leaf, [(0, slots - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)),
+            (states, train, table),
+        )
+        return self._evaluate(role, server, data.pool, data.public, own, self.mapping.own)
+
+    def evaluate_part(
+        self, role: str, states: Any, server: Any, data: Arrays, part: Part
+    ) -> dict[str, Rows]:
+        """The same of the clients of a part, in its slots."""
+        own = (self._of(role, part.slot, states), part.train, part.split)
+        held = self.mapping.by_client.spec
+        return self._evaluate(role, server, part.pool, data.public, own, held)
+
+    def _evaluate(
+        self, role: str, server: Any, pool: Pool, public: Any, own: Any, held: Any
+    ) -> dict[str, Rows]:
+        client = self.algorithm.clients[role]
 
         def one(shared: Any, own: Any) -> dict[str, Rows]:
             download, pool, public = shared
             state, train, (index, size) = own
-            deployed = client.deploy(download, state, ClientData(pool, public, *train))
+            data = None if train is None else ClientData(pool, public, *train)
+            deployed = client.deploy(download, state, data)
             mask = jnp.arange(index.shape[0]) < size
             results = {}
             for model in dict.fromkeys(client.models.values()):
@@ -302,12 +405,8 @@ class Phases:
                     results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], rows)
             return results
 
-        own = jax.tree.map(
-            lambda leaf: jnp.pad(leaf, [(0, slots - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)),
-            (states, data.groups[role]["train"], table),
-        )
-        shared = (self.algorithm.download(server, role), data.pool, data.public)
-        return over_clients(one, self.mapping, self._placed)(shared, own)
+        shared = (self.algorithm.download(server, role), pool, public)
+        return over_clients(one, self.mapping, (P(), held, P()))(shared, own)
 
     def predict(
         self,
@@ -323,23 +422,37 @@ class Phases:
 
         Where the mapping is private, ``[D, ...]``: zeros but for the client's own device.
         """
+        one = functools.partial(self._predict, role)
+        train = data.groups[role]["train"] if self.algorithm.clients[role].adapts else None
+        shared = (self.algorithm.download(server, role), data.pool, data.public, places)
+        own = (states, train, table)
+        if self.mapping.private:
+            placed = (P(), self.mapping.own, P(), P())
+            return of_one_client(one, self.mapping, placed)(shared, own, row)
+        return one(shared, jax.tree.map(lambda leaf: leaf[row], own))
+
+    def predict_part(
+        self, role: str, states: Any, server: Any, data: Arrays, part: Part
+    ) -> jax.Array:
+        """The same of a part of one client, on all examples of its split."""
+        assert part.split is not None
+        state = jax.tree.map(lambda leaf: leaf[part.slot[0]], states)
+        train, split = jax.tree.map(lambda leaf: leaf[0], (part.train, part.split))
+        places = jnp.arange(len(split.index))
+        shared = (self.algorithm.download(server, role), part.pool, data.public, places)
+        return self._predict(role, shared, (state, train, split))
+
+    def _predict(self, role: str, shared: Any, own: Any) -> jax.Array:
         client = self.algorithm.clients[role]
         name, model = next(iter(client.models.items()))
-
-        def one(shared: Any, own: Any) -> jax.Array:
-            (download, pool, public), places = shared
-            state, train, table = own
-            deployed = client.deploy(download, state, ClientData(pool, public, *train))[name]
-            index = table.index[places]
-            logits = predict(model, deployed, pool, index, jnp.int32(len(index)), len(index))
-            assert self.task.predict is not None
-            return self.task.predict(logits, pool.targets[index])
-
-        shared = ((self.algorithm.download(server, role), data.pool, data.public), places)
-        own = (states, data.groups[role]["train"], table)
-        if self.mapping.private:
-            return of_one_client(one, self.mapping, (self._placed, P()))(shared, own, row)
-        return one(shared, jax.tree.map(lambda leaf: leaf[row], own))
+        download, pool, public, places = shared
+        state, train, table = own
+        data = None if train is None else ClientData(pool, public, *train)
+        deployed = client.deploy(download, state, data)[name]
+        index = table.index[places]
+        logits = predict(model, deployed, pool, index, jnp.int32(len(index)), len(index))
+        assert self.task.predict is not None
+        return self.task.predict(logits, pool.targets[index])
 
 
 def server_part(trained: Mapping[str, Trained]) -> dict[str, Any]:

@@ -286,3 +286,8 @@ class MappingConfig:
     chunk_size: int | None = setting(
         None, "clients computed at once on a device; the back end's best if None", COUNT
     )
+    pool_bytes: int = setting(
+        0,
+        "most bytes of private images on a device, the rest waiting on the host; 0: all are there",
+        at_least(0),
+    )

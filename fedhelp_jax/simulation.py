@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from fedhelp_jax.federation import Federation, Group
 from fedhelp_jax.phases import (
+    Arrays,
     Phases,
     RoundInfo,
     Rows,
@@ -48,7 +49,8 @@ class Simulation:
         self.phases = phases
         self.mapping = mapping = phases.mapping
         self.groups = federation.groups
-        self.federation = place(federation, mapping)
+        self.federation = self._placed(federation)
+        self._batch_size = phases.eval_batch_size
         # Made where it is needed: to send it there, processes would compare what they have.
         self.run_key = jax.jit(lambda: jax.random.key(seed), out_shardings=mapping.replicated)()
         # What starts a run and what files its results only moves memory: on CPU it is compiled in
@@ -60,7 +62,7 @@ class Simulation:
             {g.role: NamedSharding(mapping.mesh, mapping.own) for g in self.groups},
         )
         whole = functools.partial(jax.jit, out_shardings=self._state_sharding)
-        by_client = functools.partial(
+        self._by_client = by_client = functools.partial(
             jax.jit,
             out_shardings=mapping.by_client,
             compiler_options=KEEP_REMATERIALISATION if on_cpu else None,
@@ -84,6 +86,10 @@ class Simulation:
         self._evaluate = {r: by_client(functools.partial(phases.evaluate, r)) for r in roles}
         self._predict = {r: jax.jit(functools.partial(phases.predict, r)) for r in roles}
         self._gather = jax.jit(lambda tree: tree, out_shardings=mapping.replicated)
+
+    def _placed(self, federation: Federation) -> Arrays:
+        """What lies on the devices for the whole run."""
+        return place(federation, self.mapping)
 
     def init(self) -> RunState:
         """The state before the first round."""
@@ -124,12 +130,7 @@ class Simulation:
           The state after it and what it reports.
         """
         # The round as a NumPy scalar: to make it jax's would be a dispatch of its own.
-        trained = {
-            role: train(
-                state.clients[role], state.server, self.run_key, np.int32(round), self.federation
-            )
-            for role, train in self._train.items()
-        }
+        trained = self._trained(state, np.int32(round))
         if self.mapping.num_devices > 1:
             # The server's mean is a collective. A CPU device that reaches it long before the others
             # warns that it may be stuck, and in the end gives up.
@@ -142,6 +143,13 @@ class Simulation:
             self.federation,
         )
         return state, self._reported(round_info(trained))
+
+    def _trained(self, state: RunState, round: np.int32) -> dict[str, Trained]:
+        """What the training phase of each role gives."""
+        return {
+            role: train(state.clients[role], state.server, self.run_key, round, self.federation)
+            for role, train in self._train.items()
+        }
 
     def _reported(self, tree: Any) -> Any:
         """What every process may look at."""
@@ -176,13 +184,7 @@ class Simulation:
         Returns:
           ``{role: {model name: {metric: [K]}}}`` on the host, the headline model of a role first.
         """
-        tables = {g.role: self.federation.groups[g.role][split] for g in self.groups}
-        rows = self._reported(
-            {
-                role: evaluate(state.clients[role], state.server, self.federation, tables[role])
-                for role, evaluate in self._evaluate.items()
-            }
-        )
+        rows = self._measured(state, split)
         # In the method's own order, the headline model first; JAX sorts a dict by its keys.
         return {
             g.role: {
@@ -191,6 +193,16 @@ class Simulation:
             }
             for g in self.groups
         }
+
+    def _measured(self, state: RunState, split: str) -> dict[str, Any]:
+        """By role, model and metric a row for every slot; only the clients' are real."""
+        tables = {g.role: self.federation.groups[g.role][split] for g in self.groups}
+        return self._reported(
+            {
+                role: evaluate(state.clients[role], state.server, self.federation, tables[role])
+                for role, evaluate in self._evaluate.items()
+            }
+        )
 
     def predictions(self, state: RunState, group: Group, row: int, split: str) -> np.ndarray:
         """What one client's deployed model says of a split, as the task's ``predict`` gives it.
@@ -204,21 +216,27 @@ class Simulation:
         Returns:
           ``[n, ...]`` on the host, in the order of the client's split.
         """
-        table = self.federation.groups[group.role][split]
-        size, batch = int(getattr(group, split).size[row]), self.phases.eval_batch_size
-        # Every client has a slot where the mapping is private, and a device as many as another.
-        device = row * self.mapping.num_devices // len(table.size)
+        size, batch = int(getattr(group, split).size[row]), self._batch_size
         found = []
         for start in range(0, size, batch):
             places = np.minimum(np.arange(start, start + batch), size - 1)
-            out = self._reported(
-                self._predict[group.role](
-                    state.clients[group.role], state.server, self.federation, table, row, places
-                )
-            )
-            out = np.asarray(out)
-            found.append((out[device] if self.mapping.private else out)[: size - start])
+            out = self._predicted(state, group.role, row, split, places)
+            found.append(np.asarray(out)[: size - start])
         return np.concatenate(found)
+
+    def _predicted(
+        self, state: RunState, role: str, row: int, split: str, places: np.ndarray
+    ) -> Any:
+        """The same of the examples at ``places`` of the split."""
+        table = self.federation.groups[role][split]
+        out = self._reported(
+            self._predict[role](
+                state.clients[role], state.server, self.federation, table, row, places
+            )
+        )
+        # Every client has a slot where the mapping is private, and a device as many as another.
+        device = row * self.mapping.num_devices // len(table.size)
+        return out[device] if self.mapping.private else out
 
     def payload_bytes(self) -> dict[str, tuple[int, int]]:
         """Per role, what one client sends and receives in a round, in bytes ``(up, down)``."""

@@ -86,6 +86,10 @@ def sweep(
     Raises:
       UserError: If the data do not fit the settings, or the runs do not fit the memory.
     """
+    if any(run.config.mapping.pool_bytes for run in runs):
+        raise UserError(
+            "config.mapping.pool_bytes must be 0: a sweep keeps all images on the devices"
+        )
     finished = _agreed(lambda: _finished(workdir, split))
     missing = [run for run in runs if run.fingerprint not in finished]
     if len(missing) < len(runs):

@@ -36,6 +36,21 @@ def _weighted_sum(stack: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(weights > 0, stack * weights, 0), axis=0)
 
 
+def means(sums: Any, totals: jax.Array) -> Any:
+    """Weighted sums ``[D, ...]`` over their weights' ``[D]``; 0 where these are."""
+
+    def mean(leaf: jax.Array) -> jax.Array:
+        total = jnp.where(totals > 0, totals, 1).astype(leaf.dtype)
+        return leaf / total.reshape(-1, *(1,) * (leaf.ndim - 1))
+
+    return jax.tree.map(mean, sums)
+
+
+def zeros_of(shapes: Any) -> Any:
+    """Zeros of the shapes and types of a tree, which ``jax.eval_shape`` may have given."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
 def select(tree: Any, keep: Callable[[tuple[str, ...]], bool]) -> Any:
     """The same tree with None in place of the leaves whose path, as names, is not kept."""
 

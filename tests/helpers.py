@@ -26,6 +26,7 @@ from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model, Variables
 from fedhelp_jax.phases import Phases, num_clients
 from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.streaming import StreamedSimulation
 from fedhelp_jax.task import classification
 from fedhelp_jax.teachers.foundation import PublicImages, clear_public
 
@@ -114,7 +115,11 @@ def public_images(images: np.ndarray) -> PublicImages:
 
 
 def tiny_federation(
-    clients=CLIENTS, *, top_n: int = 2, public: PublicDataset | None = None
+    clients=CLIENTS,
+    *,
+    top_n: int = 2,
+    public: PublicDataset | None = None,
+    on_host: bool = False,
 ) -> Federation:
     """The tiny clients, the largest ``top_n`` of them large, and answers to the public images."""
     dataset = tiny_dataset(clients)
@@ -122,7 +127,8 @@ def tiny_federation(
     if public is not None:
         rng = np.random.default_rng(2)
         answers = 2 * rng.normal(size=(len(public.images), ANSWERS)).astype(np.float32)
-    return make_federation(dataset, assign_roles(dataset, top_n=top_n), public, answers)
+    roles = assign_roles(dataset, top_n=top_n)
+    return make_federation(dataset, roles, public, answers, on_host=on_host)
 
 
 def tiny_setup(**changes: Any) -> Setup:
@@ -159,11 +165,14 @@ def simulate(
     private: bool = False,
     seed: int = 0,
     rounds_at_once: int = 1,
+    pool_bytes: int = 0,
     **options: Any,
 ) -> Simulation:
     """A simulation on one device, clients one after the other, unless told otherwise."""
     mapping = make_mapping(chunk_size, num_devices, private=private)
     phases = Phases(algorithm, classification, num_clients(federation), mapping, **options)
+    if pool_bytes:
+        return StreamedSimulation(phases, federation, seed=seed, pool_bytes=pool_bytes)
     return Simulation(phases, federation, seed=seed, rounds_at_once=rounds_at_once)
 
 

@@ -92,6 +92,7 @@ REFUSED = [
     ({"roles__large": "clinic-1"}, ["config.roles.large", "tuple"]),
     ({"model__large": "resnet111"}, ["config.model.large", "did you mean resnet110"]),
     ({"mapping__chunk_size": 0}, ["config.mapping.chunk_size"]),
+    ({"mapping__pool_bytes": -1}, ["config.mapping.pool_bytes", "at least 0"]),
     ({"algorithm__name": "fedhlp"}, ["config.algorithm.name", "did you mean fedhelp"]),
     ({"algorithm__name": 3}, ["config.algorithm.name", "string"]),
     ({"algorithm__tempreature": 1.0}, ["config.algorithm.tempreature", "temperature"]),

@@ -29,6 +29,7 @@ LAYERS: tuple[str, ...] = (
     "phases",
     "placement",
     "simulation",
+    "streaming",
     "compilation",
     "config",
     "checkpoint",

@@ -83,14 +83,16 @@ class ClientAlgorithm(NamedTuple):
       update: ``(key, download, state, data) -> (state, upload, info)``; ``key`` is the client's in
         this round, ``upload`` a tree of arrays or None, ``info`` scalars to report: always "loss";
         "bytes_up" and "bytes_down", int32, where what travels is less than upload and download are.
-      deploy: ``(download, state, data) -> {name: variables}``, the names those of ``models``;
-        ``data`` is what the client trains on, for methods that adapt to it at the end.
+      deploy: ``(download, state, data) -> {name: variables}``, the names those of ``models``.
+      adapts: Whether ``deploy`` is given ``data``, what the client trains on, to adapt to it at the
+        end; else None.
     """
 
     models: Mapping[str, Model]
     init: Callable[[jax.Array, jax.Array], Any]
     update: Callable[[jax.Array, Any, Any, ClientData], tuple[Any, Any, Info]]
-    deploy: Callable[[Any, Any, ClientData], dict[str, Variables]]
+    deploy: Callable[[Any, Any, Any], dict[str, Variables]]
+    adapts: bool = False
 
 
 # What a client's own network is called in reports.

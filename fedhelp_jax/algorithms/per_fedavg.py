@@ -81,6 +81,7 @@ def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
         init=lambda run_key, client_id: init_shared(setup, run_key),
         update=update,
         deploy=deploy,
+        adapts=True,
     )
     return averaging(setup, dict.fromkeys(ROLES, client))
 
