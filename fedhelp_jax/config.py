@@ -16,7 +16,6 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -24,7 +23,7 @@ from urllib.parse import urlsplit
 from ml_collections import config_dict
 
 from fedhelp_jax.algorithms import SETTINGS
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.errors import UserError, suggest
 from fedhelp_jax.schema import (
     CNNS,
     COUNT,
@@ -363,12 +362,6 @@ def _kind_name(kind: Any) -> str:
 
 def _hint(value: Any, check: Check | None) -> str:
     return suggest(value, check.choices) if check and isinstance(value, str) else ""
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns ``; did you mean ...?`` with the closest known name, or nothing if none is close."""
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], path: str) -> None:

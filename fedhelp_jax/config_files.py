@@ -11,8 +11,8 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from fedhelp_jax import config as config_lib
-from fedhelp_jax.config import RunConfig, suggest
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.config import RunConfig
+from fedhelp_jax.errors import UserError, suggest
 
 if TYPE_CHECKING:
     from fedhelp_jax.study import Study  # brings all that computes along

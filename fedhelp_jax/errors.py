@@ -1,8 +1,17 @@
 """The one exception for mistakes that the user can mend."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(Exception):
     """Something the user can mend; the command line prints it and exits with status 2.
 
     The message is one line that names the key, file or value and says what would be right.
     """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns ``; did you mean ...?`` with the closest known name, or nothing if none is close."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

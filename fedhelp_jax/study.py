@@ -25,7 +25,7 @@ from ml_collections import config_dict
 from fedhelp_jax import config as configs
 from fedhelp_jax import runner
 from fedhelp_jax.config import RunConfig
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.errors import UserError, suggest
 from fedhelp_jax.report import files
 from fedhelp_jax.report.comparison import Result, write_comparison
 from fedhelp_jax.report.console import duration
@@ -330,7 +330,7 @@ def _check(study: Study) -> None:
     for label in study.methods:
         _checked_name("methods", label)
     if study.reference not in study.methods:
-        known = configs.suggest(study.reference, study.methods)
+        known = suggest(study.reference, study.methods)
         raise UserError(f"reference = {study.reference!r} must be one of methods{known}")
     if study.grids:
         uneven = set(study.grids) ^ set(study.methods)

@@ -1,0 +1,167 @@
+"""What all builders have in common: about the data, and examples made in parallel.
+
+Builders write array_record and work without TensorFlow, which would encode arrays as images: here
+images are always handed over encoded.
+"""
+
+import io
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from fedhelp_jax.data.downloads import KEY, Download
+from fedhelp_jax.data.parts import Example, made
+from fedhelp_jax.errors import UserError
+
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError)
+
+
+class About(NamedTuple):
+    """What a user must know of a data set.
+
+    Attributes:
+      description: What it is.
+      homepage: Where it comes from.
+      licence: On what terms.
+      citation: BibTeX of what to cite.
+      download: What to download, and where it must lie.
+      sizes: Official sizes, by split or by split and client, for who checks theirs.
+    """
+
+    description: str
+    homepage: str
+    licence: str
+    citation: str
+    download: str
+    sizes: Mapping[str, int]
+
+
+class Item(NamedTuple):
+    """One example before its images are read.
+
+    Attributes:
+      key: Its name, unique in the data set.
+      files: What it is read from, names in the download.
+      fields: What is known of it already, features that are no images.
+    """
+
+    key: str
+    files: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A builder whose data the user has downloaded.
+
+    A subclass says what its data are (``about``), which examples there are (:meth:`plan`, which
+    reads tables and names, but no image), and makes one example (:meth:`make`, in threads).
+    Examples have the feature ``id``, and by what there is ``image`` or ``volume``, ``label`` or
+    ``mask``, ``site`` (a client) and ``group`` (a patient or lesion, which no split may cut).
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+
+    # No files of TFDS's own kind lie beside a builder, and it would need another package to look.
+    code_path = None
+
+    about: About
+
+    # Set by who prepares.
+    scratch: Path
+    say: Callable[[str], None] = staticmethod(print)
+    planned: Callable[[int], None] = staticmethod(lambda count: None)
+    done: Callable[[int], None] = staticmethod(lambda count: None)
+
+    @property
+    def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:  # noqa: N802  TFDS calls it so
+        """What to download, and where it must lie."""
+        return self.about.download
+
+    @abstractmethod
+    def features(self) -> dict[str, Any]:
+        """The features of an example but for ``id``."""
+
+    @abstractmethod
+    def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
+        """The examples of each split.
+
+        Raises:
+          UserError: If the download is not complete, or not as its publisher lays it out.
+        """
+
+    @abstractmethod
+    def make(self, download: Download, item: Item) -> Example:
+        """The features of an example that come of its files; images encoded, as bytes.
+
+        Raises:
+          UserError: If a file is damaged, or not what it should be.
+        """
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        about = self.about
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=about.description,
+            features=tfds.features.FeaturesDict({"id": tfds.features.Text(), **self.features()}),
+            homepage=about.homepage,
+            citation=about.citation,
+            license=about.licence,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        download = Download(Path(dl_manager.manual_dir), self.scratch / "unpacked", self.say)
+        plan = self.plan(download)
+        self.planned(sum(map(len, plan.values())))
+        return {
+            split: self._generate_examples(download, split, items) for split, items in plan.items()
+        }
+
+    # What TFDS would print instead of a size that it does not know.
+    def _log_download_bytes(self) -> None: ...
+
+    def _log_download_done(self) -> None: ...
+
+    def _generate_examples(
+        self, download: Download, split: str, items: Sequence[Item]
+    ) -> Iterator[tuple[str, Example]]:
+        def make(item: Item) -> Example:
+            return self.make(download, item)
+
+        images = {
+            name for name, kind in self.features().items() if isinstance(kind, tfds.features.Image)
+        }
+        examples = made(items, make, self.scratch / split, self.done)
+        for item, example in zip(items, examples, strict=True):
+            encoded = {name: io.BytesIO(example[name]) for name in images}
+            yield item.key, {"id": item.key, **item.fields, **example, **encoded}
+
+
+def png(image: np.ndarray) -> bytes:
+    """An image ``[H, W]`` or ``[H, W, 3]`` of uint8 as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def decoded(data: bytes, name: str) -> Image.Image:
+    """An image file's RGB image, fully read.
+
+    Args:
+      data: The file.
+      name: Its name, for the message.
+
+    Raises:
+      UserError: If it is damaged or no image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except _DECODE_ERRORS as error:
+        raise UserError(f"{KEY}: {name} cannot be decoded: {error}") from None

@@ -1,0 +1,111 @@
+"""Examples made in parallel, a part of them at a time, each part kept until all are there."""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+Example = dict[str, Any]
+
+_READ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+_SIZE = 128  # of a part
+
+
+def made(
+    items: Sequence[Item],
+    make: Callable[[Item], Example],
+    folder: Path,
+    done: Callable[[int], None] = lambda count: None,
+) -> Iterator[Example]:
+    """The examples made of items, in their order; those of an earlier attempt are not made again.
+
+    Threads make them, one per core: what takes long (decoding, resizing, compressing) leaves
+    Python's lock free. While a part is handed out, the next one is being made.
+
+    Args:
+      items: What examples are made of; their ``repr`` is what tells an earlier attempt's apart.
+      make: Makes one: values are bytes, strings, numbers or arrays, the same names in all.
+      folder: Where parts are kept; to be removed by who has all examples.
+      done: Is told how many more there are.
+
+    Yields:
+      The examples.
+    """
+    parts = [items[start : start + _SIZE] for start in range(0, len(items), _SIZE)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def begun(number: int) -> tuple[Path, list[Example] | None, list[Future[Example]]]:
+            path = folder / f"{_name(parts[number])}.npz"
+            found = _read(path)
+            futures = [] if found is not None else [pool.submit(make, x) for x in parts[number]]
+            return path, found, futures
+
+        following = begun(0) if parts else None
+        try:
+            for number in range(len(parts)):
+                assert following is not None
+                path, examples, futures = following
+                following = begun(number + 1) if number + 1 < len(parts) else None
+                if examples is None:
+                    examples = [future.result() for future in futures]
+                    _write(path, examples)
+                done(len(examples))
+                yield from examples
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _name(items: Sequence[Any]) -> str:
+    return hashlib.sha256("\n".join(map(repr, items)).encode()).hexdigest()
+
+
+def _write(path: Path, examples: Sequence[Example]) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for name in examples[0]:
+        values = [example[name] for example in examples]
+        if isinstance(values[0], bytes):
+            # As void, which needs no pickle and keeps what ends in zeros.
+            arrays |= {f"{name}/{i}": np.array(np.void(v)) for i, v in enumerate(values)}
+        elif isinstance(values[0], np.ndarray):
+            arrays |= {f"{name}/{i}": value for i, value in enumerate(values)}
+        else:
+            arrays[name] = np.array(values)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> list[Example] | None:
+    """The examples of a part; None if it is not there, or damaged."""
+    try:
+        with path.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            arrays = {name: stored[name] for name in stored.files}
+    except _READ_ERRORS:
+        return None
+    examples: list[Example] = []
+    for name, array in arrays.items():
+        name, _, number = name.partition("/")
+        values = [(int(number), _plain(array))] if number else enumerate(array.tolist())
+        for i, value in values:
+            examples += [{} for _ in range(i + 1 - len(examples))]
+            examples[i][name] = value
+    return examples
+
+
+def _plain(array: np.ndarray) -> Any:
+    return array.tobytes() if array.dtype.kind == "V" else array

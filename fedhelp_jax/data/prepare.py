@@ -1,0 +1,131 @@
+"""``fedhelp data``: lists, describes and prepares the data sets that have a builder here.
+
+A prepared set lies in ``DATA_DIR/NAME[/CONFIG]/VERSION`` as TensorFlow Datasets lays it out, in
+array_record files, which need no TensorFlow to be written or read. What an interrupted preparation
+has made lies in ``DATA_DIR/.unfinished/NAME[/CONFIG]`` and is gone on from.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from fedhelp_jax.data.builders import BUILDERS
+from fedhelp_jax.data.builders.base import Builder
+from fedhelp_jax.errors import UserError, suggest
+
+_EVERY = 5.0  # seconds between two lines of progress
+
+
+def builder(name: str, data_dir: str | None = None) -> Builder:
+    """The builder of ``NAME`` or ``NAME/CONFIG``.
+
+    Args:
+      name: Its name.
+      data_dir: Where prepared sets lie; None takes TFDS's default, ``$TFDS_DATA_DIR`` or
+        ``~/tensorflow_datasets``.
+
+    Raises:
+      UserError: If there is none of that name.
+    """
+    base, _, config = name.partition("/")
+    if base not in BUILDERS:
+        raise UserError(
+            f"{name!r} is not a data set{suggest(base, BUILDERS)}; see fedhelp data list"
+        )
+    configs = [known.name for known in BUILDERS[base].BUILDER_CONFIGS]
+    if configs and config not in configs:
+        said = f"{config!r} is not a configuration of {base}" if config else f"{base} needs one"
+        raise UserError(f"{said}: it is one of {', '.join(f'{base}/{c}' for c in configs)}")
+    if config and not configs:
+        raise UserError(f"{base} has no configurations; leave out /{config}")
+    options = {"config": config} if config else {}
+    return BUILDERS[base](data_dir=data_dir, file_format="array_record", **options)
+
+
+def prepare(
+    name: str,
+    manual_dir: str | None,
+    data_dir: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Prepares a data set, or goes on where an earlier attempt was stopped.
+
+    Args:
+      name: ``NAME`` or ``NAME/CONFIG``.
+      manual_dir: The folder of the download.
+      data_dir: As of :func:`builder`.
+      say: Where progress goes.
+
+    Returns:
+      The folder of the prepared set.
+
+    Raises:
+      UserError: If the download is not as its publisher lays it out, or the disk is full.
+    """
+    made = builder(name, data_dir)
+    folder = Path(made.data_path)
+    if folder.exists():
+        say(f"{folder} is there already; remove it to prepare it anew")
+        return folder
+    if manual_dir is None:
+        raise UserError(
+            f"--manual_dir is missing: the folder with the download.\n{made.about.download}"
+        )
+    if not Path(manual_dir).is_dir() or not os.listdir(manual_dir):
+        raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")
+    made.scratch = Path(made.data_dir_root) / ".unfinished" / name
+    made.say = say
+    tfds.disable_progress_bar()  # it cannot tell the time left
+    progress = _Progress(say)
+    made.planned, made.done = progress.begin, progress.add
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+    try:
+        made.download_and_prepare(download_dir=made.scratch / "downloads", download_config=config)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"{made.data_dir_root}: the disk is full; what is made so far is kept in {made.scratch}"
+        ) from None
+    shutil.rmtree(made.scratch)
+    counts = ", ".join(f"{split} {info.num_examples}" for split, info in made.info.splits.items())
+    say(f"written: {folder} ({counts})")
+    return folder
+
+
+def describe(name: str) -> str:
+    """What a user must know of a data set, in a few lines."""
+    made = builder(name)
+    about = made.about
+    sizes = ", ".join(f"{part} {size}" for part, size in about.sizes.items())
+    features = "".join(f"\n  {key}: {kind}" for key, kind in made.features().items())
+    return (
+        f"{name}\n\n{about.description}\n\nhomepage: {about.homepage}\nlicence: {about.licence}\n"
+        f"official sizes: {sizes or 'none published'}\n"
+        f"features:{features}\n\ndownload:\n{about.download}\n\ncite:\n{about.citation}"
+    )
+
+
+class _Progress:
+    """Says how many examples are made, and how long the rest takes."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._total, self._count = say, 0, 0
+        self._started = self._said = time.monotonic()
+
+    def begin(self, total: int) -> None:
+        self._total, self._started = total, time.monotonic()
+        self._say(f"{total} examples")
+
+    def add(self, count: int) -> None:
+        self._count += count
+        now = time.monotonic()
+        if now - self._said > _EVERY and self._count < self._total:
+            self._said = now
+            left = (now - self._started) / self._count * (self._total - self._count)
+            self._say(f"{self._count} of {self._total} examples  left {left:.0f} s")
