@@ -68,6 +68,7 @@ def _command(argv: list[str]) -> int:
         "compare": _compare,
         "tune": _tune,
         "sweep": _sweep,
+        "data": _data,
     }
     name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if name in ("--help", "-h", "-help", "help"):
@@ -77,6 +78,9 @@ def _command(argv: list[str]) -> int:
         said = f"{name!r} is not a command" if name else "no command is given"
         raise UserError(f"{said}; it is one of {', '.join(commands)} (see fedhelp --help)")
     if any(argument in ("--help", "-h", "-help") for argument in arguments):
+        if name == "data":
+            print(usage.DATA, end="")
+            return 0
         usages = {"train": usage.TRAIN, "teach": usage.TEACH, "sweep": usage.SWEEP}
         print(usages[name] + _settings_help() if name in usages else usage.COMMANDS, end="")
         return 0
@@ -245,6 +249,25 @@ def _sweep(arguments: list[str]) -> int:
             raise UserError(f"{error}: {command}") from None
         if processes.first():
             print(f"written: {workdir / 'runs.csv'}")
+    return 0
+
+
+def _data(arguments: list[str]) -> int:
+    own = _flags("manual_dir", "data_dir")
+    what, *rest = own(["fedhelp", *arguments])[1:] or [""]
+    if what == "list" and not rest:
+        from fedhelp_jax.data.prepare import names
+
+        print("\n".join(names()))
+    elif what in ("describe", "prepare") and len(rest) == 1:
+        from fedhelp_jax.data.prepare import describe, prepare
+
+        if what == "describe":
+            print(describe(rest[0]))
+        else:
+            prepare(rest[0], own["manual_dir"].value, own["data_dir"].value)
+    else:
+        raise UserError("fedhelp data takes list, describe NAME or prepare NAME; see --help")
     return 0
 
 

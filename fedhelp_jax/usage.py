@@ -18,6 +18,8 @@ commands:
   sweep     many runs that differ in a few settings and seeds, as one compiled program
             fedhelp sweep --config=configs/quickstart.py --workdir=runs/sweep \\
                 --sweep=learning_rate=1e-4,1e-3 --sweep=algorithm.lambda_b=0,0.2 --seeds=0:4
+  data      list, describe and prepare data sets that are downloaded by hand
+            fedhelp data prepare fed_isic2019 --manual_dir=DOWNLOAD
   tune      only the study's trials, on validation images; compare makes them too
             fedhelp tune --study=configs/studies/baselines.py --workdir=runs/baselines
 
@@ -74,4 +76,16 @@ usage: fedhelp sweep --config=FILE.py[:ARGUMENT] --workdir=FOLDER --sweep=KEY=VA
                   The flags of fedhelp train --distributed go with it
 
 settings, with their defaults:
+"""
+
+
+DATA = """\
+usage: fedhelp data list
+       fedhelp data describe NAME[/CONFIG]
+       fedhelp data prepare NAME[/CONFIG] --manual_dir=FOLDER [--data_dir=FOLDER]
+
+  --manual_dir  the folder of the download, as its publisher hands it out; archives in it need not
+                be unpacked
+  --data_dir    where prepared sets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if left out.
+                An interrupted preparation goes on from what it has made there
 """

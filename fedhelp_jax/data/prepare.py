@@ -21,6 +21,15 @@ from fedhelp_jax.errors import UserError, suggest
 _EVERY = 5.0  # seconds between two lines of progress
 
 
+def names() -> list[str]:
+    """All data sets that can be prepared: ``NAME`` or ``NAME/CONFIG``."""
+    return [
+        f"{name}/{config.name}" if config else name
+        for name, cls in BUILDERS.items()
+        for config in cls.BUILDER_CONFIGS or [None]
+    ]
+
+
 def builder(name: str, data_dir: str | None = None) -> Builder:
     """The builder of ``NAME`` or ``NAME/CONFIG``.
 
