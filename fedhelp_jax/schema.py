@@ -40,6 +40,16 @@ def one_of(*names: str) -> Check:
     return Check(lambda value: value in names, f"one of {', '.join(names)}", names)
 
 
+def one_of_or(prefix: str, *names: str) -> Check:
+    """Any of `names`, or what begins with `prefix`."""
+    known = one_of(*names)
+    return Check(
+        lambda value: value in names or (value.startswith(prefix) and value != prefix),
+        f"{known.right}, or {prefix}NAME",
+        names,
+    )
+
+
 def _are_fractions(values: tuple[float, ...]) -> bool:
     return bool(values) and min(values) > 0 and abs(sum(values) - 1) <= 1e-6
 
@@ -122,11 +132,13 @@ class DataConfig:
 
     name: str = setting(
         "phantoms",
-        "private data set",
-        one_of("phantoms", "phantom_volumes", "fed_isic2019", "medmnist", "npz_masks"),
+        "private data set; tfds:NAME is one that fedhelp data has prepared",
+        one_of_or("tfds:", "phantoms", "phantom_volumes", "fed_isic2019", "medmnist", "npz_masks"),
     )
     dir: str | None = setting(
-        None, "folder or zip of images (fed_isic2019), .npz file (medmnist, npz_masks)"
+        None,
+        "folder or zip of images (fed_isic2019), .npz file (medmnist, npz_masks), "
+        "folder of prepared sets (tfds:; TFDS's default if None)",
     )
     split_csv: str | None = setting(None, "the official Fed-ISIC2019 split")
     image_size: int = setting(32, "side in pixels to which images are resized", at_least(8))

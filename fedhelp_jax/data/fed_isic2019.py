@@ -12,8 +12,8 @@ import numpy as np
 from fedhelp_jax.data.files import find_images, find_masks
 from fedhelp_jax.data.images import existing_path, load_images, load_masks
 from fedhelp_jax.data.masks import class_masks
-from fedhelp_jax.data.partition import split_validation
-from fedhelp_jax.data.types import ClientSplit, FederatedDataset
+from fedhelp_jax.data.partition import clients_of_sites
+from fedhelp_jax.data.types import FederatedDataset
 from fedhelp_jax.errors import UserError
 
 LABEL_NAMES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
@@ -90,31 +90,17 @@ def load_fed_isic2019(
         count = str(len(leaks)) if has_lesions else "an unknown number of"
         logger.warning("data.split=official: %s lesions have images in both train and test", count)
 
-    centers = np.array([row.center for row in rows])
-    is_test = np.array([row.fold == "test" for row in rows])
-    # Dropped images stay in the pool: they are a client's all the same, and kept from the public.
-    dropped = np.array([split == "grouped" and row.lesion in leaks for row in rows]) & ~is_test
-    lesions = np.array([row.lesion for row in rows])
-    clients = []
-    for center in np.unique(centers).tolist():
-        train = np.flatnonzero((centers == center) & ~is_test & ~dropped)
-        test = np.flatnonzero((centers == center) & is_test).astype(np.int32)
-        if not len(train) or not len(test):
-            # Said here rather than after decoding thousands of images.
-            part = "test" if len(train) else "train"
-            raise UserError(
-                f"data.split_csv: {table} leaves client centre_{center} no {part} example "
-                f"with data.split={split}; every client needs at least one"
-            )
-        train, validation = split_validation(
-            train,
-            lesions[train],
-            validation_fraction=validation_fraction,
-            max_train=max_train,
-            seed=seed,
-            client=center,
-        )
-        clients.append(ClientSplit(f"centre_{center}", train, validation, test))
+    clients = clients_of_sites(
+        np.array([row.center for row in rows]),
+        lambda center: f"centre_{center}",
+        is_test=np.array([row.fold == "test" for row in rows]),
+        groups=np.array([row.lesion for row in rows]),
+        split=split,
+        validation_fraction=validation_fraction,
+        max_train=max_train,
+        seed=seed,
+        where=f"data.split_csv: {table}",
+    )
     label_names = LESION if masks else LABEL_NAMES
     # First, since missing masks are found sooner than images are decoded.
     if masks:
@@ -128,7 +114,7 @@ def load_fed_isic2019(
         images=load_images(source, names, image_size, cache_dir=cache_dir),
         labels=labels,
         label_names=label_names,
-        clients=tuple(clients),
+        clients=clients,
     )
 
 

@@ -8,6 +8,7 @@ from fedhelp_jax.data.npz_masks import load_npz_masks
 from fedhelp_jax.data.phantom_tiles import load_phantom_public
 from fedhelp_jax.data.phantom_volumes import load_phantom_volume_public, load_phantom_volumes
 from fedhelp_jax.data.phantoms import load_phantoms
+from fedhelp_jax.data.prepared import PREFIX, load_prepared
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import DataConfig, PublicConfig
@@ -79,6 +80,19 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
                 validation_fraction=config.validation_fraction,
                 max_train=config.max_train,
                 seed=seed,
+            )
+        case name if name.startswith(PREFIX):
+            if masks:
+                raise UserError(f"data.name: the masks of {name} cannot be trained on yet")
+            dataset = load_prepared(
+                name.removeprefix(PREFIX),
+                config.dir,
+                split=config.split,
+                image_size=config.image_size,
+                validation_fraction=config.validation_fraction,
+                max_train=config.max_train,
+                seed=seed,
+                cache_dir=config.cache_dir,
             )
         case name:
             raise UserError(f"data.name: {name!r} is not known")

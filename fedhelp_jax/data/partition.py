@@ -1,10 +1,11 @@
 """Seeded splits: examples over clients, and a client's training examples into two parts."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fedhelp_jax.data.types import ClientSplit
 from fedhelp_jax.errors import UserError
 
 
@@ -134,3 +135,58 @@ def split_validation(
             raise UserError(f"data.max_train must be at least 1, got {max_train}")
         kept = rng_for(seed, "max_train", client).choice(kept, max_train, replace=False)
     return np.sort(kept).astype(np.int32), np.sort(validation).astype(np.int32)
+
+
+def clients_of_sites(
+    sites: np.ndarray,
+    name: Callable[[int], str],
+    *,
+    is_test: np.ndarray,
+    groups: np.ndarray,
+    split: str,
+    validation_fraction: float,
+    max_train: int | None,
+    seed: int,
+    where: str,
+) -> tuple[ClientSplit, ...]:
+    """Returns a client per site, in the order of the sites' numbers.
+
+    Args:
+        sites: int [n] site of each example.
+        name: A site's name by its number.
+        is_test: bool [n] the official split.
+        groups: [n] group (lesion, patient) of each example.
+        split: "official" keeps that split; "grouped" drops training examples whose group has
+            test examples, at any site.
+        validation_fraction: Share of a site's training examples held out, by group.
+        max_train: At most so many training examples per site; None keeps all.
+        seed: The run's seed.
+        where: What leaves a site without examples, for the message.
+
+    Raises:
+        UserError: A site has no training or no test example.
+    """
+    # Dropped examples stay in the pool: they are a client's all the same, and kept from the public.
+    leaks = np.isin(groups, groups[is_test])
+    dropped = leaks & ~is_test & (split == "grouped")
+    clients = []
+    for site in np.unique(sites).tolist():
+        train = np.flatnonzero((sites == site) & ~is_test & ~dropped)
+        test = np.flatnonzero((sites == site) & is_test).astype(np.int32)
+        if not len(train) or not len(test):
+            # Said here rather than after decoding thousands of images.
+            part = "test" if len(train) else "train"
+            raise UserError(
+                f"{where} leaves client {name(site)} no {part} example "
+                f"with data.split={split}; every client needs at least one"
+            )
+        train, validation = split_validation(
+            train,
+            groups[train],
+            validation_fraction=validation_fraction,
+            max_train=max_train,
+            seed=seed,
+            client=site,
+        )
+        clients.append(ClientSplit(name(site), train, validation, test))
+    return tuple(clients)

@@ -1,0 +1,112 @@
+"""Training on a prepared set is training on the raw files."""
+
+import numpy as np
+import pytest
+from commands import CONFIG, fedhelp, read, refusal, train
+from helpers import use_tiny_networks
+from isic_files import IsicFiles
+
+from fedhelp_jax.data import prepared
+from fedhelp_jax.data.load import load_federated
+from fedhelp_jax.data.prepare import prepare
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import DataConfig
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Raw files, and the same prepared in ``data``."""
+    (tmp_path / "download").mkdir()
+    files = IsicFiles(tmp_path / "download")
+    files.load()  # writes the split file
+    files.table.rename(files.path / "train_test_split.csv")
+    prepare("fed_isic2019", str(files.path), str(tmp_path / "data"), say=lambda text: None)
+    return files
+
+
+def both(files, seed=0, **settings):
+    """The data from the raw files and from the prepared set."""
+    folder = files.path.parent
+    common = {"image_size": 8, "cache_dir": str(folder / "cache")} | settings
+    raw = DataConfig(
+        name="fed_isic2019",
+        dir=str(files.zip),
+        split_csv=str(files.path / "train_test_split.csv"),
+        **common,
+    )
+    made = DataConfig(name="tfds:fed_isic2019", dir=str(folder / "data"), **common)
+    return load_federated(raw, seed), load_federated(made, seed)
+
+
+def assert_equal(raw, made):
+    assert made.name == raw.name and made.label_names == raw.label_names and not made.synthetic
+    np.testing.assert_array_equal(made.images, raw.images)
+    np.testing.assert_array_equal(made.labels, raw.labels)
+    assert [client.name for client in made.clients] == [client.name for client in raw.clients]
+    for ours, theirs in zip(made.clients, raw.clients, strict=True):
+        for mine, other in zip(ours[1:], theirs[1:], strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("split", ["official", "grouped"])
+@pytest.mark.parametrize("settings", [{}, {"max_train": 5, "seed": 3}])
+def test_a_prepared_set_gives_what_the_raw_files_give(files, split, settings):
+    for _ in range(2):  # the second time from the cache
+        assert_equal(*both(files, split=split, **settings))
+
+
+def test_a_run_on_a_prepared_set_is_the_run_on_the_raw_files(files, monkeypatch):
+    use_tiny_networks(monkeypatch)
+    folder, sums = files.path.parent, []
+    for name, rest in [
+        (
+            "fed_isic2019",
+            f"--config.data.dir={files.zip} "
+            f"--config.data.split_csv={files.path / 'train_test_split.csv'}",
+        ),
+        ("tfds:fed_isic2019", f"--config.data.dir={folder / 'data'}"),
+    ]:
+        workdir = folder / name.replace(":", "_")
+        settings = f"--config.data.name={name} {rest} --config.data.split=official"
+        own = f"--config.rounds=2 --config.roles.top_n=1 --config.data.cache_dir={folder / 'cache'}"
+        public = "--config.algorithm.name=fedavg"
+        assert train(workdir, f"{settings} {own} {public}") == 0
+        summary = read(workdir / "summary.json")
+        assert summary["dataset"] == "fed_isic2019" and summary["synthetic"] is False
+        losses = [row["loss"] for row in read(workdir / "metrics.jsonl")]
+        sums.append(((workdir / "clients.csv").read_text(), losses))
+    assert sums[0] == sums[1]
+
+
+def test_what_cannot_be_read_is_one_line(files, tmp_path, monkeypatch):
+    def load(masks=False, **settings):
+        return load_federated(DataConfig(**settings), 0, masks=masks)
+
+    with pytest.raises(UserError, match="fed_isic2019 is not prepared in .*: fedhelp data prepare"):
+        load(name="tfds:fed_isic2019", dir=str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="not a data set; did you mean fed_isic2019"):
+        load(name="tfds:fed_isic2018")
+    data = str(files.path.parent / "data")
+    with pytest.raises(UserError, match="masks of tfds:fed_isic2019 cannot be trained on yet"):
+        load(name="tfds:fed_isic2019", dir=data, masks=True)
+    monkeypatch.setattr(prepared, "_NEEDED", {"volume"})
+    with pytest.raises(UserError, match="cannot be trained on yet"):
+        load(name="tfds:fed_isic2019", dir=data)
+
+
+def test_a_name_without_a_set_is_refused(capsys, tmp_path):
+    code = fedhelp(f"train --config={CONFIG} --workdir={tmp_path} --config.data.name=tfds:")
+    assert "or tfds:NAME" in refusal(capsys, code)
+
+
+def test_the_real_data(real, image_cache, tmp_path):
+    """Centres 1, 2, 3 and 5 of Fed-ISIC2019, from HAM10000."""
+    (tmp_path / "download").mkdir()
+    zip_, table = tmp_path / "download/images.zip", tmp_path / "download/train_test_split.csv"
+    zip_.symlink_to(real / "ham10000_200x150.zip")
+    table.symlink_to(real / "fed_isic2019_ham_split.csv")
+    prepare("fed_isic2019", str(zip_.parent), str(tmp_path / "data"), say=lambda text: None)
+    common = {"image_size": 32, "cache_dir": image_cache}
+    raw = DataConfig(name="fed_isic2019", dir=str(zip_), split_csv=str(table), **common)
+    made = DataConfig(name="tfds:fed_isic2019", dir=str(tmp_path / "data"), **common)
+    assert_equal(load_federated(raw, 0), load_federated(made, 0))
