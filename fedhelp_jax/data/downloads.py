@@ -136,7 +136,7 @@ class Download:
     def table(
         self, names: Sequence[str], columns: Sequence[str]
     ) -> tuple[str, list[dict[str, str]]]:
-        """The rows of a CSV file, and its place.
+        """The rows of a file of values separated by commas or tabs, and its place.
 
         Args:
           names: What the file may be called.
@@ -151,7 +151,9 @@ class Download:
         name = self.find(*names)
         where = f"{KEY}: {name} in {self.folder}"
         try:
-            reader = csv.DictReader(io.StringIO(self.read(name).decode("utf-8-sig"), newline=""))
+            text = self.read(name).decode("utf-8-sig")
+            delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
             present = [column.strip() for column in reader.fieldnames or ()]
             lines = list(reader)
         except (UnicodeDecodeError, csv.Error):

@@ -61,6 +61,8 @@ def prepare(
     manual_dir: str | None,
     data_dir: str | None = None,
     say: Callable[[str], None] = print,
+    *,
+    allow_repacked: bool = False,
 ) -> Path:
     """Prepares a data set, or goes on where an earlier attempt was stopped.
 
@@ -69,6 +71,7 @@ def prepare(
       manual_dir: The folder of the download.
       data_dir: As of :func:`builder`.
       say: Where progress goes.
+      allow_repacked: Takes files whose official checksum differs, and only says so.
 
     Returns:
       The folder of the prepared set.
@@ -88,7 +91,7 @@ def prepare(
     if not Path(manual_dir).is_dir() or not os.listdir(manual_dir):
         raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")
     made.scratch = Path(made.data_dir_root) / ".unfinished" / name
-    made.say = say
+    made.say, made.allow_repacked = say, allow_repacked
     tfds.disable_progress_bar()  # it cannot tell the time left
     progress = _Progress(say)
     made.planned, made.done = progress.begin, progress.add

@@ -75,6 +75,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     # Set by who prepares.
     scratch: Path
+    allow_repacked: bool = False
     say: Callable[[str], None] = staticmethod(print)
     planned: Callable[[int], None] = staticmethod(lambda count: None)
     done: Callable[[int], None] = staticmethod(lambda count: None)
