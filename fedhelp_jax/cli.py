@@ -254,6 +254,7 @@ def _sweep(arguments: list[str]) -> int:
 
 def _data(arguments: list[str]) -> int:
     own = _flags("manual_dir", "data_dir")
+    flags.DEFINE_bool("allow_repacked", False, "whatever its checksum", flag_values=own)
     what, *rest = own(["fedhelp", *arguments])[1:] or [""]
     if what == "list" and not rest:
         from fedhelp_jax.data.prepare import names
@@ -265,7 +266,8 @@ def _data(arguments: list[str]) -> int:
         if what == "describe":
             print(describe(rest[0]))
         else:
-            prepare(rest[0], own["manual_dir"].value, own["data_dir"].value)
+            folders = own["manual_dir"].value, own["data_dir"].value
+            prepare(rest[0], *folders, allow_repacked=bool(own["allow_repacked"].value))
     else:
         raise UserError("fedhelp data takes list, describe NAME or prepare NAME; see --help")
     return 0

@@ -83,9 +83,11 @@ DATA = """\
 usage: fedhelp data list
        fedhelp data describe NAME[/CONFIG]
        fedhelp data prepare NAME[/CONFIG] --manual_dir=FOLDER [--data_dir=FOLDER]
+                    [--allow_repacked]
 
-  --manual_dir  the folder of the download, as its publisher hands it out; archives in it need not
-                be unpacked
-  --data_dir    where prepared sets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if left out.
-                An interrupted preparation goes on from what it has made there
+  --manual_dir      the folder of the download, as its publisher hands it out; archives in it need
+                    not be unpacked
+  --data_dir        where prepared sets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if left out.
+                    An interrupted preparation goes on from what it has made there
+  --allow_repacked  take a file whose checksum is not the published one
 """
