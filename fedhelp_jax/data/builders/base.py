@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from fedhelp_jax.data.downloads import KEY, Download
-from fedhelp_jax.data.parts import Example, made
+from fedhelp_jax.data.parts import SIZE, Example, made
 from fedhelp_jax.errors import UserError
 
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError)
@@ -72,6 +72,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     code_path = None
 
     about: About
+
+    # Examples made at a time; fewer where those of two parts would not fit in memory.
+    part_size = SIZE
 
     # Set by who prepares.
     scratch: Path
@@ -137,7 +140,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         images = {
             name for name, kind in self.features().items() if isinstance(kind, tfds.features.Image)
         }
-        examples = made(items, make, self.scratch / split, self.done)
+        examples = made(items, make, self.scratch / split, self.done, self.part_size)
         for item, example in zip(items, examples, strict=True):
             encoded = {name: io.BytesIO(example[name]) for name in images}
             yield item.key, {"id": item.key, **item.fields, **example, **encoded}
