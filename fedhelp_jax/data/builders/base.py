@@ -4,6 +4,7 @@ Builders write array_record and work without TensorFlow, which would encode arra
 images are always handed over encoded.
 """
 
+import contextlib
 import io
 import zlib
 from abc import abstractmethod
@@ -118,8 +119,15 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             license=about.licence,
         )
 
+    def download_and_prepare(self, **options: Any) -> None:
+        """As TFDS does it; archives are closed at its end, or where it fails."""
+        with contextlib.ExitStack() as self._opened:
+            super().download_and_prepare(**options)
+
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        download = Download(Path(dl_manager.manual_dir), self.scratch / "unpacked", self.say)
+        download = self._opened.enter_context(
+            Download(Path(dl_manager.manual_dir), self.scratch / "unpacked", self.say)
+        )
         plan = self.plan(download)
         self.planned(sum(map(len, plan.values())))
         return {
