@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 Example = dict[str, Any]
 
 _READ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
-_SIZE = 128  # of a part
+SIZE = 128  # of a part
 
 
 def made(
@@ -24,6 +24,7 @@ def made(
     make: Callable[[Item], Example],
     folder: Path,
     done: Callable[[int], None] = lambda count: None,
+    size: int = SIZE,
 ) -> Iterator[Example]:
     """The examples made of items, in their order; those of an earlier attempt are not made again.
 
@@ -35,11 +36,12 @@ def made(
       make: Makes one: values are bytes, strings, numbers or arrays, the same names in all.
       folder: Where parts are kept; to be removed by who has all examples.
       done: Is told how many more there are.
+      size: Of a part; those of two lie in memory.
 
     Yields:
       The examples.
     """
-    parts = [items[start : start + _SIZE] for start in range(0, len(items), _SIZE)]
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 

@@ -4,6 +4,7 @@ Builders write array_record and work without TensorFlow, which would encode arra
 images are always handed over encoded.
 """
 
+import contextlib
 import io
 import zlib
 from abc import abstractmethod
@@ -16,7 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from fedhelp_jax.data.downloads import KEY, Download
-from fedhelp_jax.data.parts import Example, made
+from fedhelp_jax.data.parts import SIZE, Example, made
 from fedhelp_jax.errors import UserError
 
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError)
@@ -73,6 +74,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     about: About
 
+    # Examples made at a time; fewer where those of two parts would not fit in memory.
+    part_size = SIZE
+
     # Set by who prepares.
     scratch: Path
     allow_repacked: bool = False
@@ -116,8 +120,15 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             license=about.licence,
         )
 
+    def download_and_prepare(self, **options: Any) -> None:
+        """As TFDS does it; archives are closed at its end, or where it fails."""
+        with contextlib.ExitStack() as self._opened:
+            super().download_and_prepare(**options)
+
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        download = Download(Path(dl_manager.manual_dir), self.scratch / "unpacked", self.say)
+        download = self._opened.enter_context(
+            Download(Path(dl_manager.manual_dir), self.scratch / "unpacked", self.say)
+        )
         plan = self.plan(download)
         self.planned(sum(map(len, plan.values())))
         return {
@@ -138,7 +149,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         images = {
             name for name, kind in self.features().items() if isinstance(kind, tfds.features.Image)
         }
-        examples = made(items, make, self.scratch / split, self.done)
+        examples = made(items, make, self.scratch / split, self.done, self.part_size)
         for item, example in zip(items, examples, strict=True):
             encoded = {name: io.BytesIO(example[name]) for name in images}
             yield item.key, {"id": item.key, **item.fields, **example, **encoded}
