@@ -33,3 +33,19 @@ def test_links_inside_the_repository_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_every_data_set_has_a_section():
+    """With where to get it, a command that names what there is, and the licence."""
+    from fedhelp_jax.data.prepare import names
+
+    sections = dict(
+        re.findall(
+            r"^## (\w+)\n(.*?)(?=^## |\Z)", (ROOT / "docs/datasets.md").read_text(), re.S | re.M
+        )
+    )
+    assert {name.split("/")[0] for name in names()} == set(sections)
+    for text in sections.values():
+        (prepared,) = re.findall(r"- Command: `fedhelp data prepare (\S+) --manual_dir", text)
+        assert prepared in names()
+        assert "- Where: " in text and "- Licence: " in text
