@@ -2,9 +2,10 @@
 
     python -m benchmarks.step --depth=20 --batch_size=4
     python -m benchmarks.step --depth=110 --batch_size=4
+    python -m benchmarks.step --compute_dtype=float32,bfloat16
 
 One client, one core each (so that neither side's thread pool helps it), Adam with L2 decay,
-cross-entropy, a fixed batch that lies ready. The two alternate; medians and ranges. Without PyTorch
+cross-entropy, a fixed batch that lies ready. They alternate; medians and ranges. Without PyTorch
 (extra `bench`) only ours is timed.
 """
 
@@ -21,21 +22,22 @@ from absl import app, flags
 
 from fedhelp_jax.client import adam_l2, gradient_step
 from fedhelp_jax.losses import cross_entropy_loss, masked_mean
-from fedhelp_jax.models.model import apply_model
+from fedhelp_jax.models.model import apply_model, with_compute_dtype
 from fedhelp_jax.models.resnet import resnet
 
 _DEPTH = flags.DEFINE_integer("depth", 20, "layers of the ResNet")
 _BATCH = flags.DEFINE_integer("batch_size", 4, "images a step")
 _SIZE = flags.DEFINE_integer("image_size", 32, "side of an image in pixels")
+_DTYPES = flags.DEFINE_list("compute_dtype", ["float32"], "of our activations; several alternate")
 _STEPS = flags.DEFINE_integer("steps", 20, "steps a repeat")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "alternations")
 
 _CLASSES = 8
 
 
-def ours() -> tuple[Callable[[], None], float]:
+def ours(dtype: str) -> tuple[Callable[[], None], float]:
     """A function that takes all steps in one dispatch, and the seconds it took to compile."""
-    model, tx = resnet(_DEPTH.value, _CLASSES), adam_l2(1e-3, 1e-4)
+    model, tx = with_compute_dtype(resnet(_DEPTH.value, _CLASSES), dtype), adam_l2(1e-3, 1e-4)
     shape = (_SIZE.value, _SIZE.value, 3)
     variables = jax.jit(model.init, static_argnums=1)(jax.random.key(0), shape)
     x = jax.random.normal(jax.random.key(1), (_BATCH.value, *shape))
@@ -86,9 +88,9 @@ def rival() -> Callable[[], None]:
 
 
 def main(_: list[str]) -> None:
-    """Times both and prints a table."""
-    run, compile_s = ours()
-    runs = {"fedhelp_jax": run}
+    """Times all and prints a table."""
+    compiled = {f"ours, {dtype}": ours(dtype) for dtype in _DTYPES.value}
+    runs = {name: run for name, (run, _) in compiled.items()}
     if importlib.util.find_spec("torch"):
         runs["PyTorch loop"] = rival()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -102,13 +104,16 @@ def main(_: list[str]) -> None:
     print(f"ResNet-{_DEPTH.value}, batch {_BATCH.value}, {_SIZE.value}x{_SIZE.value}")
     machine = f"one core of {os.cpu_count()}, {platform.machine()}"
     print(f"{machine}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
-    print(f"compile {compile_s:.1f} s")
+    for name, (_, seconds) in compiled.items():
+        print(f"{name:14s} compiled in {seconds:.1f} s")
+    first, *others = times
     for name, values in times.items():
         median, low, high = statistics.median(values), min(values), max(values)
         print(f"{name:14s} {median:7.1f} ms a step ({low:.1f} to {high:.1f})")
-    if len(times) == 2:
-        ratios = [b / a for a, b in zip(*times.values(), strict=True)]
-        print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for name in others:
+        ratios = [b / a for a, b in zip(times[first], times[name], strict=True)]
+        low, high = min(ratios), max(ratios)
+        print(f"{name} / {first}: {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":
