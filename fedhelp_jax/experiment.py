@@ -19,7 +19,7 @@ from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import Federation, assign_roles, make_federation
 from fedhelp_jax.mapping import Mapping, make_mapping
 from fedhelp_jax.models.cnn import CNNS, cnn
-from fedhelp_jax.models.model import Model
+from fedhelp_jax.models.model import Model, with_compute_dtype
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
 from fedhelp_jax.phases import Phases, num_clients
@@ -203,12 +203,15 @@ def task_of(config: RunConfig, dataset: FederatedDataset) -> Task:
 def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_classes: int) -> Model:
     """The network of that name, with ``num_classes`` outputs; ``widths`` replace a U-Net's own."""
     if name in RESNET_DEPTHS:
-        return resnet(RESNET_DEPTHS[name], num_classes)
-    if name in CNNS:
-        return cnn(CNNS[name], num_classes)
-    size = UNETS[name]
-    size = size._replace(widths=widths or size.widths)
-    return unet(size, num_classes, norm=config.norm, remat=config.remat)
+        model = resnet(RESNET_DEPTHS[name], num_classes)
+    elif name in CNNS:
+        model = cnn(CNNS[name], num_classes)
+    else:
+        size = UNETS[name]
+        size = size._replace(widths=widths or size.widths)
+        model = unet(size, num_classes, norm=config.norm, remat=config.remat)
+    # "float32" leaves the networks alone: they compute in their parameters' dtype.
+    return model if config.compute_dtype == "float32" else with_compute_dtype(model, "bfloat16")
 
 
 def _client_optimizers(config: RunConfig, factor: float | jax.Array) -> dict[str, Any]:

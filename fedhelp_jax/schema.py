@@ -271,6 +271,11 @@ class ModelConfig:
         one_of("batch", "group", "none"),
     )
     remat: bool = setting(False, "U-Nets keep fewer activations, and compute them twice")
+    compute_dtype: str = setting(
+        "float32",
+        "of activations; bfloat16 still sums, normalises and keeps parameters in float32",
+        one_of("float32", "bfloat16"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

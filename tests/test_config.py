@@ -91,6 +91,10 @@ REFUSED = [
     ({"roles__top_n": -1}, ["config.roles.top_n"]),
     ({"roles__large": "clinic-1"}, ["config.roles.large", "tuple"]),
     ({"model__large": "resnet111"}, ["config.model.large", "did you mean resnet110"]),
+    (
+        {"model__compute_dtype": "float16"},
+        ["config.model.compute_dtype", "one of float32, bfloat16"],
+    ),
     ({"mapping__chunk_size": 0}, ["config.mapping.chunk_size"]),
     ({"mapping__pool_bytes": -1}, ["config.mapping.pool_bytes", "at least 0"]),
     ({"algorithm__name": "fedhlp"}, ["config.algorithm.name", "did you mean fedhelp"]),

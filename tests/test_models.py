@@ -1,4 +1,6 @@
-"""Convolutions against XLA's, normalisation against its formula, the shape of networks."""
+"""Convolutions against XLA's, normalisation against its formula, dtypes, the shape of networks."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,10 @@ from fedhelp_jax.models import conv as convolutions
 from fedhelp_jax.models import layers
 from fedhelp_jax.models.cnn import CNNS, cnn
 from fedhelp_jax.models.conv import conv, conv_transpose, max_pool
-from fedhelp_jax.models.model import apply_model
+from fedhelp_jax.models.model import apply_model, with_compute_dtype
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
+from fedhelp_jax.models.unet import UNetSize, unet
+from fedhelp_jax.simulation import KEEP_REMATERIALISATION
 
 
 def xla_conv(x, kernel, stride, pad):
@@ -163,6 +167,133 @@ def test_conv_over_stacked_clients_equals_one_by_one():
     together = jax.vmap(conv)(x, kernels)
     for i in range(5):
         np.testing.assert_allclose(together[i], conv(x[i], kernels[i]), rtol=1e-5, atol=1e-5)
+
+
+ONCE = 1.01 * 2**-8  # what rounding to bfloat16 changes, relatively; twice may change more
+
+
+def positive(seed, shape):
+    """Numbers about 1 that bfloat16 holds: of these, sums in bfloat16 stand still at 256."""
+    x = np.random.default_rng(seed).uniform(0.5, 1.5, shape)
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+def values_in_bfloat16(fn, x, kernel, grad):
+    """Value and both gradients, of bfloat16 activations and float32 parameters."""
+
+    @jax.jit
+    def run(x, kernel, grad):
+        out, pull = jax.vjp(fn, x, kernel)
+        return out, *pull(grad)
+
+    x, grad = jnp.asarray(x, jnp.bfloat16), jnp.asarray(grad, jnp.bfloat16)
+    return run(x, jnp.asarray(kernel, jnp.float32), grad)
+
+
+def check_rounded_once(got, expected):
+    """Value and x's gradient are rounded at the end, the kernel's gradient not at all."""
+    assert [leaf.dtype for leaf in got] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    for ours, reference, tolerance in zip(got, expected, (ONCE, ONCE, 1e-5), strict=True):
+        np.testing.assert_allclose(np.asarray(ours, float), reference, rtol=tolerance)
+
+
+@pytest.mark.parametrize("patch_bytes", [2**28, 1])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [(300, 4), (4, 300)])
+def test_conv_in_bfloat16_sums_in_float32(channels, stride, patch_bytes, monkeypatch):
+    monkeypatch.setattr(convolutions, "_PATCH_BYTES", patch_bytes)
+    side = 16 // stride
+    x, kernel = positive(0, (channels[0], 2, 16, 16)), positive(1, (3, 3, *channels))
+    grad = positive(2, (channels[1], 2, side, side))
+    padded = np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)])
+    out, padded_grad, kernel_grad = np.zeros_like(grad), np.zeros_like(padded), kernel.copy()
+    for i, j in np.ndindex(3, 3):
+        at = np.s_[:, :, i : i + stride * side : stride, j : j + stride * side : stride]
+        out += np.einsum("co,cbhw->obhw", kernel[i, j], padded[at])
+        padded_grad[at] += np.einsum("co,obhw->cbhw", kernel[i, j], grad)
+        kernel_grad[i, j] = np.einsum("cbhw,obhw->co", padded[at], grad)
+    got = values_in_bfloat16(lambda x, k: conv(x, k, stride), x, kernel, grad)
+    check_rounded_once(got, (out, padded_grad[:, :, 1:-1, 1:-1], kernel_grad))
+
+
+def test_conv_transpose_in_bfloat16_sums_in_float32():
+    x, kernel = positive(0, (300, 4, 9, 9)), positive(1, (2, 2, 300, 5))
+    grad = positive(2, (5, 4, 18, 18))
+    out, x_grad, kernel_grad = np.zeros_like(grad), np.zeros_like(x), kernel.copy()
+    for i, j in np.ndindex(2, 2):
+        block = grad[:, :, i::2, j::2]
+        out[:, :, i::2, j::2] = np.einsum("co,cbhw->obhw", kernel[i, j], x)
+        x_grad += np.einsum("co,obhw->cbhw", kernel[i, j], block)
+        kernel_grad[i, j] = np.einsum("cbhw,obhw->co", x, block)
+    check_rounded_once(
+        values_in_bfloat16(conv_transpose, x, kernel, grad), (out, x_grad, kernel_grad)
+    )
+
+
+@pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
+def test_conv_in_bfloat16_over_stacked_clients_equals_one_by_one(spatial, size, stride):
+    """On a transposed view too, of which XLA's CPU back end multiplies no bfloat16."""
+    x = jax.random.normal(jax.random.key(0), (2, *spatial, 5), jnp.bfloat16)
+    kernels = jax.random.normal(jax.random.key(1), (3, *(size,) * len(spatial), 5, 4))
+
+    def both(kernel, x):
+        out, pull = jax.vjp(lambda x, k: conv(x, k, stride), jnp.moveaxis(x, -1, 0), kernel)
+        return out, *pull(jnp.ones_like(out))
+
+    together = jax.jit(jax.vmap(both, (0, None)))(kernels, x)
+    for i in range(3):
+        for ours, alone in zip(together, jax.jit(both)(kernels[i], x), strict=True):
+            ours, alone = np.asarray(ours[i], float), np.asarray(alone, float)
+            np.testing.assert_allclose(ours, alone, atol=2 * ONCE * np.abs(alone).max())
+
+
+NETWORKS = {
+    "resnet": resnet(14, 5),
+    "cnn": cnn((4, 6), 5),
+    **{
+        norm: unet(UNetSize((2, 3, 4), 2), 5, norm=norm, remat=norm != "batch")
+        for norm in ("batch", "group", "none")
+    },
+}
+
+
+def features_and_gradients(model):
+    """A jitted ``params -> ((loss, (features, batch_stats)), gradients)``, and the parameters."""
+    variables = jax.jit(model.init, static_argnums=1)(jax.random.key(0), (8, 12, 3))
+    x = jax.random.normal(jax.random.key(1), (3, 8, 12, 3))
+
+    def loss(params):
+        now = {"params": {"features": params}, "batch_stats": variables["batch_stats"]}
+        features, stats = model.features(now, x, train=True, mask=jnp.array([True, True, False]))
+        return jnp.mean(features**2), (features, stats)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return run, variables["params"]["features"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_in_bfloat16_multiplies_in_it_and_gives_float32(name):
+    plain, params = features_and_gradients(NETWORKS[name])
+    assert "bf16" not in plain.lower(params).as_text()
+    run, params = features_and_gradients(with_compute_dtype(NETWORKS[name], jnp.bfloat16))
+    lowered = run.lower(params)
+    products = re.findall(r"stablehlo.dot_general .*: (.*)", lowered.as_text())
+    assert products
+    for product in products:
+        assert re.sub(r"tensor<[\dx]*(\w+)>", r"\1", product) == "(bf16, bf16) -> f32"
+    # As training compiles it on a CPU: barriers then stay to the end, before products too.
+    on_cpu = jax.default_backend() == "cpu"
+    program = lowered.compile(compiler_options=KEEP_REMATERIALISATION if on_cpu else None)
+    (loss, out), grads = program(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves((out, grads))} == {jnp.dtype("float32")}
+    assert loss == pytest.approx(float(plain(params)[0][0]), rel=0.05)
+
+
+def test_in_bfloat16_under_float64_all_that_leaves_a_network_is_float64(float64):
+    run, params = features_and_gradients(with_compute_dtype(NETWORKS["resnet"], jnp.bfloat16))
+    leaves = jax.tree.leaves(run(params))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float64")}
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
 def test_normalize_is_differentiated_as_autodiff_would():

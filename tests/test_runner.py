@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import fedhelp, read, refusal, train, train_command
@@ -371,6 +372,28 @@ def test_residual_networks_run_to_the_end_and_can_be_evaluated(tmp_path, monkeyp
     assert before["bytes_up_per_round"] == 2 * 4 * (269_722 - 2 * 65 + 2 * 688)
     assert fedhelp(f"evaluate --workdir={workdir}") == 0
     assert without_times(read(workdir / "summary.json")) == without_times(before)
+
+
+def test_a_run_in_bfloat16_is_near_one_in_float32():
+    """Two clients at once on each device."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = get_config()
+        settings.model.small, settings.model.large = "cnn_small", "cnn_large"
+        settings.model.compute_dtype, settings.mapping.chunk_size = dtype, 2
+        simulation = build_experiment(config_lib.validate(settings)).simulation
+        state = simulation.init()
+        kinds = jax.tree.map(lambda leaf: leaf.dtype, state)
+        losses[dtype] = []
+        for round in range(3):
+            state, info = simulation.round(state, round)
+            losses[dtype] += [*info.info["small"]["loss"], *info.info["large"]["loss"]]
+        assert jax.tree.map(lambda leaf: leaf.dtype, state) == kinds
+        assert jnp.bfloat16 not in jax.tree.leaves(kinds)
+        losses[dtype] += [*simulation.evaluate(state, "test")["small"]["personal"]["loss"]]
+    assert np.isfinite(losses["bfloat16"]).all()
+    assert not np.array_equal(losses["bfloat16"], losses["float32"])
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)
 
 
 def test_a_cosine_schedule_gives_each_round_a_learning_rate_of_its_own():

@@ -24,7 +24,7 @@ class CNNFeatures(nn.Module):
         for i, width in enumerate(self.widths, start=1):
             x = Conv(width, stride=2, name=f"conv{i}")(x)
             x = nn.relu(BatchNorm(name=f"bn{i}")(x, train=self.train, mask=mask))
-        return jnp.mean(x, axis=tuple(range(2, x.ndim))).T
+        return jnp.mean(x, axis=tuple(range(2, x.ndim)), dtype=float).T
 
 
 def cnn(widths: tuple[int, ...], num_classes: int) -> Model:

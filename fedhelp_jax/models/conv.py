@@ -22,7 +22,7 @@ from jax import lax
 _PATCH_BYTES = 2**28
 # On CPU, images whose patches are not more than this are multiplied together, so that the patches
 # are still in the core's cache when they are. Not for products of more rows than that, which make
-# so much of each patch that the memory keeps up.
+# so much of each patch that the memory keeps up; nor of bfloat16, whose tiles XLA would cast.
 _TILE_BYTES, _TILE_ROWS = 640 * 2**10, 32
 
 
@@ -32,7 +32,9 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
     ``out[o, b, p] = sum_{c, q} kernel[q, c, o] * x[c, b, stride * p + q - padding]``
 
     Equal to ``lax.conv_general_dilated`` with that padding to float32 rounding, in value and in
-    both gradients.
+    both gradients. Products are of x's dtype, to which the kernel is cast; sums are in float32, or
+    in x's dtype where that is wider. So with bfloat16 activations and a float32 kernel the values
+    and the gradient by ``x`` are rounded once, at the end, and the kernel's gradient never.
 
     Args:
       x: ``[C_in, B, *spatial]`` activations, any number of spatial axes.
@@ -41,8 +43,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
       padding: Zeros on every side, at most ``k - 1``; ``k // 2`` ("same") if None.
 
     Returns:
-      ``[C_out, B, *out]`` with ``out = (spatial + 2 padding - k) // stride + 1``, which is
-      ``ceil(spatial / stride)`` for "same".
+      ``[C_out, B, *out]`` of x's dtype with ``out = (spatial + 2 padding - k) // stride + 1``,
+      which is ``ceil(spatial / stride)`` for "same".
     """
     return _conv(x, kernel, stride, kernel.shape[0] // 2 if padding is None else padding)
 
@@ -70,13 +72,13 @@ def _backward(stride, padding, residuals, out_grad):
         x_grad, kernel_grad = _over_tiles(
             lambda grad, x: _multiply(grad, flipped, x, window), window, len(x), out_grad, x
         )
-        return x_grad, _flipped(kernel_grad.reshape(flipped.shape))
+        return x_grad, _flipped(kernel_grad.reshape(flipped.shape)).astype(kernel.dtype)
     # With a stride those patches would be mostly zeros, and of more channels than x has larger.
     window = _window(x, size, stride, padding)
     x_grad, kernel_grad = _over_tiles(
         lambda x, grad: _pull_back(x, kernel, grad, window), window, len(out_grad), x, out_grad
     )
-    return x_grad, kernel_grad.reshape(kernel.shape)
+    return x_grad, kernel_grad.reshape(kernel.shape).astype(kernel.dtype)
 
 
 _conv.defvjp(_forward, _backward)
@@ -130,7 +132,7 @@ def _over_tiles(
 
 def _images_at_once(x: jax.Array, window: _Window, rows: int) -> int:
     """How many images are multiplied together; all on accelerators, whose caches are others."""
-    if rows > _TILE_ROWS or jax.default_backend() != "cpu":
+    if rows > _TILE_ROWS or x.dtype == jnp.bfloat16 or jax.default_backend() != "cpu":
         return x.shape[1]
     patch = window.size ** len(window.out) * x.shape[0] * x.dtype.itemsize
     most = max(1, _TILE_BYTES // (patch * math.prod(window.out)))
@@ -141,11 +143,12 @@ def _multiply(x: jax.Array, kernel: jax.Array, other: jax.Array | None, window: 
     """``kernel.T @ patches`` of x, ``[C_out, B, *out]``; and ``patches @ other.T``, if any."""
     groups = _offset_groups(x, window)
     kernels = kernel.reshape(len(groups), -1, kernel.shape[-1])
-    columns = None if other is None else other.reshape(len(other), -1).T
+    columns = None if other is None else _columns(other.reshape(len(other), -1))
 
     def part(leading: Any, kernel: Any) -> tuple[Any, Any]:
         patches = _patches(x, leading, window)
-        return kernel.T @ patches, () if columns is None else patches @ columns
+        product = _dot(_transposed(kernel, x.dtype), patches)
+        return product, () if columns is None else _dot(patches, *columns)
 
     def add(total: jax.Array, group: Any) -> tuple[Any, Any]:
         product, rows = part(*group)
@@ -154,25 +157,57 @@ def _multiply(x: jax.Array, kernel: jax.Array, other: jax.Array | None, window: 
     if len(groups) == 1:
         product, rows = part(groups[0], kernels[0])
     else:
-        zeros = jnp.zeros((kernel.shape[-1], x.shape[1] * math.prod(window.out)), x.dtype)
+        zeros = jnp.zeros((kernel.shape[-1], x.shape[1] * math.prod(window.out)), _sum_dtype(x))
         product, rows = lax.scan(add, zeros, (jnp.asarray(groups), kernels))
-    return product.reshape(-1, x.shape[1], *window.out), rows
+    return product.astype(x.dtype).reshape(-1, x.shape[1], *window.out), rows
 
 
 def _pull_back(x: jax.Array, kernel: jax.Array, out_grad: jax.Array, window: _Window) -> Any:
     """Both gradients by the very patches of the forward pass: theirs, put back in place, is x's."""
     groups = _offset_groups(x, window)
-    kernels = kernel.reshape(len(groups), -1, kernel.shape[-1])
+    kernels = kernel.reshape(len(groups), -1, kernel.shape[-1]).astype(x.dtype)
     rows = out_grad.reshape(len(out_grad), -1)
+    zeros = jnp.zeros_like(x, _sum_dtype(x))
 
     def add(x_grad: Any, group: Any) -> tuple[Any, Any]:
         leading, kernel = group
-        patches, put_back = jax.vjp(lambda x: _patches(x, leading, window), x)
-        return x_grad + put_back(kernel @ rows)[0], patches @ rows.T
+        put_back = jax.linear_transpose(lambda x: _patches(x, leading, window), zeros)
+        x_grad += put_back(_dot(kernel, rows))[0]
+        return x_grad, _dot(_patches(x, leading, window), *_columns(rows))
 
     if len(groups) == 1:
-        return add(0, (groups[0], kernels[0]))
-    return lax.scan(add, jnp.zeros_like(x), (jnp.asarray(groups), kernels))
+        x_grad, kernel_grad = add(0, (groups[0], kernels[0]))
+    else:
+        x_grad, kernel_grad = lax.scan(add, zeros, (jnp.asarray(groups), kernels))
+    return x_grad.astype(x.dtype), kernel_grad
+
+
+def _dot(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
+    """``a`` times ``b``, summed over b's ``axis``, of their `_sum_dtype`."""
+    if _bfloat16_on_cpu(a):
+        # XLA multiplies bfloat16 as such, not cast to float32, where no operand has a transposed
+        # layout. Once it has decided so it must not find one: the barrier hides how they are made.
+        a, b = lax.optimization_barrier((a, b))
+    dims = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(a, b, dims, preferred_element_type=_sum_dtype(a))
+
+
+def _sum_dtype(x: jax.Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _transposed(matrix: jax.Array, dtype: Any) -> jax.Array:
+    """``matrix.T``, cast; a reshape on the way gives it a layout that is not transposed."""
+    return matrix.T[None].astype(dtype)[0]
+
+
+def _columns(rows: jax.Array) -> tuple[jax.Array, int]:
+    """What makes `_dot` multiply by ``rows.T``."""
+    return (rows, 1) if _bfloat16_on_cpu(rows) else (rows.T, 0)
+
+
+def _bfloat16_on_cpu(x: jax.Array) -> bool:
+    return x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -185,15 +220,34 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Args:
       x: ``[C_in, B, *spatial]``, any number of spatial axes.
-      kernel: ``[*(k,) * rank, C_in, C_out]``.
+      kernel: ``[*(k,) * rank, C_in, C_out]``. Dtypes are as in :func:`conv`.
 
     Returns:
-      ``[C_out, B, *(k * spatial)]``.
+      ``[C_out, B, *(k * spatial)]`` of x's dtype.
     """
     size, rank = kernel.shape[0], x.ndim - 2
     matrix = jnp.moveaxis(kernel, -2, -1).reshape(-1, x.shape[0])
-    blocks = matrix @ x.reshape(x.shape[0], -1)
+    blocks = _product(matrix, x.reshape(x.shape[0], -1))
     return _from_blocks(blocks.reshape(*(size,) * rank, kernel.shape[-1], *x.shape[1:]))
+
+
+@jax.custom_vjp
+def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """``matrix @ x``; autodiff would round the matrix's gradient to x's dtype."""
+    return _dot(matrix.astype(x.dtype), x).astype(x.dtype)
+
+
+def _product_forward(matrix, x):
+    return _product(matrix, x), (matrix, x)
+
+
+def _product_backward(residuals, out_grad):
+    matrix, x = residuals
+    x_grad = _dot(_transposed(matrix, x.dtype), out_grad)
+    return _dot(out_grad, *_columns(x)).astype(matrix.dtype), x_grad.astype(x.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp
@@ -271,6 +325,10 @@ def _patches(x: jax.Array, leading: jax.Array | np.ndarray, window: _Window) -> 
     shifted copies of shifted copies, which run faster and compile faster than a slice per offset.
     """
     rank, (size, stride, padding, out) = x.ndim - 2, window
+    dtype = x.dtype
+    if _bfloat16_on_cpu(x):
+        # XLA would cast to float32 and back around each of the copies.
+        x = lax.bitcast_convert_type(x, jnp.uint16)
     x = jnp.pad(x, [(0, 0), (0, 0)] + [(padding, padding)] * rank)
     for axis in reversed(range(rank)):
         # Counted from the end: in front stand the offsets along the axes done before.
@@ -281,4 +339,5 @@ def _patches(x: jax.Array, leading: jax.Array | np.ndarray, window: _Window) -> 
         else:
             ends = ((offset, offset + extent) for offset in range(size))
             x = jnp.stack([lax.slice_in_dim(x, *end, stride, along) for end in ends])
-    return x.reshape(-1, x.shape[-rank - 1] * math.prod(out))
+    x = x.reshape(-1, x.shape[-rank - 1] * math.prod(out))
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

@@ -34,7 +34,7 @@ class Conv(nn.Module):
         x = conv(x, self.param("kernel", he_normal, shape), self.stride)
         if not self.use_bias:
             return x
-        return x + _per_channel(self.param("bias", nn.initializers.zeros, (self.features,)), x)
+        return _add(x, self.param("bias", nn.initializers.zeros, (self.features,)))
 
 
 class ConvTranspose(nn.Module):
@@ -48,7 +48,7 @@ class ConvTranspose(nn.Module):
         """Applies the layer."""
         shape = (self.size,) * (x.ndim - 2) + (x.shape[0], self.features)
         x = conv_transpose(x, self.param("kernel", he_normal, shape))
-        return x + _per_channel(self.param("bias", nn.initializers.zeros, (self.features,)), x)
+        return _add(x, self.param("bias", nn.initializers.zeros, (self.features,)))
 
 
 class BatchNorm(nn.Module):
@@ -59,7 +59,7 @@ class BatchNorm(nn.Module):
     ``flax.linen.BatchNorm`` differs in the first two points, so it is not used here.
 
     Statistics run over the examples where ``mask`` is true; a batch without any leaves the running
-    ones untouched.
+    ones untouched. All is computed in the parameters' dtype, and comes back in that of ``x``.
     """
 
     momentum: float = 0.9
@@ -73,10 +73,11 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        dtype, x = x.dtype, x.astype(scale.dtype)
         if not train:
             gain = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             shift = bias - running_mean.value * gain
-            return x * _per_channel(gain, x) + _per_channel(shift, x)
+            return (x * _per_channel(gain, x) + _per_channel(shift, x)).astype(dtype)
         if mask is None:
             mask = jnp.ones(x.shape[1], bool)
         normalized, mean, var = normalize(x, mask, self.epsilon)
@@ -86,14 +87,14 @@ class BatchNorm(nn.Module):
             unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(x.dtype)
             running_mean.value += step * (mean - running_mean.value)
             running_var.value += step * (unbiased - running_var.value)
-        return normalized * _per_channel(scale, x) + _per_channel(bias, x)
+        return (normalized * _per_channel(scale, x) + _per_channel(bias, x)).astype(dtype)
 
 
 class GroupNorm(nn.Module):
     """Group normalisation over ``[C, B, *spatial]`` as in ``torch.nn.GroupNorm``.
 
     Every example is normalised alone, in ``groups`` groups of channels; of fewer channels, in
-    groups of one.
+    groups of one. All is computed in the parameters' dtype, and comes back in that of ``x``.
     """
 
     groups: int = 8
@@ -105,12 +106,13 @@ class GroupNorm(nn.Module):
         channels = x.shape[0]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        dtype, x = x.dtype, x.astype(scale.dtype)
         grouped = x.reshape(min(self.groups, channels), -1, *x.shape[1:])
         axes = (1, *range(3, grouped.ndim))
         centred = grouped - jnp.mean(grouped, axis=axes, keepdims=True)
         var = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
         normalized = (centred * jax.lax.rsqrt(var + self.epsilon)).reshape(x.shape)
-        return normalized * _per_channel(scale, x) + _per_channel(bias, x)
+        return (normalized * _per_channel(scale, x) + _per_channel(bias, x)).astype(dtype)
 
 
 def normalize(
@@ -172,6 +174,11 @@ def _weights(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _channel_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+
+
+def _add(x: jax.Array, bias: jax.Array) -> jax.Array:
+    # In the bias's dtype, which the sums of its gradient then have too.
+    return (x + _per_channel(bias, x)).astype(x.dtype)
 
 
 def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:

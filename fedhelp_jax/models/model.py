@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.typing import DTypeLike
 
 Variables = dict[str, Any]
 
@@ -51,3 +52,27 @@ def apply_model(
     """
     features, batch_stats = model.features(variables, x, train=train, mask=mask)
     return model.head(variables["params"]["head"], features), batch_stats
+
+
+def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
+    """The network on activations of another dtype; variables, features and logits keep theirs.
+
+    Images are cast on their way in and features on their way out. Convolutions multiply in the
+    activations' dtype and sum in float32 or wider; normalisation computes in the dtype of its
+    parameters. No gradient of a parameter and no batch statistic is rounded to ``dtype``.
+
+    Args:
+      model: A network of the layers in ``fedhelp_jax.models``; others must follow ``x.dtype`` too.
+      dtype: Of the activations, such as ``jnp.bfloat16``.
+
+    Returns:
+      The same network, its ``features`` of the dtype that its images have.
+    """
+
+    def features(
+        variables: Variables, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, Variables]:
+        out, stats = model.features(variables, x.astype(dtype), train=train, mask=mask)
+        return out.astype(x.dtype), stats
+
+    return model._replace(features=features)

@@ -72,7 +72,7 @@ class ResNetFeatures(nn.Module):
         for i, width in enumerate(_WIDTHS):
             stage = Stage(width, 1 if i == 0 else 2, self.blocks, self.train, name=f"stage{i + 1}")
             x = stage(x, mask)
-        return jnp.mean(x, axis=(2, 3)).T
+        return jnp.mean(x, axis=(2, 3), dtype=float).T
 
 
 class Stem(nn.Module):
