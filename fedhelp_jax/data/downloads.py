@@ -51,6 +51,7 @@ class Download:
         self.folder, self._scratch, self._say = folder, scratch, say
         self._archives: list[zipfile.ZipFile | tarfile.TarFile] = []
         self._reads: dict[str, Callable[[], bytes]] = {}
+        self._stamps: dict[str, str] = {}
         self._lock = threading.Lock()
         if not folder.is_dir():
             raise UserError(f"{KEY}={folder}: there is no such folder")
@@ -58,6 +59,7 @@ class Download:
         for path in _files(folder):
             name = path.relative_to(folder).as_posix()
             self._reads[name] = path.read_bytes
+            self._stamps[name] = _stamp(path)
             if name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz")):
                 archives.append((name, path))
         try:
@@ -95,6 +97,10 @@ class Download:
             return self._reads[name]()
         except _READ_ERRORS as error:
             raise UserError(f"{KEY}: {name} in {self.folder} cannot be read: {error}") from None
+
+    def stamp(self, name: str) -> str:
+        """Size and time of a file, or of the archive that it lies in: another once it changes."""
+        return self._stamps[name]
 
     def find(self, *names: str) -> str:
         """The one file of any of these names, wherever it lies.
@@ -176,6 +182,7 @@ class Download:
     # --- archives ---
 
     def _add(self, parent: PurePosixPath, path: Path) -> None:
+        stamp = _stamp(path)
         try:
             if path.name.lower().endswith(".zip"):
                 members = self._zip_members(path)
@@ -188,7 +195,9 @@ class Download:
                 if member in seen:
                     raise UserError(f"{KEY}: {path} holds {member} twice")
                 seen.add(member)
-                self._reads.setdefault((parent / member).as_posix(), read)
+                name = (parent / member).as_posix()
+                if name not in self._reads:
+                    self._reads[name], self._stamps[name] = read, stamp
         except _READ_ERRORS as error:
             raise UserError(f"{KEY}: {path} is damaged or no such archive: {error}") from None
 
@@ -217,8 +226,7 @@ class Download:
             return file.read()
 
     def _unpacked_members(self, path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        status = path.stat()
-        target = self._scratch / f"{path.name}-{status.st_size}-{status.st_mtime_ns}"
+        target = self._scratch / f"{path.name}-{_stamp(path)}"
         if not target.exists():
             self._say(f"unpacking {path.name}")
             self._scratch.mkdir(parents=True, exist_ok=True)
@@ -232,6 +240,11 @@ class Download:
                 raise
         for file in _files(target):
             yield file.relative_to(target).as_posix(), file.read_bytes
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def _unpack(path: Path, archive: tarfile.TarFile, target: Path) -> None:

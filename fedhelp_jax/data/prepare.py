@@ -86,7 +86,7 @@ def prepare(
         return folder
     if manual_dir is None:
         raise UserError(
-            f"--manual_dir is missing: the folder with the download.\n{made.about.download}"
+            f"--manual_dir is missing: the folder of the download; see fedhelp data describe {name}"
         )
     if not Path(manual_dir).is_dir() or not os.listdir(manual_dir):
         raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")

@@ -143,13 +143,17 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(
         self, download: Download, split: str, items: Sequence[Item]
     ) -> Iterator[tuple[str, Example]]:
-        def make(item: Item) -> Example:
-            return self.make(download, item)
+        # What was made before the files changed, or by another version, is told apart by these.
+        version = str(self.version)
+        stamped = [(item, version, *map(download.stamp, item.files)) for item in items]
+
+        def make(one: tuple[Any, ...]) -> Example:
+            return self.make(download, one[0])
 
         images = {
             name for name, kind in self.features().items() if isinstance(kind, tfds.features.Image)
         }
-        examples = made(items, make, self.scratch / split, self.done, self.part_size)
+        examples = made(stamped, make, self.scratch / split, self.done, self.part_size)
         for item, example in zip(items, examples, strict=True):
             encoded = {name: io.BytesIO(example[name]) for name in images}
             yield item.key, {"id": item.key, **item.fields, **example, **encoded}

@@ -90,7 +90,7 @@ class Medmnist(Builder):
             raise UserError(f"{KEY}={download.folder}: {name} lies in an archive; unpack it")
         shape = (n,) * facts["dimensions"] + ((facts["channels"],) if facts["channels"] > 1 else ())
         labels = {split: self._labels(split, facts, shape) for split in _SPLITS}
-        md5 = self._checked_md5(facts["md5"][size])
+        self._check_md5(facts["md5"][size])
         items = {}
         for split, official in zip(_SPLITS, facts["counts"], strict=True):
             if len(labels[split]) != official:
@@ -101,8 +101,7 @@ class Medmnist(Builder):
             for i, label in enumerate(labels[split]):
                 key = f"{split}_{i:06}"
                 known = {"labels": label} if _many(facts) else {"label": int(label[0])}
-                # With what the file held, since a repacked one may be exchanged under its name.
-                items[split].append(Item(key, (name, md5), {**known, "group": key}))
+                items[split].append(Item(key, (name,), {**known, "group": key}))
         return items
 
     def _labels(self, split: str, facts: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
@@ -130,7 +129,7 @@ class Medmnist(Builder):
             )
         return labels.astype(np.uint8)
 
-    def _checked_md5(self, official: str) -> str:
+    def _check_md5(self, official: str) -> None:
         path = self._stored.path
         with path.open("rb") as file:
             md5 = hashlib.file_digest(file, "md5").hexdigest()
@@ -142,7 +141,6 @@ class Medmnist(Builder):
                     f"on purpose"
                 )
             self.say(said)
-        return md5
 
     def make(self, download: Download, item: Item) -> Example:
         """The image as PNG, or the volume."""

@@ -194,8 +194,33 @@ def test_an_image_that_cannot_be_decoded_is_named(download):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=rf"{DONE}/ISIC_0024400.jpg cannot be decoded"):
         prepared(download)
-    path.write_bytes(jpeg(4))  # what was made of the others is gone on from
+    path.write_bytes(jpeg(4))
     assert set(prepared(download)["train"]) == {"ISIC_0065613", "ISIC_0024306", "ISIC_0024400"}
+
+
+def test_what_was_made_of_files_that_changed_since_is_made_anew(download, monkeypatch):
+    """The others are gone on from: here one image to a part."""
+    write_tables(download)
+    write_images(download)
+    monkeypatch.setattr(FedIsic2019, "part_size", 1)
+    made, make = [], FedIsic2019.make
+
+    def make_some(self, download, item):
+        made.append(item.key)
+        if item.key == stop:
+            raise UserError("stopped")
+        return make(self, download, item)
+
+    monkeypatch.setattr(FedIsic2019, "make", make_some)
+    stop = "ISIC_0065613"  # the last of train
+    with pytest.raises(UserError, match="stopped"):
+        prepared(download)
+    made.clear()
+    stop = ""
+    (download / DONE / "ISIC_0024306.jpg").write_bytes(jpeg(99, (20, 10)))
+    found = prepared(download)
+    assert "ISIC_0024306" in made and "ISIC_0024400" not in made
+    assert found["train"]["ISIC_0024306"]["image"].shape == (10, 20, 3)
 
 
 def test_a_full_disk_is_one_line_and_what_is_made_is_kept(download, monkeypatch):
