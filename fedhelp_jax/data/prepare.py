@@ -48,8 +48,13 @@ def builder(name: str, data_dir: str | None = None) -> Builder:
         )
     configs = [known.name for known in BUILDERS[base].BUILDER_CONFIGS]
     if configs and config not in configs:
-        said = f"{config!r} is not a configuration of {base}" if config else f"{base} needs one"
-        raise UserError(f"{said}: it is one of {', '.join(f'{base}/{c}' for c in configs)}")
+        said = (
+            f"{config!r} is not a configuration of {base}"
+            if config
+            else f"{base} needs a configuration"
+        )
+        close = suggest(config, configs) or f"; it is one of {', '.join(configs)}"
+        raise UserError(f"{said}{close} (written {base}/{configs[0]})")
     if config and not configs:
         raise UserError(f"{base} has no configurations; leave out /{config}")
     options = {"config": config} if config else {}

@@ -257,6 +257,11 @@ def test_the_command(download, capsys, tmp_path):
         ("data remove fed_isic2019", "takes list, describe NAME or prepare NAME"),
         ("data describe fed_isic", "not a data set; did you mean fed_isic2019?"),
         ("data describe fed_isic2019/x", "has no configurations"),
+        ("data describe msd", "msd needs a configuration; it is one of task01_braintumour"),
+        (
+            "data describe medmnist/pneumonia_28",
+            "did you mean pneumoniamnist_28? (written medmnist/pathmnist_28)",
+        ),
         ("data prepare fed_isic2019 --data_dir=x", "--manual_dir is missing"),
         ("data prepare fed_isic2019 --manual_dir=x --data_dir=x", "no such folder"),
     ],
