@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from ml_collections import config_dict
 
 from fedhelp_jax.algorithms import SETTINGS
+from fedhelp_jax.data import sharing
 from fedhelp_jax.errors import UserError, suggest
 from fedhelp_jax.schema import (
     CNNS,
@@ -377,6 +378,10 @@ def _mapping(values: Any, path: str) -> dict[str, Any]:
     return dict(values)
 
 
+# How the clients of a data set may be made, where there is a choice.
+_SPLIT_BY = {"npz_masks": ("fractions", "site"), "medmnist": sharing.KINDS}
+
+
 def _check_together(config: RunConfig) -> None:
     """Refuses settings of which each is right but which do not go together."""
     needed = []
@@ -391,6 +396,12 @@ def _check_together(config: RunConfig) -> None:
         needed.append(("public.path", config.public.path, "its .npz file"))
     if config.public.name == "folder":
         needed.append(("public.path", config.public.path, "the folder or zip of its images"))
+    right = _SPLIT_BY.get(config.data.name, ("fractions",))
+    if config.data.split_by not in right:
+        raise UserError(
+            f"config.data.split_by = {config.data.split_by!r} is not for data {config.data.name}: "
+            f"it must be {' or '.join(right)}"
+        )
     for key, value, what in needed:
         if not value:
             owner = key.split(".")[0]

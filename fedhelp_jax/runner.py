@@ -27,12 +27,14 @@ from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
+from fedhelp_jax.data.sharing import SKEWED
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Experiment, build_experiment
 from fedhelp_jax.phases import RoundInfo, RunState
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import Progress
 from fedhelp_jax.report.masks import final_masks, merged
+from fedhelp_jax.report.shares import SHARES, write_shares
 from fedhelp_jax.report.summary import (
     client_rows,
     group_summary,
@@ -89,6 +91,8 @@ def train(
     experiment = processes.together(prepare)
     if processes.first():
         files.write_json(workdir / _CONFIG, configs.to_dict(config))
+        if config.data.split_by in SKEWED:
+            write_shares(workdir, experiment.dataset, experiment.roles)
     checkpointer = Checkpointer(workdir / _CHECKPOINTS)
     try:
         done, state = _restore(experiment, checkpointer)
@@ -364,7 +368,7 @@ def _check_same_config(config: RunConfig, workdir: Path) -> None:
 
 
 def _remove_run(workdir: Path) -> None:
-    for name in (_CONFIG, _METRICS, _CLIENTS, _SUMMARY):
+    for name in (_CONFIG, _METRICS, _CLIENTS, _SUMMARY, *SHARES):
         (workdir / name).unlink(missing_ok=True)
     for name in (_CHECKPOINTS, _PICTURES):
         shutil.rmtree(workdir / name, ignore_errors=True)

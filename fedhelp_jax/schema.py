@@ -151,8 +151,17 @@ class DataConfig:
         one_of("grouped", "official"),
     )
     split_by: str = setting(
-        "fractions", "npz_masks: fractions, or a client a site", one_of("fractions", "site")
+        "fractions",
+        "fractions; npz_masks: or a client a site; medmnist: or clients unlike in classes "
+        "(dirichlet, shards) or sizes (quantity)",
+        one_of("fractions", "site", "dirichlet", "quantity", "shards"),
     )
+    num_clients: int = setting(6, "dirichlet, quantity, shards: how many clients", COUNT)
+    alpha: float = setting(
+        0.5, "dirichlet, quantity: concentration; the smaller, the more unlike", more_than(0)
+    )
+    min_examples: int = setting(1, "medmnist: the least a client trains and validates on", COUNT)
+    shards: int = setting(2, "shards: pieces a client, each of about one class", COUNT)
     num_examples: int = setting(1600, "phantoms: images of all clients and splits", COUNT)
     fractions: tuple[float, ...] = setting(
         (0.60, 0.20, 0.08, 0.06, 0.04, 0.02),

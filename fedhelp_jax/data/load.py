@@ -9,6 +9,7 @@ from fedhelp_jax.data.phantom_tiles import load_phantom_public
 from fedhelp_jax.data.phantom_volumes import load_phantom_volume_public, load_phantom_volumes
 from fedhelp_jax.data.phantoms import load_phantoms
 from fedhelp_jax.data.prepared import PREFIX, load_prepared
+from fedhelp_jax.data.sharing import Sharing
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import DataConfig, PublicConfig
@@ -73,9 +74,17 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
                 masks=masks,
             )
         case "medmnist":
+            sharing = Sharing(
+                by=config.split_by,
+                fractions=config.fractions,
+                num_clients=config.num_clients,
+                alpha=config.alpha,
+                min_examples=config.min_examples,
+                shards=config.shards,
+            )
             dataset = load_medmnist(
                 config.dir,
-                fractions=config.fractions,
+                sharing=sharing,
                 image_size=config.image_size,
                 validation_fraction=config.validation_fraction,
                 max_train=config.max_train,

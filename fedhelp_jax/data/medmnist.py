@@ -1,12 +1,11 @@
-"""MedMNIST .npz files, split over clients by fractions."""
-
-from collections.abc import Sequence
+"""MedMNIST .npz files, shared out among clients."""
 
 import numpy as np
 
 from fedhelp_jax.data.images import existing_path, resize_arrays
 from fedhelp_jax.data.npz import name_labels, read_npz, take_images, take_labels
-from fedhelp_jax.data.partition import partition, rng_for, split_validation
+from fedhelp_jax.data.partition import rng_for, split_validation
+from fedhelp_jax.data.sharing import Sharing, share_out, share_out_alike
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset
 from fedhelp_jax.errors import UserError
 
@@ -16,21 +15,21 @@ _PARTS = ("train", "val", "test")
 def load_medmnist(
     path: str | None,
     *,
-    fractions: Sequence[float],
+    sharing: Sharing,
     image_size: int,
     validation_fraction: float,
     max_train: int | None,
     seed: int,
 ) -> FederatedDataset:
-    """Returns a MedMNIST data set over `len(fractions)` clients, IID.
+    """Returns a MedMNIST data set over clients.
 
-    The official train and validation splits are pooled and dealt out by `fractions` for
-    training; the official test split is dealt out by the same fractions for testing. Every
-    client gets at least one example of either.
+    The official train and validation splits are pooled and shared out for training. The official
+    test split is dealt out by the same fractions, or such that a client's classes are as in its
+    training examples. Every client gets at least one example of either.
 
     Args:
         path: `data.dir`, an .npz file with {train,val,test}_{images,labels}.
-        fractions: Each client's share; positive, with sum 1.
+        sharing: How the examples are shared out.
         image_size: Height and width of the result.
         validation_fraction: Share of a client's training examples held out for validation.
         max_train: At most so many training examples per client; None keeps all.
@@ -55,8 +54,13 @@ def load_medmnist(
 
     num_test = len(labels["test"])
     num_train = len(pool_labels) - num_test
-    trains = partition(num_train, fractions, rng_for(seed, "medmnist train"))
-    tests = partition(num_test, fractions, rng_for(seed, "medmnist test"))
+    train_labels, test_labels = pool_labels[:num_train], pool_labels[num_train:]
+    trains = share_out(train_labels, sharing, rng_for(seed, "medmnist train"))
+    test_rng = rng_for(seed, "medmnist test")
+    if sharing.by == "fractions":
+        tests = share_out(test_labels, sharing._replace(min_examples=1), test_rng)
+    else:
+        tests = share_out_alike([train_labels[own] for own in trains], test_labels, test_rng)
     clients = []
     for number, (train, test) in enumerate(zip(trains, tests, strict=True)):
         train, validation = split_validation(

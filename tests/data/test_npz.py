@@ -5,6 +5,7 @@ import pytest
 
 from fedhelp_jax.data.medmnist import load_medmnist
 from fedhelp_jax.data.npz import load_npz_public
+from fedhelp_jax.data.sharing import Sharing
 from fedhelp_jax.data.types import check_federated
 from fedhelp_jax.data.volumes import resize_volumes
 from fedhelp_jax.errors import UserError
@@ -33,7 +34,8 @@ def medmnist(**changes):
 
 def load(path, fractions=(0.6, 0.3, 0.1), seed=0, **changes):
     settings = {"image_size": 8, "validation_fraction": 0.1, "max_train": None}
-    return load_medmnist(path, fractions=fractions, seed=seed, **(settings | changes))
+    sharing = changes.pop("sharing", Sharing(fractions=fractions))
+    return load_medmnist(path, sharing=sharing, seed=seed, **(settings | changes))
 
 
 # --- public ---------------------------------------------------------------------------------------
