@@ -90,14 +90,19 @@ def _is(array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> bool:
 def _write(cache: Path, arrays: Arrays) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                # To a type checker any name could be that of the flag `allow_pickle`.
-                np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-            os.replace(temporary, cache)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_npz(cache, arrays)
     except OSError as error:
         logger.warning("image cache %s cannot be written (%s); going on without", cache, error)
+
+
+def write_npz(path: Path, arrays: Arrays) -> None:
+    """Writes an .npz file: it is there whole, or as it was."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            # To a type checker any name could be that of the flag `allow_pickle`.
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
+from fedhelp_jax.data.cache import write_npz
 
 Item = TypeVar("Item")
 Example = dict[str, Any]
@@ -81,14 +82,7 @@ def _write(path: Path, examples: Sequence[Example]) -> None:
             arrays |= {f"{name}/{i}": value for i, value in enumerate(values)}
         else:
             arrays[name] = np.array(values)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_npz(path, arrays)
 
 
 def _read(path: Path) -> list[Example] | None:
