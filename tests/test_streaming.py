@@ -24,8 +24,8 @@ from helpers import (
 from helpers import refusal as refused
 
 from fedhelp_jax import streaming
-from fedhelp_jax.cli import _load_config
 from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.config_files import load_config
 from fedhelp_jax.experiment import build_experiment
 
 ROUNDS = 2
@@ -147,7 +147,7 @@ def test_images_in_parts_change_nothing(options, monkeypatch):
 def masks(pool_bytes):
     """A run on phantoms with masks: its settings, and it."""
     flags = ["algorithm.name=per_fedavg", "evaluate_every=1", f"mapping.pool_bytes={pool_bytes}"]
-    config = _load_config(f"{MASK_CONFIG}:2d", [f"--config.{flag}" for flag in flags])
+    config = load_config(f"{MASK_CONFIG}:2d", [f"--config.{flag}" for flag in flags])
     return build_experiment(config).simulation
 
 

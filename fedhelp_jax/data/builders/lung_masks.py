@@ -58,6 +58,8 @@ mask or masks too.""",
         sizes={"train shenzhen": 566, "train montgomery": 138},
     )
 
+    part_size = 16  # radiographs of several megabytes
+
     def features(self) -> dict[str, Any]:
         """A grey PNG image, its mask of 0 and 255, the hospital, tuberculosis, and a group."""
         return {

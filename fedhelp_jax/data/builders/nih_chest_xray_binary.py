@@ -53,6 +53,8 @@ One folder with, from https://nihcc.app.box.com/v/ChestXray-NIHCC,
         sizes={"no_finding": 60361, "pneumonia": 1431},
     )
 
+    part_size = 16  # radiographs of several megabytes
+
     def features(self) -> dict[str, Any]:
         """A grey PNG image, whether it shows pneumonia, and the patient."""
         return {
