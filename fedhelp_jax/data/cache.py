@@ -70,15 +70,25 @@ def _key(source: Path, names: Sequence[str], what: str) -> str:
 
 
 def _read(cache: Path, kinds: Kinds) -> Arrays | None:
+    arrays = whole_npz(cache)
+    if arrays is None or not kinds.keys() <= arrays.keys():
+        return None
+    arrays = {name: arrays[name] for name in kinds}
+    return arrays if all(_is(arrays[name], *kinds[name]) for name in kinds) else None
+
+
+def whole_npz(path: Path) -> Arrays | None:
+    """Returns all arrays of an .npz file of ours; None if it is not there, or damaged."""
     # An npz, not an npy: its checksums tell a damaged file from a good one.
     try:
         # Opened here: np.load leaves a damaged file open.
-        with cache.open("rb") as file:
+        with path.open("rb") as file:
             stored = np.load(file, allow_pickle=False)
-            arrays = {name: stored[name] for name in kinds}
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                return None
+            return {name: stored[name] for name in stored.files}
     except _READ_ERRORS:
         return None
-    return arrays if all(_is(arrays[name], *kinds[name]) for name in kinds) else None
 
 
 def _is(array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> bool:

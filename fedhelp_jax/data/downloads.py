@@ -1,6 +1,7 @@
 """A download as its publisher hands it out: a folder, whose archives need not be unpacked."""
 
 import csv
+import hashlib
 import io
 import os
 import shutil
@@ -341,3 +342,9 @@ def check_unique(names: Iterable[str], what: str, where: str) -> None:
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(f"{KEY}: {where} has {what} {name} {count} times")
+
+
+def md5_of(path: Path) -> str:
+    """The MD5 of a file, by which publishers tell whether it is theirs; in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()

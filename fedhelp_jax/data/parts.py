@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,12 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedhelp_jax.data.cache import write_npz
+from fedhelp_jax.data.cache import whole_npz, write_npz
 
 Item = TypeVar("Item")
 Example = dict[str, Any]
 
-_READ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
 SIZE = 128  # of a part
 
 
@@ -87,11 +84,8 @@ def _write(path: Path, examples: Sequence[Example]) -> None:
 
 def _read(path: Path) -> list[Example] | None:
     """The examples of a part; None if it is not there, or damaged."""
-    try:
-        with path.open("rb") as file:
-            stored = np.load(file, allow_pickle=False)
-            arrays = {name: stored[name] for name in stored.files}
-    except _READ_ERRORS:
+    arrays = whole_npz(path)
+    if arrays is None:
         return None
     examples: list[Example] = []
     for name, array in arrays.items():

@@ -1,6 +1,5 @@
 """MedMNIST: 18 sets of small biomedical images or volumes, from the files of its publisher."""
 
-import hashlib
 import importlib.resources
 import json
 import threading
@@ -14,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fedhelp_jax.data.builders.base import About, Builder, Item, png
-from fedhelp_jax.data.downloads import KEY, Download
+from fedhelp_jax.data.downloads import KEY, Download, md5_of
 from fedhelp_jax.data.parts import Example
 from fedhelp_jax.errors import UserError
 
@@ -131,8 +130,7 @@ class Medmnist(Builder):
 
     def _check_md5(self, official: str) -> None:
         path = self._stored.path
-        with path.open("rb") as file:
-            md5 = hashlib.file_digest(file, "md5").hexdigest()
+        md5 = md5_of(path)
         if md5 != official:
             said = f"{path} is not the official file: its md5 is {md5}, not {official}"
             if not self.allow_repacked:

@@ -1,7 +1,6 @@
 """The Medical Segmentation Decathlon: ten tasks of organs and tumours in CT and MRI."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -12,12 +11,11 @@ import tensorflow_datasets as tfds
 
 from fedhelp_jax.data import nifti
 from fedhelp_jax.data.builders.base import About, Builder, Item
-from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
+from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique, md5_of
 from fedhelp_jax.data.parts import Example
 from fedhelp_jax.errors import UserError
 
 _LIST = "dataset.json"
-_BLOCK_BYTES = 2**20
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -207,13 +205,10 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
         if not path.is_file():
             return
         self.say(f"comparing the checksum of {path.name}")
-        md5 = hashlib.md5(usedforsecurity=False)
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                md5.update(block)
-        if md5.hexdigest() != self._config.md5:
+        md5 = md5_of(path)
+        if md5 != self._config.md5:
             self.say(
-                f"{path.name} has the MD5 {md5.hexdigest()}, not the published "
+                f"{path.name} has the MD5 {md5}, not the published "
                 f"{self._config.md5}: packed anew, or damaged"
             )
 
