@@ -74,6 +74,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     about: About
 
+    # The classes of the feature ``mask``: one name for one foreground class. Empty where there is
+    # no mask, or where only the download has the names, which are in the metadata then.
+    mask_names: tuple[str, ...] = ()
+
     # Examples made at a time; fewer where those of two parts would not fit in memory.
     part_size = SIZE
 

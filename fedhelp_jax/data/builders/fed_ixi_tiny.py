@@ -54,6 +54,8 @@ One folder with
         },
     )
 
+    mask_names = ("brain",)
+
     def features(self) -> dict[str, Any]:
         """A normalised volume, its mask of the brain, hospital and subject."""
         return {

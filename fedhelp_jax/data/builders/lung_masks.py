@@ -58,6 +58,8 @@ mask or masks too.""",
         sizes={"train shenzhen": 566, "train montgomery": 138},
     )
 
+    mask_names = ("lung",)
+
     part_size = 16  # radiographs of several megabytes
 
     def features(self) -> dict[str, Any]:

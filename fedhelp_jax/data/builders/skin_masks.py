@@ -90,6 +90,8 @@ class SkinMasks(Builder):
         sizes={},
     )
 
+    mask_names = ("lesion",)
+
     def __init__(self, *, config: str | tfds.core.BuilderConfig | None = None, **options: Any):
         if config is not None:
             name = config if isinstance(config, str) else config.name
