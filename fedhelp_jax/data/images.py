@@ -19,7 +19,15 @@ from fedhelp_jax.data.masks import decode_mask
 from fedhelp_jax.data.types import image_sha256
 from fedhelp_jax.errors import UserError
 
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error)
+# What Pillow and archives raise where an image is damaged, is none, or is absurdly large.
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 # From an opened picture and its name to an array.
 Decode = Callable[[Image.Image, str], np.ndarray]
@@ -212,7 +220,7 @@ def _decode(files: Files, name: str, decode: Decode, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(files.read(name))) as image:
             return decode(image, name)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise UserError(f"{where} cannot be decoded") from error
 
 

@@ -6,7 +6,6 @@ images are always handed over encoded.
 
 import contextlib
 import io
-import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from fedhelp_jax.data.downloads import KEY, Download
+from fedhelp_jax.data.images import DECODE_ERRORS
 from fedhelp_jax.data.parts import SIZE, Example, made
 from fedhelp_jax.errors import UserError
-
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError)
 
 
 class About(NamedTuple):
@@ -97,6 +95,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def features(self) -> dict[str, Any]:
         """The features of an example but for ``id``."""
 
+    def metadata(self) -> tfds.core.MetadataDict | None:
+        """For what only the download tells of the whole set; :meth:`plan` fills it in."""
+        return None
+
     @abstractmethod
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
         """The examples of each split.
@@ -122,6 +124,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             homepage=about.homepage,
             citation=about.citation,
             license=about.licence,
+            metadata=self.metadata(),
         )
 
     def download_and_prepare(self, **options: Any) -> None:
@@ -170,18 +173,28 @@ def png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def decoded(data: bytes, name: str) -> Image.Image:
-    """An image file's RGB image, fully read.
+@contextlib.contextmanager
+def opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """An image file, opened; the body of ``with`` decodes it.
 
     Args:
       data: The file.
       name: Its name, for the message.
 
     Raises:
-      UserError: If it is damaged or no image.
+      UserError: If it is damaged or no image, or larger than Pillow takes for one.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
-    except _DECODE_ERRORS as error:
+            yield image
+    except DECODE_ERRORS as error:
         raise UserError(f"{KEY}: {name} cannot be decoded: {error}") from None
+
+
+def decoded(data: bytes, name: str) -> Image.Image:
+    """An image file's RGB image, fully read.
+
+    Arguments and errors are those of :func:`opened`.
+    """
+    with opened(data, name) as image:
+        return image.convert("RGB")

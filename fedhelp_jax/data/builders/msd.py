@@ -111,18 +111,6 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
         assert isinstance(config, Task)
         return config
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        info = super()._info()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=info.description,
-            features=info.features,
-            homepage=self.about.homepage,
-            citation=self.about.citation,
-            license=self.about.licence,
-            metadata=tfds.core.MetadataDict(),
-        )
-
     def features(self) -> dict[str, Any]:
         """A volume as stored, its mask of labels as dataset.json numbers them, the case."""
         sides = (None, None, None)
@@ -133,6 +121,10 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
             "mask": tfds.features.Tensor(shape=sides, dtype=np.uint8, encoding="zlib"),
             "group": tfds.features.Text(),
         }
+
+    def metadata(self) -> tfds.core.MetadataDict:
+        """Names of labels and modalities."""
+        return tfds.core.MetadataDict()
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
         """The cases of dataset.json with a mask, in one split."""

@@ -1,22 +1,18 @@
 """Lesion masks of dermoscopy images: HAM10000, and task 1 of the ISIC 2018 challenge."""
 
-import io
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, png
+from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, opened, png
 from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
 from fedhelp_jax.data.masks import decode_mask
 from fedhelp_jax.data.parts import Example
 from fedhelp_jax.errors import UserError
 
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError)
 _METADATA = ("HAM10000_metadata", "HAM10000_metadata.csv", "HAM10000_metadata.tab")
 # Of the column `dataset`, which the oldest release of the table lacks.
 _SITES = ("vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias", "unknown")
@@ -135,7 +131,8 @@ class SkinMasks(Builder):
         name, mask_name = item.files
         data = download.read(name)
         image = decoded(data, name)
-        mask = _mask(download.read(mask_name), mask_name)
+        with opened(download.read(mask_name), mask_name) as stored:
+            mask = decode_mask(stored, mask_name, KEY)
         if mask.shape != (image.height, image.width):
             raise UserError(
                 f"{KEY}: {mask_name} is {mask.shape[1]}x{mask.shape[0]}, its image {name} "
@@ -203,11 +200,3 @@ def _first(
     if found is None:
         found = download.by_stem(suffixes, *{PurePosixPath(n).parent.name for n in download.names})
     return found
-
-
-def _mask(data: bytes, name: str) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return decode_mask(image, name, KEY)
-    except _DECODE_ERRORS as error:
-        raise UserError(f"{KEY}: {name} cannot be decoded: {error}") from None
