@@ -1,6 +1,7 @@
 """A download as its publisher hands it out: a folder, whose archives need not be unpacked."""
 
 import csv
+import errno
 import hashlib
 import io
 import os
@@ -17,7 +18,15 @@ from typing import IO
 
 from fedhelp_jax.errors import UserError
 
-_READ_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
+# RuntimeError: a zip file that is encrypted, or compressed in a way that Python does not know.
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+)
 # An archive that holds more than this, and so much more than it takes, is no collection of images.
 _BOMB_BYTES, _BOMB_RATIO = 2**30, 100
 # What macOS and Windows leave beside real files.
@@ -60,7 +69,10 @@ class Download:
         for path in _files(folder):
             name = path.relative_to(folder).as_posix()
             self._reads[name] = path.read_bytes
-            self._stamps[name] = _stamp(path)
+            try:
+                self._stamps[name] = _stamp(path)
+            except OSError as error:  # a link to nowhere
+                raise UserError(f"{KEY}: {name} in {folder} cannot be read: {error}") from None
             if name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz")):
                 archives.append((name, path))
         try:
@@ -200,13 +212,15 @@ class Download:
                 if name not in self._reads:
                     self._reads[name], self._stamps[name] = read, stamp
         except _READ_ERRORS as error:
+            if is_disk_full(error):
+                raise
             raise UserError(f"{KEY}: {path} is damaged or no such archive: {error}") from None
 
     def _zip_members(self, path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
         archive = zipfile.ZipFile(path)
         self._archives.append(archive)
         infos = [info for info in archive.infolist() if not info.is_dir()]
-        _check_size(path, sum(info.file_size for info in infos))
+        check_size(path, archive)
         for info in infos:
             name = _checked(path, info.filename)
             if name is not None:
@@ -255,7 +269,7 @@ def _unpack(path: Path, archive: tarfile.TarFile, target: Path) -> None:
         if name is None:
             continue
         total += member.size
-        _check_size(path, total)
+        _check_total(path, total)
         file, place = archive.extractfile(member), target / name
         assert file is not None
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -291,12 +305,26 @@ def _is_litter(parts: Iterable[str]) -> bool:
     return any(part in _LITTER or part.startswith(".") for part in parts)
 
 
-def _check_size(path: Path, total: int) -> None:
+def check_size(path: Path, archive: zipfile.ZipFile) -> None:
+    """Checks that a zip file does not unpack to absurdly much.
+
+    Raises:
+      UserError: If it does.
+    """
+    _check_total(path, sum(info.file_size for info in archive.infolist()))
+
+
+def _check_total(path: Path, total: int) -> None:
     if total > _BOMB_BYTES and total > _BOMB_RATIO * path.stat().st_size:
         raise UserError(
             f"{KEY}: {path} of {path.stat().st_size} bytes would unpack to {total} or more: "
             "that is no collection of images"
         )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a full disk is the cause; of array_record it is a RuntimeError that only says so."""
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -16,8 +16,10 @@ import tensorflow_datasets as tfds
 
 from fedhelp_jax.data.builders import BUILDERS
 from fedhelp_jax.data.builders.base import Builder
+from fedhelp_jax.data.downloads import is_disk_full
 from fedhelp_jax.errors import UserError, suggest
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _EVERY = 5.0  # seconds between two lines of progress
 
 
@@ -103,12 +105,14 @@ def prepare(
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     try:
         made.download_and_prepare(download_dir=made.scratch / "downloads", download_config=config)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, RuntimeError) as error:
+        if is_disk_full(error):
+            said = f"the disk is full; what is made so far is kept in {made.scratch}"
+        elif isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            said = f"cannot be written: {error}"
+        else:
             raise
-        raise UserError(
-            f"{made.data_dir_root}: the disk is full; what is made so far is kept in {made.scratch}"
-        ) from None
+        raise UserError(f"{made.data_dir_root}: {said}") from None
     shutil.rmtree(made.scratch)
     counts = ", ".join(f"{split} {info.num_examples}" for split, info in made.info.splits.items())
     say(f"written: {folder} ({counts})")

@@ -137,6 +137,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             Download(Path(dl_manager.manual_dir), self.scratch / "unpacked", self.say)
         )
         plan = self.plan(download)
+        for split, items in plan.items():
+            official = self.about.sizes.get(split, len(items))
+            if len(items) != official:
+                self.say(f"{split} has {len(items)} examples, officially {official}")
         self.planned(sum(map(len, plan.values())))
         return {
             split: self._generate_examples(download, split, items) for split, items in plan.items()

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from fedhelp_jax.data.builders.base import About, Builder, Item, png
 from fedhelp_jax.data.builders.greys import grey, grey_png
-from fedhelp_jax.data.downloads import KEY, Download
+from fedhelp_jax.data.downloads import KEY, Download, check_present
 from fedhelp_jax.data.parts import Example
 from fedhelp_jax.errors import UserError
 
@@ -78,6 +78,11 @@ mask or masks too.""",
         if not images:
             raise UserError(f"{KEY}={download.folder}: there is no .png in any folder CXR_png")
         masks = _masks(download)
+        for prefix in _SITES:
+            # Masks of a hospital whose images were not downloaded are no matter.
+            if any(stem.startswith(prefix) for stem in images):
+                wanted = sorted(stem for stem in masks if stem.startswith(prefix))
+                check_present(images, wanted, f"{_SITES[prefix]} image", download.folder)
         items, without = [], []
         for stem, place in sorted(images.items()):
             matched = _NAME.fullmatch(stem)

@@ -121,9 +121,6 @@ class SkinMasks(Builder):
                     self.say(f"no {split} images: left out")
             keys = [item.key for items in plan.values() for item in items]
             check_unique(keys, "image", f"{download.folder}, over all splits,")
-        for split, items in plan.items():
-            if len(items) != self.about.sizes[split]:
-                self.say(f"{split} has {len(items)} images, officially {self.about.sizes[split]}")
         return plan
 
     def make(self, download: Download, item: Item) -> Example:

@@ -181,6 +181,10 @@ BAD = {
         lambda f: [path.unlink() for path in f.rglob("CXR_png/*.png")],
         "there is no .png in any folder CXR_png",
     ),
+    "missing images": (
+        lambda f: [path.unlink() for path in f.rglob("CXR_png/CHNCXR_000*.png")],
+        "1 of 3 shenzhen images are missing: CHNCXR_0001_0",
+    ),
     "no masks": (
         lambda f: [path.unlink() for path in f.rglob("*ask/*.png")],
         "none of 6 images has a mask",

@@ -88,6 +88,7 @@ def test_zips_as_they_are_downloaded(tmp_path):
     write_zip(folder / f"{TRAIN}.zip", files("train"))
     write_zip(folder / f"{TEST}.zip", files("test"))
     said = check(folder, tmp_path, ["train", "test"])
+    assert "train has 18 examples, officially 100000" in said
     assert not any("no images" in text for text in said)
 
 

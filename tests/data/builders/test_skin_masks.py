@@ -122,7 +122,7 @@ def test_ham10000_of_the_publisher(ham, metadata, inner):
     ham.write(metadata, inner=inner)
     ham.prepare()
     assert ham.check() == [0, 1, 2, 3, 0, 1]
-    assert "train has 6 images, officially 10015" in ham.said
+    assert "train has 6 examples, officially 10015" in ham.said
     assert "tensorflow" not in sys.modules
 
 
@@ -170,7 +170,7 @@ def test_isic2018(isic):
         assert example["group"].decode() == ident
         assert "site" not in example
     assert "no test images: left out" in isic.said
-    assert "train has 4 images, officially 2594" in isic.said
+    assert "train has 4 examples, officially 2594" in isic.said
 
 
 def write_isic(isic, split, ids):
