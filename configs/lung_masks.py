@@ -32,6 +32,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     config.task = "segmentation"
     config.data.name = "npz_masks"
     config.data.image_size = 128
+    config.data.split_by = "fractions"
     config.data.fractions = (0.45, 0.45, 0.10)
     config.public.name = "folder"
     config.public.num_examples = 1000

@@ -29,6 +29,7 @@ from fedhelp_jax.schema import (
     CNNS,
     COUNT,
     FRACTION,
+    PREPARED,
     RESNETS,
     SEED,
     SETTING_CHECKS,
@@ -378,8 +379,12 @@ def _mapping(values: Any, path: str) -> dict[str, Any]:
     return dict(values)
 
 
-# How the clients of a data set may be made, where there is a choice.
-_SPLIT_BY = {"npz_masks": ("fractions", "site"), "medmnist": sharing.KINDS}
+# How clients may be made of what a data set knows; of a prepared one only its files tell.
+_SPLIT_BY = {
+    "fed_isic2019": ("site",),
+    "npz_masks": ("fractions", "site"),
+    "medmnist": sharing.KINDS,
+}
 
 
 def _check_together(config: RunConfig) -> None:
@@ -396,10 +401,10 @@ def _check_together(config: RunConfig) -> None:
         needed.append(("public.path", config.public.path, "its .npz file"))
     if config.public.name == "folder":
         needed.append(("public.path", config.public.path, "the folder or zip of its images"))
-    right = _SPLIT_BY.get(config.data.name, ("fractions",))
-    if config.data.split_by not in right:
+    by, right = config.data.split_by, _SPLIT_BY.get(config.data.name, ("fractions",))
+    if by is not None and by not in right and not config.data.name.startswith(PREPARED):
         raise UserError(
-            f"config.data.split_by = {config.data.split_by!r} is not for data {config.data.name}: "
+            f"config.data.split_by = {by!r} is not for data {config.data.name}: "
             f"it must be {' or '.join(right)}"
         )
     for key, value, what in needed:

@@ -15,14 +15,14 @@ SPLITS = ("train", "validation", "test")
 
 
 class Pool(NamedTuple):
-    """All private examples, once: images uint8 ``[N, *spatial, C]``, targets ``[N, ...]``."""
+    """All private examples, once: images ``[N, *spatial, C]``, targets ``[N, ...]``."""
 
     images: jax.Array
     targets: jax.Array
 
 
 class PublicPool(NamedTuple):
-    """Public: images uint8 ``[P, *spatial, C]``; labels, answers ``[P, ...]``, or None."""
+    """Public: images ``[P, *spatial, C]``; labels, answers ``[P, ...]``, or None."""
 
     images: jax.Array
     labels: jax.Array | None
@@ -154,7 +154,9 @@ def make_federation(
 
 
 def normalize_images(images: jax.Array) -> jax.Array:
-    """Pixels 0..255 to floats in [-1, 1]."""
+    """Pixels, uint8 0..255, to floats in [-1, 1]; floats are left as they are."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images.astype(float)
     return images.astype(float) / 127.5 - 1.0
 
 

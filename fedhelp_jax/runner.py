@@ -27,7 +27,6 @@ from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
-from fedhelp_jax.data.sharing import SKEWED
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Experiment, build_experiment
 from fedhelp_jax.phases import RoundInfo, RunState
@@ -91,8 +90,7 @@ def train(
     experiment = processes.together(prepare)
     if processes.first():
         files.write_json(workdir / _CONFIG, configs.to_dict(config))
-        if config.data.split_by in SKEWED:
-            write_shares(workdir, experiment.dataset, experiment.roles)
+        write_shares(workdir, experiment.dataset, experiment.roles)
     checkpointer = Checkpointer(workdir / _CHECKPOINTS)
     try:
         done, state = _restore(experiment, checkpointer)

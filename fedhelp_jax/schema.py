@@ -61,6 +61,7 @@ _SHARE = Check(lambda value: 0 <= value <= 1, "from 0 to 1")
 _PART_OR_NONE = Check(lambda value: 0 <= value < 1, "at least 0 and less than 1")
 _FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
 _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
+PREPARED = "tfds:"  # before the name of a data set that TFDS has prepared
 PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")
 PIXEL_LAYOUTS = ("nhwc", "nchw")
 CNNS = ("cnn_small", "cnn_large")
@@ -133,7 +134,7 @@ class DataConfig:
     name: str = setting(
         "phantoms",
         "private data set; tfds:NAME is one that fedhelp data has prepared",
-        one_of_or("tfds:", "phantoms", "phantom_volumes", "fed_isic2019", "medmnist", "npz_masks"),
+        one_of_or(PREPARED, "phantoms", "phantom_volumes", "fed_isic2019", "medmnist", "npz_masks"),
     )
     dir: str | None = setting(
         None,
@@ -147,25 +148,36 @@ class DataConfig:
     )
     split: str = setting(
         "grouped",
-        "official, or grouped: no lesion on both sides of it",
+        "official, or grouped: no lesion or patient on both sides of it",
         one_of("grouped", "official"),
     )
-    split_by: str = setting(
-        "fractions",
-        "fractions; npz_masks: or a client a site; medmnist: or clients unlike in classes "
-        "(dirichlet, shards) or sizes (quantity)",
-        one_of("fractions", "site", "dirichlet", "quantity", "shards"),
+    split_by: str | None = setting(
+        None,
+        "clients: by site, fractions, iid, quantity, dirichlet, shards, clusters or column:NAME "
+        "(docs/datasets.md); if None by site where there are sites, else by fractions",
+        one_of_or(
+            "column:",
+            "site",
+            "fractions",
+            "iid",
+            "quantity",
+            "dirichlet",
+            "shards",
+            "clusters",
+        ),
     )
-    num_clients: int = setting(6, "dirichlet, quantity, shards: how many clients", COUNT)
+    num_clients: int = setting(
+        6, "iid, quantity, dirichlet, shards, clusters: how many clients", COUNT
+    )
     alpha: float = setting(
         0.5, "dirichlet, quantity: concentration; the smaller, the more unlike", more_than(0)
     )
-    min_examples: int = setting(1, "medmnist: the least a client trains and validates on", COUNT)
+    min_examples: int = setting(1, "the least a client trains and validates on", COUNT)
     shards: int = setting(2, "shards: pieces a client, each of about one class", COUNT)
     num_examples: int = setting(1600, "phantoms: images of all clients and splits", COUNT)
     fractions: tuple[float, ...] = setting(
         (0.60, 0.20, 0.08, 0.06, 0.04, 0.02),
-        "phantoms, medmnist, npz_masks: each client's part of the data",
+        "fractions: each client's part of the data",
         _FRACTIONS,
     )
     scanner_shift: bool = setting(
@@ -177,7 +189,7 @@ class DataConfig:
     )
     test_fraction: float = setting(
         0.25,
-        "phantoms, npz_masks: part of a client's images for its test",
+        "part of a client's images for its test, where there is no official test split",
         within(0, 1, closed=False),
     )
     cache_dir: str | None = setting(None, "where decoded images are kept between runs")
@@ -189,10 +201,14 @@ class PublicConfig:
 
     name: str = setting(
         "phantoms",
-        "public data set",
-        one_of("phantoms", "phantom_volumes", "npz", "folder", "none"),
+        "public data set; tfds:NAME is any that TFDS or fedhelp data has prepared",
+        one_of_or(PREPARED, "phantoms", "phantom_volumes", "npz", "folder", "none"),
     )
-    path: str | None = setting(None, "npz: the file; folder: of images/ and masks/, or a zip of it")
+    path: str | None = setting(
+        None,
+        "npz: the file; folder: of images/ and masks/, or a zip of it; tfds: folder of prepared "
+        "sets (TFDS's default if None)",
+    )
     num_examples: int | None = setting(
         None, "how many of them to use; if None all, or 512 phantoms, or 64 phantom volumes", COUNT
     )

@@ -15,7 +15,8 @@ _READ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, 
 # Part of the cache key: raise it when decoding or resizing changes.
 _VERSION = "1 bicubic"
 
-# Arrays by name, and the type and shape that each must have; None stands for any length.
+# Arrays by name, and the type and shape that each must have; None stands for any length, and "U"
+# for strings of any.
 Arrays = dict[str, np.ndarray]
 Kinds = Mapping[str, tuple[str, tuple[int | None, ...]]]
 
@@ -94,7 +95,7 @@ def whole_npz(path: Path) -> Arrays | None:
 def _is(array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> bool:
     lengths = zip(array.shape, shape, strict=False)
     right = all(wanted is None or length == wanted for length, wanted in lengths)
-    return array.dtype == dtype and array.ndim == len(shape) and right
+    return dtype in (array.dtype, array.dtype.kind) and array.ndim == len(shape) and right
 
 
 def _write(cache: Path, arrays: Arrays) -> None:

@@ -132,7 +132,7 @@ def load_hashed_images(
         hashes = {}
 
         def decode(image: Image.Image, name: str) -> np.ndarray:
-            hashes[name] = image_sha256(_native(image))
+            hashes[name] = image_sha256(native(image))
             return _resized(image, size)
 
         images = _decode_all(source, names, "image", decode, key)
@@ -204,7 +204,7 @@ class NativeImages(Sequence[np.ndarray]):
             return [self[place] for place in range(*index.indices(len(self)))]
         name = self._names[index]
         where = f"{self._key}: image {name} in {self._source}"
-        return _decode(self._files, name, lambda image, _: _native(image), where)
+        return _decode(self._files, name, lambda image, _: native(image), where)
 
 
 def _resized(image: Image.Image, size: int) -> np.ndarray:
@@ -212,7 +212,8 @@ def _resized(image: Image.Image, size: int) -> np.ndarray:
     return resize(image.convert("RGB"), size)
 
 
-def _native(image: Image.Image) -> np.ndarray:
+def native(image: Image.Image) -> np.ndarray:
+    """Returns a picture at its own size, uint8: grey [H, W], all else RGB [H, W, 3]."""
     return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 

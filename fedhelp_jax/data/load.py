@@ -1,5 +1,6 @@
 """The private and the public data set that a configuration names."""
 
+from fedhelp_jax.data.clients import Splitting
 from fedhelp_jax.data.fed_isic2019 import load_fed_isic2019
 from fedhelp_jax.data.mask_folder import load_folder_public
 from fedhelp_jax.data.medmnist import load_medmnist
@@ -8,11 +9,11 @@ from fedhelp_jax.data.npz_masks import load_npz_masks
 from fedhelp_jax.data.phantom_tiles import load_phantom_public
 from fedhelp_jax.data.phantom_volumes import load_phantom_volume_public, load_phantom_volumes
 from fedhelp_jax.data.phantoms import load_phantoms
-from fedhelp_jax.data.prepared import PREFIX, load_prepared
+from fedhelp_jax.data.prepared import load_prepared, load_prepared_public
 from fedhelp_jax.data.sharing import Sharing
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated
 from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import DataConfig, PublicConfig
+from fedhelp_jax.schema import PREPARED, DataConfig, PublicConfig
 
 
 def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> FederatedDataset:
@@ -26,6 +27,21 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
     Raises:
         UserError: The name is unknown, a file or value is unusable, or a client is empty.
     """
+    sharing = Sharing(
+        by=config.split_by,
+        fractions=config.fractions,
+        num_clients=config.num_clients,
+        alpha=config.alpha,
+        min_examples=config.min_examples,
+        shards=config.shards,
+    )
+    splitting = Splitting(
+        split=config.split,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        max_train=config.max_train,
+        seed=seed,
+    )
     match config.name:
         case "phantoms":
             dataset = load_phantoms(
@@ -74,33 +90,18 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
                 masks=masks,
             )
         case "medmnist":
-            sharing = Sharing(
-                by=config.split_by,
-                fractions=config.fractions,
-                num_clients=config.num_clients,
-                alpha=config.alpha,
-                min_examples=config.min_examples,
-                shards=config.shards,
-            )
             dataset = load_medmnist(
-                config.dir,
-                sharing=sharing,
-                image_size=config.image_size,
-                validation_fraction=config.validation_fraction,
-                max_train=config.max_train,
-                seed=seed,
+                config.dir, image_size=config.image_size, sharing=sharing, splitting=splitting
             )
-        case name if name.startswith(PREFIX):
-            if masks:
-                raise UserError(f"data.name: the masks of {name} cannot be trained on yet")
+        case name if name.startswith(PREPARED):
             dataset = load_prepared(
-                name.removeprefix(PREFIX),
+                name.removeprefix(PREPARED),
                 config.dir,
-                split=config.split,
+                masks=masks,
                 image_size=config.image_size,
-                validation_fraction=config.validation_fraction,
-                max_train=config.max_train,
-                seed=seed,
+                volume_size=config.volume_size,
+                sharing=sharing,
+                splitting=splitting,
                 cache_dir=config.cache_dir,
             )
         case name:
@@ -142,6 +143,16 @@ def load_public(
         case "folder":
             return load_folder_public(
                 config.path, config.num_examples, image_size, masks=masks, cache_dir=cache_dir
+            )
+        case name if name.startswith(PREPARED):
+            return load_prepared_public(
+                name.removeprefix(PREPARED),
+                config.path,
+                config.num_examples,
+                masks=masks,
+                image_size=image_size,
+                volume_size=volume_size,
+                cache_dir=cache_dir,
             )
         case name:
             raise UserError(f"public.name: {name!r} is not known")

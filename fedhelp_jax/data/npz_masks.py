@@ -23,7 +23,7 @@ def load_npz_masks(
     path: str | None,
     *,
     fractions: Sequence[float],
-    split_by: str,
+    split_by: str | None,
     image_size: int,
     volume_size: tuple[int, ...],
     validation_fraction: float,
@@ -43,7 +43,7 @@ def load_npz_masks(
         path: `data.dir`, the file.
         fractions: Each client's share with `split_by="fractions"`; positive, with sum 1.
         split_by: "fractions" deals the examples out at random to `client_0`, ...; "site" makes
-            a client of each site, by its name, or `site_<k>`.
+            a client of each site, by its name, or `site_<k>`. None is "site" where there are sites.
         image_size: Height and width of the images.
         volume_size: Sides of the volumes.
         validation_fraction: Share of a client's training examples held out for validation.
@@ -68,6 +68,7 @@ def load_npz_masks(
     if taken is None:
         raise UserError(f"{where} has no masks; it must have one per example, as masks or labels")
     masks, label_names = taken
+    split_by = split_by or ("site" if "site" in arrays else "fractions")
     if split_by == "site":
         members = _by_site(arrays, len(pictures), where)
     elif split_by == "fractions":

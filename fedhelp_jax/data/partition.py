@@ -152,7 +152,7 @@ def clients_of_sites(
     """Returns a client per site, in the order of the sites' numbers.
 
     Args:
-        sites: int [n] site of each example.
+        sites: int [n] site of each example; examples of -1 are nobody's.
         name: A site's name by its number.
         is_test: bool [n] the official split.
         groups: [n] group (lesion, patient) of each example.
@@ -170,7 +170,7 @@ def clients_of_sites(
     leaks = np.isin(groups, groups[is_test])
     dropped = leaks & ~is_test & (split == "grouped")
     clients = []
-    for site in np.unique(sites).tolist():
+    for site in np.unique(sites[sites >= 0]).tolist():
         train = np.flatnonzero((sites == site) & ~is_test & ~dropped)
         test = np.flatnonzero((sites == site) & is_test).astype(np.int32)
         if not len(train) or not len(test):

@@ -1,130 +1,413 @@
-"""Data sets that ``fedhelp data prepare`` has prepared: their official split, a client a site."""
+"""Data sets that lie prepared by TensorFlow Datasets, by ``fedhelp data prepare`` or otherwise.
+
+A set has, by the names that `fedhelp_jax.data.builders` gives them, an ``image`` or ``volume``, a
+``label`` or ``mask``, and maybe ``site``, ``group`` and other columns. Files must be array_record,
+which need no TensorFlow to be read.
+"""
 
 import io
 import itertools
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
 
 from fedhelp_jax.data.cache import Arrays, cached
-from fedhelp_jax.data.images import resize
-from fedhelp_jax.data.partition import clients_of_sites
-from fedhelp_jax.data.types import FederatedDataset
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.clients import GROUP, SITE, Column, Examples, Splitting, make_clients
+from fedhelp_jax.data.images import native, resize
+from fedhelp_jax.data.masks import class_masks
+from fedhelp_jax.data.npz import public_subset
+from fedhelp_jax.data.sharing import Sharing
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset, image_sha256
+from fedhelp_jax.data.volumes import resize_mask, resize_volume
+from fedhelp_jax.errors import UserError, suggest
 
-PREFIX = "tfds:"
-
-_NEEDED = {"image", "label", "site", "group"}
+_SPLITS = ("train", "validation", "test")  # in this order; others stand between
 _AT_ONCE = 256  # examples read before they are decoded
+_READ_ERRORS = (OSError, ValueError, RuntimeError, zlib.error, Image.DecompressionBombError)
 
 
 def load_prepared(
     name: str,
     data_dir: str | None,
     *,
-    split: str,
+    masks: bool,
     image_size: int,
-    validation_fraction: float,
-    max_train: int | None,
-    seed: int,
+    volume_size: tuple[int, ...],
+    sharing: Sharing,
+    splitting: Splitting,
     cache_dir: str | None,
 ) -> FederatedDataset:
-    """Returns a prepared data set of images and classes, one client per site.
+    """Returns a prepared data set as clients' private data.
 
-    Equal to what the reader of the raw files gives, where there is one.
+    Equal to what the reader of the raw files gives, where there is one: examples are in the order
+    of sites, or of splits where there are no sites, and then of their names. A split called test
+    is the official one; all others are for training.
 
     Args:
         name: `data.name` without its prefix: NAME or NAME/CONFIG.
         data_dir: `data.dir`, where prepared sets lie; None takes TFDS's default.
-        split: As of `clients_of_sites`.
+        masks: Labels are masks, at the size of the result (nearest neighbour), not classes.
         image_size: Height and width of the result.
-        validation_fraction: As of `clients_of_sites`.
-        max_train: As of `clients_of_sites`.
-        seed: The run's seed.
+        volume_size: Sides of the result where it is volumes; they stay floats where they are.
+        sharing: Which client has which.
+        splitting: How each client's are split.
         cache_dir: Folder of the image cache; None takes the default.
 
     Raises:
-        UserError: The set is unknown or not prepared, has no sites, classes or test split, or
-            is damaged.
+        UserError: The set is unknown, not prepared or damaged, or lacks what is asked of it.
     """
-    from fedhelp_jax.data.prepare import builder  # brings TFDS along
-
-    made = builder(name, data_dir)
-    folder = Path(made.data_path)
-    if not folder.exists():
+    stored = _Stored(name, data_dir, "data.name", masks, image_size, volume_size)
+    if stored.target is None:
         raise UserError(
-            f"data.name: {name} is not prepared in {made.data_dir_root}: "
-            f"fedhelp data prepare {name} --manual_dir=DOWNLOAD --data_dir={made.data_dir_root}"
+            f"data.name: {name} has no {'masks' if masks else 'classes'} to learn, and private "
+            f"examples need them; it has {', '.join(stored.features)}"
         )
-    features = made.features()
-    splits = set(made.info.splits)
-    if not _NEEDED <= set(features) or splits != {"train", "test"}:
-        raise UserError(
-            f"data.name: {name} cannot be trained on yet: it needs images, classes, sites and an "
-            "official split in train and test"
-        )
+    columns = stored.columns()
 
     def make() -> Arrays:
-        rows = list(_decoded(made, image_size))
-        # By site and then by name, so that nothing depends on the order in the files.
-        rows.sort(key=lambda row: (row["site"], row["id"]))
-        return {
+        rows = list(stored.rows(stored.all(), hashed=False))
+        site = {row["example"]: row["columns"].get(SITE) for row in rows}
+        # By names, so that nothing depends on the order in the files.
+        rows.sort(key=lambda row: _order(row["split"], site[row["example"]], row["id"]))
+        arrays = {
             "images": np.stack([row["image"] for row in rows]),
-            "labels": np.array([row["label"] for row in rows], np.int32),
-            "sites": np.array([row["site"] for row in rows], np.int32),
-            # Numbered in their order, which draws by group depend on.
-            "groups": np.unique([row["group"] for row in rows], return_inverse=True)[1],
+            "targets": np.stack([row["target"] for row in rows]),
+            "ids": np.array([row["id"] for row in rows]),
             "is_test": np.array([row["split"] == "test" for row in rows]),
         }
+        for column in columns:
+            arrays[f"column {column}"] = np.array([row["columns"][column] for row in rows])
+        return arrays
 
-    count = sum(info.num_examples for info in made.info.splits.values())
-    files = sorted(path.name for path in folder.iterdir())
-    kinds = {
-        "images": ("uint8", (count, image_size, image_size, 3)),
-        "labels": ("int32", (count,)),
-        "sites": ("int32", (count,)),
-        "groups": ("int64", (count,)),
-        "is_test": ("bool", (count,)),
+    kinds: dict[str, tuple[str, tuple[int | None, ...]]] = {
+        **stored.kinds(stored.count),
+        "ids": ("U", (stored.count,)),
+        "is_test": ("bool", (stored.count,)),
     }
-    arrays = cached(folder, files, f"prepared {image_size}", kinds, make, cache_dir)
-    site_names = features["site"].names
+    for column, names in columns.items():
+        kinds[f"column {column}"] = ("U" if names is None else "int64", (stored.count,))
+    arrays = cached(stored.folder, stored.files, stored.what, kinds, make, cache_dir)
+    found: dict[str, Column] = {}
+    for column, names in columns.items():
+        values = arrays[f"column {column}"]
+        if names is None:
+            names, values = np.unique(values, return_inverse=True)
+        found[column] = Column(values, list(names))
+    where = f"data.name: {name}"
+    groups = found[GROUP].codes if GROUP in found else np.arange(stored.count)
+    labels, label_names = stored.labels(arrays["targets"], arrays["ids"], where)
+    examples = Examples(
+        images=arrays["images"],
+        labels=None if masks else labels,
+        groups=groups,
+        is_test=arrays["is_test"] if "test" in stored.splits else None,
+        columns=found,
+    )
     return FederatedDataset(
-        name=made.name,
+        name=_file_name(name),
         synthetic=False,
         images=arrays["images"],
-        labels=arrays["labels"],
-        label_names=tuple(features["label"].names),
-        clients=clients_of_sites(
-            arrays["sites"],
-            lambda site: site_names[site],
-            is_test=arrays["is_test"],
-            groups=arrays["groups"],
-            split=split,
-            validation_fraction=validation_fraction,
-            max_train=max_train,
-            seed=seed,
-            where=f"data.name: {name}",
-        ),
+        labels=labels,
+        label_names=label_names,
+        clients=make_clients(examples, sharing, splitting, name=_base(name), where=where),
     )
 
 
-def _decoded(made: Any, image_size: int) -> Iterator[dict[str, Any]]:
-    """The examples of all splits, images resized."""
-    import tensorflow_datasets as tfds
+def load_prepared_public(
+    name: str,
+    data_dir: str | None,
+    num_examples: int | None,
+    *,
+    masks: bool,
+    image_size: int,
+    volume_size: tuple[int, ...],
+    cache_dir: str | None,
+) -> PublicDataset:
+    """Returns a prepared data set as public data: all its splits, labelled or not.
 
-    def decode(example: dict[str, Any]) -> dict[str, Any]:
+    Any set of TFDS's catalogue will do that has an ``image``. A subset is the same for every seed,
+    and only it is read. Images at their native size stay in the files.
+
+    Args:
+        name: `public.name` without its prefix.
+        data_dir: `public.path`, where prepared sets lie; None takes TFDS's default.
+        num_examples: `public.num_examples`; None takes all.
+        masks: As of `load_prepared`; so are the others.
+        image_size: Height and width of the result.
+        volume_size: Sides of volumes.
+        cache_dir: Folder of the image cache.
+
+    Raises:
+        UserError: As of `load_prepared`, or there are too few examples.
+    """
+    stored = _Stored(name, data_dir, "public.name", masks, image_size, volume_size)
+    places = stored.all()
+    places = [places[i] for i in public_subset(stored.count, num_examples, stored.folder).tolist()]
+
+    def make() -> Arrays:
+        rows = list(stored.rows(places, hashed=True))
+        arrays = {
+            "images": np.stack([row["image"] for row in rows]),
+            "sha256": np.array([row["sha256"] for row in rows]),
+            "ids": np.array([row["id"] for row in rows]),
+        }
+        if stored.target is not None:
+            arrays["targets"] = np.stack([row["target"] for row in rows])
+        return arrays
+
+    count = len(places)
+    kinds = {**stored.kinds(count), "sha256": ("U64", (count,)), "ids": ("U", (count,))}
+    what = f"{stored.what} public {num_examples}"
+    arrays = cached(stored.folder, stored.files, what, kinds, make, cache_dir)
+    labels = names = None
+    if stored.target is not None:
+        where = f"public.name: {name}"
+        labels, names = stored.labels(arrays["targets"], arrays["ids"], where)
+    return PublicDataset(
+        name=_file_name(name),
+        synthetic=False,
+        images=arrays["images"],
+        labels=labels,
+        label_names=names,
+        sha256=tuple(arrays["sha256"].tolist()),
+        originals=_Originals(stored, places),
+    )
+
+
+class _Stored:
+    """A prepared set, opened, and what of it is wanted."""
+
+    def __init__(
+        self,
+        name: str,
+        data_dir: str | None,
+        key: str,
+        masks: bool,
+        image_size: int,
+        volume_size: tuple[int, ...],
+    ):
+        import tensorflow_datasets as tfds  # takes a second
+
+        self.name, self.key, self.masks = name, key, masks
+        self._made = _opened(name, data_dir, key)
+        self.folder = Path(self._made.data_path)
+        self.files = sorted(path.name for path in self.folder.iterdir())
+        self.features: dict[str, Any] = dict(sorted(self._made.info.features.items()))
+        order = {split: _split_order(split) for split in self._made.info.splits}
+        self.splits = sorted(order, key=lambda split: order[split])
+        self._counts = {split: self._made.info.splits[split].num_examples for split in self.splits}
+        self.count = sum(self._counts.values())
+        self.picture = next((k for k in ("image", "volume") if k in self.features), None)
+        if self.picture is None or not self.count:
+            raise UserError(
+                f"{key}: {name} has no image or volume; it has {', '.join(self.features)}"
+            )
+        self.volumes = self.picture == "volume"
+        if self.volumes and not masks:
+            raise UserError(
+                f"{key}: {name} holds volumes, and no network here tells classes of volumes"
+            )
+        self._size = tuple(volume_size) if self.volumes else (image_size, image_size)
+        target = "mask" if masks else "label"
+        kind = self.features.get(target)
+        labelled = kind is not None and (masks or isinstance(kind, tfds.features.ClassLabel))
+        self.target = target if labelled else None
+        self.what = f"prepared 2 {self.picture} {target} {'x'.join(map(str, self._size))}"
+        skip = {
+            column: tfds.decode.SkipDecoding()
+            for column, kind in self.features.items()
+            if isinstance(kind, tfds.features.Image)
+        }
+        try:
+            self._sources = {
+                split: self._made.as_data_source(split, decoders=skip) for split in self.splits
+            }
+        except NotImplementedError:
+            raise UserError(
+                f"{key}: {name} in {self.folder} is not in array_record files, which are read here "
+                "without TensorFlow; prepare it with file_format=array_record"
+            ) from None
+
+    def columns(self) -> dict[str, Sequence[str] | None]:
+        """What else is known of each example: the names of its values, None of text."""
+        import tensorflow_datasets as tfds
+
+        found: dict[str, Sequence[str] | None] = {}
+        for column, kind in self.features.items():
+            if isinstance(kind, tfds.features.ClassLabel):
+                found[column] = kind.names
+            elif isinstance(kind, tfds.features.Text) and column != "id":
+                found[column] = None
+        return found
+
+    def kinds(self, count: int) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+        """Type and shape of pictures and targets, for the cache."""
+        dtype = "uint8"
+        if self.volumes:
+            dtype = str(np.dtype(self.features["volume"].np_dtype))
+        kinds: dict[str, tuple[str, tuple[int | None, ...]]] = {
+            "images": (dtype, (count, *self._size, None))
+        }
+        if self.target is not None:
+            kinds["targets"] = (
+                ("uint8", (count, *self._size)) if self.masks else ("int32", (count,))
+            )
+        return kinds
+
+    def all(self) -> list[tuple[str, int]]:
+        """Split and place in it of all examples."""
+        return [(split, i) for split in self.splits for i in range(self._counts[split])]
+
+    def rows(self, places: Sequence[tuple[str, int]], *, hashed: bool) -> Iterator[dict[str, Any]]:
+        """The examples at these places, decoded and resized."""
+        columns = self.columns()
+
+        def row(one: tuple[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+            (split, i), example = one
+            identity = example.get("id", f"{split} {i:09}")
+            found = {"split": split, "example": (split, i), "id": _text(identity)}
+            picture = self._native(example)
+            found["image"] = self._resized(picture)
+            if hashed:
+                found["sha256"] = image_sha256(picture)
+            if self.target is not None:
+                found["target"] = self._target(example)
+            found["columns"] = {
+                column: _text(example[column]) if names is None else int(example[column])
+                for column, names in columns.items()
+            }
+            return found
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for split, part in itertools.groupby(places, key=lambda place: place[0]):
+                while some := list(itertools.islice(part, _AT_ONCE)):
+                    try:
+                        examples = self._sources[split].__getitems__([i for _, i in some])
+                        yield from pool.map(row, zip(some, examples, strict=True))
+                    except _READ_ERRORS as error:
+                        said = " ".join(str(error).split())
+                        raise UserError(
+                            f"{self.key}: {self.name} in {self.folder} is damaged: {said}; remove "
+                            "it and prepare it anew"
+                        ) from error
+
+    def original(self, place: tuple[str, int]) -> np.ndarray:
+        """A picture at its native size."""
+        split, i = place
+        return self._native(self._sources[split][i])
+
+    def labels(
+        self, targets: np.ndarray, ids: np.ndarray, where: str
+    ) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Classes or masks, checked, and the classes' names."""
+        if not self.masks:
+            return targets, tuple(self.features["label"].names)
+        names = self._mask_names(int(targets.max()))
+        return class_masks(targets, names, ids.tolist(), where), names
+
+    def _mask_names(self, highest: int) -> tuple[str, ...]:
+        from fedhelp_jax.data.builders import BUILDERS
+
+        known = (self._made.info.metadata or {}).get("labels")
+        if isinstance(known, dict):
+            return tuple(name for _, name in sorted((int(i), name) for i, name in known.items()))
+        ours = BUILDERS.get(_base(self.name))
+        if ours is not None and ours.mask_names:
+            return ours.mask_names
+        if highest in (0, 1, 255):
+            return ("foreground",)
+        return ("background", *(str(number) for number in range(1, highest + 1)))
+
+    def _native(self, example: dict[str, Any]) -> np.ndarray:
+        if self.volumes:
+            return example["volume"]
         with Image.open(io.BytesIO(example["image"])) as image:
-            pixels = resize(image.convert("RGB"), image_size)
-        return example | {"image": pixels}
+            return native(image)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for split in made.info.splits:
-            source = made.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-            examples = ({**example, "split": split} for example in source)
-            while part := list(itertools.islice(examples, _AT_ONCE)):
-                yield from pool.map(decode, part)
+    def _resized(self, picture: np.ndarray) -> np.ndarray:
+        if self.volumes:
+            return resize_volume(picture, self._size)
+        return resize(Image.fromarray(picture).convert("RGB"), self._size[0])
+
+    def _target(self, example: dict[str, Any]) -> np.ndarray:
+        if not self.masks:
+            return np.asarray(example["label"], np.int32)
+        mask = example["mask"]
+        if isinstance(mask, bytes):
+            with Image.open(io.BytesIO(mask)) as image:
+                mask = np.asarray(image.convert("L"))
+        return resize_mask(mask, self._size)
+
+
+class _Originals(Sequence[np.ndarray]):
+    """Public pictures at their native size, read when asked for."""
+
+    def __init__(self, stored: _Stored, places: Sequence[tuple[str, int]]):
+        self._stored, self._places = stored, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._stored.original(self._places[index])
+
+
+def _opened(name: str, data_dir: str | None, key: str) -> Any:
+    """The set's builder; of ours or whatever TFDS has prepared."""
+    from tensorflow_datasets.core import read_only_builder, registered
+
+    from fedhelp_jax.data.builders import BUILDERS
+    from fedhelp_jax.data.prepare import builder
+
+    if _base(name) in BUILDERS:
+        made = builder(name, data_dir)
+        if not Path(made.data_path).exists():
+            raise UserError(
+                f"{key}: {name} is not prepared in {made.data_dir_root}: fedhelp data prepare "
+                f"{name} --manual_dir=DOWNLOAD --data_dir={made.data_dir_root}"
+            )
+        return made
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except registered.DatasetNotFoundError:
+        root = data_dir or "TFDS's folder"
+        raise UserError(
+            f"{key}: {name} is not prepared in {root}, and is none of fedhelp data list"
+            f"{suggest(name.partition('/')[0], BUILDERS)}"
+        ) from None
+
+
+def _base(name: str) -> str:
+    """NAME of NAME[/CONFIG][:VERSION]."""
+    return name.partition("/")[0].partition(":")[0]
+
+
+def _file_name(name: str) -> str:
+    return name.replace("/", "_").replace(":", "_")
+
+
+def _order(split: str, site: int | None, identity: str) -> tuple[Any, ...]:
+    return (site, identity) if site is not None else (_split_order(split), identity)
+
+
+def _split_order(split: str) -> tuple[int, str]:
+    place = {"train": 0, "validation": 2, "test": 3}
+    return place.get(split, 1), split
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -25,7 +25,8 @@ class FederatedDataset(NamedTuple):
         name: Name of the source.
         synthetic: True where the images were generated rather than photographed.
         images: uint8 [N, H, W, 3], resized; grey images are repeated over the channels. Volumes
-            are [N, D, H, W, 1].
+            are [N, D, H, W, modalities]. float32 where that is what is stored, or what
+            harmonising left: networks then see them as they are.
         labels: int32 [N] classes; or masks, uint8 [N, *mask], the class of each pixel. Masks keep
             their own resolution, which may be another than the images', and all share it.
         label_names: Name of each class. Of masks a single name is that of the foreground (the
@@ -47,14 +48,13 @@ class PublicDataset(NamedTuple):
     Attributes:
         name: Name of the source.
         synthetic: True where the images were generated rather than photographed.
-        images: uint8 [P, H, W, 3], resized; grey images are repeated over the channels. Volumes
-            are [P, D, H, W, 1].
+        images: uint8 [P, H, W, 3], or as else of the private data.
         labels: int32 [P], or masks, uint8 [P, *mask], as of the private data; None where nobody
             labelled them.
         label_names: Name of each class, as of the private data, or None without labels.
         sha256: `image_sha256` of each image before resizing and before grey became RGB.
-        originals: Those images themselves, uint8 [H, W], [H, W, channels] or, of volumes,
-            [D, H, W] each; may be lazy.
+        originals: Those images themselves, [H, W], [H, W, channels] or, of volumes, [D, H, W] or
+            [D, H, W, modalities] each; may be lazy.
     """
 
     name: str
@@ -70,22 +70,25 @@ def image_sha256(image: np.ndarray) -> str:
     """Returns the hex SHA-256 of an image's shape and pixels.
 
     Args:
-        image: uint8 array of the decoded image at its native size, [H, W], [H, W, channels] or
-            [D, H, W].
+        image: The decoded image at its native size, uint8 or float32, [H, W], [H, W, channels],
+            [D, H, W] or [D, H, W, modalities].
 
     Returns:
-        SHA-256 of `repr(shape)` followed by the pixels in C order.
+        SHA-256 of `repr(shape)`, followed by "float32" if that is its type, and the pixels in C
+        order, low bytes first.
 
     Raises:
-        TypeError: `image` is not uint8: other types would hash other bytes.
+        TypeError: `image` is of another type: it would hash other bytes.
 
     >>> image_sha256(np.zeros((2, 2), np.uint8))[:8]
     '660c5b93'
     """
-    if image.dtype != np.uint8:
-        raise TypeError(f"image_sha256 takes uint8 pixels, got {image.dtype}")
-    shape = repr(tuple(int(length) for length in image.shape)).encode()
-    return hashlib.sha256(shape + image.tobytes(order="C")).hexdigest()
+    if image.dtype not in (np.uint8, np.float32):
+        raise TypeError(f"image_sha256 takes uint8 or float32 pixels, got {image.dtype}")
+    what = repr(tuple(int(length) for length in image.shape))
+    if image.dtype == np.float32:
+        what, image = f"{what}float32", image.astype("<f4", copy=False)
+    return hashlib.sha256(what.encode() + image.tobytes(order="C")).hexdigest()
 
 
 def check_federated(dataset: FederatedDataset) -> FederatedDataset:

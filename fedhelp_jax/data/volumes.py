@@ -9,13 +9,13 @@ _BLOCK_VOXELS = 2**24
 
 
 def resize_volumes(volumes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Returns volumes resized, uint8 [N, *size, 1].
+    """Returns volumes resized, [N, *size, 1], uint8 or float32 as they are.
 
-    Antialiased and linear along each axis, as `jax.image.resize(method="linear")`, and rounded.
-    Sides are stretched independently.
+    Antialiased and linear along each axis, as `jax.image.resize(method="linear")`; uint8 is
+    rounded. Sides are stretched independently.
 
     Args:
-        volumes: uint8 [N, D, H, W].
+        volumes: uint8 or float32 [N, D, H, W].
         size: The three sides of the result; volumes that have them already keep their voxels.
     """
     if volumes.shape[1:] == tuple(size):
@@ -23,15 +23,40 @@ def resize_volumes(volumes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     depth, height, width = (
         _weights(old, new) for old, new in zip(volumes.shape[1:], size, strict=True)
     )
-    resized = np.zeros((len(volumes), *size), np.uint8)
+    resized = np.zeros((len(volumes), *size), volumes.dtype)
     block = max(1, _BLOCK_VOXELS // volumes[0].size) if len(volumes) else 1
     for start in range(0, len(volumes), block):
         part = volumes[start : start + block].astype(np.float32)
         part = height @ (part @ width.T)
         part = depth @ part.reshape(*part.shape[:2], -1)
         # Weights are positive with sum 1, so that nothing leaves 0..255.
-        resized[start : start + block] = np.rint(part).reshape(-1, *size)
+        part = np.rint(part) if volumes.dtype == np.uint8 else part
+        resized[start : start + block] = part.reshape(-1, *size)
     return resized[..., None]
+
+
+def resize_volume(volume: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Returns one volume resized as by `resize_volumes`, [*size, C].
+
+    Args:
+        volume: uint8 or float32 [D, H, W] or, of several modalities, [D, H, W, C].
+        size: The three sides of the result.
+    """
+    channels = np.moveaxis(volume, -1, 0) if volume.ndim == 4 else volume[None]
+    return np.moveaxis(resize_volumes(channels, size)[..., 0], 0, -1)
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Returns a mask resized, [*size]: the class at the centre of each new pixel or voxel.
+
+    Along an axis of n, place i of m is place ``floor((i + 1/2) n / m)``.
+
+    Args:
+        mask: [H, W] or [D, H, W].
+        size: The sides of the result.
+    """
+    places = [(2 * np.arange(m) + 1) * n // (2 * m) for n, m in zip(mask.shape, size, strict=True)]
+    return mask[np.ix_(*places)]
 
 
 def scanner_shift(volumes: np.ndarray, seed: int, client: int) -> np.ndarray:

@@ -11,6 +11,8 @@ from fedhelp_jax.report import files
 
 SHARES = ("shares.csv", "shares.png")
 
+_MOST_BARS, _MOST_NAMES = 60, 40
+
 _SPLITS = ("train", "validation", "test")
 
 
@@ -40,11 +42,16 @@ def share_rows(dataset: FederatedDataset, roles: Sequence[str]) -> list[dict[str
 
 
 def _counts(dataset: FederatedDataset, members: np.ndarray) -> np.ndarray:
-    return np.bincount(dataset.labels[members], minlength=len(dataset.label_names))
+    labels, names = dataset.labels[members], dataset.label_names
+    if labels.ndim == 1:
+        return np.bincount(labels, minlength=len(names))
+    first = 1 if len(names) == 1 else 0  # a single name is the foreground's
+    pixels = labels.reshape(len(labels), -1)
+    return np.array([(pixels == first + i).any(1).sum() for i in range(len(names))])
 
 
 def _draw(path: Path, dataset: FederatedDataset) -> None:
-    """A bar per client of its training examples, coloured by class."""
+    """A bar per client of its training examples, coloured by class; of many, one wide band."""
     # Here, because it takes a second.
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,15 +59,25 @@ def _draw(path: Path, dataset: FederatedDataset) -> None:
 
     names = [client.name for client in dataset.clients]
     counts = np.array([_counts(dataset, client.train) for client in dataset.clients])
-    figure = Figure(figsize=(7, 1.4 + 0.3 * len(names)), layout="constrained")
+    bars = len(names) <= _MOST_BARS
+    figure = Figure(figsize=(7, 1.4 + 0.3 * len(names) if bars else 4), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     colours = colormaps["tab20"](np.arange(len(dataset.label_names)) % 20)
-    for label, name in enumerate(dataset.label_names):
-        left = counts[:, :label].sum(1)
-        axis.barh(names, counts[:, label], left=left, label=name, color=colours[label])
-    axis.invert_yaxis()
-    axis.set_xlabel("training images")
+    if bars:
+        for label, name in enumerate(dataset.label_names):
+            left = counts[:, :label].sum(1)
+            axis.barh(names, counts[:, label], left=left, label=name, color=colours[label])
+        axis.invert_yaxis()
+        axis.set_xlabel("training images")
+    else:
+        order = np.argsort(-counts.sum(1), kind="stable")
+        axis.stackplot(
+            np.arange(len(names)), counts[order].T, labels=dataset.label_names, colors=colours
+        )
+        axis.set_xlabel("clients, the largest first")
+        axis.set_ylabel("training images")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    if len(dataset.label_names) <= _MOST_NAMES:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)

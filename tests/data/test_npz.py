@@ -3,6 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from fedhelp_jax.data.clients import Splitting
 from fedhelp_jax.data.medmnist import load_medmnist
 from fedhelp_jax.data.npz import load_npz_public
 from fedhelp_jax.data.sharing import Sharing
@@ -33,9 +34,11 @@ def medmnist(**changes):
 
 
 def load(path, fractions=(0.6, 0.3, 0.1), seed=0, **changes):
-    settings = {"image_size": 8, "validation_fraction": 0.1, "max_train": None}
+    splitting = Splitting("grouped", changes.pop("validation_fraction", 0.1), 0.25, None, seed)
+    splitting = splitting._replace(max_train=changes.pop("max_train", None))
     sharing = changes.pop("sharing", Sharing(fractions=fractions))
-    return load_medmnist(path, sharing=sharing, seed=seed, **(settings | changes))
+    settings = {"image_size": 8} | changes
+    return load_medmnist(path, sharing=sharing, splitting=splitting, **settings)
 
 
 # --- public ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Examples are shared out as the formulas say, all of them, and no draw goes on for ever."""
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from helpers import use_tiny_networks
 
 from fedhelp_jax.data import sharing as sharings
 from fedhelp_jax.data.partition import partition, rng_for
-from fedhelp_jax.data.sharing import KINDS, Sharing, share_out, share_out_alike
+from fedhelp_jax.data.sharing import (
+    KINDS,
+    Sharing,
+    looks,
+    share_out,
+    share_out_alike,
+    share_out_by_looks,
+    units_of,
+)
 from fedhelp_jax.errors import UserError
 
 LABELS = np.repeat(np.arange(5), [400, 300, 200, 60, 40])
@@ -29,7 +38,7 @@ def assert_partition(parts, total):
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(total))
 
 
-@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("by", [by for by in KINDS if by != "clusters"])
 def test_everyone_gets_some_all_are_given_and_the_seed_decides(by):
     how = EQUAL._replace(by=by, min_examples=5)
     parts = share_out(LABELS, how, rng())
@@ -93,6 +102,81 @@ def test_a_draw_that_cannot_end_is_refused_and_a_tiny_alpha_draws_a_corner():
     assert sorted(corner) == [0, 0, 0, 1]
 
 
+@pytest.mark.parametrize("by", [by for by in KINDS if by != "clusters"])
+def test_groups_stay_whole(by):
+    """Of 300 patients with one to five images each."""
+    groups = np.repeat(rng().permutation(300), rng().integers(1, 6, 300))
+    labels = rng(1).integers(0, 5, len(groups))
+    how = EQUAL._replace(by=by, alpha=5.0, shards=4)
+    parts = share_out(labels, how, rng(2), groups)
+    assert_partition(parts, len(groups))
+    owners = [set(groups[part].tolist()) for part in parts]
+    assert sum(map(len, owners)) == 300
+    if by in ("fractions", "iid"):
+        # A client's size is off by less than the largest group.
+        assert max(abs(len(part) - len(groups) / 4) for part in parts) < 5
+    tests = share_out_alike([labels[part] for part in parts], labels, rng(3), groups)
+    assert_partition(tests, len(groups))
+    assert sum(len(set(groups[part].tolist())) for part in tests) == 300
+
+
+def test_a_group_is_of_its_most_frequent_class():
+    groups, labels = np.array([7, 7, 2, 7, 2, 5]), np.array([1, 0, 2, 0, 1, 3])
+    units = units_of(groups, labels)
+    np.testing.assert_array_equal(units.of, [0, 0, 1, 0, 1, 2])
+    np.testing.assert_array_equal(units.sizes, [3, 2, 1])
+    np.testing.assert_array_equal(units.labels, [0, 1, 3])
+
+
+def test_groups_too_large_to_share_out_are_refused():
+    groups = np.array([0] * 20 + [1])
+    how = Sharing("iid", num_clients=2, min_examples=3)
+    with pytest.raises(UserError, match="21 examples in 2 groups leave one of 2 clients"):
+        share_out(np.zeros(21, int), how, rng(), groups)
+
+
+def pictures(kinds):
+    """Grey images of a few looks, with noise."""
+    draw = np.random.default_rng(0)
+    base = draw.uniform(40, 210, (max(kinds) + 1, 12, 10, 1))
+    noise = draw.normal(0, 3, (len(kinds), 12, 10, 1))
+    return (base[kinds] + noise).clip(0, 255).astype(np.uint8)
+
+
+def test_clusters_are_images_that_look_alike():
+    kinds = np.repeat([0, 1, 2], [50, 30, 20])[np.random.default_rng(1).permutation(100)]
+    is_test = np.arange(100) % 4 == 0
+    how = Sharing("clusters", num_clients=3)
+    owner = share_out_by_looks(pictures(kinds), is_test, how, rng(), np.arange(100))
+    # The largest first; test images are with those that they look like.
+    np.testing.assert_array_equal(owner, kinds)
+    again = share_out_by_looks(pictures(kinds), is_test, how, rng(), np.arange(100))
+    np.testing.assert_array_equal(owner, again)
+
+
+def test_clusters_keep_groups_whole_and_are_refused_where_one_would_be_too_small():
+    kinds = np.repeat([0, 1], [40, 3])
+    images, is_test = pictures(kinds), np.zeros(43, bool)
+    groups = np.arange(43) // 5
+    how = Sharing("clusters", num_clients=2, min_examples=3)
+    owner = share_out_by_looks(images, is_test, how, rng(), groups)
+    assert all(len(np.unique(owner[groups == group])) == 1 for group in np.unique(groups))
+    with pytest.raises(UserError, match=r"in 20 draws some of 2 clusters .*min_examples = 25"):
+        how = how._replace(min_examples=25)
+        share_out_by_looks(images, is_test, how, rng(), np.arange(43))
+
+
+def test_looks_are_means_of_cells():
+    images = np.random.default_rng(0).integers(0, 256, (5, 19, 3, 2), dtype=np.uint8)
+    cuts = np.arange(9) * 19 // 8
+    expected = [
+        images[:, a:b, column].astype(float).mean(1)
+        for a, b in itertools.pairwise(cuts)
+        for column in range(3)
+    ]
+    np.testing.assert_allclose(looks(images), np.concatenate(expected, 1), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -100,9 +184,9 @@ def test_a_draw_that_cannot_end_is_refused_and_a_tiny_alpha_draws_a_corner():
         # Of eight pieces three are larger, and here the other client has them all.
         (
             Sharing("shards", num_clients=2, shards=4, min_examples=5),
-            "2 clients of 4 pieces leave one with fewer than 5 of 11 examples",
+            "pieces of 4 a client: 11 examples leave one of 2 clients with fewer than 5",
         ),
-        (Sharing("site"), "data.split_by must be one of fractions, dirichlet"),
+        (Sharing("site"), "data.split_by must be one of fractions, iid"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(how, words):
@@ -169,7 +253,8 @@ def test_a_run_shows_who_has_what(tmp_path, monkeypatch):
     [
         ("phantoms", "dirichlet", "fractions"),
         ("npz_masks", "shards", "fractions or site"),
-        ("medmnist", "site", "fractions or dirichlet or quantity or shards"),
+        ("medmnist", "site", "fractions or iid or quantity or dirichlet or shards or clusters"),
+        ("fed_isic2019", "fractions", "site"),
     ],
 )
 def test_what_a_data_set_cannot_be_split_by_is_refused(capsys, tmp_path, name, by, right):

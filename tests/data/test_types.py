@@ -82,7 +82,7 @@ def test_hash_is_of_shape_and_pixels():
     assert image_sha256(image) != image_sha256(image.reshape(6, 2))
     assert image_sha256(np.asfortranarray(image)) == image_sha256(image)
     with pytest.raises(TypeError, match="uint8"):
-        image_sha256(image.astype(np.float32))
+        image_sha256(image.astype(np.float64))
 
 
 def test_data_does_not_bring_jax_along():

@@ -1,0 +1,114 @@
+"""From what is known of examples to clients: whole groups, official splits, metadata columns."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from fedhelp_jax.data.clients import Column, Examples, Splitting, make_clients
+from fedhelp_jax.data.sharing import KINDS, Sharing
+from fedhelp_jax.errors import UserError
+
+# 240 images of 80 patients, three each, at three hospitals.
+PATIENT = np.repeat(np.arange(80), 3)
+SITE = np.repeat([0, 1, 2], [150, 60, 30])
+LABELS = np.random.default_rng(0).integers(0, 3, 240)
+IMAGES = np.random.default_rng(1).integers(0, 256, (240, 4, 4, 1), dtype=np.uint8)
+COLUMNS = {
+    "site": Column(SITE, ["north", "south", "west"]),
+    "group": Column(PATIENT, [f"p{number}" for number in range(80)]),
+    "sex": Column(PATIENT % 2, ["f", "m"]),
+}
+EXAMPLES = Examples(IMAGES, LABELS, PATIENT, None, COLUMNS)
+SPLITTING = Splitting("grouped", 0.1, 0.25, None, 0)
+
+
+def made(by, examples=EXAMPLES, splitting=SPLITTING, **sharing):
+    how = Sharing(by, (0.5, 0.3, 0.2), num_clients=3, alpha=5.0, **sharing)
+    return make_clients(examples, how, splitting, name="toy", where="data.name: toy")
+
+
+def assert_sound(clients, total=240):
+    """Nobody has an example twice, and no patient stands on two sides or with two clients."""
+    all_parts = [part for client in clients for part in client[1:]]
+    together = np.concatenate(all_parts)
+    assert len(np.unique(together)) == len(together) == total
+    patients = [set(PATIENT[part].tolist()) for part in all_parts]
+    assert sum(map(len, patients)) == len(set.union(*patients))
+    assert all(len(client.train) and len(client.test) for client in clients)
+
+
+@pytest.mark.parametrize("by", [*KINDS, "site", "column:sex", None])
+def test_patients_stay_on_one_side_and_with_one_client(by):
+    clients = made(by)
+    assert_sound(clients)
+    for client in clients:
+        size = sum(map(len, client[1:]))
+        assert abs(len(client.test) - 0.25 * size) <= 3
+    names = {"site": ("north", "south", "west"), None: ("north", "south", "west")}
+    names["column:sex"] = ("f", "m")
+    expected = names.get(by, ("client_0", "client_1", "client_2"))
+    assert tuple(client.name for client in clients) == expected
+    other = made(by, splitting=SPLITTING._replace(seed=1))
+    assert any(
+        not np.array_equal(a.test, b.test) for a, b in zip(clients, other, strict=True)
+    )  # the seed decides
+
+
+@pytest.mark.parametrize("by", [*KINDS, "site", "column:sex"])
+def test_an_official_split_is_kept(by):
+    official = PATIENT % 5 == 0
+    clients = made(by, EXAMPLES._replace(is_test=official))
+    assert_sound(clients)
+    for client in clients:
+        assert official[client.test].all()
+        assert not official[client.train].any() and not official[client.validation].any()
+
+
+def test_training_examples_of_tested_patients_are_dropped_unless_official():
+    official = np.arange(240) % 10 == 0  # cuts patients
+    examples = EXAMPLES._replace(is_test=official)
+    clients = made("site", examples)
+    kept = np.concatenate([np.r_[client.train, client.validation] for client in clients])
+    assert not set(PATIENT[kept]) & set(PATIENT[official])
+    clients = made("site", examples, SPLITTING._replace(split="official"))
+    assert sum(len(part) for client in clients for part in client[1:]) == 240
+
+
+def test_a_client_a_patient(caplog):
+    """Then a patient's images are on both sides, knowingly; who has too few is left out."""
+    patients = np.repeat(np.arange(30), [1] * 10 + [6] * 20)
+    columns = {"group": Column(patients, [f"p{number}" for number in range(30)])}
+    examples = Examples(IMAGES[:130], LABELS[:130], patients, None, columns)
+    with caplog.at_level(logging.WARNING):
+        clients = made("column:group", examples)
+    assert [client.name for client in clients] == [f"p{number}" for number in range(10, 30)]
+    assert {len(client.test) for client in clients} == {1}
+    assert "10 of 30 values of group have too few examples: left out" in caplog.text
+
+
+def test_masks_are_shared_out_but_not_by_class():
+    masks = EXAMPLES._replace(labels=None)
+    assert_sound(made("quantity", masks))
+    for by in ("dirichlet", "shards"):
+        with pytest.raises(UserError, match=f"'{by}' needs a class of each image.*toy has masks"):
+            made(by, masks)
+
+
+def test_what_is_not_known_is_refused():
+    with pytest.raises(
+        UserError, match=r"toy has no sx, which.*site, group, sex; did you mean sex"
+    ):
+        made("column:sx")
+    with pytest.raises(UserError, match="has no site, which.*it has nothing of that kind"):
+        made("site", EXAMPLES._replace(columns={}))
+    with pytest.raises(UserError, match="split_by must be one of fractions, iid.*got 'hospital'"):
+        made("hospital")
+    with pytest.raises(UserError, match="no value of sex has data.min_examples = 200"):
+        made("column:sex", min_examples=200)
+
+
+def test_without_sites_clients_are_made_by_fractions():
+    clients = made(None, EXAMPLES._replace(columns={}))
+    sizes = [sum(map(len, client[1:])) for client in clients]
+    assert np.abs(np.array(sizes) - [120, 72, 48]).max() <= 3
