@@ -414,6 +414,10 @@ def _check_together(config: RunConfig) -> None:
             raise UserError(
                 f"config.{key} is not set, but {owner} {name} needs {what}: give --config.{key}=..."
             )
+    if "z_score" in config.data.harmonize[:-1]:
+        raise UserError(
+            "config.data.harmonize: z_score must be the last, since it leaves no pixels"
+        )
     _check_task(config)
     _check_teacher(config.teacher)
 

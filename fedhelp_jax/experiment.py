@@ -1,11 +1,13 @@
 """From settings to what runs: data, roles, teacher, models and method put together."""
 
 import dataclasses
+import logging
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedhelp_jax import task as tasks
@@ -29,6 +31,14 @@ from fedhelp_jax.streaming import StreamedSimulation
 from fedhelp_jax.task import Task
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.resolve import resolve_answers
+from fedhelp_jax.transforms import harmonize
+
+# Floats past this are no normalised images.
+_LARGE = 100
+
+_log = logging.getLogger(__name__)
+
+_Data = TypeVar("_Data", FederatedDataset, PublicDataset)
 
 
 class Loaded(NamedTuple):
@@ -142,6 +152,7 @@ def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> Phases:
         batch_size=config.batch_size,
         public_batch_size=config.public_batch_size,
         local_epochs=config.local_epochs,
+        augment=config.data.augment,
         rounds=config.rounds,
         public=_public_spec(loaded.public, loaded.answers),
         server_tx=_server_optimizer(config.server),
@@ -168,13 +179,23 @@ def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> Phases:
 def load_data(
     config: RunConfig, *, with_public: bool
 ) -> tuple[FederatedDataset, PublicDataset | None]:
-    """The private data, and the public where wanted.
+    """The private data, and the public where wanted, harmonised as ``data.harmonize`` says.
 
     Raises:
-      UserError: If they cannot be read, or are not images of one kind.
+      UserError: If they cannot be read or harmonised, or are not images of one kind.
     """
-    masks = config.task == "segmentation"
-    dataset = load_federated(config.data, config.seed, masks=masks)
+    masks, names = config.task == "segmentation", config.data.harmonize
+    dataset = _harmonized(load_federated(config.data, config.seed, masks=masks), names)
+    if "z_score" not in names and np.issubdtype(dataset.images.dtype, np.floating):
+        low, high = float(dataset.images.min()), float(dataset.images.max())
+        if max(abs(low), abs(high)) > _LARGE:
+            _log.warning(
+                "data %s holds values from %g to %g, which networks learn badly from: "
+                "data.harmonize=('percentile_clip','z_score') would bring images to one scale",
+                dataset.name,
+                low,
+                high,
+            )
     if not with_public:
         return dataset, None
     public = load_public(
@@ -185,12 +206,24 @@ def load_data(
         volume_size=config.data.volume_size,
         cache_dir=config.data.cache_dir,
     )
+    public = _harmonized(public, names)
     if public.images.shape[1:] != dataset.images.shape[1:]:
         raise UserError(
             f"public.name: {public.name} holds images {list(public.images.shape[1:])}, but those "
             f"of {dataset.name} are {list(dataset.images.shape[1:])}; one network sees both"
         )
     return dataset, public
+
+
+def _harmonized(data: _Data, names: tuple[str, ...]) -> _Data:
+    if not names:
+        return data
+    try:
+        images = harmonize(data.images, names)
+    except ValueError as error:
+        raise UserError(f"config.data.harmonize: {data.name}: {error}") from None
+    # What was done is told wherever the data's name appears; answers may depend on it.
+    return data._replace(name="_".join((data.name, *names)), images=images)
 
 
 def task_of(config: RunConfig, dataset: FederatedDataset) -> Task:

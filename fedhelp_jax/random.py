@@ -19,6 +19,7 @@ class Purpose(enum.IntEnum):
     PUBLIC_BATCHES = 4
     ROUNDS = 5
     SERVER = 6
+    AUGMENTATION = 7
 
 
 def for_purpose(key: jax.Array, purpose: Purpose) -> jax.Array:

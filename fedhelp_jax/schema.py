@@ -50,6 +50,14 @@ def one_of_or(prefix: str, *names: str) -> Check:
     )
 
 
+def some_of(*names: str) -> Check:
+    """A tuple of some of `names`, each once."""
+    return Check(
+        lambda values: set(values) <= set(names) and len(set(values)) == len(values),
+        f"a tuple of some of {', '.join(names)}, each once",
+    )
+
+
 def _are_fractions(values: tuple[float, ...]) -> bool:
     return bool(values) and min(values) > 0 and abs(sum(values) - 1) <= 1e-6
 
@@ -61,6 +69,8 @@ _SHARE = Check(lambda value: 0 <= value <= 1, "from 0 to 1")
 _PART_OR_NONE = Check(lambda value: 0 <= value < 1, "at least 0 and less than 1")
 _FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
 _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
+HARMONIZATIONS = ("colour_constancy", "percentile_clip", "z_score")
+AUGMENTATIONS = ("flip", "flip_all", "affine", "brightness")
 PREPARED = "tfds:"  # before the name of a data set that TFDS has prepared
 PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")
 PIXEL_LAYOUTS = ("nhwc", "nchw")
@@ -191,6 +201,18 @@ class DataConfig:
         0.25,
         "part of a client's images for its test, where there is no official test split",
         within(0, 1, closed=False),
+    )
+    harmonize: tuple[str, ...] = setting(
+        (),
+        "what is done to every image, private and public: colour_constancy, percentile_clip, "
+        "z_score (last), in this order",
+        some_of(*HARMONIZATIONS),
+    )
+    augment: tuple[str, ...] = setting(
+        (),
+        "how private training batches are changed, masks with them: flip (left-right), flip_all "
+        "(all axes), affine, brightness",
+        some_of(*AUGMENTATIONS),
     )
     cache_dir: str | None = setting(None, "where decoded images are kept between runs")
 

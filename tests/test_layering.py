@@ -15,6 +15,7 @@ LAYERS: tuple[str, ...] = (
     "random",
     "losses",
     "mask_losses",
+    "transforms",
     "released",
     "metrics",
     "surface",

@@ -15,6 +15,7 @@ from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.random import Purpose, for_purpose
 from fedhelp_jax.task import Task
+from fedhelp_jax.transforms import augment
 from fedhelp_jax.tree import weighted_mean
 
 
@@ -51,6 +52,7 @@ class Setup(NamedTuple):
       public_batch_size: Public examples a step.
       local_epochs: Passes over a client's data in a round.
       public: Label spaces of the public set, or None without one.
+      augment: How training batches are changed, of `fedhelp_jax.transforms.AUGMENTATIONS`.
       rounds: How many rounds the run has, for methods with a schedule over them.
     """
 
@@ -63,6 +65,7 @@ class Setup(NamedTuple):
     public_batch_size: int
     local_epochs: int
     public: PublicSpec | None
+    augment: tuple[str, ...] = ()
     rounds: int = 1
     sgd_rate: float | jax.Array = 0.01
     weight_decay: float = 0.0
@@ -216,6 +219,8 @@ def local_epochs(
 ) -> tuple[Any, Info]:
     """A round's pass over a client's private data, in the same batches whatever the method.
 
+    With ``setup.augment`` each batch is changed at random before the step sees it.
+
     Args:
       setup: What the method is given.
       key: The client's in this round.
@@ -226,8 +231,15 @@ def local_epochs(
     Returns:
       ``(carry, info)``, as :func:`~fedhelp_jax.client.run_epochs`.
     """
+    augmentation = for_purpose(key, Purpose.AUGMENTATION)
+
+    def step_augmented(carry: Any, batch: Batch, number: jax.Array) -> tuple[Any, Info]:
+        own = jax.random.fold_in(augmentation, number)
+        images, targets = augment(own, batch.images, batch.targets, setup.augment)
+        return step(carry, batch._replace(images=images, targets=targets), number)
+
     return run_epochs(
-        step,
+        step_augmented if setup.augment else step,
         carry,
         data,
         for_purpose(key, Purpose.PRIVATE_BATCHES),

@@ -49,7 +49,7 @@ def final_masks(
                 order = np.argsort(dice, kind="stable")
                 for place, word in ((order[len(order) // 2], "middle"), (order[0], "worst")):
                     name = f"{client}, {word} of {len(order)}"
-                    image = dataset.images[examples[place]]
+                    image = _pixels(dataset.images[examples[place]])
                     rows.append(
                         Row(name, image, truth[place], predicted[place], float(dice[place]))
                     )
@@ -63,6 +63,15 @@ def final_masks(
         folder.mkdir(parents=True, exist_ok=True)
         segmentation_panel(folder / f"{group.role}.png", title, rows, dataset.label_names)
     return found
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    """uint8 of the same shape, of several modalities the first; floats from percentile 1 to 99."""
+    image = image[..., :1] if image.ndim == 4 else image
+    if image.dtype == np.uint8:
+        return image
+    low, high = np.percentile(image, (1, 99))
+    return np.rint(255 * ((image - low) / ((high - low) or 1)).clip(0, 1)).astype(np.uint8)
 
 
 def _dice(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
