@@ -82,11 +82,11 @@ settings, with their defaults:
 DATA = """\
 usage: fedhelp data list
        fedhelp data describe NAME[/CONFIG]
-       fedhelp data prepare NAME[/CONFIG] --manual_dir=FOLDER [--data_dir=FOLDER]
+       fedhelp data prepare NAME[/CONFIG] [--manual_dir=FOLDER] [--data_dir=FOLDER]
                     [--allow_repacked]
 
   --manual_dir      the folder of the download, as its publisher hands it out; archives in it need
-                    not be unpacked
+                    not be unpacked. MedMNIST is fetched to DATA_DIR/downloads if left out
   --data_dir        where prepared sets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if left out.
                     An interrupted preparation goes on from what it has made there
   --allow_repacked  take a file whose checksum is not the published one

@@ -2,7 +2,8 @@
 
 A prepared set lies in ``DATA_DIR/NAME[/CONFIG]/VERSION`` as TensorFlow Datasets lays it out, in
 array_record files, which need no TensorFlow to be written or read. What an interrupted preparation
-has made lies in ``DATA_DIR/.unfinished/NAME[/CONFIG]`` and is gone on from.
+has made lies in ``DATA_DIR/.unfinished/NAME[/CONFIG]`` and is gone on from; what is fetched lies in
+``DATA_DIR/downloads/NAME`` and stays there.
 """
 
 import errno
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from fedhelp_jax.data.builders import BUILDERS
 from fedhelp_jax.data.builders.base import Builder
+from fedhelp_jax.data.builders.fetch import fetch
 from fedhelp_jax.data.downloads import is_disk_full
 from fedhelp_jax.errors import UserError, suggest
 
@@ -75,7 +77,7 @@ def prepare(
 
     Args:
       name: ``NAME`` or ``NAME/CONFIG``.
-      manual_dir: The folder of the download.
+      manual_dir: The folder of the download; None fetches it, where that needs nobody's leave.
       data_dir: As of :func:`builder`.
       say: Where progress goes.
       allow_repacked: Takes files whose official checksum differs, and only says so.
@@ -84,18 +86,22 @@ def prepare(
       The folder of the prepared set.
 
     Raises:
-      UserError: If the download is not as its publisher lays it out, or the disk is full.
+      UserError: If the download is not as its publisher lays it out or cannot be fetched, or the
+        disk is full.
     """
     made = builder(name, data_dir)
     folder = Path(made.data_path)
     if folder.exists():
         say(f"{folder} is there already; remove it to prepare it anew")
         return folder
-    if manual_dir is None:
+    remote = made.remote() if manual_dir is None else None
+    if remote:
+        manual_dir = str(Path(made.data_dir_root) / "downloads" / made.name)
+    elif manual_dir is None:
         raise UserError(
             f"--manual_dir is missing: the folder of the download; see fedhelp data describe {name}"
         )
-    if not Path(manual_dir).is_dir() or not os.listdir(manual_dir):
+    elif not Path(manual_dir).is_dir() or not os.listdir(manual_dir):
         raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")
     made.scratch = Path(made.data_dir_root) / ".unfinished" / name
     made.say, made.allow_repacked = say, allow_repacked
@@ -104,6 +110,9 @@ def prepare(
     made.planned, made.done = progress.begin, progress.add
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     try:
+        if remote:
+            fetched = _Progress(say, "MB", 1e6)
+            fetch(remote, Path(manual_dir), say, fetched.begin, fetched.add)
         made.download_and_prepare(download_dir=made.scratch / "downloads", download_config=config)
     except (OSError, RuntimeError) as error:
         if is_disk_full(error):
@@ -133,15 +142,16 @@ def describe(name: str) -> str:
 
 
 class _Progress:
-    """Says how many examples are made, and how long the rest takes."""
+    """Says how much is done, and how long the rest takes."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, say: Callable[[str], None], unit: str = "examples", scale: float = 1):
         self._say, self._total, self._count = say, 0, 0
+        self._unit, self._scale = unit, scale
         self._started = self._said = time.monotonic()
 
     def begin(self, total: int) -> None:
         self._total, self._started = total, time.monotonic()
-        self._say(f"{total} examples")
+        self._say(f"{self._number(total)} {self._unit}")
 
     def add(self, count: int) -> None:
         self._count += count
@@ -149,4 +159,8 @@ class _Progress:
         if now - self._said > _EVERY and self._count < self._total:
             self._said = now
             left = (now - self._started) / self._count * (self._total - self._count)
-            self._say(f"{self._count} of {self._total} examples  left {left:.0f} s")
+            counts = f"{self._number(self._count)} of {self._number(self._total)}"
+            self._say(f"{counts} {self._unit}  left {left:.0f} s")
+
+    def _number(self, count: int) -> str:
+        return str(count) if self._scale == 1 else f"{count / self._scale:.1f}"
