@@ -1,4 +1,6 @@
-"""``fedhelp data``: lists, describes and prepares the data sets that have a builder here.
+"""``fedhelp data``: lists the data sets that have a builder here, describes and prepares any.
+
+Names that are not ours are looked up in the catalogue of TensorFlow Datasets.
 
 A prepared set lies in ``DATA_DIR/NAME[/CONFIG]/VERSION`` as TensorFlow Datasets lays it out, in
 array_record files, which need no TensorFlow to be written or read. What an interrupted preparation
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from fedhelp_jax.data.builders import BUILDERS
+from fedhelp_jax.data.builders import BUILDERS, catalogue
 from fedhelp_jax.data.builders.base import Builder
 from fedhelp_jax.data.builders.fetch import fetch
 from fedhelp_jax.data.downloads import is_disk_full
@@ -26,7 +28,7 @@ _EVERY = 5.0  # seconds between two lines of progress
 
 
 def names() -> list[str]:
-    """All data sets that can be prepared: ``NAME`` or ``NAME/CONFIG``."""
+    """All data sets that have a builder here: ``NAME`` or ``NAME/CONFIG``."""
     return [
         f"{name}/{config.name}" if config else name
         for name, cls in BUILDERS.items()
@@ -76,7 +78,7 @@ def prepare(
     """Prepares a data set, or goes on where an earlier attempt was stopped.
 
     Args:
-      name: ``NAME`` or ``NAME/CONFIG``.
+      name: ``NAME`` or ``NAME/CONFIG``, also of TFDS's catalogue.
       manual_dir: The folder of the download; None fetches it, where that needs nobody's leave.
       data_dir: As of :func:`builder`.
       say: Where progress goes.
@@ -89,11 +91,32 @@ def prepare(
       UserError: If the download is not as its publisher lays it out or cannot be fetched, or the
         disk is full.
     """
-    made = builder(name, data_dir)
+    if _is_of_catalogue(name):
+        made = catalogue.builder(name, data_dir, "array_record")
+    else:
+        made = builder(name, data_dir)
     folder = Path(made.data_path)
     if folder.exists():
         say(f"{folder} is there already; remove it to prepare it anew")
         return folder
+    if manual_dir is not None and not (Path(manual_dir).is_dir() and os.listdir(manual_dir)):
+        raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")
+    if isinstance(made, Builder):
+        made.allow_repacked = allow_repacked
+        _prepare(name, made, manual_dir, say)
+    else:
+        catalogue.prepare(name, made, manual_dir, say)
+    counts = ", ".join(f"{split} {info.num_examples}" for split, info in made.info.splits.items())
+    say(f"written: {folder} ({counts})")
+    return folder
+
+
+def _is_of_catalogue(name: str) -> bool:
+    # Ours come first: TFDS needs a moment to look through its modules.
+    return name.partition("/")[0] not in BUILDERS and catalogue.has(name)
+
+
+def _prepare(name: str, made: Builder, manual_dir: str | None, say: Callable[[str], None]) -> None:
     remote = made.remote() if manual_dir is None else None
     if remote:
         manual_dir = str(Path(made.data_dir_root) / "downloads" / made.name)
@@ -101,10 +124,8 @@ def prepare(
         raise UserError(
             f"--manual_dir is missing: the folder of the download; see fedhelp data describe {name}"
         )
-    elif not Path(manual_dir).is_dir() or not os.listdir(manual_dir):
-        raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")
     made.scratch = Path(made.data_dir_root) / ".unfinished" / name
-    made.say, made.allow_repacked = say, allow_repacked
+    made.say = say
     tfds.disable_progress_bar()  # it cannot tell the time left
     progress = _Progress(say)
     made.planned, made.done = progress.begin, progress.add
@@ -123,17 +144,16 @@ def prepare(
             raise
         raise UserError(f"{made.data_dir_root}: {said}") from None
     shutil.rmtree(made.scratch)
-    counts = ", ".join(f"{split} {info.num_examples}" for split, info in made.info.splits.items())
-    say(f"written: {folder} ({counts})")
-    return folder
 
 
 def describe(name: str) -> str:
     """What a user must know of a data set, in a few lines."""
-    made = builder(name)
-    about = made.about
+    made = catalogue.builder(name) if _is_of_catalogue(name) else builder(name)
+    about = made.about if isinstance(made, Builder) else catalogue.about(made)
     sizes = ", ".join(f"{part} {size}" for part, size in about.sizes.items())
-    features = "".join(f"\n  {key}: {kind}" for key, kind in made.features().items())
+    kinds = made.info.features
+    kinds = kinds if isinstance(kinds, tfds.features.FeaturesDict) else {"example": kinds}
+    features = "".join(f"\n  {key}: {kind}" for key, kind in kinds.items())
     return (
         f"{name}\n\n{about.description}\n\nhomepage: {about.homepage}\nlicence: {about.licence}\n"
         f"official sizes: {sizes or 'none published'}\n"
