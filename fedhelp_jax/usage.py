@@ -18,7 +18,7 @@ commands:
   sweep     many runs that differ in a few settings and seeds, as one compiled program
             fedhelp sweep --config=configs/quickstart.py --workdir=runs/sweep \\
                 --sweep=learning_rate=1e-4,1e-3 --sweep=algorithm.lambda_b=0,0.2 --seeds=0:4
-  data      list, describe and prepare data sets that are downloaded by hand
+  data      list, describe and prepare data sets, downloaded by hand or fetched
             fedhelp data prepare fed_isic2019 --manual_dir=DOWNLOAD
   tune      only the study's trials, on validation images; compare makes them too
             fedhelp tune --study=configs/studies/baselines.py --workdir=runs/baselines
@@ -82,11 +82,14 @@ settings, with their defaults:
 DATA = """\
 usage: fedhelp data list
        fedhelp data describe NAME[/CONFIG]
-       fedhelp data prepare NAME[/CONFIG] --manual_dir=FOLDER [--data_dir=FOLDER]
+       fedhelp data prepare NAME[/CONFIG] [--manual_dir=FOLDER] [--data_dir=FOLDER]
                     [--allow_repacked]
 
+NAME is one of the list, or of the catalogue of TensorFlow Datasets: fedhelp data describe cifar100
+
   --manual_dir      the folder of the download, as its publisher hands it out; archives in it need
-                    not be unpacked
+                    not be unpacked. MedMNIST and the catalogue are fetched to
+                    DATA_DIR/downloads if left out
   --data_dir        where prepared sets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if left out.
                     An interrupted preparation goes on from what it has made there
   --allow_repacked  take a file whose checksum is not the published one

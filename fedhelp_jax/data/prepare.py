@@ -1,8 +1,11 @@
-"""``fedhelp data``: lists, describes and prepares the data sets that have a builder here.
+"""``fedhelp data``: lists the data sets that have a builder here, describes and prepares any.
+
+Names that are not ours are looked up in the catalogue of TensorFlow Datasets.
 
 A prepared set lies in ``DATA_DIR/NAME[/CONFIG]/VERSION`` as TensorFlow Datasets lays it out, in
 array_record files, which need no TensorFlow to be written or read. What an interrupted preparation
-has made lies in ``DATA_DIR/.unfinished/NAME[/CONFIG]`` and is gone on from.
+has made lies in ``DATA_DIR/.unfinished/NAME[/CONFIG]`` and is gone on from; what is fetched lies in
+``DATA_DIR/downloads/NAME`` and stays there.
 """
 
 import errno
@@ -14,8 +17,9 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from fedhelp_jax.data.builders import BUILDERS
+from fedhelp_jax.data.builders import BUILDERS, catalogue
 from fedhelp_jax.data.builders.base import Builder
+from fedhelp_jax.data.builders.fetch import fetch
 from fedhelp_jax.data.downloads import is_disk_full
 from fedhelp_jax.errors import UserError, suggest
 
@@ -24,7 +28,7 @@ _EVERY = 5.0  # seconds between two lines of progress
 
 
 def names() -> list[str]:
-    """All data sets that can be prepared: ``NAME`` or ``NAME/CONFIG``."""
+    """All data sets that have a builder here: ``NAME`` or ``NAME/CONFIG``."""
     return [
         f"{name}/{config.name}" if config else name
         for name, cls in BUILDERS.items()
@@ -74,8 +78,8 @@ def prepare(
     """Prepares a data set, or goes on where an earlier attempt was stopped.
 
     Args:
-      name: ``NAME`` or ``NAME/CONFIG``.
-      manual_dir: The folder of the download.
+      name: ``NAME`` or ``NAME/CONFIG``, also of TFDS's catalogue.
+      manual_dir: The folder of the download; None fetches it, where that needs nobody's leave.
       data_dir: As of :func:`builder`.
       say: Where progress goes.
       allow_repacked: Takes files whose official checksum differs, and only says so.
@@ -84,26 +88,52 @@ def prepare(
       The folder of the prepared set.
 
     Raises:
-      UserError: If the download is not as its publisher lays it out, or the disk is full.
+      UserError: If the download is not as its publisher lays it out or cannot be fetched, or the
+        disk is full.
     """
-    made = builder(name, data_dir)
+    if _is_of_catalogue(name):
+        made = catalogue.builder(name, data_dir, "array_record")
+    else:
+        made = builder(name, data_dir)
     folder = Path(made.data_path)
     if folder.exists():
         say(f"{folder} is there already; remove it to prepare it anew")
         return folder
-    if manual_dir is None:
+    if manual_dir is not None and not (Path(manual_dir).is_dir() and os.listdir(manual_dir)):
+        raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")
+    if isinstance(made, Builder):
+        made.allow_repacked = allow_repacked
+        _prepare(name, made, manual_dir, say)
+    else:
+        catalogue.prepare(name, made, manual_dir, say)
+    counts = ", ".join(f"{split} {info.num_examples}" for split, info in made.info.splits.items())
+    say(f"written: {folder} ({counts})")
+    return folder
+
+
+def _is_of_catalogue(name: str) -> bool:
+    # Ours come first: TFDS needs a moment to look through its modules.
+    return name.partition("/")[0] not in BUILDERS and catalogue.has(name)
+
+
+def _prepare(name: str, made: Builder, manual_dir: str | None, say: Callable[[str], None]) -> None:
+    remote = made.remote() if manual_dir is None else None
+    if remote:
+        manual_dir = str(Path(made.data_dir_root) / "downloads" / made.name)
+    elif manual_dir is None:
         raise UserError(
             f"--manual_dir is missing: the folder of the download; see fedhelp data describe {name}"
         )
-    if not Path(manual_dir).is_dir() or not os.listdir(manual_dir):
-        raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")
     made.scratch = Path(made.data_dir_root) / ".unfinished" / name
-    made.say, made.allow_repacked = say, allow_repacked
+    made.say = say
     tfds.disable_progress_bar()  # it cannot tell the time left
     progress = _Progress(say)
     made.planned, made.done = progress.begin, progress.add
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     try:
+        if remote:
+            fetched = _Progress(say, "MB", 1e6)
+            fetch(remote, Path(manual_dir), say, fetched.begin, fetched.add)
         made.download_and_prepare(download_dir=made.scratch / "downloads", download_config=config)
     except (OSError, RuntimeError) as error:
         if is_disk_full(error):
@@ -114,17 +144,16 @@ def prepare(
             raise
         raise UserError(f"{made.data_dir_root}: {said}") from None
     shutil.rmtree(made.scratch)
-    counts = ", ".join(f"{split} {info.num_examples}" for split, info in made.info.splits.items())
-    say(f"written: {folder} ({counts})")
-    return folder
 
 
 def describe(name: str) -> str:
     """What a user must know of a data set, in a few lines."""
-    made = builder(name)
-    about = made.about
+    made = catalogue.builder(name) if _is_of_catalogue(name) else builder(name)
+    about = made.about if isinstance(made, Builder) else catalogue.about(made)
     sizes = ", ".join(f"{part} {size}" for part, size in about.sizes.items())
-    features = "".join(f"\n  {key}: {kind}" for key, kind in made.features().items())
+    kinds = made.info.features
+    kinds = kinds if isinstance(kinds, tfds.features.FeaturesDict) else {"example": kinds}
+    features = "".join(f"\n  {key}: {kind}" for key, kind in kinds.items())
     return (
         f"{name}\n\n{about.description}\n\nhomepage: {about.homepage}\nlicence: {about.licence}\n"
         f"official sizes: {sizes or 'none published'}\n"
@@ -133,15 +162,16 @@ def describe(name: str) -> str:
 
 
 class _Progress:
-    """Says how many examples are made, and how long the rest takes."""
+    """Says how much is done, and how long the rest takes."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, say: Callable[[str], None], unit: str = "examples", scale: float = 1):
         self._say, self._total, self._count = say, 0, 0
+        self._unit, self._scale = unit, scale
         self._started = self._said = time.monotonic()
 
     def begin(self, total: int) -> None:
         self._total, self._started = total, time.monotonic()
-        self._say(f"{total} examples")
+        self._say(f"{self._number(total)} {self._unit}")
 
     def add(self, count: int) -> None:
         self._count += count
@@ -149,4 +179,8 @@ class _Progress:
         if now - self._said > _EVERY and self._count < self._total:
             self._said = now
             left = (now - self._started) / self._count * (self._total - self._count)
-            self._say(f"{self._count} of {self._total} examples  left {left:.0f} s")
+            counts = f"{self._number(self._count)} of {self._number(self._total)}"
+            self._say(f"{counts} {self._unit}  left {left:.0f} s")
+
+    def _number(self, count: int) -> str:
+        return str(count) if self._scale == 1 else f"{count / self._scale:.1f}"

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from fedhelp_jax.data.builders.fetch import Remote
 from fedhelp_jax.data.downloads import KEY, Download
 from fedhelp_jax.data.images import DECODE_ERRORS
 from fedhelp_jax.data.parts import SIZE, Example, made
@@ -56,7 +57,7 @@ class Item(NamedTuple):
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder whose data the user has downloaded.
+    """A builder whose data the user has downloaded, or that fetches them itself.
 
     A subclass says what its data are (``about``), which examples there are (:meth:`plan`, which
     reads tables and names, but no image), and makes one example (:meth:`make`, in threads).
@@ -97,6 +98,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def metadata(self) -> tfds.core.MetadataDict | None:
         """For what only the download tells of the whole set; :meth:`plan` fills it in."""
+        return None
+
+    def remote(self) -> Remote | None:
+        """The file that is the whole download, where anybody may fetch it without asking."""
         return None
 
     @abstractmethod

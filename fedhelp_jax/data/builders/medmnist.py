@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fedhelp_jax.data.builders.base import About, Builder, Item, png
+from fedhelp_jax.data.builders.fetch import Remote
 from fedhelp_jax.data.downloads import KEY, Download, check_size, md5_of
 from fedhelp_jax.data.parts import Example
 from fedhelp_jax.errors import UserError
@@ -54,8 +55,8 @@ class Medmnist(Builder):
         homepage="https://medmnist.com/",
         licence="CC BY 4.0; DermaMNIST CC BY-NC 4.0",
         citation=_CITATION,
-        download=f"One folder with the set's .npz file (<name>_<size>.npz, or <name>.npz for 28) "
-        f"from {_URL}/<file>?download=1.",
+        download="Fetched by itself, or one folder with the set's .npz file (<name>_<size>.npz, or "
+        f"<name>.npz for 28) from {_URL}/<file>?download=1.",
         sizes={},
     )
 
@@ -78,6 +79,11 @@ class Medmnist(Builder):
             return {"volume": picture, **label, "group": tfds.features.Text()}
         image = tfds.features.Image(shape=(n, n, facts["channels"]), encoding_format="png")
         return {"image": image, **label, "group": tfds.features.Text()}
+
+    def remote(self) -> Remote:
+        """The set's file."""
+        subset, size = _parts(self._config_name)
+        return Remote(_url(subset, size), _file(subset, size), SUBSETS[subset]["md5"][size])
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
         """The official splits. Who or what is shown is not published: each id is its own group."""
@@ -205,6 +211,10 @@ def _file(subset: str, size: str) -> str:
     return f"{subset}.npz" if size == "28" else f"{subset}_{size}.npz"
 
 
+def _url(subset: str, size: str) -> str:
+    return f"{_URL}/{_file(subset, size)}?download=1"
+
+
 def _many(facts: dict[str, Any]) -> bool:
     return facts["task"].startswith("multi-label")
 
@@ -223,8 +233,8 @@ def _about(config: str) -> About:
         licence=facts["licence"],
         citation=_CITATION,
         download=f"""\
-One folder with
+Fetched by itself where --manual_dir is left out. Or else one folder with
 - {file} (md5 {facts["md5"][size]}), as it is, from
-  {_URL}/{file}?download=1""",
+  {_url(subset, size)}""",
         sizes=dict(zip(_SPLITS, facts["counts"], strict=True)),
     )

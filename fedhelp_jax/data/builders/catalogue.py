@@ -1,0 +1,125 @@
+"""Data sets of TensorFlow Datasets' own catalogue, prepared by its own builders."""
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+from tensorflow_datasets.core.download.util import DownloadError
+
+from fedhelp_jax.data.builders.base import About
+from fedhelp_jax.data.downloads import is_disk_full
+from fedhelp_jax.errors import UserError, suggest
+
+# TFDS waits twice as long before each, from 0.2 s; its own 10 take minutes without a network.
+_RETRIES = 4
+
+
+def has(name: str) -> bool:
+    """Whether the catalogue has ``NAME`` or ``NAME/CONFIG``; looks through modules, loads few."""
+    return name.partition("/")[0] in tfds.list_builders(with_community_datasets=False)
+
+
+def builder(
+    name: str, data_dir: str | None = None, file_format: str | None = None
+) -> tfds.core.DatasetBuilder:
+    """The builder of a set of the catalogue.
+
+    Args:
+      name: ``NAME`` or ``NAME/CONFIG``.
+      data_dir: Where prepared sets lie; None takes TFDS's default.
+      file_format: What it writes; None takes TFDS's default, or what is there already.
+
+    Raises:
+      UserError: If it has no such configuration, needs a package that is not installed, or is
+        there already in another format.
+    """
+    base, _, config = name.partition("/")
+    with _one_line(name):
+        known = [one.name for one in tfds.builder_cls(base).BUILDER_CONFIGS]
+        if config and config not in known:
+            raise UserError(f"{config!r} is not a configuration of {base}{suggest(config, known)}")
+        try:
+            return tfds.builder(name, data_dir=data_dir, file_format=file_format)
+        except ValueError as error:
+            raise _refused(name, error) from None
+
+
+def prepare(
+    name: str, made: tfds.core.DatasetBuilder, manual_dir: str | None, say: Callable[[str], None]
+) -> None:
+    """Downloads and prepares a set of the catalogue; downloads stay in ``DATA_DIR/downloads``.
+
+    Args:
+      name: What the user called it.
+      made: Its builder.
+      manual_dir: The folder of what TFDS cannot download.
+      say: Is told what is going on.
+
+    Raises:
+      UserError: If something cannot be downloaded, or is another file than TFDS expects, or a
+        package is needed that is not installed, or the disk is full.
+    """
+    asked = made.MANUAL_DOWNLOAD_INSTRUCTIONS
+    if asked and manual_dir is None:
+        raise UserError(f"--manual_dir is missing: {' '.join(asked.split())}")
+    downloads = Path(made.data_dir_root) / "downloads"
+    say(f"{name} is of TFDS's catalogue: prepared by its own builder, downloads in {downloads}")
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+    with _one_line(name):
+        made.download_and_prepare(download_dir=downloads, download_config=config)
+
+
+def about(made: tfds.core.DatasetBuilder) -> About:
+    """What TFDS tells of a set."""
+    info = made.info
+    return About(
+        description=info.description,
+        homepage=info.homepage,
+        licence=info.as_proto.redistribution_info.license or "see the homepage",
+        citation=info.citation or "see the homepage",
+        download=made.MANUAL_DOWNLOAD_INSTRUCTIONS or "Downloaded by TFDS itself.",
+        sizes={split: part.num_examples for split, part in info.splits.items()},
+    )
+
+
+@contextlib.contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Says in one line what is amiss; what TFDS prints of it is left out."""
+    before, downloader.MAX_RETRIES = downloader.MAX_RETRIES, _RETRIES
+    retrying = logging.getLogger("urllib3.connectionpool")
+    level = retrying.level
+    retrying.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except ImportError as error:
+        # TFDS says it anew with what it was about, and then the name is in the text only.
+        if "tensorflow" in (error.name or str(error)):
+            raise UserError(
+                f"{name} of TFDS's catalogue needs TensorFlow to be prepared: pip install "
+                "tensorflow, or prepare it elsewhere with file_format=array_record and copy the "
+                "folder; what is downloaded is kept"
+            ) from None
+        raise _refused(name, error) from None
+    except (OSError, DownloadError, NonMatchingChecksumError) as error:
+        raise _refused(name, error) from None
+    except RuntimeError as error:
+        if is_disk_full(error):
+            raise _refused(name, error) from None
+        raise
+    finally:
+        downloader.MAX_RETRIES = before
+        retrying.setLevel(level)
+
+
+def _refused(name: str, error: Exception) -> UserError:
+    said = " ".join(str(error).split())
+    return UserError(f"{name} of TFDS's catalogue cannot be prepared: {said}")
