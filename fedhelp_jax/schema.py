@@ -54,7 +54,8 @@ def some_of(*names: str) -> Check:
     """A tuple of some of `names`, each once."""
     return Check(
         lambda values: set(values) <= set(names) and len(set(values)) == len(values),
-        f"a tuple of some of {', '.join(names)}, each once",
+        f"some of {', '.join(names)}, each once",
+        names,
     )
 
 

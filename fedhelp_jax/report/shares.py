@@ -46,8 +46,8 @@ def _counts(dataset: FederatedDataset, members: np.ndarray) -> np.ndarray:
     if labels.ndim == 1:
         return np.bincount(labels, minlength=len(names))
     first = 1 if len(names) == 1 else 0  # a single name is the foreground's
-    pixels = labels.reshape(len(labels), -1)
-    return np.array([(pixels == first + i).any(1).sum() for i in range(len(names))])
+    axes = tuple(range(1, labels.ndim))
+    return np.array([(labels == first + i).any(axes).sum() for i in range(len(names))])
 
 
 def _draw(path: Path, dataset: FederatedDataset) -> None:

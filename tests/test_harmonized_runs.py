@@ -1,0 +1,186 @@
+"""Harmonised images and augmented batches, in runs."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import fedhelp, read, refusal, train
+from helpers import (
+    PUBLIC,
+    assert_trees_close,
+    build,
+    differs,
+    run,
+    simulate,
+    tiny_dataset,
+    tiny_federation,
+    tiny_public,
+    tiny_setup,
+    use_tiny_networks,
+)
+
+from fedhelp_jax import experiment, schema, transforms
+from fedhelp_jax.algorithms.base import local_epochs
+from fedhelp_jax.config import default_config, validate
+from fedhelp_jax.experiment import load_data
+from fedhelp_jax.federation import ClientData, normalize_images
+from fedhelp_jax.random import Purpose, for_purpose
+
+MASKS = Path(__file__).parent / "mask_config.py"
+
+
+def test_settings_name_what_there_is():
+    assert tuple(transforms.HARMONIZATIONS) == schema.HARMONIZATIONS
+    assert transforms.AUGMENTATIONS == schema.AUGMENTATIONS
+
+
+def test_each_batch_is_augmented_by_a_key_of_its_step():
+    federation = tiny_federation()
+    setup = tiny_setup(augment=("flip", "affine"), local_epochs=2)
+    group = federation.groups[1]
+    data = ClientData(federation.pool, None, group.train.index[0], group.train.size[0])
+    key = jax.random.key(4)
+
+    def images_of(setup: Any) -> list[tuple[np.ndarray, np.ndarray, int]]:
+        seen = []
+
+        def step(carry, batch, number):
+            jax.debug.callback(
+                lambda *batch: seen.append(batch), batch.images, batch.mask, number, ordered=True
+            )
+            return carry, {"loss": jnp.zeros(())}
+
+        jax.block_until_ready(jax.jit(lambda: local_epochs(setup, key, step, 0, data))())
+        jax.effects_barrier()
+        return [(np.asarray(x), np.asarray(m), int(i)) for x, m, i in seen]
+
+    plain, changed = (images_of(s) for s in (setup._replace(augment=()), setup))
+    assert len(plain) == len(changed) > 2
+    augmentation = for_purpose(key, Purpose.AUGMENTATION)
+    for (before, mask, number), (after, other_mask, other) in zip(plain, changed, strict=True):
+        assert number == other
+        np.testing.assert_array_equal(mask, other_mask)
+        own = jax.random.fold_in(augmentation, number)
+        labels = jnp.zeros(len(before), int)
+        expected, _ = transforms.augment(own, jnp.asarray(before), labels, ("flip", "affine"))
+        np.testing.assert_allclose(after, expected, atol=1e-6)
+        assert differs(before, after)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedhelp", "fml"])
+def test_augmentation_does_not_depend_on_how_clients_are_grouped(name):
+    """Neither on chunks, nor on where the images lie."""
+    federation = tiny_federation(public=tiny_public())
+    setup = tiny_setup(augment=transforms.AUGMENTATIONS, public=PUBLIC)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"chunk_size": 2},
+        {"chunk_size": 2, "pool_bytes": 60 * 200},
+    ]
+    states = []
+    for way in ways:
+        given = tiny_federation(public=tiny_public(), on_host="pool_bytes" in way)
+        states.append(run(simulate(build(name, setup), given, **way), 2))
+    for state in states[1:]:
+        assert_trees_close(state, states[0], 1e-5)
+    plain = run(simulate(build(name, tiny_setup(public=PUBLIC)), federation), 2)
+    assert differs(plain, states[0])
+
+
+def test_float_images_reach_networks_as_they_are():
+    floats = jnp.array([[-3.0, 250.0]], jnp.float32)
+    np.testing.assert_array_equal(normalize_images(floats), floats)
+    pixels = jnp.array([0, 255], jnp.uint8)
+    np.testing.assert_array_equal(normalize_images(pixels), [-1, 1])
+
+
+def settings(**changes: Any) -> Any:
+    config = default_config()
+    config.data.num_examples, config.data.image_size = 100, 8
+    config.public.num_examples = 12
+    for key, value in changes.items():
+        config.data[key] = value
+    return validate(config)
+
+
+def test_private_and_public_images_are_harmonised_alike():
+    plain, public = load_data(settings(), with_public=True)
+    names = ("colour_constancy", "percentile_clip", "z_score")
+    for used in (names[:1], names[:2], names):
+        mine, theirs = load_data(settings(harmonize=used), with_public=True)
+        assert public is not None and theirs is not None
+        for after, before in ((mine, plain), (theirs, public)):
+            expected = transforms.harmonize(before.images, used)
+            np.testing.assert_array_equal(after.images, expected)
+            assert after.name == "_".join((before.name, *used))
+            assert after.images.dtype == (np.float32 if "z_score" in used else np.uint8)
+        assert theirs.sha256 == public.sha256  # what a foundation model is asked about
+
+
+def test_floats_far_from_normal_are_warned_about(monkeypatch, caplog):
+    raw = tiny_dataset()
+    ct = raw._replace(images=(raw.images * np.float32(10) - 1000))
+    monkeypatch.setattr(experiment, "load_federated", lambda *args, **options: ct)
+    with caplog.at_level(logging.WARNING):
+        load_data(settings(), with_public=False)
+    assert "holds values from -1000" in caplog.text and "data.harmonize=" in caplog.text
+    caplog.clear()
+    data, _ = load_data(settings(harmonize=("percentile_clip", "z_score")), with_public=False)
+    assert not caplog.text and abs(data.images).max() < 10
+
+
+def test_runs_on_harmonised_and_augmented_images(tmp_path, monkeypatch):
+    use_tiny_networks(monkeypatch)
+    flags = {
+        "plain": "",
+        "both": "--config.data.harmonize=colour_constancy,z_score "
+        "--config.data.augment=flip,affine,brightness",
+    }
+    losses = {}
+    for name, rest in flags.items():
+        assert train(tmp_path / name, f"--config.rounds=2 {rest}") == 0
+        losses[name] = [row["loss"] for row in read(tmp_path / name / "metrics.jsonl")]
+    assert all(0 < loss < 10 for loss in losses["both"]) and losses["both"] != losses["plain"]
+    summary = read(tmp_path / "both" / "summary.json")
+    assert summary["dataset"] == "phantoms_colour_constancy_z_score" and summary["synthetic"]
+
+
+@pytest.mark.parametrize("rank", ["2d", "3d"])
+def test_masks_are_learned_from_augmented_floats_and_drawn(rank, tmp_path):
+    flags = (
+        "--config.data.harmonize=percentile_clip,z_score "
+        "--config.data.augment=flip,affine,brightness --config.algorithm.name=fedavg"
+    )
+    devices = f"--config.mapping.cpu_devices={jax.device_count()}"
+    folder = tmp_path / "run"
+    command = f"train --config={MASKS}:{rank} --workdir={folder} {devices} {flags}"
+    assert fedhelp(command) == 0
+    assert all(0 < row["loss"] < 10 for row in read(folder / "metrics.jsonl"))
+    assert (folder / "pictures" / "small.png").exists()
+    # What each client has, of masks too.
+    assert "train" in (folder / "shares.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("harmonize=z_score,percentile_clip", "z_score must be the last"),
+        ("harmonize=zscore", "some of colour_constancy, percentile_clip, z_score"),
+        ("augment=flip,flip", "some of flip, flip_all, affine, brightness, each"),
+    ],
+)
+def test_what_does_not_go_is_refused(flags, words, tmp_path, capsys):
+    assert words in refusal(capsys, train(tmp_path / "run", f"--config.data.{flags}"))
+
+
+def test_volumes_have_no_colours(tmp_path, capsys):
+    devices = f"--config.mapping.cpu_devices={jax.device_count()}"
+    code = fedhelp(
+        f"train --config={MASKS}:3d --workdir={tmp_path / 'run'} {devices} "
+        "--config.data.harmonize=colour_constancy"
+    )
+    assert "config.data.harmonize: phantom_volumes: colour_constancy" in refusal(capsys, code)
