@@ -376,9 +376,10 @@ def _opened(name: str, data_dir: str | None, key: str) -> Any:
     if _base(name) in BUILDERS:
         made = builder(name, data_dir)
         if not Path(made.data_path).exists():
+            source = "" if made.remote() else " --manual_dir=DOWNLOAD"
             raise UserError(
                 f"{key}: {name} is not prepared in {made.data_dir_root}: fedhelp data prepare "
-                f"{name} --manual_dir=DOWNLOAD --data_dir={made.data_dir_root}"
+                f"{name}{source} --data_dir={made.data_dir_root}"
             )
         return made
     try:
