@@ -11,9 +11,7 @@ key that is not there; one that is set but that the chosen method does not have 
 
 import dataclasses
 import json
-import math
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,7 +22,7 @@ from ml_collections import config_dict
 
 from fedhelp_jax.algorithms import SETTINGS
 from fedhelp_jax.data import sharing
-from fedhelp_jax.errors import UserError, suggest
+from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import (
     CNNS,
     COUNT,
@@ -34,7 +32,6 @@ from fedhelp_jax.schema import (
     SEED,
     SETTING_CHECKS,
     UNETS,
-    Check,
     DataConfig,
     FoundationConfig,
     MappingConfig,
@@ -49,6 +46,7 @@ from fedhelp_jax.schema import (
     part,
     setting,
 )
+from fedhelp_jax.values import as_dict, refuse_unknown, value_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +128,9 @@ def validate(config: config_dict.ConfigDict) -> RunConfig:
             the chosen method does not have a setting that is set. The message names the key.
     """
     values = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
-    values = _mapping(values, "config")
-    algorithm = _mapping(values.get("algorithm", {}), "config.algorithm")
-    _refuse_unknown(algorithm, _algorithm_keys(), "config.algorithm")
+    values = as_dict(values, "config")
+    algorithm = as_dict(values.get("algorithm", {}), "config.algorithm")
+    refuse_unknown(algorithm, _algorithm_keys(), "config.algorithm")
     chosen = {key: v for key, v in algorithm.items() if key != "name" and v is not None}
     name = algorithm.get("name")
     if isinstance(name, str) and name in SETTINGS:
@@ -160,7 +158,7 @@ def from_dict(values: Any) -> RunConfig:
     Raises:
         UserError: A key is unknown or missing, or a value is not one that `validate` lets pass.
     """
-    return _run_config(_mapping(values, "config"))
+    return _run_config(as_dict(values, "config"))
 
 
 def load(path: Path) -> RunConfig:
@@ -261,9 +259,9 @@ def _run_config(values: Mapping[str, Any]) -> RunConfig:
 
 def _build(cls: type, values: Any, path: str) -> Any:
     """Returns a dataclass of the schema from a dict with exactly its keys."""
-    values = _mapping(values, path)
+    values = as_dict(values, path)
     fields = dataclasses.fields(cls)
-    _refuse_unknown(values, [field.name for field in fields], path)
+    refuse_unknown(values, [field.name for field in fields], path)
     built: dict[str, Any] = {}
     for field in fields:
         key = f"{path}.{field.name}"
@@ -277,7 +275,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
         elif field.name == "members":
             built[field.name] = _build_members(value, values, key)
         else:
-            built[field.name] = _value(value, field.type, field.metadata["check"], key)
+            built[field.name] = value_as(value, field.type, field.metadata["check"], key)
     return cls(**built)
 
 
@@ -305,81 +303,18 @@ def _build_members(
 
 
 def _build_settings(cls: Any, values: Any, path: str) -> Any:
-    values = _mapping(values, f"{path}.settings")
-    _refuse_unknown(values, cls._fields, path)
+    values = as_dict(values, f"{path}.settings")
+    refuse_unknown(values, cls._fields, path)
     for key in cls._fields:
         if key not in values:
             raise UserError(f"{path}.{key} is missing; the method has this setting")
     hints = typing.get_type_hints(cls)
     return cls(
         **{
-            key: _value(values[key], hints[key], SETTING_CHECKS.get(key), f"{path}.{key}")
+            key: value_as(values[key], hints[key], SETTING_CHECKS.get(key), f"{path}.{key}")
             for key in cls._fields
         }
     )
-
-
-def _value(value: Any, kind: Any, check: Check | None, key: str) -> Any:
-    """Returns `value` as the type `kind` it stands for, if it does and passes its check."""
-    if check is not None and check.choices and isinstance(value, tuple | list) and len(value) == 1:
-        # Names that the command line gave as one text: a,b or (a,b).
-        value = tuple(name.strip() for name in str(value[0]).strip("()").split(",") if name.strip())
-    converted = _convert(value, kind)
-    if converted is _WRONG:
-        raise UserError(f"{key} = {value!r} must be {_kind_name(kind)}{_hint(value, check)}")
-    if check is not None and converted is not None and not check.passes(converted):
-        raise UserError(f"{key} = {value!r} must be {check.right}{_hint(value, check)}")
-    return converted
-
-
-_WRONG = object()
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """Returns `value` as a `kind`, or `_WRONG`. An int stands for a float, a bool for no number."""
-    if isinstance(kind, types.UnionType):
-        kinds = typing.get_args(kind)
-        # As the command line says it of a setting that holds text.
-        if value is None or value == "None":
-            return None if types.NoneType in kinds else _WRONG
-        return _convert(value, next(k for k in kinds if k is not types.NoneType))
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, tuple | list):
-            return _WRONG
-        items = tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
-        return _WRONG if any(item is _WRONG for item in items) else items
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if number and math.isfinite(value) else _WRONG
-    if kind is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else _WRONG
-    return value if isinstance(value, kind) else _WRONG
-
-
-def _kind_name(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_kind_name(k) for k in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return "a tuple, of each item " + _kind_name(typing.get_args(kind)[0])
-    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string"}
-    return names.get(kind, "None")
-
-
-def _hint(value: Any, check: Check | None) -> str:
-    return suggest(value, check.choices) if check and isinstance(value, str) else ""
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], path: str) -> None:
-    known = list(known)
-    for key in values:
-        if key not in known:
-            raise UserError(f"{path}.{key} is not a setting{suggest(str(key), known)}")
-
-
-def _mapping(values: Any, path: str) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path} = {values!r} must hold settings by name")
-    return dict(values)
 
 
 # How clients may be made of what a data set knows; of a prepared one only its files tell.
@@ -409,6 +344,10 @@ def _check_together(config: RunConfig) -> None:
         raise UserError(
             f"config.data.split_by = {by!r} is not for data {config.data.name}: "
             f"it must be {' or '.join(right)}"
+        )
+    if config.data.scanner_shift and config.data.name != "npz_masks":
+        raise UserError(
+            f"config.data.scanner_shift = True is for data npz_masks, not {config.data.name}"
         )
     for key, value, what in needed:
         if not value:

@@ -212,6 +212,11 @@ def load_data(
             f"public.name: {public.name} holds images {list(public.images.shape[1:])}, but those "
             f"of {dataset.name} are {list(dataset.images.shape[1:])}; one network sees both"
         )
+    if public.images.dtype != dataset.images.dtype:
+        raise UserError(
+            f"public.name: {public.name} holds {public.images.dtype} values, {dataset.name} "
+            f"{dataset.images.dtype}; config.data.harmonize=z_score brings both to one scale"
+        )
     return dataset, public
 
 

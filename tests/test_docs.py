@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
+from commands import fedhelp, refusal
 
 from fedhelp_jax.config import default_config, validate
 
@@ -33,6 +35,23 @@ def test_links_inside_the_repository_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_commands_of_the_papers_tasks_go_as_far_as_the_data(tmp_path, monkeypatch, capsys):
+    """There is no data here, which is all that they lack."""
+    text = (ROOT / "docs/datasets.md").read_text().replace("\\\n", " ")
+    commands = re.findall(
+        r"^    (fedhelp train --config=configs/.*workdir.*name=tfds:.*)$", text, re.M
+    )
+    assert len(commands) == 5
+    monkeypatch.setenv("FEDHELP_DATA_DIR", str(tmp_path))
+    for command in commands:
+        command = command.replace("PREPARED", str(tmp_path)).replace("=runs/", f"={tmp_path}/runs/")
+        command = command.replace("--config=", f"--config={ROOT}/", 1)
+        devices = f"--config.mapping.cpu_devices={jax.device_count()}"
+        code = fedhelp(f"{command.removeprefix('fedhelp ')} {devices}")
+        name = re.findall("data.name=tfds:([a-z0-9_/]+)", command)[0]
+        assert f"data.name: {name} is not prepared in" in refusal(capsys, code)
 
 
 def test_every_data_set_has_a_section():

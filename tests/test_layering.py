@@ -11,6 +11,7 @@ LAYERS: tuple[str, ...] = (
     "errors",
     "processes",
     "schema",
+    "values",
     "tree",
     "random",
     "losses",

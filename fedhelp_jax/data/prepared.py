@@ -72,9 +72,8 @@ def load_prepared(
 
     def make() -> Arrays:
         rows = list(stored.rows(stored.all(), hashed=False))
-        site = {row["example"]: row["columns"].get(SITE) for row in rows}
         # By names, so that nothing depends on the order in the files.
-        rows.sort(key=lambda row: _order(row["split"], site[row["example"]], row["id"]))
+        rows.sort(key=_order)
         arrays = {
             "images": np.stack([row["image"] for row in rows]),
             "targets": np.stack([row["target"] for row in rows]),
@@ -271,7 +270,7 @@ class _Stored:
         def row(one: tuple[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
             (split, i), example = one
             identity = example.get("id", f"{split} {i:09}")
-            found = {"split": split, "example": (split, i), "id": _text(identity)}
+            found = {"split": split, "id": _text(identity)}
             picture = self._native(example)
             found["image"] = self._resized(picture)
             if hashed:
@@ -401,8 +400,9 @@ def _file_name(name: str) -> str:
     return name.replace("/", "_").replace(":", "_")
 
 
-def _order(split: str, site: int | None, identity: str) -> tuple[Any, ...]:
-    return (site, identity) if site is not None else (_split_order(split), identity)
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    site = row["columns"].get(SITE)
+    return _split_order(row["split"]) if site is None else site, row["id"]
 
 
 def _split_order(split: str) -> tuple[int, str]:

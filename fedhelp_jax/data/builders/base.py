@@ -7,6 +7,7 @@ images are always handed over encoded.
 import contextlib
 import io
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,14 +143,26 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             Download(Path(dl_manager.manual_dir), self.scratch / "unpacked", self.say)
         )
         plan = self.plan(download)
-        for split, items in plan.items():
-            official = self.about.sizes.get(split, len(items))
-            if len(items) != official:
-                self.say(f"{split} has {len(items)} examples, officially {official}")
+        for part, count in self._counts(plan).items():
+            official = self.about.sizes.get(part, count)
+            if count != official:
+                self.say(f"{part} has {count} examples, officially {official}")
         self.planned(sum(map(len, plan.values())))
         return {
             split: self._generate_examples(download, split, items) for split, items in plan.items()
         }
+
+    def _counts(self, plan: Mapping[str, Sequence[Item]]) -> Counter[str]:
+        """How many examples there are, by the names that ``about.sizes`` has for parts."""
+        config, site = self.builder_config, self.features().get("site")
+        counts: Counter[str] = Counter()
+        for split, items in plan.items():
+            counts[split] = len(items)
+            if config is not None:
+                counts[f"{config.name} {split}"] = len(items)
+            if site is not None:
+                counts.update(f"{split} {site.names[item.fields['site']]}" for item in items)
+        return counts
 
     # What TFDS would print instead of a size that it does not know.
     def _log_download_bytes(self) -> None: ...
