@@ -184,8 +184,9 @@ def load_data(
     Raises:
       UserError: If they cannot be read or harmonised, or are not images of one kind.
     """
-    masks, names = config.task == "segmentation", config.data.harmonize
-    dataset = _harmonized(load_federated(config.data, config.seed, masks=masks), names)
+    names = config.data.harmonize
+    dataset, public = read_data(config, with_public=with_public)
+    dataset = harmonized(dataset, names)
     if "z_score" not in names and np.issubdtype(dataset.images.dtype, np.floating):
         low, high = float(dataset.images.min()), float(dataset.images.max())
         if max(abs(low), abs(high)) > _LARGE:
@@ -196,6 +197,27 @@ def load_data(
                 low,
                 high,
             )
+    if public is None:
+        return dataset, None
+    public = harmonized(public, names)
+    if public.images.dtype != dataset.images.dtype:
+        raise UserError(
+            f"public.name: {public.name} holds {public.images.dtype} values, {dataset.name} "
+            f"{dataset.images.dtype}; config.data.harmonize=z_score brings both to one scale"
+        )
+    return dataset, public
+
+
+def read_data(
+    config: RunConfig, *, with_public: bool
+) -> tuple[FederatedDataset, PublicDataset | None]:
+    """The same before anything is harmonised, so that equal images are equal, and others are not.
+
+    Raises:
+      UserError: If they cannot be read, or are not images of one shape.
+    """
+    masks = config.task == "segmentation"
+    dataset = load_federated(config.data, config.seed, masks=masks)
     if not with_public:
         return dataset, None
     public = load_public(
@@ -206,21 +228,20 @@ def load_data(
         volume_size=config.data.volume_size,
         cache_dir=config.data.cache_dir,
     )
-    public = _harmonized(public, names)
     if public.images.shape[1:] != dataset.images.shape[1:]:
         raise UserError(
             f"public.name: {public.name} holds images {list(public.images.shape[1:])}, but those "
             f"of {dataset.name} are {list(dataset.images.shape[1:])}; one network sees both"
         )
-    if public.images.dtype != dataset.images.dtype:
-        raise UserError(
-            f"public.name: {public.name} holds {public.images.dtype} values, {dataset.name} "
-            f"{dataset.images.dtype}; config.data.harmonize=z_score brings both to one scale"
-        )
     return dataset, public
 
 
-def _harmonized(data: _Data, names: tuple[str, ...]) -> _Data:
+def harmonized(data: _Data, names: tuple[str, ...]) -> _Data:
+    """Data with their images harmonised, which their name then tells.
+
+    Raises:
+      UserError: If the images are not what a method needs.
+    """
     if not names:
         return data
     try:

@@ -9,7 +9,7 @@ import numpy as np
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.data.types import PublicDataset
 from fedhelp_jax.errors import UserError
-from fedhelp_jax.experiment import load_data
+from fedhelp_jax.experiment import harmonized, read_data
 from fedhelp_jax.metrics import classification_metrics
 from fedhelp_jax.report.teaching import AskingProgress, print_agreement, print_plan, print_stored
 from fedhelp_jax.schema import FoundationConfig, TeacherConfig
@@ -52,9 +52,10 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> dict[str, Any]:
             "teach needs public images and a teacher: config.public.name and config.teacher.name "
             "must not be none"
         )
-    private, public = load_data(config, with_public=True)
+    private, public = read_data(config, with_public=True)
     assert public is not None
     images = clear_public(public, private)
+    public = harmonized(public, config.data.harmonize)
     _check_same_classes(config.teacher, public)
     for member in members(config.teacher):
         if is_asked(member):

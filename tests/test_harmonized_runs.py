@@ -170,6 +170,21 @@ def test_what_does_not_go_is_refused(flags, words, tmp_path, capsys):
     assert words in refusal(capsys, train(tmp_path / "run", f"--config.data.{flags}"))
 
 
+def test_images_are_compared_before_they_are_harmonised(tmp_path, monkeypatch, capsys):
+    """Any two constant images have the same z-scores, and are two pictures all the same."""
+    raw, shown = tiny_dataset(), tiny_public()
+    raw.images[0], shown.images[0] = 0, 255
+    monkeypatch.setattr(experiment, "load_federated", lambda *args, **options: raw)
+    monkeypatch.setattr(experiment, "load_public", lambda *args, **options: shown)
+    rest = f"--config.data.harmonize=z_score --config.teacher.store={tmp_path / 'store'}"
+    devices = f"--config.mapping.cpu_devices={jax.device_count()}"
+    config = f"--config={Path(__file__).parent / 'tiny_config.py'}"
+    assert fedhelp(f"teach {config} {devices} {rest}") == 0
+    shown.images[0] = raw.images[5]
+    code = fedhelp(f"teach {config} {devices} {rest}")
+    assert "public image 0 of tiny_public" in refusal(capsys, code)
+
+
 def test_floats_and_pixels_do_not_mix(monkeypatch):
     raw = tiny_dataset()
     floats = raw._replace(images=raw.images.astype(np.float32))

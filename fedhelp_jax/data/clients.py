@@ -84,14 +84,20 @@ def make_clients(
         UserError: What `sharing.by` asks for is not known of these examples, or a client would
             have no training or no test example.
     """
+    groups, is_test = examples.groups, examples.is_test
+    # What the split leaves out counts for nobody.
+    dropped = np.zeros(len(groups), bool)
+    if is_test is not None and splitting.split == "grouped":
+        dropped = np.isin(groups, groups[is_test]) & ~is_test
     by = sharing.by or (SITE if SITE in examples.columns else "fractions")
     if by == SITE or by.startswith(COLUMN):
         column = by.removeprefix(COLUMN)
         if column == GROUP:
             examples = examples._replace(groups=np.arange(len(examples.groups)))
-        owner, names = _by_column(examples, column, sharing, splitting, where)
+            dropped = np.zeros(len(dropped), bool)
+        owner, names = _by_column(examples, column, dropped, sharing, where)
     elif by in KINDS:
-        owner = _shared_out(examples, sharing._replace(by=by), splitting.seed, name, where)
+        owner = _shared_out(examples, dropped, sharing._replace(by=by), splitting.seed, name, where)
         names = [f"client_{number}" for number in range(owner.max() + 1)]
     else:
         raise UserError(
@@ -100,6 +106,7 @@ def make_clients(
     is_test = examples.is_test
     if is_test is None:
         is_test = _held_out(owner, examples.groups, splitting)
+        splitting = splitting._replace(split="grouped")  # there is no other
     return clients_of_sites(
         owner,
         lambda number: names[number],
@@ -114,7 +121,7 @@ def make_clients(
 
 
 def _by_column(
-    examples: Examples, column: str, sharing: Sharing, splitting: Splitting, where: str
+    examples: Examples, column: str, dropped: np.ndarray, sharing: Sharing, where: str
 ) -> tuple[np.ndarray, list[str]]:
     """Whose each example is, -1 if nobody's, and the clients' names."""
     if column not in examples.columns:
@@ -126,14 +133,19 @@ def _by_column(
     codes, names = examples.columns[column]
     if column == SITE:
         return codes, list(names)  # a hospital is not left out silently: it is refused if too small
-    count = len(names)
+
+    def counts(of: np.ndarray) -> np.ndarray:
+        return np.bincount(of[of >= 0], minlength=len(names))  # -1 is unknown
+
     if examples.is_test is None:
-        enough = np.bincount(codes, minlength=count) > sharing.min_examples
+        # Of two groups one can be for the test.
+        groups = np.unique(np.stack([codes, examples.groups]), axis=1)[0]
+        enough = (counts(codes) > sharing.min_examples) & (counts(groups) > 1)
     else:
-        trains = np.bincount(codes[~examples.is_test], minlength=count)
-        tests = np.bincount(codes[examples.is_test], minlength=count)
+        trains = counts(codes[~examples.is_test & ~dropped])
+        tests = counts(codes[examples.is_test])
         enough = (trains >= sharing.min_examples) & (tests > 0)
-    present = np.bincount(codes, minlength=count) > 0
+    present = counts(codes) > 0
     lacking = int((present & ~enough).sum())
     if not enough.any():
         raise UserError(
@@ -147,13 +159,18 @@ def _by_column(
             present.sum(),
             column,
         )
-    return np.where(enough[codes], codes, -1), [str(name) for name in names]
+    return np.where((codes >= 0) & enough[codes], codes, -1), [str(name) for name in names]
 
 
 def _shared_out(
-    examples: Examples, sharing: Sharing, seed: int, name: str, where: str
+    examples: Examples,
+    dropped: np.ndarray,
+    sharing: Sharing,
+    seed: int,
+    name: str,
+    where: str,
 ) -> np.ndarray:
-    """Whose each example is."""
+    """Whose each example is, -1 of those dropped."""
     total = len(examples.groups)
     labels = examples.labels
     if labels is None and sharing.by in BY_CLASS:
@@ -162,15 +179,23 @@ def _shared_out(
         )
     labels = np.zeros(total, int) if labels is None else labels
     is_test = examples.is_test
-    train = np.arange(total) if is_test is None else np.flatnonzero(~is_test)
+    train = np.arange(total) if is_test is None else np.flatnonzero(~is_test & ~dropped)
     test = np.arange(0) if is_test is None else np.flatnonzero(is_test)
     if is_test is None:
         # One more, to test on.
         sharing = sharing._replace(min_examples=sharing.min_examples + 1)
     train_rng, test_rng = rng_for(seed, f"{name} train"), rng_for(seed, f"{name} test")
     if sharing.by == "clusters":
-        official = np.zeros(total, bool) if is_test is None else is_test
-        return share_out_by_looks(examples.images, official, sharing, train_rng, examples.groups)
+        used = np.concatenate([train, test])
+        owner = np.full(total, -1)
+        owner[used] = share_out_by_looks(
+            examples.images[used],
+            np.isin(used, test),
+            sharing,
+            train_rng,
+            examples.groups[used],
+        )
+        return owner
     trains = share_out(labels[train], sharing, train_rng, examples.groups[train])
     if not len(test):
         tests = [test] * len(trains)

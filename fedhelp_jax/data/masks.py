@@ -99,6 +99,31 @@ def class_masks(
     return masks
 
 
+def unnamed_classes(
+    values: list[int], foreground: tuple[str, ...], where: str, names: str
+) -> tuple[str, ...]:
+    """Returns the names of classes that nobody has named: `foreground`, or "background", "1", ...
+
+    Args:
+        values: What the masks hold, sorted.
+        foreground: The name of a single foreground class.
+        where: The masks, for the message.
+        names: What would name the classes.
+
+    Raises:
+        UserError: They are neither 0 and 1, nor 0 and 255, nor 0, 1, 2, ... without a gap.
+    """
+    if set(values) <= {0, 1} or set(values) == {0, 255}:
+        return foreground
+    if values == list(range(len(values))) and len(values) <= _MAX_UNNAMED:
+        return ("background", *(str(value) for value in values[1:]))
+    raise UserError(
+        f"{where} hold the values {str(values[:8])[1:-1]}{', ...' if len(values) > 8 else ''}; "
+        f"without {names} they must hold 0 and 1, 0 and 255, or 0, 1, 2, ... without a gap, at "
+        f"most {_MAX_UNNAMED - 1}"
+    )
+
+
 def take_masks(
     arrays: dict[str, np.ndarray], path: Path, count: int, *, volumes: bool, where: str
 ) -> tuple[np.ndarray, tuple[str, ...]] | None:
@@ -133,16 +158,8 @@ def take_masks(
     label_names = stored_names(arrays, "label_names", where)
     if label_names is None:
         values = stored_values(stored, f"{where}: {name}")
-        if set(values) <= {0, 1} or set(values) == {0, 255}:
-            label_names = _NAMES.get(path.stem.lower().split("_")[0], ("foreground",))
-        elif values == list(range(len(values))) and len(values) <= _MAX_UNNAMED:
-            label_names = ("background", *(str(value) for value in values[1:]))
-        else:
-            raise UserError(
-                f"{where}: {name} hold the values {str(values[:8])[1:-1]}"
-                f"{', ...' if len(values) > 8 else ''}; without label_names they must hold "
-                f"0 and 1, 0 and 255, or 0, 1, 2, ... without a gap, at most {_MAX_UNNAMED - 1}"
-            )
+        foreground = _NAMES.get(path.stem.lower().split("_")[0], ("foreground",))
+        label_names = unnamed_classes(values, foreground, f"{where}: {name}", "label_names")
     elif not label_names or len(set(label_names)) < len(label_names):
         raise UserError(f"{where}: label_names must be different names, got {label_names}")
     names = stored_names(arrays, "names", where)

@@ -5,10 +5,11 @@ A set has, by the names that `fedhelp_jax.data.builders` gives them, an ``image`
 which need no TensorFlow to be read.
 """
 
+import contextlib
 import io
 import itertools
+import logging
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,17 +20,18 @@ from PIL import Image
 
 from fedhelp_jax.data.cache import Arrays, cached
 from fedhelp_jax.data.clients import GROUP, SITE, Column, Examples, Splitting, make_clients
-from fedhelp_jax.data.images import native, resize
-from fedhelp_jax.data.masks import class_masks
+from fedhelp_jax.data.images import DECODE_ERRORS, native, resize
+from fedhelp_jax.data.masks import class_masks, stored_values, unnamed_classes
 from fedhelp_jax.data.npz import public_subset
 from fedhelp_jax.data.sharing import Sharing
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, image_sha256
 from fedhelp_jax.data.volumes import resize_mask, resize_volume
 from fedhelp_jax.errors import UserError, suggest
 
-_SPLITS = ("train", "validation", "test")  # in this order; others stand between
 _AT_ONCE = 256  # examples read before they are decoded
-_READ_ERRORS = (OSError, ValueError, RuntimeError, zlib.error, Image.DecompressionBombError)
+_READ_ERRORS = (*DECODE_ERRORS, RuntimeError)
+
+logger = logging.getLogger(__name__)
 
 
 def load_prepared(
@@ -147,7 +149,11 @@ def load_prepared_public(
     """
     stored = _Stored(name, data_dir, "public.name", masks, image_size, volume_size)
     places = stored.all()
-    places = [places[i] for i in public_subset(stored.count, num_examples, stored.folder).tolist()]
+    chosen = public_subset(stored.count, num_examples, stored.folder)
+    # Which classes there are must not depend on how many examples are used.
+    whole = masks and stored.target is not None and stored.mask_names is None
+    if not whole:
+        places = [places[i] for i in chosen.tolist()]
 
     def make() -> Arrays:
         rows = list(stored.rows(places, hashed=True))
@@ -162,12 +168,19 @@ def load_prepared_public(
 
     count = len(places)
     kinds = {**stored.kinds(count), "sha256": ("U64", (count,)), "ids": ("U", (count,))}
-    what = f"{stored.what} public {num_examples}"
+    what = f"{stored.what} public {None if whole else num_examples}"
     arrays = cached(stored.folder, stored.files, what, kinds, make, cache_dir)
     labels = names = None
     if stored.target is not None:
         where = f"public.name: {name}"
         labels, names = stored.labels(arrays["targets"], arrays["ids"], where)
+        if not masks and labels.min() < 0:  # as TFDS marks what nobody has labelled
+            logger.warning("%s: some images have no label: none is used", where)
+            labels = names = None
+    if whole:
+        arrays = {name: array[chosen] for name, array in arrays.items()}
+        labels = None if labels is None else labels[chosen]
+        places = [places[i] for i in chosen.tolist()]
     return PublicDataset(
         name=_file_name(name),
         synthetic=False,
@@ -203,21 +216,33 @@ class _Stored:
         self._counts = {split: self._made.info.splits[split].num_examples for split in self.splits}
         self.count = sum(self._counts.values())
         self.picture = next((k for k in ("image", "volume") if k in self.features), None)
-        if self.picture is None or not self.count:
+        if self.picture is None:
             raise UserError(
                 f"{key}: {name} has no image or volume; it has {', '.join(self.features)}"
             )
+        if not self.count:
+            raise UserError(f"{key}: {name} in {self.folder} is empty")
         self.volumes = self.picture == "volume"
         if self.volumes and not masks:
             raise UserError(
                 f"{key}: {name} holds volumes, and no network here tells classes of volumes"
             )
         self._size = tuple(volume_size) if self.volumes else (image_size, image_size)
+        for feature in ("image", "mask"):
+            kind = self.features.get(feature)
+            if kind is None or (feature == "mask" and self.volumes):
+                continue
+            grey = feature == "mask" and kind.shape[-1] != 1
+            if not isinstance(kind, tfds.features.Image) or kind.np_dtype != np.uint8 or grey:
+                raise UserError(
+                    f"{key}: {feature} of {name} must be an image of 8 bits"
+                    f"{' and one channel' if feature == 'mask' else ''}, got {kind}"
+                )
         target = "mask" if masks else "label"
         kind = self.features.get(target)
         labelled = kind is not None and (masks or isinstance(kind, tfds.features.ClassLabel))
         self.target = target if labelled else None
-        self.what = f"prepared 2 {self.picture} {target} {'x'.join(map(str, self._size))}"
+        self.what = f"prepared 3 {self.picture} {target} {'x'.join(map(str, self._size))}"
         skip = {
             column: tfds.decode.SkipDecoding()
             for column, kind in self.features.items()
@@ -234,22 +259,35 @@ class _Stored:
             ) from None
 
     def columns(self) -> dict[str, Sequence[str] | None]:
-        """What else is known of each example: the names of its values, None of text."""
+        """What else is known of each example: the names of its values, None of texts and numbers.
+
+        Raises:
+            UserError: Sites or groups are of another kind: they must not be overlooked.
+        """
         import tensorflow_datasets as tfds
 
         found: dict[str, Sequence[str] | None] = {}
         for column, kind in self.features.items():
             if isinstance(kind, tfds.features.ClassLabel):
                 found[column] = kind.names
-            elif isinstance(kind, tfds.features.Text) and column != "id":
-                found[column] = None
+            elif isinstance(kind, tfds.features.Tensor):  # texts are tensors too
+                dtype: Any = kind.np_dtype
+                whole = isinstance(kind, tfds.features.Text) or np.issubdtype(dtype, np.integer)
+                if whole and kind.shape == () and column != "id":
+                    found[column] = None
+        for column in (SITE, GROUP):
+            if column in self.features and column not in found:
+                raise UserError(
+                    f"{self.key}: {column} of {self.name} must be a class, a text or a whole "
+                    f"number, got {self.features[column]}"
+                )
         return found
 
     def kinds(self, count: int) -> dict[str, tuple[str, tuple[int | None, ...]]]:
         """Type and shape of pictures and targets, for the cache."""
-        dtype = "uint8"
-        if self.volumes:
-            dtype = str(np.dtype(self.features["volume"].np_dtype))
+        dtype = "float32"
+        if not self.volumes or self.features["volume"].np_dtype == np.uint8:
+            dtype = "uint8"
         kinds: dict[str, tuple[str, tuple[int | None, ...]]] = {
             "images": (dtype, (count, *self._size, None))
         }
@@ -270,7 +308,7 @@ class _Stored:
         def row(one: tuple[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
             (split, i), example = one
             identity = example.get("id", f"{split} {i:09}")
-            found = {"split": split, "id": _text(identity)}
+            found: dict[str, Any] = {"split": split, "id": _text(identity)}
             picture = self._native(example)
             found["image"] = self._resized(picture)
             if hashed:
@@ -283,23 +321,28 @@ class _Stored:
             }
             return found
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, self._undamaged():
             for split, part in itertools.groupby(places, key=lambda place: place[0]):
                 while some := list(itertools.islice(part, _AT_ONCE)):
-                    try:
-                        examples = self._sources[split].__getitems__([i for _, i in some])
-                        yield from pool.map(row, zip(some, examples, strict=True))
-                    except _READ_ERRORS as error:
-                        said = " ".join(str(error).split())
-                        raise UserError(
-                            f"{self.key}: {self.name} in {self.folder} is damaged: {said}; remove "
-                            "it and prepare it anew"
-                        ) from error
+                    examples = self._sources[split].__getitems__([i for _, i in some])
+                    yield from pool.map(row, zip(some, examples, strict=True))
 
     def original(self, place: tuple[str, int]) -> np.ndarray:
         """A picture at its native size."""
         split, i = place
-        return self._native(self._sources[split][i])
+        with self._undamaged():
+            return self._native(self._sources[split][i])
+
+    @contextlib.contextmanager
+    def _undamaged(self) -> Iterator[None]:
+        try:
+            yield
+        except _READ_ERRORS as error:
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"{self.key}: {self.name} in {self.folder} cannot be read: {said}; if it is "
+                "damaged, remove it and prepare it anew"
+            ) from error
 
     def labels(
         self, targets: np.ndarray, ids: np.ndarray, where: str
@@ -307,10 +350,15 @@ class _Stored:
         """Classes or masks, checked, and the classes' names."""
         if not self.masks:
             return targets, tuple(self.features["label"].names)
-        names = self._mask_names(int(targets.max()))
+        names = self.mask_names
+        if names is None:
+            values = stored_values(targets, where)
+            names = unnamed_classes(values, ("foreground",), f"{where}: masks", "metadata")
         return class_masks(targets, names, ids.tolist(), where), names
 
-    def _mask_names(self, highest: int) -> tuple[str, ...]:
+    @property
+    def mask_names(self) -> tuple[str, ...] | None:
+        """Names of the classes of masks; None where only the masks tell which there are."""
         from fedhelp_jax.data.builders import BUILDERS
 
         known = (self._made.info.metadata or {}).get("labels")
@@ -319,13 +367,12 @@ class _Stored:
         ours = BUILDERS.get(_base(self.name))
         if ours is not None and ours.mask_names:
             return ours.mask_names
-        if highest in (0, 1, 255):
-            return ("foreground",)
-        return ("background", *(str(number) for number in range(1, highest + 1)))
+        return None
 
     def _native(self, example: dict[str, Any]) -> np.ndarray:
         if self.volumes:
-            return example["volume"]
+            volume = example["volume"]
+            return volume if volume.dtype == np.uint8 else volume.astype(np.float32, copy=False)
         with Image.open(io.BytesIO(example["image"])) as image:
             return native(image)
 
@@ -341,7 +388,7 @@ class _Stored:
         if isinstance(mask, bytes):
             with Image.open(io.BytesIO(mask)) as image:
                 mask = np.asarray(image.convert("L"))
-        return resize_mask(mask, self._size)
+        return resize_mask(mask.reshape(mask.shape[: len(self._size)]), self._size)
 
 
 class _Originals(Sequence[np.ndarray]):
@@ -367,6 +414,7 @@ class _Originals(Sequence[np.ndarray]):
 
 def _opened(name: str, data_dir: str | None, key: str) -> Any:
     """The set's builder; of ours or whatever TFDS has prepared."""
+    from google.protobuf.json_format import ParseError
     from tensorflow_datasets.core import read_only_builder, registered
 
     from fedhelp_jax.data.builders import BUILDERS
@@ -387,8 +435,11 @@ def _opened(name: str, data_dir: str | None, key: str) -> Any:
         root = data_dir or "TFDS's folder"
         raise UserError(
             f"{key}: {name} is not prepared in {root}, and is none of fedhelp data list"
-            f"{suggest(name.partition('/')[0], BUILDERS)}"
+            f"{suggest(_base(name), BUILDERS)}"
         ) from None
+    except (ValueError, ParseError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{key}: {name} cannot be opened: {said}") from None
 
 
 def _base(name: str) -> str:

@@ -301,8 +301,11 @@ def _dirichlet(alpha: float, count: int, rng: np.random.Generator) -> np.ndarray
 
 
 def _cut(order: np.ndarray, sizes: np.ndarray, places: np.ndarray) -> list[np.ndarray]:
-    """Units in order, cut after so many examples, or as near before as no unit is cut."""
-    return np.split(order, np.searchsorted(np.cumsum(sizes[order]), places, side="right"))
+    """Units in order, cut after so many examples, or as near as no unit is cut."""
+    ends = np.concatenate([[0], np.cumsum(sizes[order])])
+    before = np.searchsorted(ends, places, side="right") - 1
+    after = np.minimum(before + 1, len(order))
+    return np.split(order, np.where(ends[after] - places < places - ends[before], after, before))
 
 
 def _examples(dealt: Sequence[np.ndarray], units: Units) -> list[np.ndarray]:

@@ -17,11 +17,11 @@ _SPLITS = ("train", "validation", "test")
 
 
 def write_shares(folder: Path, dataset: FederatedDataset, roles: Sequence[str]) -> None:
-    """Writes `SHARES`, the table and the picture of a classification data set.
+    """Writes `SHARES`, the table and the picture.
 
     Args:
       folder: Where to.
-      dataset: The data, labels ``[N]``.
+      dataset: The data. Of masks those are counted that show a class, and drawn are sizes only.
       roles: The clients' roles, in their order.
     """
     rows = share_rows(dataset, roles)
@@ -37,7 +37,9 @@ def share_rows(dataset: FederatedDataset, roles: Sequence[str]) -> list[dict[str
         for split, members in zip(_SPLITS, client[1:], strict=True):
             counts = _counts(dataset, members)
             row = {"client": client.name, "role": role, "split": split, "examples": len(members)}
-            rows.append(row | dict(zip(dataset.label_names, counts.tolist(), strict=True)))
+            for name, count in zip(dataset.label_names, counts.tolist(), strict=True):
+                row[f"class {name}" if name in row else name] = count
+            rows.append(row)
     return rows
 
 
@@ -56,28 +58,34 @@ def _draw(path: Path, dataset: FederatedDataset) -> None:
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     names = [client.name for client in dataset.clients]
-    counts = np.array([_counts(dataset, client.train) for client in dataset.clients])
+    if dataset.labels.ndim == 1:
+        labels = dataset.label_names
+        counts = np.array([_counts(dataset, client.train) for client in dataset.clients])
+    else:
+        labels = ()
+        counts = np.array([[len(client.train)] for client in dataset.clients])
     bars = len(names) <= _MOST_BARS
     figure = Figure(figsize=(7, 1.4 + 0.3 * len(names) if bars else 4), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    colours = colormaps["tab20"](np.arange(len(dataset.label_names)) % 20)
+    colours = colormaps["tab20"](np.arange(counts.shape[1]) % 20)
     if bars:
-        for label, name in enumerate(dataset.label_names):
-            left = counts[:, :label].sum(1)
-            axis.barh(names, counts[:, label], left=left, label=name, color=colours[label])
+        for label, count in enumerate(counts.T):
+            axis.barh(names, count, left=counts[:, :label].sum(1), color=colours[label])
         axis.invert_yaxis()
         axis.set_xlabel("training images")
     else:
         order = np.argsort(-counts.sum(1), kind="stable")
-        axis.stackplot(
-            np.arange(len(names)), counts[order].T, labels=dataset.label_names, colors=colours
-        )
+        axis.stackplot(np.arange(len(names)), counts[order].T, colors=colours)
         axis.set_xlabel("clients, the largest first")
         axis.set_ylabel("training images")
     axis.spines[["top", "right"]].set_visible(False)
-    if len(dataset.label_names) <= _MOST_NAMES:
-        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    if 0 < len(labels) <= _MOST_NAMES:
+        handles = [
+            Patch(color=colour, label=name) for colour, name in zip(colours, labels, strict=True)
+        ]
+        figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)

@@ -75,6 +75,44 @@ def test_training_examples_of_tested_patients_are_dropped_unless_official():
     assert sum(len(part) for client in clients for part in client[1:]) == 240
 
 
+@pytest.mark.parametrize("by", KINDS)
+def test_dropped_examples_count_for_nobody(by):
+    """An official split that cuts patients: the minimum is of those that are trained on."""
+    official = (np.arange(240) % 3 == 0) & (PATIENT % 4 == 0)
+    how = {"min_examples": 30}
+    clients = made(by, EXAMPLES._replace(is_test=official), **how)
+    sizes = [len(client.train) + len(client.validation) for client in clients]
+    assert min(sizes) >= 30 and sum(sizes) == 180  # of 60 patients who are not tested
+    if by == "iid":
+        assert max(sizes) - min(sizes) <= 3
+
+
+def test_values_of_one_group_or_unknown_are_left_out(caplog):
+    codes = np.where(PATIENT == 0, 2, PATIENT % 2)  # a value that one patient alone has
+    codes[-3:] = -1
+    columns = COLUMNS | {"ward": Column(codes, ["a", "b", "c"])}
+    with caplog.at_level(logging.WARNING):
+        clients = made("column:ward", EXAMPLES._replace(columns=columns))
+    assert [client.name for client in clients] == ["a", "b"]
+    assert sum(len(part) for client in clients for part in client[1:]) == 234
+    assert "1 of 3 values of ward have too few examples" in caplog.text
+
+
+def test_a_column_that_cuts_patients_leaves_nobody_on_both_sides():
+    columns = COLUMNS | {"label": Column(LABELS, ["x", "y", "z"])}
+    for split in ("grouped", "official"):
+        examples = EXAMPLES._replace(columns=columns)
+        clients = made("column:label", examples, SPLITTING._replace(split=split))
+        train, test = (
+            np.concatenate([np.concatenate(parts) for parts in sides])
+            for sides in (
+                [(c.train, c.validation) for c in clients],
+                [(c.test,) for c in clients],
+            )
+        )
+        assert len(train) and not set(PATIENT[train]) & set(PATIENT[test])
+
+
 def test_a_client_a_patient(caplog):
     """Then a patient's images are on both sides, knowingly; who has too few is left out."""
     patients = np.repeat(np.arange(30), [1] * 10 + [6] * 20)

@@ -219,6 +219,113 @@ def test_the_hash_of_floats_tells_their_type_and_shape():
         image_sha256(volume.astype(float))
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.float64])
+def test_other_numbers_become_float32(tmp_path, dtype):
+    features = volume_features() | {
+        "volume": tfds.features.Tensor(shape=(None, None, None), dtype=dtype, encoding="zlib")
+    }
+    examples = [one | {"volume": one["volume"].astype(dtype)} for one in volumes()]
+    write_set(tmp_path / "data", "scans", features, {"train": examples})
+    for data in (
+        private(tmp_path, "tfds:scans", masks=True, volume_size=(8, 10, 12)),
+        public(tmp_path, "tfds:scans", masks=True, volume_size=(8, 10, 12)),
+    ):
+        assert data.images.dtype == np.float32
+        expected = resize_volume(examples[3]["volume"].astype(np.float32), (8, 10, 12))
+        assert any(np.array_equal(image, expected) for image in data.images)
+        # Classes that nobody has named.
+        assert data.label_names == ("background", "1", "2")
+    few = public(tmp_path, "tfds:scans", masks=True, volume_size=(8, 10, 12), num_examples=2)
+    assert few.label_names == ("background", "1", "2") and len(few.images) == 2
+    assert len(few.originals) == 2
+    for sha, original in zip(few.sha256, few.originals, strict=True):
+        assert image_sha256(original) == sha
+
+
+# --- numbers for sites and patients, labels that nobody gave --------------------------------------
+
+
+def numbered(count=40):
+    draw = np.random.default_rng(7)
+    return [
+        {
+            "image": draw.integers(0, 256, (9, 9, 3), dtype=np.uint8),
+            "label": i % 2,
+            "site": 7 + i % 2,
+            "group": i // 4,
+        }
+        for i in range(count)
+    ]
+
+
+NUMBERED = {
+    "image": tfds.features.Image(shape=(9, 9, 3), encoding_format="png"),
+    "label": tfds.features.ClassLabel(names=["no", "yes"]),
+    "site": tfds.features.Scalar(np.int64),
+    "group": tfds.features.Scalar(np.int64),
+}
+
+
+def test_sites_and_patients_may_be_numbers(tmp_path):
+    examples = numbered()
+    write_set(tmp_path / "data", "numbers", NUMBERED, {"train": examples})
+    data = private(tmp_path, "tfds:numbers", split="official")
+    assert [client.name for client in data.clients] == ["7", "8"]
+    patient = {examples[i]["image"].tobytes(): i // 4 for i in range(40)}
+    natives = private(tmp_path, "tfds:numbers", image_size=9)
+    group = np.array([patient[image.tobytes()] for image in natives.images])
+    tested = np.concatenate([client.test for client in natives.clients])
+    trained = np.concatenate([client.train for client in natives.clients])
+    assert not set(group[tested]) & set(group[trained])
+    kinds = NUMBERED | {"group": tfds.features.Tensor(shape=(2,), dtype=np.int64)}
+    odd = [one | {"group": np.array([1, 2])} for one in examples]
+    write_set(tmp_path / "data", "odd", kinds, {"train": odd})
+    with pytest.raises(UserError, match="group of odd must be a class, a text or a whole number"):
+        private(tmp_path, "tfds:odd")
+
+
+def test_public_images_that_nobody_labelled_bring_no_labels(tmp_path, caplog):
+    examples = numbered(8)
+    unlabelled = [one | {"label": -1} for one in numbered(12)[8:]]
+    write_set(tmp_path / "data", "half", NUMBERED, {"train": examples, "test": unlabelled})
+    data = public(tmp_path, "tfds:half")
+    assert data.labels is None and data.label_names is None and len(data.images) == 12
+    assert "some images have no label" in caplog.text
+    with pytest.raises(UserError, match="label -1 of example"):
+        private(tmp_path, "tfds:half", split="official")
+
+
+@pytest.mark.parametrize(
+    ("feature", "kind", "pixels", "words"),
+    [
+        (
+            "image",
+            tfds.features.Image(shape=(9, 9, 1), dtype=np.uint16, encoding_format="png"),
+            np.full((9, 9), 30000, np.uint16),
+            "image of numbers must be an image of 8 bits, got",
+        ),
+        (
+            "image",
+            tfds.features.Tensor(shape=(9, 9, 3), dtype=np.uint8),
+            np.zeros((9, 9, 3), np.uint8),
+            "image of numbers must be an image of 8 bits, got",
+        ),
+        (
+            "mask",
+            tfds.features.Image(shape=(9, 9, 3), encoding_format="png"),
+            np.zeros((9, 9, 3), np.uint8),
+            "mask of numbers must be an image of 8 bits and one channel, got",
+        ),
+    ],
+)
+def test_pictures_of_another_kind_are_refused(tmp_path, feature, kind, pixels, words):
+    examples = [one | {feature: pixels} for one in numbered()]
+    write_set(tmp_path / "data", "numbers", NUMBERED | {feature: kind}, {"train": examples})
+    with pytest.raises(UserError, match=words) as caught:
+        private(tmp_path, "tfds:numbers")
+    assert "\n" not in str(caught.value)
+
+
 # --- the catalogue --------------------------------------------------------------------------------
 
 
@@ -255,6 +362,12 @@ def test_what_is_not_there_is_one_line(tmp_path):
         public(tmp_path, "tfds:cifar100")
     with pytest.raises(UserError, match="skin_masks needs a configuration"):
         private(tmp_path, "tfds:skin_masks", masks=True)
+    for name in ("My Set", "a/b/c", "../x", "/"):
+        with pytest.raises(
+            UserError, match="data.name: .* (cannot be opened|not prepared)"
+        ) as found:
+            private(tmp_path, f"tfds:{name}")
+        assert "\n" not in str(found.value)
     features = {"id": tfds.features.Text(), "words": tfds.features.Text()}
     write_set(tmp_path / "data", "texts", features, {"train": [{"id": "a", "words": "b"}]})
     with pytest.raises(UserError, match="texts has no image or volume; it has id, words"):
@@ -268,9 +381,29 @@ def test_a_damaged_file_is_one_line(tmp_path):
     place = data.index(b"\x89PNG") + 20  # within a record, which has a checksum
     data[place : place + 8] = bytes(8)
     file.write_bytes(data)
-    with pytest.raises(UserError, match="lesions in .* is damaged: .*prepare it anew") as caught:
+    with pytest.raises(
+        UserError, match="lesions in .* cannot be read: .*prepare it anew"
+    ) as caught:
         private(tmp_path, "tfds:lesions", masks=True)
     assert "\n" not in str(caught.value)
+    info = tmp_path / "data/lesions/1.0.0/dataset_info.json"
+    info.write_text(info.read_text()[:40])
+    with pytest.raises(UserError, match="lesions cannot be opened") as caught:
+        private(tmp_path, "tfds:lesions", masks=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_original_that_is_damaged_later_is_one_line(tmp_path):
+    write_set(tmp_path / "data", "lesions", MASK_FEATURES, {"train": with_grey_masks(lesions())})
+    public(tmp_path, "tfds:lesions")
+    data = public(tmp_path, "tfds:lesions")  # resized ones are from the cache
+    file = next((tmp_path / "data/lesions/1.0.0").glob("*array_record*"))
+    stored = bytearray(file.read_bytes())
+    place = stored.index(b"\x89PNG") + 20
+    stored[place : place + 8] = bytes(8)
+    file.write_bytes(stored)
+    with pytest.raises(UserError, match="public.name: lesions in .* cannot be read"):
+        list(data.originals)
 
 
 def test_files_that_need_tensorflow_are_refused(tmp_path, monkeypatch):

@@ -120,6 +120,19 @@ def test_groups_stay_whole(by):
     assert sum(len(set(groups[part].tolist())) for part in tests) == 300
 
 
+def test_groups_are_cut_where_it_is_nearest():
+    """No client is always the smallest, and few groups go round."""
+    groups = np.repeat(np.arange(20), 20)
+    how = Sharing("iid", num_clients=6)
+    sizes = [
+        [len(part) for part in share_out(np.zeros(400, int), how, rng(seed), groups)]
+        for seed in range(50)
+    ]
+    assert np.abs(np.array(sizes) - 400 / 6).max() <= 20
+    for seed in range(50):
+        share_out(np.zeros(160, int), how, rng(seed), groups[:160])  # eight groups
+
+
 def test_a_group_is_of_its_most_frequent_class():
     groups, labels = np.array([7, 7, 2, 7, 2, 5]), np.array([1, 0, 2, 0, 1, 3])
     units = units_of(groups, labels)

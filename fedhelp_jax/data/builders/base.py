@@ -155,6 +155,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _counts(self, plan: Mapping[str, Sequence[Item]]) -> Counter[str]:
         """How many examples there are, by the names that ``about.sizes`` has for parts."""
         config, site = self.builder_config, self.features().get("site")
+        label = self.features().get("label")
         counts: Counter[str] = Counter()
         for split, items in plan.items():
             counts[split] = len(items)
@@ -162,6 +163,8 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 counts[f"{config.name} {split}"] = len(items)
             if site is not None:
                 counts.update(f"{split} {site.names[item.fields['site']]}" for item in items)
+            if label is not None:
+                counts.update(label.names[item.fields["label"]] for item in items)
         return counts
 
     # What TFDS would print instead of a size that it does not know.
