@@ -174,24 +174,19 @@ def load_masks(
     return np.unpackbits(arrays["bits"], axis=-1, count=int(arrays["width"][0]))
 
 
-class NativeImages(Sequence[np.ndarray]):
-    """Images of a folder or zip file, decoded only when asked for, each time anew.
-
-    An image is uint8 [H, W] where it is grey, else [H, W, 3]. Reading one raises a `UserError`
-    where it cannot be decoded (any more).
+class LazyImages(Sequence[np.ndarray]):
+    """Images that are read only when asked for, each time anew.
 
     Args:
-        source: A folder or a zip file; it stays open.
-        names: Names inside it.
-        key: The configuration key that names `source`, for messages.
+        count: How many there are.
+        read: Returns the one at a place.
     """
 
-    def __init__(self, source: Path, names: Sequence[str], key: str):
-        self._source, self._names, self._key = source, names, key
-        self._files = Files(source, key)
+    def __init__(self, count: int, read: Callable[[int], np.ndarray]):
+        self._places, self._read = range(count), read
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> np.ndarray: ...
@@ -201,10 +196,27 @@ class NativeImages(Sequence[np.ndarray]):
 
     def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        name = self._names[index]
-        where = f"{self._key}: image {name} in {self._source}"
-        return _decode(self._files, name, lambda image, _: native(image), where)
+            return [self._read(place) for place in self._places[index]]
+        return self._read(self._places[index])
+
+
+def native_images(source: Path, names: Sequence[str], key: str) -> LazyImages:
+    """Returns images of a folder or zip file at their own size, as `native`.
+
+    Reading one raises a `UserError` where it cannot be decoded (any more).
+
+    Args:
+        source: A folder or a zip file; it stays open.
+        names: Names inside it.
+        key: The configuration key that names `source`, for messages.
+    """
+    files = Files(source, key)
+
+    def read(place: int) -> np.ndarray:
+        where = f"{key}: image {names[place]} in {source}"
+        return _decode(files, names[place], lambda image, _: native(image), where)
+
+    return LazyImages(len(names), read)
 
 
 def _resized(image: Image.Image, size: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 
 from fedhelp_jax.data.files import find_images, find_masks, image_ids
-from fedhelp_jax.data.images import NativeImages, existing_path, load_hashed_images, load_masks
+from fedhelp_jax.data.images import existing_path, load_hashed_images, load_masks, native_images
 from fedhelp_jax.data.masks import class_masks
 from fedhelp_jax.data.npz import public_subset
 from fedhelp_jax.data.types import PublicDataset
@@ -75,5 +75,5 @@ def load_folder_public(
         labels=labels,
         label_names=FOREGROUND if masks else None,
         sha256=sha256,
-        originals=NativeImages(source, names, _KEY),
+        originals=native_images(source, names, _KEY),
     )

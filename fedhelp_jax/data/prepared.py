@@ -13,14 +13,14 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fedhelp_jax.data.cache import Arrays, cached
 from fedhelp_jax.data.clients import GROUP, SITE, Column, Examples, Splitting, make_clients
-from fedhelp_jax.data.images import DECODE_ERRORS, native, resize
+from fedhelp_jax.data.images import DECODE_ERRORS, LazyImages, native, resize
 from fedhelp_jax.data.masks import class_masks, stored_values, unnamed_classes
 from fedhelp_jax.data.npz import public_subset
 from fedhelp_jax.data.sharing import Sharing
@@ -188,7 +188,7 @@ def load_prepared_public(
         labels=labels,
         label_names=names,
         sha256=tuple(arrays["sha256"].tolist()),
-        originals=_Originals(stored, places),
+        originals=LazyImages(len(places), lambda place: stored.original(places[place])),
     )
 
 
@@ -389,27 +389,6 @@ class _Stored:
             with Image.open(io.BytesIO(mask)) as image:
                 mask = np.asarray(image.convert("L"))
         return resize_mask(mask.reshape(mask.shape[: len(self._size)]), self._size)
-
-
-class _Originals(Sequence[np.ndarray]):
-    """Public pictures at their native size, read when asked for."""
-
-    def __init__(self, stored: _Stored, places: Sequence[tuple[str, int]]):
-        self._stored, self._places = stored, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
-
-    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        return self._stored.original(self._places[index])
 
 
 def _opened(name: str, data_dir: str | None, key: str) -> Any:
