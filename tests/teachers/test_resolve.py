@@ -177,7 +177,7 @@ def fakes(monkeypatch, public):
 
     for module in (resolve, teach_lib):
         monkeypatch.setattr(module, "foundation_model", fake)
-    monkeypatch.setattr(teach_lib, "load_data", lambda *_, **__: (tiny_dataset(), public))
+    monkeypatch.setattr(teach_lib, "read_data", lambda *_, **__: (tiny_dataset(), public))
     note = {"images": 0, "classes": 0, "look_like_probabilities": False, "note": "takes seconds"}
     monkeypatch.setattr(teach_lib, "agreement", lambda *_: note)
     return found
