@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 from ml_collections import config_dict
 
 from fedhelp_jax.algorithms import SETTINGS
-from fedhelp_jax.data import sharing
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import (
     CNNS,
@@ -31,6 +30,7 @@ from fedhelp_jax.schema import (
     RESNETS,
     SEED,
     SETTING_CHECKS,
+    SHARINGS,
     UNETS,
     DataConfig,
     FoundationConfig,
@@ -321,7 +321,7 @@ def _build_settings(cls: Any, values: Any, path: str) -> Any:
 _SPLIT_BY = {
     "fed_isic2019": ("site",),
     "npz_masks": ("fractions", "site"),
-    "medmnist": sharing.KINDS,
+    "medmnist": SHARINGS,
 }
 
 

@@ -73,6 +73,8 @@ _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
 HARMONIZATIONS = ("colour_constancy", "percentile_clip", "z_score")
 AUGMENTATIONS = ("flip", "flip_all", "affine", "brightness")
 PREPARED = "tfds:"  # before the name of a data set that TFDS has prepared
+COLUMN = "column:"  # before the name of what clients are the values of
+SHARINGS = ("fractions", "iid", "quantity", "dirichlet", "shards", "clusters")
 PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")
 PIXEL_LAYOUTS = ("nhwc", "nchw")
 CNNS = ("cnn_small", "cnn_large")
@@ -166,16 +168,7 @@ class DataConfig:
         None,
         "clients: by site, fractions, iid, quantity, dirichlet, shards, clusters or column:NAME "
         "(docs/datasets.md); if None by site where there are sites, else by fractions",
-        one_of_or(
-            "column:",
-            "site",
-            "fractions",
-            "iid",
-            "quantity",
-            "dirichlet",
-            "shards",
-            "clusters",
-        ),
+        one_of_or(COLUMN, "site", *SHARINGS),
     )
     num_clients: int = setting(
         6, "iid, quantity, dirichlet, shards, clusters: how many clients", COUNT

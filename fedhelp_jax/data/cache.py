@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-_READ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+# What a damaged .npz file raises.
+NPZ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
 # Part of the cache key: raise it when decoding or resizing changes.
 _VERSION = "1 bicubic"
 
@@ -88,7 +89,7 @@ def whole_npz(path: Path) -> Arrays | None:
             if not isinstance(stored, np.lib.npyio.NpzFile):
                 return None
             return {name: stored[name] for name in stored.files}
-    except _READ_ERRORS:
+    except NPZ_ERRORS:
         return None
 
 

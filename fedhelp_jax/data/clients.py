@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedhelp_jax.data.partition import clients_of_sites, grouped_holdout, rng_for
+from fedhelp_jax.data.partition import clients_of_sites, dropped_by, grouped_holdout, rng_for
 from fedhelp_jax.data.sharing import (
     ALIKE,
     BY_CLASS,
-    KINDS,
     Sharing,
     share_out,
     share_out_alike,
@@ -18,8 +17,8 @@ from fedhelp_jax.data.sharing import (
 )
 from fedhelp_jax.data.types import ClientSplit
 from fedhelp_jax.errors import UserError, suggest
+from fedhelp_jax.schema import COLUMN, SHARINGS
 
-COLUMN = "column:"
 SITE = "site"
 GROUP = "group"
 
@@ -87,8 +86,8 @@ def make_clients(
     groups, is_test = examples.groups, examples.is_test
     # What the split leaves out counts for nobody.
     dropped = np.zeros(len(groups), bool)
-    if is_test is not None and splitting.split == "grouped":
-        dropped = np.isin(groups, groups[is_test]) & ~is_test
+    if is_test is not None:
+        dropped = dropped_by(splitting.split, groups, is_test)
     by = sharing.by or (SITE if SITE in examples.columns else "fractions")
     if by == SITE or by.startswith(COLUMN):
         column = by.removeprefix(COLUMN)
@@ -96,12 +95,13 @@ def make_clients(
             examples = examples._replace(groups=np.arange(len(examples.groups)))
             dropped = np.zeros(len(dropped), bool)
         owner, names = _by_column(examples, column, dropped, sharing, where)
-    elif by in KINDS:
+    elif by in SHARINGS:
         owner = _shared_out(examples, dropped, sharing._replace(by=by), splitting.seed, name, where)
         names = [f"client_{number}" for number in range(owner.max() + 1)]
     else:
         raise UserError(
-            f"data.split_by must be one of {', '.join(KINDS)}, {SITE} or {COLUMN}NAME, got {by!r}"
+            f"data.split_by must be one of {', '.join(SHARINGS)}, {SITE} or {COLUMN}NAME, got "
+            f"{by!r}"
         )
     is_test = examples.is_test
     if is_test is None:

@@ -137,6 +137,17 @@ def split_validation(
     return np.sort(kept).astype(np.int32), np.sort(validation).astype(np.int32)
 
 
+def dropped_by(split: str, groups: np.ndarray, is_test: np.ndarray) -> np.ndarray:
+    """Returns which training examples a split leaves out, bool [n].
+
+    Args:
+        split: "official" leaves out none; "grouped" those whose group has test examples.
+        groups: [n] group (lesion, patient) of each example.
+        is_test: bool [n] the official split.
+    """
+    return np.isin(groups, groups[is_test]) & ~is_test & (split == "grouped")
+
+
 def clients_of_sites(
     sites: np.ndarray,
     name: Callable[[int], str],
@@ -167,8 +178,7 @@ def clients_of_sites(
         UserError: A site has no training or no test example.
     """
     # Dropped examples stay in the pool: they are a client's all the same, and kept from the public.
-    leaks = np.isin(groups, groups[is_test])
-    dropped = leaks & ~is_test & (split == "grouped")
+    dropped = dropped_by(split, groups, is_test)
     clients = []
     for site in np.unique(sites[sites >= 0]).tolist():
         train = np.flatnonzero((sites == site) & ~is_test & ~dropped)

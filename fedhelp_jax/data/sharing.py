@@ -13,10 +13,10 @@ import numpy as np
 
 from fedhelp_jax.data.partition import split_sizes
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import SHARINGS
 
 ALIKE = ("fractions", "iid")
 BY_CLASS = ("dirichlet", "shards")
-KINDS = (*ALIKE, "quantity", *BY_CLASS, "clusters")
 _TRIES = 100
 _CLUSTER_TRIES = 20
 _CLUSTER_STEPS = 50  # of Lloyd's algorithm
@@ -28,8 +28,8 @@ class Sharing(NamedTuple):
     """What decides which client has which examples.
 
     Attributes:
-        by: One of `KINDS`, "site", or "column:NAME"; None is "site" where sites are known, else
-            "fractions".
+        by: One of `SHARINGS`, "site", or "column:NAME"; None is "site" where sites are known,
+            else "fractions".
         fractions: With "fractions", each client's share; positive, with sum 1.
         num_clients: Otherwise, how many clients there are.
         alpha: With "dirichlet" and "quantity", the concentration: the smaller, the more unlike.
@@ -146,7 +146,7 @@ def share_out(
             )
         case "dirichlet":
             return _by_dirichlet(units, sharing, rng)
-    raise UserError(f"data.split_by must be one of {', '.join(KINDS)}, got {sharing.by!r}")
+    raise UserError(f"data.split_by must be one of {', '.join(SHARINGS)}, got {sharing.by!r}")
 
 
 def _by_dirichlet(units: Units, sharing: Sharing, rng: np.random.Generator) -> list[np.ndarray]:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fedhelp_jax.data.clients import Column, Examples, Splitting, make_clients
-from fedhelp_jax.data.sharing import KINDS, Sharing
+from fedhelp_jax.data.sharing import Sharing
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import SHARINGS
 
 # 240 images of 80 patients, three each, at three hospitals.
 PATIENT = np.repeat(np.arange(80), 3)
@@ -38,7 +39,7 @@ def assert_sound(clients, total=240):
     assert all(len(client.train) and len(client.test) for client in clients)
 
 
-@pytest.mark.parametrize("by", [*KINDS, "site", "column:sex", None])
+@pytest.mark.parametrize("by", [*SHARINGS, "site", "column:sex", None])
 def test_patients_stay_on_one_side_and_with_one_client(by):
     clients = made(by)
     assert_sound(clients)
@@ -55,7 +56,7 @@ def test_patients_stay_on_one_side_and_with_one_client(by):
     )  # the seed decides
 
 
-@pytest.mark.parametrize("by", [*KINDS, "site", "column:sex"])
+@pytest.mark.parametrize("by", [*SHARINGS, "site", "column:sex"])
 def test_an_official_split_is_kept(by):
     official = PATIENT % 5 == 0
     clients = made(by, EXAMPLES._replace(is_test=official))
@@ -75,7 +76,7 @@ def test_training_examples_of_tested_patients_are_dropped_unless_official():
     assert sum(len(part) for client in clients for part in client[1:]) == 240
 
 
-@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("by", SHARINGS)
 def test_dropped_examples_count_for_nobody(by):
     """An official split that cuts patients: the minimum is of those that are trained on."""
     official = (np.arange(240) % 3 == 0) & (PATIENT % 4 == 0)

@@ -11,7 +11,6 @@ from helpers import use_tiny_networks
 from fedhelp_jax.data import sharing as sharings
 from fedhelp_jax.data.partition import partition, rng_for
 from fedhelp_jax.data.sharing import (
-    KINDS,
     Sharing,
     looks,
     share_out,
@@ -20,6 +19,7 @@ from fedhelp_jax.data.sharing import (
     units_of,
 )
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import SHARINGS
 
 LABELS = np.repeat(np.arange(5), [400, 300, 200, 60, 40])
 EQUAL = Sharing(fractions=(0.25,) * 4, num_clients=4)
@@ -38,7 +38,7 @@ def assert_partition(parts, total):
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(total))
 
 
-@pytest.mark.parametrize("by", [by for by in KINDS if by != "clusters"])
+@pytest.mark.parametrize("by", [by for by in SHARINGS if by != "clusters"])
 def test_everyone_gets_some_all_are_given_and_the_seed_decides(by):
     how = EQUAL._replace(by=by, min_examples=5)
     parts = share_out(LABELS, how, rng())
@@ -102,7 +102,7 @@ def test_a_draw_that_cannot_end_is_refused_and_a_tiny_alpha_draws_a_corner():
     assert sorted(corner) == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("by", [by for by in KINDS if by != "clusters"])
+@pytest.mark.parametrize("by", [by for by in SHARINGS if by != "clusters"])
 def test_groups_stay_whole(by):
     """Of 300 patients with one to five images each."""
     groups = np.repeat(rng().permutation(300), rng().integers(1, 6, 300))

@@ -4,7 +4,6 @@ import importlib.resources
 import json
 import threading
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import tensorflow_datasets as tfds
 
 from fedhelp_jax.data.builders.base import About, Builder, Item, png
 from fedhelp_jax.data.builders.fetch import Remote
+from fedhelp_jax.data.cache import NPZ_ERRORS
 from fedhelp_jax.data.downloads import KEY, Download, check_size, md5_of
 from fedhelp_jax.data.parts import Example
 from fedhelp_jax.errors import UserError
@@ -26,7 +26,6 @@ SUBSETS: dict[str, dict[str, Any]] = json.loads(
 )
 _URL = "https://zenodo.org/records/10519652/files"
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
-_READ_ERRORS = (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error)
 
 _CITATION = """\
 @article{medmnistv2, title={{MedMNIST} v2: a large-scale lightweight benchmark for 2{D} and 3{D}
@@ -175,7 +174,7 @@ class _Stored:
                 else:
                     shape, _, dtype = np.lib.format.read_array_header_2_0(file)
                 return shape, dtype
-        except _READ_ERRORS as error:
+        except NPZ_ERRORS as error:
             raise self._refused(name, error) from None
 
     def read(self, name: str) -> np.ndarray:
@@ -184,7 +183,7 @@ class _Stored:
             # Opened here: np.load leaves a damaged file open.
             with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays[name]
-        except _READ_ERRORS as error:
+        except NPZ_ERRORS as error:
             raise self._refused(name, error) from None
 
     def shared(self, name: str) -> np.ndarray:
