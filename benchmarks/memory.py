@@ -17,10 +17,10 @@ from absl import app, flags
 
 from benchmarks.alternate import peak_gib
 from fedhelp_jax.client import adam_l2, gradient_step
+from fedhelp_jax.compilation import jit
 from fedhelp_jax.mask_losses import mask_loss
 from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.models.unet import UNETS, unet
-from fedhelp_jax.simulation import KEEP_REMATERIALISATION
 
 _MODEL = flags.DEFINE_enum("model", "unet_large", list(UNETS), "the network")
 _SHAPE = flags.DEFINE_list("shape", ["48", "60", "48"], "sides of a volume")
@@ -51,9 +51,8 @@ def compiled(remat: bool):
 
     x = jax.ShapeDtypeStruct((_BATCH.value, *shape), jnp.float32)
     targets = jax.ShapeDtypeStruct(x.shape[:-1], jnp.int32)
-    on_cpu = jax.default_backend() == "cpu"
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*jax.eval_shape(start), x, targets)
-    program = lowered.compile(compiler_options=KEEP_REMATERIALISATION if on_cpu else None)
+    lowered = jit(step, donate_argnums=(0, 1)).lower(*jax.eval_shape(start), x, targets)
+    program = lowered.compile()
     return program, start, x, targets
 
 

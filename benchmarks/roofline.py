@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from fedhelp_jax.compilation import jit
 from fedhelp_jax.mapping import make_mapping, over_clients
 from fedhelp_jax.models.resnet import Stage, Stem
 
@@ -82,13 +83,13 @@ def matrix_rate() -> float:
     """FLOP a second of a product of two large square matrices."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     a, b = jax.random.normal(jax.random.key(0), (2, n, n))
-    return 2 * n**3 / seconds(jax.jit(jnp.matmul), a, b)
+    return 2 * n**3 / seconds(jit(jnp.matmul), a, b)
 
 
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy that no cache holds."""
     x = jnp.zeros(2**28 // _FLOAT if jax.default_backend() == "cpu" else 2**32 // _FLOAT)
-    return 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), x)
+    return 2 * x.nbytes / seconds(jit(lambda x: x + 1), x)
 
 
 def stage_seconds(module: Any, channels: int, side: int) -> float:
@@ -120,8 +121,8 @@ def stage_seconds(module: Any, channels: int, side: int) -> float:
         step = over_clients(one, mapping)
         return jax.lax.fori_loop(0, _STEPS.value, lambda _, own: step((), own), own)
 
-    own = jax.jit(jax.vmap(init))(jax.random.split(jax.random.key(1), _CLIENTS.value))
-    return seconds(jax.jit(steps), own) / _STEPS.value
+    own = jit(jax.vmap(init))(jax.random.split(jax.random.key(1), _CLIENTS.value))
+    return seconds(jit(steps), own) / _STEPS.value
 
 
 def main(_: list[str]) -> None:

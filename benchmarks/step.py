@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from fedhelp_jax.client import adam_l2, gradient_step
+from fedhelp_jax.compilation import jit
 from fedhelp_jax.losses import cross_entropy_loss, masked_mean
 from fedhelp_jax.models.model import apply_model, with_compute_dtype
 from fedhelp_jax.models.resnet import resnet
@@ -39,7 +40,7 @@ def ours(dtype: str) -> tuple[Callable[[], None], float]:
     """A function that takes all steps in one dispatch, and the seconds it took to compile."""
     model, tx = with_compute_dtype(resnet(_DEPTH.value, _CLASSES), dtype), adam_l2(1e-3, 1e-4)
     shape = (_SIZE.value, _SIZE.value, 3)
-    variables = jax.jit(model.init, static_argnums=1)(jax.random.key(0), shape)
+    variables = jit(model.init, static_argnums=1)(jax.random.key(0), shape)
     x = jax.random.normal(jax.random.key(1), (_BATCH.value, *shape))
     labels = jnp.arange(_BATCH.value) % _CLASSES
 
@@ -55,7 +56,7 @@ def ours(dtype: str) -> tuple[Callable[[], None], float]:
         return params, stats, opt_state
 
     start = (variables["params"], variables["batch_stats"], tx.init(variables["params"]))
-    lowered = jax.jit(lambda c: jax.lax.fori_loop(0, _STEPS.value, step, c)).lower(start)
+    lowered = jit(lambda c: jax.lax.fori_loop(0, _STEPS.value, step, c)).lower(start)
     began = time.perf_counter()
     run = lowered.compile()
     seconds = time.perf_counter() - began

@@ -10,6 +10,7 @@ import jax
 from benchmarks.alternate import serve
 from fedhelp_jax.compilation import keep_programs
 from fedhelp_jax.config_files import load_config
+from fedhelp_jax.data.cache import cache_folder
 from fedhelp_jax.experiment import build_experiment
 from fedhelp_jax.report.summary import group_summary, headline
 
@@ -18,7 +19,7 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    keep_programs()
+    keep_programs(cache_folder(None) / "compiled")
 
     def one(point: dict[str, str]) -> tuple[float, float]:
         settings = [f"--config.{name}={value}" for name, value in point.items()]

@@ -395,9 +395,11 @@ def _prepare_jax(config: "RunConfig") -> None:
     """Keeps compiled programs, and sets how many devices the CPU is, if JAX has not started yet."""
     import jax
 
-    from fedhelp_jax.compilation import keep_programs
+    from fedhelp_jax.compilation import keep_programs, protect_process
+    from fedhelp_jax.data.cache import cache_folder
 
-    keep_programs()
+    protect_process()
+    keep_programs(cache_folder(None) / "compiled")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         jax.config.update("jax_num_cpu_devices", config.mapping.cpu_devices or min(cores or 1, 8))

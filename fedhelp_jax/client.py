@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from fedhelp_jax.compilation import traced_once, warn_if_exposed
 from fedhelp_jax.federation import ClientData, Pool, PublicPool, normalize_images
 from fedhelp_jax.models.model import Model, Variables, apply_model
 
@@ -105,9 +106,8 @@ def run_epochs(
     Returns:
       ``(carry, info)``, ``info`` averaged over the examples seen; zeros for a client without any.
     """
-    # Traced once, though it is asked for its shapes and then made a loop's body: for deep networks
-    # tracing takes as long as compiling.
-    step = jax.jit(step)
+    warn_if_exposed()
+    step = traced_once(step)
     steps = (data.size + batch_size - 1) // batch_size
     length = data.index.shape[0]
     # A slice that reached past the end would silently be moved back.
@@ -180,10 +180,11 @@ def predict(
     Returns:
       ``[n, ...]`` logits; zeros past ``size`` rounded up to whole batches.
     """
+    warn_if_exposed()
     length = index.shape[0]
     padded = jnp.pad(index, (0, -length % batch_size))
 
-    @jax.jit  # traced once, for its shape and as the body of a loop
+    @traced_once
     def logits_at(start: jax.Array | int) -> jax.Array:
         batch = lax.dynamic_slice_in_dim(padded, start, batch_size)
         return apply_model(model, variables, normalize_images(pool.images[batch]))[0]

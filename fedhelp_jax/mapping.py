@@ -35,6 +35,11 @@ class Mapping(NamedTuple):
         """Number of devices the clients are spread over."""
         return self.mesh.size
 
+    @property
+    def platform(self) -> str:
+        """The devices' back end: "cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
     def slots(self, clients: int) -> int:
         """The number of clients rounded up, so that every device has whole chunks."""
         each = -(-clients // self.num_devices)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from fedhelp_jax.compilation import jit
 from fedhelp_jax.federation import Federation, Group
 from fedhelp_jax.phases import (
     Arrays,
@@ -25,10 +26,6 @@ from fedhelp_jax.phases import (
 )
 from fedhelp_jax.placement import place, put
 from fedhelp_jax.tree import num_bytes
-
-# XLA's CPU back end drops the barriers between what is computed and what is computed again for the
-# backward pass, then finds both equal and keeps the first: `model.remat` would save nothing.
-KEEP_REMATERIALISATION = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 class Simulation:
@@ -51,41 +48,33 @@ class Simulation:
         self.groups = federation.groups
         self.federation = self._placed(federation)
         self._batch_size = phases.eval_batch_size
+        self._jit = program = functools.partial(jit, platform=mapping.platform)
         # Made where it is needed: to send it there, processes would compare what they have.
-        self.run_key = jax.jit(lambda: jax.random.key(seed), out_shardings=mapping.replicated)()
-        # What starts a run and what files its results only moves memory: on CPU it is compiled in
-        # half the time without LLVM's optimisations.
-        on_cpu = mapping.mesh.devices.flat[0].platform == "cpu"
-        unoptimised = {"xla_backend_optimization_level": 0} if on_cpu else None
+        self.run_key = program(lambda: jax.random.key(seed), out_shardings=mapping.replicated)()
         self._state_sharding = RunState(
             mapping.replicated,
             {g.role: NamedSharding(mapping.mesh, mapping.own) for g in self.groups},
         )
-        whole = functools.partial(jax.jit, out_shardings=self._state_sharding)
-        self._by_client = by_client = functools.partial(
-            jax.jit,
-            out_shardings=mapping.by_client,
-            compiler_options=KEEP_REMATERIALISATION if on_cpu else None,
-        )
-        self._init = whole(phases.init, compiler_options=unoptimised)
+        whole = functools.partial(program, out_shardings=self._state_sharding)
+        self._by_client = by_client = functools.partial(program, out_shardings=mapping.by_client)
+        # What starts a run and what files its results only moves memory.
+        self._init = whole(phases.init, optimized=False)
         self._aggregate = whole(
-            phases.aggregate,
-            donate_argnums=0,
-            compiler_options=None if phases.algorithm.server_trains else unoptimised,
+            phases.aggregate, donate_argnums=0, optimized=phases.algorithm.server_trains
         )
         # Over CPU devices a round waits for the clients before the mean, see there.
-        self.rounds_at_once = 1 if on_cpu and mapping.num_devices > 1 else rounds_at_once
-        self._rounds = jax.jit(
+        waits = mapping.platform == "cpu" and mapping.num_devices > 1
+        self.rounds_at_once = 1 if waits else rounds_at_once
+        self._rounds = program(
             functools.partial(phases.rounds, most=rounds_at_once),
             out_shardings=(self._state_sharding, mapping.replicated),
             donate_argnums=0,
-            compiler_options=KEEP_REMATERIALISATION if on_cpu else None,
         )
         roles = [group.role for group in self.groups]
         self._train = {r: by_client(functools.partial(phases.train, r)) for r in roles}
         self._evaluate = {r: by_client(functools.partial(phases.evaluate, r)) for r in roles}
-        self._predict = {r: jax.jit(functools.partial(phases.predict, r)) for r in roles}
-        self._gather = jax.jit(lambda tree: tree, out_shardings=mapping.replicated)
+        self._predict = {r: program(functools.partial(phases.predict, r)) for r in roles}
+        self._gather = program(lambda tree: tree, out_shardings=mapping.replicated)
 
     def _placed(self, federation: Federation) -> Arrays:
         """What lies on the devices for the whole run."""

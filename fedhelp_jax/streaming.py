@@ -277,7 +277,7 @@ class StreamedSimulation(Simulation):
             train = functools.partial(phases.train_part, role)
             self._train[role] = self._by_client(train, donate_argnums=6)
             self._evaluate[role] = self._by_client(functools.partial(phases.evaluate_part, role))
-            self._predict[role] = jax.jit(functools.partial(phases.predict_part, role))
+            self._predict[role] = self._jit(functools.partial(phases.predict_part, role))
 
     def _placed(self, federation: Federation) -> Arrays:
         groups = {g.role: {"ids": g.ids} for g in federation.groups}

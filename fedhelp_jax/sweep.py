@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedhelp_jax import config as configs
 from fedhelp_jax import processes
-from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.compilation import compile_totals, jit
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Loaded, load, make_phases
@@ -39,7 +39,6 @@ from fedhelp_jax.report import files
 from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary, headline
 from fedhelp_jax.report.sweeps import write_sweep
-from fedhelp_jax.simulation import KEEP_REMATERIALISATION
 
 _TOP_LEVEL = ("learning_rate", "sgd_learning_rate", "weight_decay")
 _SERVER = ("learning_rate", "momentum", "beta2", "adaptivity")
@@ -377,10 +376,7 @@ class Program:
         self.mapping = mapping = make_mapping(chunk, devices, local=True)
         by_run = NamedSharding(mapping.mesh, P(*mapping.by_client.spec))
         self.shared = jax.device_put(self.shared, mapping.replicated)
-        on_cpu = self.devices[0].platform == "cpu"
-        unoptimised = {"xla_backend_optimization_level": 0} if on_cpu else None
-        keep = KEEP_REMATERIALISATION if on_cpu else None
-        compiled = functools.partial(jax.jit, out_shardings=by_run)
+        program = functools.partial(jit, platform=mapping.platform, out_shardings=by_run)
         point = self._points(self.block.runs[: self.slots])
 
         def over(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -394,12 +390,12 @@ class Program:
                 (leaves, rest), (point, state)
             )
 
-        self._init = compiled(over(self._init_one), compiler_options=unoptimised)
+        self._init = program(over(self._init_one), optimized=False)
         state = self._init(self.shared, point, ())  # its placement belongs to what is compiled
-        rounds = compiled(over(self._rounds_of_one), donate_argnums=2, compiler_options=keep)
+        rounds = program(over(self._rounds_of_one), donate_argnums=2)
         zero = np.int32(0)
         self._rounds = rounds.lower(self.shared, point, state, zero, zero).compile()
-        self._evaluate = compiled(over(self._evaluate_one), compiler_options=keep)
+        self._evaluate = program(over(self._evaluate_one))
         memory = self._rounds.memory_analysis()
         assert memory is not None
         self.bytes_at_once = (

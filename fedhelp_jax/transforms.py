@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
+from fedhelp_jax.compilation import jit
+
 AUGMENTATIONS = ("flip", "flip_all", "affine", "brightness")
 
 # How strong augmentations are; all draws are uniform.
@@ -186,7 +188,7 @@ def harmonize(images: np.ndarray, names: Sequence[str]) -> np.ndarray:
     return result
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jit, static_argnums=1)
 def _harmonized(images: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return functools.reduce(lambda x, name: HARMONIZATIONS[name](x), names, images)
 

@@ -6,10 +6,13 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from fedhelp_jax.compilation import protect_process
+
 jax.config.update("jax_num_cpu_devices", 2)
 
 # Tests compile much and compute little: without LLVM's optimisations they take half the time.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+protect_process()  # many tests compile functions of the package by themselves
 
 
 @pytest.fixture(scope="session", autouse=True)

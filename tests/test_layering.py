@@ -9,6 +9,7 @@ import fedhelp_jax
 
 LAYERS: tuple[str, ...] = (
     "errors",
+    "compilation",
     "processes",
     "schema",
     "values",
@@ -32,7 +33,6 @@ LAYERS: tuple[str, ...] = (
     "placement",
     "simulation",
     "streaming",
-    "compilation",
     "config",
     "checkpoint",
     "experiment",

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from fedhelp_jax import schema
+from fedhelp_jax.compilation import compiler_options
 from fedhelp_jax.models import conv as convolutions
 from fedhelp_jax.models import layers
 from fedhelp_jax.models.cnn import CNNS, cnn
@@ -16,7 +17,6 @@ from fedhelp_jax.models.conv import conv, conv_transpose, max_pool
 from fedhelp_jax.models.model import apply_model, with_compute_dtype
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNetSize, unet
-from fedhelp_jax.simulation import KEEP_REMATERIALISATION
 
 
 def xla_conv(x, kernel, stride, pad):
@@ -281,9 +281,8 @@ def test_a_network_in_bfloat16_multiplies_in_it_and_gives_float32(name):
     assert products
     for product in products:
         assert re.sub(r"tensor<[\dx]*(\w+)>", r"\1", product) == "(bf16, bf16) -> f32"
-    # As training compiles it on a CPU: barriers then stay to the end, before products too.
-    on_cpu = jax.default_backend() == "cpu"
-    program = lowered.compile(compiler_options=KEEP_REMATERIALISATION if on_cpu else None)
+    # As training compiles it: barriers then stay to the end on a CPU, before products too.
+    program = lowered.compile(compiler_options=compiler_options())
     (loss, out), grads = program(params)
     assert {leaf.dtype for leaf in jax.tree.leaves((out, grads))} == {jnp.dtype("float32")}
     assert loss == pytest.approx(float(plain(params)[0][0]), rel=0.05)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
 from fedhelp_jax.client import gradient_step, predict, public_batches
+from fedhelp_jax.compilation import traced_once
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import Pool, PublicPool
 from fedhelp_jax.models.model import Model, Variables, apply_model
@@ -79,7 +80,7 @@ def learn_answers(
     )
     stats = variables["batch_stats"]
 
-    @jax.jit
+    @traced_once
     def step(i: jax.Array, carry: tuple) -> tuple:
         params, opt_state = carry
         batch = batch_at(i)

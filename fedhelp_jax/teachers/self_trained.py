@@ -14,6 +14,7 @@ import numpy as np
 
 from fedhelp_jax.algorithms.base import Setup, init_own, train_locally
 from fedhelp_jax.client import adam_l2, predict
+from fedhelp_jax.compilation import jit
 from fedhelp_jax.data.types import PublicDataset
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import ClientData, Pool
@@ -156,7 +157,7 @@ class SelfTrained:
         mapping = make_mapping(num_devices=min(2, jax.device_count()))
         own = (np.arange(2, dtype=np.int32), (index, size), (index[::-1], size[::-1]))
         shared = (jax.random.key(self._seed), pool)
-        found = np.asarray(jax.jit(over_clients(cross_fitted, mapping))(shared, own))
+        found = np.asarray(jit(over_clients(cross_fitted, mapping))(shared, own))
         logits = np.empty((len(public.sha256), *found.shape[2:]), np.float32)
         for asked, answers in zip(rows[::-1], found, strict=True):
             logits[asked] = answers[: len(asked)]
