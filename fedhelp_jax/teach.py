@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fedhelp_jax.compilation import jit
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.data.types import PublicDataset
 from fedhelp_jax.errors import UserError
@@ -115,7 +116,7 @@ def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
             )
         except ValueError as error:
             return found | {"note": str(error)}
-    metrics = classification_metrics(
+    metrics = jit(classification_metrics)(
         jnp.asarray(logits), jnp.asarray(labels), jnp.ones(len(labels), bool)
     )
     return found | {
@@ -132,7 +133,7 @@ def _mask_agreement(
 ) -> dict[str, Any]:
     if answers.label_names != label_names:
         return {"note": "its masks are of other classes than the public ones"}
-    metrics = segmentation(label_names).metrics
+    metrics = jit(segmentation(label_names).metrics)
     found = metrics(jnp.asarray(answers.logits), jnp.asarray(masks), jnp.ones(len(masks), bool))
     return {"dice": float(found["dice"])}
 

@@ -213,8 +213,7 @@ def test_what_comes_to_the_host_is_a_row_of_scalars_per_client(name):
         slots = -(-len(group.names) // DEVICES) * DEVICES
         trained = simulation.train_shapes(group, state)
         table = simulation.federation.groups[group.role]["validation"]
-        evaluated = jax.eval_shape(
-            simulation._evaluate[group.role],
+        evaluated = simulation._evaluate[group.role].eval_shape(
             state.clients[group.role],
             state.server,
             simulation.federation,

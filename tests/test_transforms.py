@@ -9,6 +9,7 @@ import pytest
 from scipy import ndimage
 
 from fedhelp_jax import transforms
+from fedhelp_jax.compilation import compile_totals
 
 PLANES, VOLUMES = (5, 12, 10, 3), (3, 6, 9, 8, 1)
 AUGMENTATIONS = transforms.AUGMENTATIONS
@@ -258,12 +259,12 @@ def test_dtypes_of_harmonized_pools(make, names):
 def test_blocks_do_not_matter(monkeypatch, names):
     images = pixels((7, 11, 9, 3))  # of a shape of its own: programs are counted
     whole = transforms.harmonize(images, names)
-    programs = transforms._harmonized._cache_size()
+    programs = compile_totals().programs
     for in_a_block in (1, 3, 5):
         monkeypatch.setattr(transforms, "_BLOCK_VALUES", in_a_block * images[0].size + 1)
         found = transforms.harmonize(images, names)
         np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-6 * (found.dtype != np.uint8))
-    assert transforms._harmonized._cache_size() == programs + 3  # one for each size of block
+    assert compile_totals().programs == programs + 3  # one for each size of block
     shuffled = np.array([4, 2, 6, 0, 1, 5, 3])
     found = transforms.harmonize(images[shuffled], names)
     np.testing.assert_array_equal(found, transforms.harmonize(images, names)[shuffled])

@@ -1,0 +1,267 @@
+"""Runs the phases of a simulation again and again, and prints how many outcomes each had, as JSON.
+
+    python tests/repeat_worker.py '{"network": "resnet20", "devices": 2, "evaluations": 50}'
+
+The same state must give the same bits every time, whatever else the machine and the process do. It
+is a process of its own, since the number of CPU devices and XLA's flags are chosen only once. The
+keys of the argument are those of `DEFAULTS`.
+"""
+
+import concurrent.futures
+import json
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from fedhelp_jax import compilation
+from fedhelp_jax import task as tasks
+from fedhelp_jax.algorithms import ALGORITHMS
+from fedhelp_jax.algorithms.base import PublicSpec, Setup
+from fedhelp_jax.client import adam_l2
+from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
+from fedhelp_jax.federation import ClientData, Federation, make_federation, normalize_images
+from fedhelp_jax.mapping import make_mapping
+from fedhelp_jax.models.model import Model, apply_model
+from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
+from fedhelp_jax.models.unet import UNETS, unet
+from fedhelp_jax.phases import Phases, num_clients
+from fedhelp_jax.random import client_round_key
+from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.streaming import StreamedSimulation
+
+CLASSES, PUBLIC, ANSWERS = 8, 32, 6
+
+DEFAULTS: dict[str, Any] = {
+    "network": "resnet20",  # of all clients
+    "method": "local",
+    "task": "classification",
+    "clients": 4,  # the first half of them large
+    "devices": 2,
+    "size": 32,  # side of an image
+    "batch": 16,
+    "eval_batch": 64,
+    "train": 64,  # examples of a client
+    "test": 128,
+    "evaluations": 0,
+    "rounds": 0,  # how often the first round is made again
+    "predictions": 0,
+    "streams": 0,  # how often a round and an evaluation are made with images in host memory
+    "direct": False,  # compare with loops in Python, without shard_map
+    "float64": False,
+    "safe": True,  # with the compiler options of the package
+    "busy": "ours",  # the program that runs beside all this in the process: ours, others or none
+}
+
+
+def build_network(name: str) -> Model:
+    """A network of the package by its name in configs."""
+    if name in UNETS:
+        return unet(UNETS[name], 1)
+    return resnet(RESNET_DEPTHS[name], CLASSES)
+
+
+def datasets(options: dict[str, Any]) -> tuple[FederatedDataset, PublicDataset, np.ndarray]:
+    """Random pixels, labels or masks, and answers."""
+    draw = np.random.default_rng(0)
+    masks, side, each = options["task"] == "segmentation", options["size"], options["train"]
+    total = options["clients"] * (each + options["test"])
+    shape = (side, side) if masks else ()
+    classes = 2 if masks else CLASSES
+
+    def images(count: int) -> np.ndarray:
+        return draw.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+    def targets(count: int) -> np.ndarray:
+        labels = draw.integers(0, classes, (count, *shape))
+        return labels.astype(np.uint8 if masks else np.int32)
+
+    own = np.arange(total, dtype=np.int32).reshape(options["clients"], -1)
+    splits = tuple(
+        ClientSplit(f"c{i}", rows[:each], rows[:1], rows[each:]) for i, rows in enumerate(own)
+    )
+    names = ("thing",) if masks else tuple(map(str, range(CLASSES)))
+    dataset = FederatedDataset("noise", True, images(total), targets(total), names, splits)
+    public = images(PUBLIC)
+    answers = draw.normal(size=(PUBLIC, *shape, 1 if masks else ANSWERS)).astype(np.float32)
+    public_data = PublicDataset("noise", True, public, targets(PUBLIC), None, (), public)
+    return dataset, public_data, answers
+
+
+def simulation_of(options: dict[str, Any], federation: Federation, **streaming: Any) -> Simulation:
+    """The method over the federation."""
+    masks, model = options["task"] == "segmentation", build_network(options["network"])
+    setup = Setup(
+        task=tasks.segmentation(("thing",)) if masks else tasks.classification,
+        num_classes=1 if masks else CLASSES,
+        sample_shape=(options["size"], options["size"], 3),
+        models={"small": model, "large": model},
+        # Adam amplifies rounding, which is not what is looked for where loops are compared.
+        tx=optax.sgd(1e-3) if options["direct"] else adam_l2(1e-3, 1e-4),
+        batch_size=options["batch"],
+        public_batch_size=options["batch"],
+        local_epochs=1,
+        public=PublicSpec(
+            num_images=PUBLIC,
+            num_labels=1 if masks else CLASSES,
+            num_answers=1 if masks else ANSWERS,
+            shared=False,
+        ),
+    )
+    method, task = ALGORITHMS[options["method"]], setup.task
+    if options["direct"]:  # metrics are computed in float32, so logits are compared instead
+        task = task._replace(metrics=lambda logits, targets, mask: {"logits": logits})
+    phases = Phases(
+        method.build(setup, method.settings()),
+        task,
+        num_clients(federation),
+        make_mapping(num_devices=options["devices"]),
+        eval_batch_size=options["eval_batch"],
+    )
+    return (StreamedSimulation if streaming else Simulation)(
+        phases, federation, seed=0, **streaming
+    )
+
+
+def outcomes(times: int, compute: Callable[[], Any]) -> int:
+    """How many different results there are, bit for bit."""
+
+    def bits() -> bytes:
+        return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(compute()))
+
+    return len({bits() for _ in range(times)})
+
+
+def beside(kind: str, stop: threading.Event) -> None:
+    """Keeps the threads of XLA busy with a long loop until told to stop."""
+    if kind == "none":
+        return
+
+    def loop(x: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x * 1.01 + 0.1), x)
+
+    program = (compilation.jit if kind == "ours" else jax.jit)(loop)
+    while not stop.is_set():
+        jax.block_until_ready(program(jnp.ones((512, 512))))
+
+
+def error_of_evaluation(simulation: Simulation, federation: Federation, state: Any) -> float:
+    """How far logits are from those of the networks applied to one batch after the other."""
+    worst, measured = 0.0, simulation.evaluate(state, "test")
+    for group in simulation.groups:
+        client = simulation.phases.algorithm.clients[group.role]
+        name, model = next(iter(client.models.items()))
+        apply = compilation.jit(lambda v, x, m=model: apply_model(m, v, normalize_images(x))[0])
+        for row in range(len(group.names)):
+            download, own = one_client(simulation, state, group.role, row)
+            variables = client.deploy(download, own, None)[name]
+            size = int(group.test.size[row])
+            images = np.asarray(federation.pool.images)[np.asarray(group.test.index)[row, :size]]
+            expected = np.concatenate(
+                [np.asarray(apply(variables, images[i : i + 16])) for i in range(0, size, 16)]
+            )
+            worst = max(worst, distance(measured[group.role][name]["logits"][row], expected))
+    return worst
+
+
+def error_of_training(simulation: Simulation, federation: Federation, state: Any) -> float:
+    """How far clients' states after a round are from those of one client after the other."""
+    got, _ = simulation.round(jax.tree.map(jnp.copy, state), 0)
+    worst, moved = 0.0, 0.0
+    for group in simulation.groups:
+        update = compilation.jit(simulation.phases.algorithm.clients[group.role].update)
+        for row in range(len(group.names)):
+            key = client_round_key(simulation.run_key, 0, group.ids[row])
+            download, own = one_client(simulation, state, group.role, row)
+            data = ClientData(
+                federation.pool, federation.public, group.train.index[row], group.train.size[row]
+            )
+            expected = jax.tree.leaves(update(key, download, own, data)[0])
+            ours = [np.asarray(leaf)[row] for leaf in jax.tree.leaves(got.clients[group.role])]
+            worst = max(worst, *map(distance, ours, expected))
+            moved = max(moved, *map(distance, ours, jax.tree.leaves(own)))
+    assert moved > 1e-4, "nothing was trained"
+    return worst
+
+
+def one_client(simulation: Simulation, state: Any, role: str, row: int) -> tuple[Any, Any]:
+    """What a client gets from the server, and its state, on the host."""
+    server, states = jax.tree.map(np.asarray, (state.server, state.clients[role]))
+    download = simulation.phases.algorithm.download(server, role)
+    return download, jax.tree.map(lambda leaf: leaf[row], states)
+
+
+def distance(ours: Any, theirs: Any) -> float:
+    """The largest difference, relative to the largest value but at least 1."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    scale = max(1.0, np.abs(theirs).max(initial=0.0))
+    return float(np.abs(ours - theirs).max(initial=0.0)) / scale
+
+
+def repeat(options: dict[str, Any]) -> dict[str, Any]:
+    """How many outcomes each phase has, and how far it is from loops in Python."""
+    dataset, public, answers = datasets(options)
+    roles = ["large" if i < options["clients"] // 2 else "small" for i in range(options["clients"])]
+    federation = make_federation(dataset, roles, public, answers)
+    simulation = simulation_of(options, federation)
+    state, found = simulation.init(), {}
+    if options["direct"]:
+        found["evaluation_error"] = error_of_evaluation(simulation, federation, state)
+        found["training_error"] = error_of_training(simulation, federation, state)
+    if options["rounds"]:
+        found["rounds"] = outcomes(
+            options["rounds"], lambda: simulation.round(jax.tree.map(jnp.copy, state), 0)
+        )
+    if options["evaluations"]:
+        found["evaluations"] = outcomes(
+            options["evaluations"], lambda: simulation.evaluate(state, "test")
+        )
+    if options["predictions"]:
+        group = simulation.groups[0]
+        found["predictions"] = outcomes(
+            options["predictions"], lambda: simulation.predictions(state, group, 0, "test")
+        )
+    if options["streams"]:
+        on_host = make_federation(dataset, roles, public, answers, on_host=True)
+        example = sum(leaf.nbytes // len(leaf) for leaf in on_host.pool)
+        most = 2 * example * max(options["train"], options["test"])
+        streamed = simulation_of(options, on_host, pool_bytes=most)
+        start = streamed.init()
+        found["streams"] = outcomes(
+            options["streams"],
+            lambda: (
+                streamed.round(jax.tree.map(jnp.copy, start), 0),
+                streamed.evaluate(start, "test"),
+            ),
+        )
+    return found
+
+
+def main() -> None:
+    """Reads the options, and prints what `repeat` finds."""
+    given = json.loads(sys.argv[1])
+    assert given.keys() <= DEFAULTS.keys(), given.keys() - DEFAULTS.keys()
+    options = DEFAULTS | given
+    jax.config.update("jax_num_cpu_devices", options["devices"])
+    jax.config.update("jax_enable_x64", options["float64"])
+    if not options["safe"]:
+        compilation.compiler_options = lambda *_, **__: {}
+    stop = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        busy = threads.submit(beside, options["busy"], stop)
+        try:
+            print(json.dumps(repeat(options)))
+        finally:
+            stop.set()
+            busy.result()
+
+
+if __name__ == "__main__":
+    main()
