@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from ml_collections import config_dict
 
-from fedhelp_jax.algorithms import SETTINGS
+from fedhelp_jax.algorithms import ALGORITHMS, SETTINGS
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import (
     CNNS,
@@ -59,7 +59,11 @@ class AlgorithmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run."""
+    """All settings of a run.
+
+    `validate` and `from_dict` fill in the optimizer and the learning rates that None stands for,
+    so that the settings of a run always hold them.
+    """
 
     task: str = setting(
         "classification",
@@ -71,13 +75,15 @@ class RunConfig:
     batch_size: int = setting(4, "private images a step", COUNT)
     public_batch_size: int = setting(4, "public images a step", COUNT)
     local_epochs: int = setting(1, "passes over its images a client makes in a round", COUNT)
-    optimizer: str = setting(
-        "adam",
-        "the clients': adam or sgd; scaffold, per_fedavg and pfedme always take sgd",
+    optimizer: str | None = setting(
+        None,
+        "the clients': adam, or (plain) sgd; if None adam, but sgd for scaffold, per_fedavg and "
+        "pfedme, which take no other",
         one_of("adam", "sgd"),
     )
-    learning_rate: float = setting(1e-3, "Adam's", more_than(0))
-    sgd_learning_rate: float = setting(1e-2, "plain SGD's", more_than(0))
+    learning_rate: float | None = setting(
+        None, "the clients'; 1e-3 for adam, 1e-2 for sgd if None", more_than(0)
+    )
     learning_rate_schedule: str = setting(
         "constant",
         "constant, or cosine: falls over the rounds, to nearly 0 in the last",
@@ -178,7 +184,10 @@ def load(path: Path) -> RunConfig:
     try:
         return from_dict(values)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(
+            f"{path}: {error}. If the run is of another version of fedhelp_jax, go on with that, "
+            "or train anew in another folder"
+        ) from None
 
 
 def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
@@ -254,7 +263,29 @@ def _algorithm_keys() -> list[str]:
 def _run_config(values: Mapping[str, Any]) -> RunConfig:
     config = cast(RunConfig, _build(RunConfig, values, "config"))
     _check_together(config)
-    return config
+    return _filled_in(config)
+
+
+_LEARNING_RATES = {"adam": 1e-3, "sgd": 1e-2}
+_SERVER_LEARNING_RATES = {"sgd": 1.0, "adam": 0.01, "yogi": 0.01}
+
+
+def _filled_in(config: RunConfig) -> RunConfig:
+    """Returns the settings with the optimizer and the learning rates that None stands for."""
+    name, server = config.algorithm.name, config.server
+    plain_sgd = ALGORITHMS[name].plain_sgd
+    optimizer = config.optimizer or ("sgd" if plain_sgd else "adam")
+    if plain_sgd and optimizer != "sgd":
+        raise UserError(
+            f"config.optimizer = {optimizer!r}, but {name} always takes plain SGD: leave it None"
+        )
+    rate, server_rate = config.learning_rate, server.learning_rate
+    if rate is None:
+        rate = _LEARNING_RATES[optimizer]
+    if server_rate is None:
+        server_rate = _SERVER_LEARNING_RATES.get(server.optimizer)
+    server = dataclasses.replace(server, learning_rate=server_rate)
+    return dataclasses.replace(config, optimizer=optimizer, learning_rate=rate, server=server)
 
 
 def _build(cls: type, values: Any, path: str) -> Any:

@@ -275,24 +275,27 @@ def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_cla
 
 def _client_optimizers(config: RunConfig, factor: float | jax.Array) -> dict[str, Any]:
     """Fields of `Setup`, every learning rate times ``factor``."""
-    decay, sgd_rate = config.weight_decay, config.sgd_learning_rate * factor
-    if config.optimizer == "sgd":
-        tx = sgd_l2(sgd_rate, decay)
-    else:
-        tx = adam_l2(config.learning_rate * factor, decay)
-    return {"tx": tx, "sgd_rate": sgd_rate, "weight_decay": decay}
+    assert config.learning_rate is not None, "not validated"
+    rate, decay = config.learning_rate * factor, config.weight_decay
+    optimizer = {"adam": adam_l2, "sgd": sgd_l2}[str(config.optimizer)]
+    return {
+        "tx": optimizer(rate, decay),
+        "learning_rate": rate,
+        "weight_decay": decay,
+        "schedule": factor,
+    }
 
 
 def _server_optimizer(config: ServerConfig) -> optax.GradientTransformation | None:
     """The optimizers of Reddi et al., arXiv:2003.00295, as optax has them; None for the mean."""
-    rate = config.learning_rate
     if config.optimizer == "none":
         return None
+    assert config.learning_rate is not None, "not validated"
     if config.optimizer == "sgd":
-        return optax.sgd(1.0 if rate is None else rate, momentum=config.momentum)
+        return optax.sgd(config.learning_rate, momentum=config.momentum)
     adaptive = {"adam": optax.adam, "yogi": optax.yogi}[config.optimizer]
     return adaptive(
-        0.01 if rate is None else rate, b1=config.momentum, b2=config.beta2, eps=config.adaptivity
+        config.learning_rate, b1=config.momentum, b2=config.beta2, eps=config.adaptivity
     )
 
 

@@ -116,6 +116,7 @@ SETTING_CHECKS: dict[str, Check] = {
     "digest_epochs": at_least(0),
     "server_steps": at_least(0),
     "server_epochs": at_least(0),
+    "server_learning_rate": more_than(0),
     "alpha": _SHARE,
     "beta": _SHARE,
     "miscoverage": _SHARE,

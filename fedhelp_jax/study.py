@@ -46,7 +46,6 @@ METHOD_SETTINGS = (
     "public",
     "roles",
     "server",
-    "sgd_learning_rate",
     "teacher",
     "weight_decay",
 )

@@ -40,7 +40,7 @@ from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary, headline
 from fedhelp_jax.report.sweeps import write_sweep
 
-_TOP_LEVEL = ("learning_rate", "sgd_learning_rate", "weight_decay")
+_TOP_LEVEL = ("learning_rate", "weight_decay")
 _SERVER = ("learning_rate", "momentum", "beta2", "adaptivity")
 
 

@@ -32,7 +32,7 @@ def refusal(config) -> str:
 
 
 def test_defaults_are_those_of_the_schema():
-    assert validate(default_config()) == RunConfig()
+    assert validate(default_config()) == from_dict(to_dict(RunConfig()))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -51,6 +51,30 @@ def test_an_int_stands_for_a_float_and_a_list_for_a_tuple():
     config = validate(changed(learning_rate=1, data__fractions=[0.5, 0.5]))
     assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float)
     assert config.data.fractions == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "rate"),
+    [
+        ({}, "adam", 1e-3),
+        ({"optimizer": "sgd"}, "sgd", 1e-2),
+        ({"algorithm__name": "scaffold"}, "sgd", 1e-2),
+        ({"algorithm__name": "per_fedavg", "optimizer": "sgd"}, "sgd", 1e-2),
+        ({"algorithm__name": "pfedme", "learning_rate": 0.5}, "sgd", 0.5),
+        ({"optimizer": "None", "learning_rate": "None"}, "adam", 1e-3),
+    ],
+)
+def test_the_learning_rate_follows_the_optimizer_that_the_method_takes(changes, optimizer, rate):
+    config = validate(changed(**changes))
+    assert (config.optimizer, config.learning_rate) == (optimizer, rate)
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [("none", None), ("sgd", 1.0), ("adam", 0.01), ("yogi", 0.01)]
+)
+def test_so_does_the_servers(optimizer, rate):
+    assert validate(changed(server__optimizer=optimizer)).server.learning_rate == rate
 
 
 def test_a_locked_config_refuses_unknown_keys_at_once():
@@ -72,6 +96,11 @@ REFUSED = [
     ({"learning_rate": 0}, ["config.learning_rate", "more than 0"]),
     ({"learning_rate": "fast"}, ["config.learning_rate", "number"]),
     ({"learning_rate": float("nan")}, ["config.learning_rate", "finite"]),
+    ({"sgd_learning_rate": 0.1}, ["config.sgd_learning_rate", "did you mean learning_rate"]),
+    (
+        {"algorithm__name": "scaffold", "optimizer": "adam"},
+        ["config.optimizer = 'adam'", "scaffold always takes plain SGD", "leave it None"],
+    ),
     ({"weight_decay": -1e-4}, ["config.weight_decay"]),
     ({"participation": 0}, ["config.participation"]),
     ({"participation": 1.01}, ["config.participation", "at most 1"]),
@@ -168,6 +197,10 @@ def test_every_setting_in_config_json_is_needed():
         ('{"round": 3}', "config.round "),
         (json.dumps(to_dict(RunConfig()) | {"rounds": "50"}), "config.rounds = '50'"),
         (json.dumps(to_dict(RunConfig()) | {"more": 1}), "config.more"),
+        (
+            json.dumps(to_dict(RunConfig()) | {"sgd_learning_rate": 0.01}),
+            "run is of another version",
+        ),
     ],
 )
 def test_a_config_json_edited_by_hand_is_refused_by_the_key(tmp_path, content, word):

@@ -24,6 +24,7 @@ from fedhelp_jax import experiment, mapping
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.experiment import build_experiment
 from fedhelp_jax.models.resnet import resnet
+from fedhelp_jax.sweep import numbers, with_numbers
 
 pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
 
@@ -396,10 +397,18 @@ def test_a_run_in_bfloat16_is_near_one_in_float32():
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)
 
 
-def test_a_cosine_schedule_gives_each_round_a_learning_rate_of_its_own():
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("fedavg", ("learning_rate",)),
+        ("fedgh", ("learning_rate", "algorithm.server_learning_rate")),
+    ],
+)
+def test_a_cosine_schedule_gives_each_round_a_learning_rate_of_its_own(name, rates):
     """(1 + cos(pi r / 3)) / 2 is 1, 0.75 and 0.25."""
     settings = get_config()
-    settings.algorithm.name = "fedavg"
+    settings.algorithm.name = name
+    settings.model.large = settings.model.small
     config = config_lib.validate(settings)
     with jax.enable_x64(True):
         cosine = dataclasses.replace(config, rounds=3, learning_rate_schedule="cosine")
@@ -407,7 +416,8 @@ def test_a_cosine_schedule_gives_each_round_a_learning_rate_of_its_own():
         state = simulation.init()
         expected = on_host(state)
         for round, factor in enumerate((1.0, 0.75, 0.25)):
-            constant = dataclasses.replace(config, learning_rate=factor * config.learning_rate)
+            values = {key: factor * numbers(config)[key] for key in rates}
+            constant = with_numbers(config, values)
             reference = build_experiment(constant).simulation
             expected, _ = reference.round(
                 jax.device_put(expected, reference.mapping.replicated), round

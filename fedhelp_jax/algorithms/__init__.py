@@ -33,6 +33,7 @@ class Method(NamedTuple):
       uses_public: Whether it learns from the public images.
       uses_teacher: Whether it learns from the foundation model's answers about them.
       pools_data: Whether it needs all clients' data in one place, as no federated method does.
+      plain_sgd: Whether its rule takes plain SGD, and no other optimizer.
     """
 
     build: Callable[..., FederatedAlgorithm]
@@ -40,6 +41,7 @@ class Method(NamedTuple):
     uses_public: bool = False
     uses_teacher: bool = False
     pools_data: bool = False
+    plain_sgd: bool = False
 
 
 ALGORITHMS: Mapping[str, Method] = {
@@ -49,10 +51,10 @@ ALGORITHMS: Mapping[str, Method] = {
     "fedavg": Method(fedavg, FedAvgSettings),
     "fedprox": Method(fedprox, FedProxSettings),
     "fedbn": Method(fedbn, FedBNSettings),
-    "scaffold": Method(scaffold, ScaffoldSettings),
+    "scaffold": Method(scaffold, ScaffoldSettings, plain_sgd=True),
     "ditto": Method(ditto, DittoSettings),
-    "per_fedavg": Method(per_fedavg, PerFedAvgSettings),
-    "pfedme": Method(pfedme, PFedMeSettings),
+    "per_fedavg": Method(per_fedavg, PerFedAvgSettings, plain_sgd=True),
+    "pfedme": Method(pfedme, PFedMeSettings, plain_sgd=True),
     "fml": Method(fml, FMLSettings),
     "fedmd": Method(fedmd, FedMDSettings, uses_public=True),
     "feddf": Method(feddf, FedDFSettings, uses_public=True),
