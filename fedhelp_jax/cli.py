@@ -119,6 +119,7 @@ def _train(arguments: list[str]) -> int:
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     source = _required(own, "config", "configs/quickstart.py")
     from fedhelp_jax.config_files import load_config
+    from fedhelp_jax.unused import warn_unused
 
     config = load_config(source, overrides)
     workdir = Path(_required(own, "workdir", "runs/demo"))
@@ -131,6 +132,8 @@ def _train(arguments: list[str]) -> int:
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
     with processes.joined(_address(own), _complain):
+        if processes.first():
+            warn_unused(config)
         try:
             summary = runner.train(config, workdir, bool(own["overwrite"].value))
         except AnswersMissing as error:
@@ -211,6 +214,7 @@ def _sweep(arguments: list[str]) -> int:
     workdir = Path(_required(own, "workdir", "runs/sweep"))
     axes = dict(_axis(text) for text in own["sweep"].value or [])
     from fedhelp_jax.config_files import load_config
+    from fedhelp_jax.unused import refuse_unused
 
     base = load_config(source, overrides)
     seeds = _seeds(own["seeds"].value) if own["seeds"].value else [base.seed]
@@ -225,6 +229,7 @@ def _sweep(arguments: list[str]) -> int:
     for point, seed in points:
         own_flags = [f"--config.{key}={value}" for key, value in point.items()]
         config = load_config(source, [*overrides, *own_flags, f"--config.seed={seed}"])
+        refuse_unused(config, point, by_method=True)
         found.append(({**{key: _literal(v) for key, v in point.items()}, "seed": seed}, config))
 
     from fedhelp_jax.report import files

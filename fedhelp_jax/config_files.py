@@ -13,6 +13,7 @@ from ml_collections import config_dict, config_flags
 from fedhelp_jax import config as config_lib
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError, suggest
+from fedhelp_jax.unused import refuse_unused
 
 if TYPE_CHECKING:
     from fedhelp_jax.study import Study  # brings all that computes along
@@ -59,7 +60,11 @@ def load_config(source: str, overrides: list[str]) -> RunConfig:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         # ml_collections lets some of these through as they are; all are about an override.
         raise UserError(f"{' '.join(overrides)}: {error}") from None
-    return config_lib.validate(config)
+    checked = config_lib.validate(config)
+    names = [name if name in types else name.removeprefix("no") for name in _flag_names(overrides)]
+    asked = [name.removeprefix("config.") for name in names]
+    refuse_unused(checked, asked, by_method=False)
+    return checked
 
 
 def load_study(source: str) -> "Study":
@@ -114,10 +119,12 @@ def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
 def _refuse_unknown_flags(arguments: Sequence[str], keys: Iterable[str]) -> None:
     """Refuses a misspelt flag by the closest known one; ml_collections would raise its own way."""
     known = [f"--{key}" for key in (*keys, *_OWN_FLAGS)]
-    for argument in arguments:
-        if not argument.startswith("-") or argument == "--":
-            continue
-        name = "--" + argument.lstrip("-").split("=", 1)[0]
+    for name in _flag_names(arguments):
         # A switch is turned off by a leading "no".
-        if name not in known and name.replace("--no", "--", 1) not in known:
-            raise UserError(f"{name} is not a known flag{suggest(name, known)}")
+        if f"--{name}" not in known and f"--{name.removeprefix('no')}" not in known:
+            raise UserError(f"--{name} is not a known flag{suggest(f'--{name}', known)}")
+
+
+def _flag_names(arguments: Sequence[str]) -> list[str]:
+    flagged = (a for a in arguments if a.startswith("-") and a != "--")
+    return [argument.lstrip("-").split("=", 1)[0] for argument in flagged]

@@ -6,8 +6,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fedhelp_jax.checks import Check
 from fedhelp_jax.errors import UserError, suggest
-from fedhelp_jax.schema import Check
 
 
 def value_as(value: Any, kind: Any, check: Check | None, key: str) -> Any:

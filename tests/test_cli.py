@@ -93,7 +93,8 @@ def test_overrides_reach_the_runner(tmp_path, runner):
         "--config.algorithm.name=fedhelp --config.seed=3 --config.learning_rate=1 "
         "--config.algorithm.k=2 --config.algorithm.joint --config.algorithm.temperature=2 "
         "--config.data.max_train=40 --config.data.fractions='(0.5, 0.5)' "
-        "--config.roles.large=a --config.roles.large=b --config.data.dir=2019 --overwrite"
+        "--config.roles.large=a --config.roles.large=b "
+        "--config.data.name=medmnist --config.data.dir=2019 --overwrite"
     )
     assert train(tmp_path, rest) == 0
     config, workdir, overwrite = runner.calls[0]
@@ -204,6 +205,23 @@ def test_configs_without_a_data_folder_say_what_to_set(tmp_path, runner, capsys,
         (
             "--config.algorithm.name=fedavg --config.algorithm.lambda_f=1",
             ["config.algorithm.lambda_f", "fedavg"],
+        ),
+        ("--config.data.alpha=0.1", ["config.data.alpha", "data.split_by = dirichlet or quantity"]),
+        (
+            "--config.data.dir=x.npz",
+            ["config.data.dir changes nothing", "data.name = fed_isic2019"],
+        ),
+        (
+            "--config.server.optimizer=sgd --config.server.adaptivity=1e-2",
+            ["server.adaptivity", "it is for server.optimizer = adam or yogi"],
+        ),
+        (
+            "--config.algorithm.backward=kl --config.algorithm.margin=1",
+            ["config.algorithm.margin", "it is for algorithm.backward = ranking"],
+        ),
+        (
+            "--config.public.name=none --config.teacher.accuracy=0.9",
+            ["config.teacher.accuracy", "it is for public.name other than none"],
         ),
         ("--config.seed=1 stray", ["stray"]),
         ("--overwrite=perhaps", ["overwrite", "perhaps"]),

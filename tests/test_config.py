@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,8 +6,16 @@ from ml_collections import config_dict
 
 from fedhelp_jax import config as config_lib
 from fedhelp_jax.algorithms import SETTINGS
-from fedhelp_jax.config import RunConfig, default_config, from_dict, to_dict, validate
+from fedhelp_jax.config import (
+    RunConfig,
+    default_config,
+    from_dict,
+    to_dict,
+    validate,
+)
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import SETTING_CHECKS, SETTING_USES
+from fedhelp_jax.unused import warn_unused
 
 
 def changed(**changes):
@@ -21,6 +30,16 @@ def changed(**changes):
             with owner.ignore_type():
                 owner[last] = value
     return config
+
+
+def all_uses():
+    found = [use for uses in SETTING_USES.values() for use in uses]
+    for field in dataclasses.fields(RunConfig):
+        found += field.metadata.get("only", ())
+        if dataclasses.is_dataclass(field.type):
+            for inner in dataclasses.fields(field.type):
+                found += inner.metadata.get("only", ())
+    return list(dict.fromkeys(found))
 
 
 def refusal(config) -> str:
@@ -218,6 +237,29 @@ def test_differences_name_the_keys():
     assert keys[:2] == ["rounds", "algorithm.name"]
     assert "algorithm.settings.temperature" in keys
     assert config_lib.differences(ours, ours) == ()
+
+
+def test_a_config_file_may_set_what_a_run_does_not_use_and_is_told(caplog):
+    config = validate(changed(data__shards=3, server__beta2=0.5, teacher__accuracy=0.5))
+    warn_unused(config)
+    assert [record.getMessage().split(" in this run")[0] for record in caplog.records] == [
+        "config.data.shards changes nothing",
+        "config.server.beta2 changes nothing",
+    ]
+
+
+@pytest.mark.parametrize("use", all_uses(), ids=str)
+def test_what_a_setting_is_for_is_a_value_that_another_can_have(use):
+    """Or else a misspelt condition would never hold."""
+    owner, _, name = use.key.replace(".settings", "").rpartition(".")
+    for value in use.values:
+        if owner == "algorithm":
+            check = SETTING_CHECKS[name]
+        else:
+            part = next(f.type for f in dataclasses.fields(RunConfig) if f.name == owner)
+            check = next(f for f in dataclasses.fields(part) if f.name == name).metadata["check"]
+        text = f"{value}x" if str(value).endswith(":") else value
+        assert check is None or value is None or check.passes(text)
 
 
 def test_every_setting_is_described():

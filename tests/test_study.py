@@ -377,6 +377,14 @@ def test_methods_with_plain_sgd_keep_its_rate_beside_those_with_adam(tmp_path, m
         ({"methods": {"fedhelp": {"batch_size": 2}}}, "batch_size must be the same for all"),
         ({"methods": {"fedhelp": {}, "fedx": {}}}, "tiny, fedx: config.algorithm.name"),
         ({"methods": {"fedhelp": {"server.momentun": 0.1}}}, "tiny, fedhelp: server.momentun"),
+        (
+            {"methods": {"fedhelp": {}, "fedavg": {"teacher.accuracy": 0.5}}},
+            "tiny, fedavg: config.teacher.accuracy changes nothing in this run: it is for methods",
+        ),
+        (
+            {"grids": dict.fromkeys(("fedhelp", "plain"), {"server.momentum": (0, 0.5, 0.9)})},
+            "trial 0: config.server.momentum changes nothing",
+        ),
         ({"grids": {"fedhelp": {"learning_rate": (1, 2, 3)}}}, "every method and no other"),
         ({"grids": dict.fromkeys(("fedhelp", "plain"), {"rounds": (1, 2, 3)})}, "rounds must be"),
         (
