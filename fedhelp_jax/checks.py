@@ -18,6 +18,11 @@ def at_least(low: float) -> Check:
     return Check(lambda value: value >= low, f"at least {low:g}")
 
 
+def whole(low: int) -> Check:
+    """A whole number of `low` or more that 32 bits hold, as compiled programs count."""
+    return Check(lambda value: low <= value < 2**31, f"at least {low} and less than 2**31")
+
+
 def more_than(low: float) -> Check:
     """More than `low`."""
     return Check(lambda value: value > low, f"more than {low:g}")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # these bring jax along
     from fedhelp_jax.study import Study
 
 
+_MOST_RUNS = 100_000  # of a sweep
+
+
 def main_entry() -> None:
     """Runs the command line of this process and exits with its code."""
     sys.exit(main(sys.argv))
@@ -54,7 +57,14 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # `fedhelp show | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception as error:
+        # What NumPy and XLA raise where an allocation fails, with its size.
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            _complain(
+                f"out of memory ({str(error).splitlines()[0] if str(error) else 'no size is told'})"
+                "; smaller batches, images or networks need less"
+            )
+            return 2
         traceback.print_exc()
         return 1
 
@@ -292,14 +302,17 @@ def _seeds(text: str) -> list[int]:
     try:
         if ":" in text:
             first, end = map(int, text.split(":"))
-            seeds = list(range(first, end))
+            seeds = range(first, min(end, first + _MOST_RUNS + 1))
         else:
             seeds = list(map(int, text.split(",")))
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds={text}: must be FIRST:END or N,N,...; e.g. 0:4 or 1,5,7")
-    return seeds
+    if not seeds or min(seeds) < 0 or len(seeds) > _MOST_RUNS or len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"--seeds={text}: must be FIRST:END or N,N,..., at most {_MOST_RUNS:,}; e.g. 0:4 or "
+            "1,5,7"
+        )
+    return list(seeds)
 
 
 def _literal(text: str) -> Any:

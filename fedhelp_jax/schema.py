@@ -16,6 +16,7 @@ from fedhelp_jax.checks import (
     some_of,
     unless,
     where,
+    whole,
     within,
 )
 
@@ -26,7 +27,7 @@ def _are_fractions(values: tuple[float, ...]) -> bool:
     return bool(values) and min(values) > 0 and abs(sum(values) - 1) <= 1e-6
 
 
-COUNT = at_least(1)
+COUNT = whole(1)
 SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
 FRACTION = within(0, 1, closed=True)
 _SHARE = Check(lambda value: 0 <= value <= 1, "from 0 to 1")
@@ -44,8 +45,14 @@ CNNS = ("cnn_small", "cnn_large")
 RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 UNETS = ("unet_small", "unet_large", "unet_small_cpu", "unet_large_cpu")
 _MODEL = one_of(*CNNS, *RESNETS, *UNETS)
-_WIDTHS = Check(lambda value: all(width >= 1 for width in value), "numbers of at least 1")
-_SIDES = Check(lambda value: len(value) == 3 and min(value) >= 8, "three sides of at least 8")
+_WIDTHS = Check(
+    lambda value: all(COUNT.passes(width) for width in value), f"numbers of {COUNT.right}"
+)
+_SIDES = Check(
+    lambda value: len(value) == 3 and all(whole(8).passes(side) for side in value),
+    f"three sides of {whole(8).right}",
+)
+_DEVICES = Check(lambda value: 1 <= value <= 1024, "at least 1 and at most 1024")
 
 # Oddities of FedHelp's released code, as the setting `released_code` names them.
 RELEASED_CODE = (
@@ -69,23 +76,23 @@ SETTING_CHECKS: dict[str, Check] = {
     "lambda_b": at_least(0),
     "k": COUNT,
     "margin": at_least(0),
-    "kd_warmup_rounds": at_least(0),
+    "kd_warmup_rounds": whole(0),
     "public_batch_stats": one_of("discard", "shared"),
     "backward": one_of("ranking", "kl"),
     "released_code": _RELEASED,
     "mu": at_least(0),
     "lam": at_least(0),
     "prox_steps": COUNT,
-    "digest_epochs": at_least(0),
-    "server_steps": at_least(0),
-    "server_epochs": at_least(0),
+    "digest_epochs": whole(0),
+    "server_steps": whole(0),
+    "server_epochs": whole(0),
     "server_learning_rate": more_than(0),
     "alpha": _SHARE,
     "beta": _SHARE,
     "miscoverage": _SHARE,
     "energy_start": _SHARE,
     "energy_end": _SHARE,
-    "k_reg": at_least(0),
+    "k_reg": whole(0),
     "penalty_private": at_least(0),
     "penalty_proxy": at_least(0),
 }
@@ -159,7 +166,7 @@ class DataConfig:
     image_size: int = setting(
         32,
         "side in pixels to which images are resized",
-        at_least(8),
+        whole(8),
         only=unless("data.name", "phantom_volumes"),
     )
     volume_size: tuple[int, ...] = setting(
@@ -357,7 +364,7 @@ class FoundationConfig:
     max_queries: int | None = setting(
         None,
         "most images ever sent to the model, tries counted; no limit if None",
-        at_least(0),
+        whole(0),
         only=_teacher(*_ASKED),
     )
     price_per_query: float | None = setting(
@@ -382,7 +389,7 @@ class RolesConfig:
     top_n: int = setting(
         2,
         "so many clients with the most training images are large",
-        at_least(0),
+        whole(0),
         only=where("roles.large", ()),
     )
     large: tuple[str, ...] = setting((), "names of the large clients; overrides top_n")
@@ -447,7 +454,9 @@ class ServerConfig:
 class MappingConfig:
     """How clients are spread over devices; changes speed, and rounding, but no meaning."""
 
-    cpu_devices: int | None = setting(None, "CPU devices; one per core (at most 8) if None", COUNT)
+    cpu_devices: int | None = setting(
+        None, "CPU devices; one per core (at most 8) if None", _DEVICES
+    )
     chunk_size: int | None = setting(
         None, "clients computed at once on a device; the back end's best if None", COUNT
     )

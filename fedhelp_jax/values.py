@@ -1,6 +1,5 @@
 """A setting's value, from a config file or the command line, as the type it stands for."""
 
-import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -57,6 +56,7 @@ def as_dict(values: Any, path: str) -> dict[str, Any]:
 
 
 _WRONG = object()
+_FLOAT32_END = 2.0**128  # programs compute in float32, where this is infinite
 
 
 def _convert(value: Any, kind: Any) -> Any:
@@ -74,7 +74,8 @@ def _convert(value: Any, kind: Any) -> Any:
         return _WRONG if any(item is _WRONG for item in items) else items
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if number and math.isfinite(value) else _WRONG
+        # False of NaN and infinity, and of whole numbers that no float holds.
+        return float(value) if number and abs(value) < _FLOAT32_END else _WRONG
     if kind is int:
         return value if isinstance(value, int) and not isinstance(value, bool) else _WRONG
     return value if isinstance(value, kind) else _WRONG
@@ -85,8 +86,8 @@ def _kind_name(kind: Any) -> str:
         return " or ".join(_kind_name(k) for k in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return "a tuple, of each item " + _kind_name(typing.get_args(kind)[0])
-    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string"}
-    return names.get(kind, "None")
+    names = {bool: "True or False", str: "a string", int: "an integer"}
+    return names.get(kind, "a finite number of 32 bits" if kind is float else "None")
 
 
 def _hint(value: Any, check: Check | None) -> str:

@@ -9,6 +9,7 @@ from fedhelp_jax.algorithms import SETTINGS
 from fedhelp_jax.config import (
     RunConfig,
     default_config,
+    flat,
     from_dict,
     to_dict,
     validate,
@@ -104,6 +105,10 @@ def test_a_locked_config_refuses_unknown_keys_at_once():
 REFUSED = [
     ({"rounds": 0}, ["config.rounds", "0", "at least 1"]),
     ({"rounds": True}, ["config.rounds", "True", "integer"]),
+    ({"rounds": 2**31}, ["config.rounds = 2147483648", "less than 2**31"]),
+    ({"learning_rate": 10**400}, ["config.learning_rate", "finite number of 32 bits"]),
+    ({"learning_rate": 1e39}, ["config.learning_rate = 1e+39", "finite number of 32 bits"]),
+    ({"mapping__cpu_devices": 2000}, ["config.mapping.cpu_devices", "at most 1024"]),
     ({"rounds": 1.5}, ["config.rounds", "integer"]),
     ({"rounds": None}, ["config.rounds", "integer"]),
     ({"roundz": 3}, ["config.roundz", "rounds"]),
@@ -180,6 +185,36 @@ def test_a_config_with_a_missing_key_is_refused():
 
 def test_a_config_file_of_its_own_making_is_told_where_to_start():
     assert "default_config" in refusal(config_dict.ConfigDict({"rounds": 3}))
+
+
+def test_whole_numbers_that_32_bits_do_not_hold_are_refused_wherever_they_stand():
+    """But for seeds, which are unsigned, and bytes, which no program counts."""
+    wider = {"seed", "mapping.pool_bytes"}
+    tried = set()
+    for name in SETTINGS:
+        for key, *_ in config_lib.describe():
+            own = key.startswith("algorithm.")
+            if own and key.removeprefix("algorithm.") not in SETTINGS[name]._fields:
+                continue
+            flag = key.replace(".", "__")
+            base = {"algorithm__name": name}
+            try:
+                validate(changed(**base, **{flag: 7}))
+            except UserError:
+                continue  # no whole number, or one that needs more
+            try:
+                config = validate(changed(**base, **{flag: 2**31}))
+            except UserError:
+                tried.add(key)
+                continue
+            # What a float holds, or one of the two.
+            assert key in wider or isinstance(dict(flat(to_dict(config)))[dotted(key)], float), key
+    assert {"rounds", "batch_size", "roles.top_n", "algorithm.k", "teacher.top_k"} <= tried
+
+
+def dotted(key: str) -> str:
+    own = key.startswith("algorithm.") and key != "algorithm.name"
+    return key.replace("algorithm.", "algorithm.settings.") if own else key
 
 
 def test_config_json_gives_the_same_run_back():

@@ -9,6 +9,7 @@ import fedhelp_jax
 
 LAYERS: tuple[str, ...] = (
     "errors",
+    "memory",
     "compilation",
     "processes",
     "checks",

@@ -20,7 +20,7 @@ from helpers import assert_trees_close, assert_trees_equal, on_host, use_tiny_ne
 from tiny_config import get_config
 
 from fedhelp_jax import config as config_lib
-from fedhelp_jax import experiment, mapping
+from fedhelp_jax import experiment, mapping, runner
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.experiment import build_experiment
 from fedhelp_jax.models.resnet import resnet
@@ -395,6 +395,16 @@ def test_a_run_in_bfloat16_is_near_one_in_float32():
     assert np.isfinite(losses["bfloat16"]).all()
     assert not np.array_equal(losses["bfloat16"], losses["float32"])
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)
+
+
+def test_however_rare_evaluations_are_a_dispatch_takes_a_bounded_number_of_rounds():
+    settings = get_config()
+    settings.rounds, settings.evaluate_every, settings.checkpoint_every = 4500, 2500, 2**31 - 1
+    config, stops = config_lib.validate(settings), [0]
+    while stops[-1] < config.rounds:
+        stops.append(runner._next_stop(config, stops[-1]))
+    assert stops == [0, 1000, 2000, 2500, 3500, 4500]
+    assert experiment.rounds_at_once(config) == 1000
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,7 @@ def test_the_command_sweeps(tmp_path, capsys):
         ),
         ("--sweep=seed=1,2", "seeds have a flag of their own"),
         ("--seeds=4:2", "--seeds=4:2: must be FIRST:END"),
+        ("--seeds=0:10000000000000000000000", "N,N,..., at most 100,000"),
         ("--seeds=1,1", "--seeds=1,1: must be FIRST:END"),
         ("--seeds=x", "--seeds=x: must be FIRST:END"),
     ],
