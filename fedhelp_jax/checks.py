@@ -59,6 +59,12 @@ def some_of(*names: str) -> Check:
     )
 
 
+LOCAL = Check(
+    lambda value: "://" not in value,
+    "a path of this machine; mount what lies in a bucket as a folder, or copy it",
+)
+
+
 class Use(NamedTuple):
     """A condition without which a setting changes nothing: what another setting must be.
 

@@ -132,7 +132,7 @@ def _train(arguments: list[str]) -> int:
     from fedhelp_jax.unused import warn_unused
 
     config = load_config(source, overrides)
-    workdir = Path(_required(own, "workdir", "runs/demo"))
+    workdir = _workdir(own, "runs/demo")
 
     from fedhelp_jax.report import console, files
 
@@ -163,7 +163,7 @@ def _evaluate(arguments: list[str]) -> int:
     from fedhelp_jax.config_files import refuse_rest
 
     refuse_rest(own(["fedhelp", *arguments])[1:])
-    workdir = Path(_required(own, "workdir", "runs/demo"))
+    workdir = _workdir(own, "runs/demo")
 
     from fedhelp_jax import config as config_lib
     from fedhelp_jax.report import console
@@ -221,7 +221,7 @@ def _sweep(arguments: list[str]) -> int:
     flags.DEFINE_integer("runs_at_once", None, "a device", lower_bound=1, flag_values=own)
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     source = _required(own, "config", "configs/quickstart.py")
-    workdir = Path(_required(own, "workdir", "runs/sweep"))
+    workdir = _workdir(own, "runs/sweep")
     axes = dict(_axis(text) for text in own["sweep"].value or [])
     from fedhelp_jax.config_files import load_config
     from fedhelp_jax.unused import refuse_unused
@@ -281,7 +281,10 @@ def _data(arguments: list[str]) -> int:
         if what == "describe":
             print(describe(rest[0]))
         else:
-            folders = own["manual_dir"].value, own["data_dir"].value
+            folders = (
+                None if own[name].value is None else _local(name, own[name].value)
+                for name in ("manual_dir", "data_dir")
+            )
             prepare(rest[0], *folders, allow_repacked=bool(own["allow_repacked"].value))
     else:
         raise UserError("fedhelp data takes list, describe NAME or prepare NAME; see --help")
@@ -329,7 +332,7 @@ def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> in
 
     refuse_rest(own(["fedhelp", *arguments])[1:])
     study = load_study(_required(own, "study", "configs/studies/miniature.py"))
-    workdir = Path(_required(own, "workdir", "runs/miniature"))
+    workdir = _workdir(own, "runs/miniature")
 
     from fedhelp_jax.report import files
 
@@ -403,6 +406,19 @@ def _required(values: flags.FlagValues, name: str, example: str) -> str:
     value = values[name].value
     if not value:
         raise UserError(f"--{name} is missing; e.g. --{name}={example}")
+    return value
+
+
+def _workdir(values: flags.FlagValues, example: str) -> Path:
+    return Path(_local("workdir", _required(values, "workdir", example)))
+
+
+def _local(name: str, value: str) -> str:
+    """Returns the value of a flag that names a folder; s3://... would be made as a folder s3:."""
+    from fedhelp_jax.checks import LOCAL
+
+    if not LOCAL.passes(value):
+        raise UserError(f"--{name}={value} must be {LOCAL.right}")
     return value
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from fedhelp_jax.checks import (
+    LOCAL,
     Check,
     Use,
     at_least,
@@ -158,10 +159,11 @@ class DataConfig:
         None,
         "folder or zip of images (fed_isic2019), .npz file (medmnist, npz_masks), "
         "folder of prepared sets (tfds:; TFDS's default if None)",
+        LOCAL,
         only=where("data.name", *_FILES),
     )
     split_csv: str | None = setting(
-        None, "the official Fed-ISIC2019 split", only=where("data.name", "fed_isic2019")
+        None, "the official Fed-ISIC2019 split", LOCAL, only=where("data.name", "fed_isic2019")
     )
     image_size: int = setting(
         32,
@@ -248,7 +250,7 @@ class DataConfig:
         "(all axes), affine, brightness",
         some_of(*AUGMENTATIONS),
     )
-    cache_dir: str | None = setting(None, "where decoded images are kept between runs")
+    cache_dir: str | None = setting(None, "where decoded images are kept between runs", LOCAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +266,7 @@ class PublicConfig:
         None,
         "npz: the file; folder: of images/ and masks/, or a zip of it; tfds: folder of prepared "
         "sets (TFDS's default if None)",
+        LOCAL,
         only=where("public.name", "npz", "folder", PREPARED),
     )
     num_examples: int | None = setting(
@@ -284,6 +287,7 @@ class FoundationConfig:
     path: str | None = setting(
         None,
         "stored: file of answers; litert, onnx: the model file",
+        LOCAL,
         only=_teacher("stored", "litert", "onnx"),
     )
     array: str | None = setting(
@@ -313,11 +317,12 @@ class FoundationConfig:
         only=_teacher(*_ENDPOINTS),
     )
     api_key_file: str | None = setting(
-        None, "endpoints: file of mode 0600 that holds the key", only=_teacher(*_ENDPOINTS)
+        None, "endpoints: file of mode 0600 that holds the key", LOCAL, only=_teacher(*_ENDPOINTS)
     )
     labels: str | None = setting(
         None,
         "text file of the model's classes, one a line",
+        LOCAL,
         only=_teacher("open_inference", "hf_zero_shot", "litert", "onnx"),
     )
     input: str | None = setting(
@@ -340,9 +345,10 @@ class FoundationConfig:
     head: str | None = setting(
         None,
         "turns embeddings into logits: probe (fitted on public labels) or class vectors .npz",
+        LOCAL,
         only=_teacher(*_ASKED, "stored"),
     )
-    store: str = setting("answers", "folder of the store of answers", only=_teacher(*_ASKED))
+    store: str = setting("answers", "folder of the store of answers", LOCAL, only=_teacher(*_ASKED))
     dtype: str = setting(
         "float32", "of stored answers", one_of("float32", "float16"), only=_teacher(*_ASKED)
     )
