@@ -281,11 +281,10 @@ def _data(arguments: list[str]) -> int:
         if what == "describe":
             print(describe(rest[0]))
         else:
-            folders = (
-                None if own[name].value is None else _local(name, own[name].value)
-                for name in ("manual_dir", "data_dir")
-            )
-            prepare(rest[0], *folders, allow_repacked=bool(own["allow_repacked"].value))
+            manual_dir, data_dir = own["manual_dir"].value, own["data_dir"].value
+            for name in ("manual_dir", "data_dir"):
+                _local(name, own[name].value or "")
+            prepare(rest[0], manual_dir, data_dir, allow_repacked=bool(own["allow_repacked"].value))
     else:
         raise UserError("fedhelp data takes list, describe NAME or prepare NAME; see --help")
     return 0

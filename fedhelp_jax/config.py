@@ -206,6 +206,25 @@ def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
     )
 
 
+def kinds() -> dict[str, Any]:
+    """Returns the type of each setting by its key.
+
+    Example:
+        >>> kinds()["roles.large"]
+        tuple[str, ...]
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(RunConfig):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            inner = dataclasses.fields(field.type)
+            found |= {f"{field.name}.{own.name}": own.type for own in inner}
+        else:
+            found[field.name] = field.type
+    for cls in SETTINGS.values():
+        found |= {f"algorithm.{key}": kind for key, kind in typing.get_type_hints(cls).items()}
+    return found
+
+
 def describe() -> list[tuple[str, Any, str]]:
     """Returns (key, default, help) of each setting, in the order of the schema.
 

@@ -21,9 +21,6 @@ def value_as(value: Any, kind: Any, check: Check | None, key: str) -> Any:
     Raises:
         UserError: It is of another type, or does not pass the check.
     """
-    if check is not None and check.choices and isinstance(value, tuple | list) and len(value) == 1:
-        # Names that the command line gave as one text: a,b or (a,b).
-        value = tuple(name.strip() for name in str(value[0]).strip("()").split(",") if name.strip())
     converted = _convert(value, kind)
     if converted is _WRONG:
         raise UserError(f"{key} = {value!r} must be {_kind_name(kind)}{_hint(value, check)}")

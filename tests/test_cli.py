@@ -13,6 +13,7 @@ import pytest
 import fedhelp_jax
 from fedhelp_jax.cli import main
 from fedhelp_jax.config import RunConfig, to_dict
+from fedhelp_jax.config_files import load_config
 from fedhelp_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -181,6 +182,53 @@ def test_each_config_is_valid(tmp_path, runner, monkeypatch, config, name, large
 def test_configs_without_a_data_folder_say_what_to_set(tmp_path, runner, capsys, config):
     assert "--config.data.dir" in refusal(capsys, train(tmp_path, config=config))
     assert not runner.calls
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("mean_kl", ("mean_kl",)),
+        ("mean_kl,raw_answers", ("mean_kl", "raw_answers")),
+        ("(mean_kl, raw_answers)", ("mean_kl", "raw_answers")),
+        ("('mean_kl', 'raw_answers')", ("mean_kl", "raw_answers")),
+        ("()", ()),
+        ("", ()),
+    ],
+)
+def test_names_are_taken_with_and_without_brackets_and_quotes(text, names):
+    def read(key):
+        return load_config(str(CONFIGS / "quickstart.py"), [f"--config.{key}={text}"])
+
+    assert read("roles.large").roles.large == names
+    assert read("algorithm.released_code").algorithm.settings.released_code == names
+
+
+@pytest.mark.parametrize("name", ["site 2, ward (B)", "2019"])
+def test_a_name_may_hold_what_else_parts_names(name):
+    config = load_config(str(CONFIGS / "quickstart.py"), [f"--config.roles.large={(name,)!r}"])
+    assert config.roles.large == (name,)
+    if "," not in name:
+        assert load_config(
+            str(CONFIGS / "quickstart.py"), [f"--config.roles.large={name}"]
+        ).roles.large == (name,)
+
+
+def test_a_config_file_imports_what_lies_beside_it(tmp_path):
+    for folder, rounds in (("a", 3), ("b", 4)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "shared_settings.py").write_text(f"ROUNDS = {rounds}\n")
+        (tmp_path / folder / "config.py").write_text(
+            "from fedhelp_jax.config import default_config\n"
+            "def get_config():\n"
+            "    from shared_settings import ROUNDS\n"
+            "    config = default_config()\n"
+            "    config.rounds = ROUNDS\n"
+            "    return config\n"
+        )
+    path, modules = list(sys.path), set(sys.modules)
+    rounds = [load_config(str(tmp_path / name / "config.py"), []).rounds for name in ("a", "b")]
+    assert rounds == [3, 4]
+    assert sys.path == path and set(sys.modules) == modules
 
 
 @pytest.mark.parametrize(
