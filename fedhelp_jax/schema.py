@@ -311,6 +311,12 @@ class FoundationConfig:
     template: str | None = setting(
         None, "hf_zero_shot: sentence around a label, with {}", only=_teacher("hf_zero_shot")
     )
+    scores: str = setting(
+        "softmax",
+        "hf_zero_shot: what it answers, a softmax over the labels, or a sigmoid of each (SigLIP)",
+        one_of("softmax", "sigmoid"),
+        only=_teacher("hf_zero_shot"),
+    )
     api_key_env: str | None = setting(
         None,
         "endpoints: NAME of the environment variable that holds the key",
