@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # these bring jax along
     from fedhelp_jax.study import Study
 
 
+_MOST_RUNS = 100_000  # of a sweep
+
+
 def main_entry() -> None:
     """Runs the command line of this process and exits with its code."""
     sys.exit(main(sys.argv))
@@ -54,7 +57,14 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # `fedhelp show | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception as error:
+        # What NumPy and XLA raise where an allocation fails, with its size.
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            _complain(
+                f"out of memory ({str(error).splitlines()[0] if str(error) else 'no size is told'})"
+                "; smaller batches, images or networks need less"
+            )
+            return 2
         traceback.print_exc()
         return 1
 
@@ -119,9 +129,10 @@ def _train(arguments: list[str]) -> int:
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     source = _required(own, "config", "configs/quickstart.py")
     from fedhelp_jax.config_files import load_config
+    from fedhelp_jax.unused import warn_unused
 
     config = load_config(source, overrides)
-    workdir = Path(_required(own, "workdir", "runs/demo"))
+    workdir = _workdir(own, "runs/demo")
 
     from fedhelp_jax.report import console, files
 
@@ -131,6 +142,8 @@ def _train(arguments: list[str]) -> int:
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
     with processes.joined(_address(own), _complain):
+        if processes.first():
+            warn_unused(config)
         try:
             summary = runner.train(config, workdir, bool(own["overwrite"].value))
         except AnswersMissing as error:
@@ -150,7 +163,7 @@ def _evaluate(arguments: list[str]) -> int:
     from fedhelp_jax.config_files import refuse_rest
 
     refuse_rest(own(["fedhelp", *arguments])[1:])
-    workdir = Path(_required(own, "workdir", "runs/demo"))
+    workdir = _workdir(own, "runs/demo")
 
     from fedhelp_jax import config as config_lib
     from fedhelp_jax.report import console
@@ -208,9 +221,10 @@ def _sweep(arguments: list[str]) -> int:
     flags.DEFINE_integer("runs_at_once", None, "a device", lower_bound=1, flag_values=own)
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     source = _required(own, "config", "configs/quickstart.py")
-    workdir = Path(_required(own, "workdir", "runs/sweep"))
+    workdir = _workdir(own, "runs/sweep")
     axes = dict(_axis(text) for text in own["sweep"].value or [])
     from fedhelp_jax.config_files import load_config
+    from fedhelp_jax.unused import refuse_unused
 
     base = load_config(source, overrides)
     seeds = _seeds(own["seeds"].value) if own["seeds"].value else [base.seed]
@@ -225,6 +239,7 @@ def _sweep(arguments: list[str]) -> int:
     for point, seed in points:
         own_flags = [f"--config.{key}={value}" for key, value in point.items()]
         config = load_config(source, [*overrides, *own_flags, f"--config.seed={seed}"])
+        refuse_unused(config, point, by_method=True)
         found.append(({**{key: _literal(v) for key, v in point.items()}, "seed": seed}, config))
 
     from fedhelp_jax.report import files
@@ -266,8 +281,10 @@ def _data(arguments: list[str]) -> int:
         if what == "describe":
             print(describe(rest[0]))
         else:
-            folders = own["manual_dir"].value, own["data_dir"].value
-            prepare(rest[0], *folders, allow_repacked=bool(own["allow_repacked"].value))
+            manual_dir, data_dir = own["manual_dir"].value, own["data_dir"].value
+            for name in ("manual_dir", "data_dir"):
+                _local(name, own[name].value or "")
+            prepare(rest[0], manual_dir, data_dir, allow_repacked=bool(own["allow_repacked"].value))
     else:
         raise UserError("fedhelp data takes list, describe NAME or prepare NAME; see --help")
     return 0
@@ -287,14 +304,17 @@ def _seeds(text: str) -> list[int]:
     try:
         if ":" in text:
             first, end = map(int, text.split(":"))
-            seeds = list(range(first, end))
+            seeds = range(first, min(end, first + _MOST_RUNS + 1))
         else:
             seeds = list(map(int, text.split(",")))
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds={text}: must be FIRST:END or N,N,...; e.g. 0:4 or 1,5,7")
-    return seeds
+    if not seeds or min(seeds) < 0 or len(seeds) > _MOST_RUNS or len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"--seeds={text}: must be FIRST:END or N,N,..., at most {_MOST_RUNS:,}; e.g. 0:4 or "
+            "1,5,7"
+        )
+    return list(seeds)
 
 
 def _literal(text: str) -> Any:
@@ -311,7 +331,7 @@ def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> in
 
     refuse_rest(own(["fedhelp", *arguments])[1:])
     study = load_study(_required(own, "study", "configs/studies/miniature.py"))
-    workdir = Path(_required(own, "workdir", "runs/miniature"))
+    workdir = _workdir(own, "runs/miniature")
 
     from fedhelp_jax.report import files
 
@@ -385,6 +405,19 @@ def _required(values: flags.FlagValues, name: str, example: str) -> str:
     value = values[name].value
     if not value:
         raise UserError(f"--{name} is missing; e.g. --{name}={example}")
+    return value
+
+
+def _workdir(values: flags.FlagValues, example: str) -> Path:
+    return Path(_local("workdir", _required(values, "workdir", example)))
+
+
+def _local(name: str, value: str) -> str:
+    """Returns the value of a flag that names a folder; s3://... would be made as a folder s3:."""
+    from fedhelp_jax.checks import LOCAL
+
+    if not LOCAL.passes(value):
+        raise UserError(f"--{name}={value} must be {LOCAL.right}")
     return value
 
 

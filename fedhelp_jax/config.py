@@ -16,11 +16,11 @@ import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 from ml_collections import config_dict
 
-from fedhelp_jax.algorithms import SETTINGS
+from fedhelp_jax.algorithms import ALGORITHMS, SETTINGS
+from fedhelp_jax.checks import at_least, more_than, one_of, unless
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import (
     CNNS,
@@ -40,12 +40,10 @@ from fedhelp_jax.schema import (
     RolesConfig,
     ServerConfig,
     TeacherConfig,
-    at_least,
-    more_than,
-    one_of,
     part,
     setting,
 )
+from fedhelp_jax.teachers.settings import check_teacher
 from fedhelp_jax.values import as_dict, refuse_unknown, value_as
 
 
@@ -59,7 +57,11 @@ class AlgorithmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run."""
+    """All settings of a run.
+
+    `validate` and `from_dict` fill in the optimizer and the learning rates that None stands for,
+    so that the settings of a run always hold them.
+    """
 
     task: str = setting(
         "classification",
@@ -69,15 +71,19 @@ class RunConfig:
     seed: int = setting(0, "all randomness of the run follows from it", SEED)
     rounds: int = setting(50, "communication rounds", COUNT)
     batch_size: int = setting(4, "private images a step", COUNT)
-    public_batch_size: int = setting(4, "public images a step", COUNT)
+    public_batch_size: int = setting(
+        4, "public images a step", COUNT, only=unless("public.name", "none")
+    )
     local_epochs: int = setting(1, "passes over its images a client makes in a round", COUNT)
-    optimizer: str = setting(
-        "adam",
-        "the clients': adam or sgd; scaffold, per_fedavg and pfedme always take sgd",
+    optimizer: str | None = setting(
+        None,
+        "the clients': adam, or (plain) sgd; if None adam, but sgd for scaffold, per_fedavg and "
+        "pfedme, which take no other",
         one_of("adam", "sgd"),
     )
-    learning_rate: float = setting(1e-3, "Adam's", more_than(0))
-    sgd_learning_rate: float = setting(1e-2, "plain SGD's", more_than(0))
+    learning_rate: float | None = setting(
+        None, "the clients'; 1e-3 for adam, 1e-2 for sgd if None", more_than(0)
+    )
     learning_rate_schedule: str = setting(
         "constant",
         "constant, or cosine: falls over the rounds, to nearly 0 in the last",
@@ -94,7 +100,7 @@ class RunConfig:
     checkpoint_every: int = setting(5, "rounds from one checkpoint to the next", COUNT)
     data: DataConfig = part(DataConfig)
     public: PublicConfig = part(PublicConfig)
-    teacher: TeacherConfig = part(TeacherConfig)
+    teacher: TeacherConfig = part(TeacherConfig, only=unless("public.name", "none"))
     roles: RolesConfig = part(RolesConfig)
     model: ModelConfig = part(ModelConfig)
     server: ServerConfig = part(ServerConfig)
@@ -178,7 +184,10 @@ def load(path: Path) -> RunConfig:
     try:
         return from_dict(values)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(
+            f"{path}: {error}. If the run is of another version of fedhelp_jax, go on with that, "
+            "or train anew in another folder"
+        ) from None
 
 
 def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
@@ -188,13 +197,32 @@ def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
         >>> differences(RunConfig(), RunConfig(rounds=12))
         ('rounds: 50 -> 12',)
     """
-    before, after = dict(_flat(to_dict(ours))), dict(_flat(to_dict(theirs)))
+    before, after = dict(flat(to_dict(ours))), dict(flat(to_dict(theirs)))
     keys = [*before, *(key for key in after if key not in before)]
     return tuple(
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in keys
         if before.get(key) != after.get(key)
     )
+
+
+def kinds() -> dict[str, Any]:
+    """Returns the type of each setting by its key.
+
+    Example:
+        >>> kinds()["roles.large"]
+        tuple[str, ...]
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(RunConfig):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            inner = dataclasses.fields(field.type)
+            found |= {f"{field.name}.{own.name}": own.type for own in inner}
+        else:
+            found[field.name] = field.type
+    for cls in SETTINGS.values():
+        found |= {f"algorithm.{key}": kind for key, kind in typing.get_type_hints(cls).items()}
+    return found
 
 
 def describe() -> list[tuple[str, Any, str]]:
@@ -254,7 +282,29 @@ def _algorithm_keys() -> list[str]:
 def _run_config(values: Mapping[str, Any]) -> RunConfig:
     config = cast(RunConfig, _build(RunConfig, values, "config"))
     _check_together(config)
-    return config
+    return _filled_in(config)
+
+
+_LEARNING_RATES = {"adam": 1e-3, "sgd": 1e-2}
+_SERVER_LEARNING_RATES = {"sgd": 1.0, "adam": 0.01, "yogi": 0.01}
+
+
+def _filled_in(config: RunConfig) -> RunConfig:
+    """Returns the settings with the optimizer and the learning rates that None stands for."""
+    name, server = config.algorithm.name, config.server
+    plain_sgd = ALGORITHMS[name].plain_sgd
+    optimizer = config.optimizer or ("sgd" if plain_sgd else "adam")
+    if plain_sgd and optimizer != "sgd":
+        raise UserError(
+            f"config.optimizer = {optimizer!r}, but {name} always takes plain SGD: leave it None"
+        )
+    rate, server_rate = config.learning_rate, server.learning_rate
+    if rate is None:
+        rate = _LEARNING_RATES[optimizer]
+    if server_rate is None:
+        server_rate = _SERVER_LEARNING_RATES.get(server.optimizer)
+    server = dataclasses.replace(server, learning_rate=server_rate)
+    return dataclasses.replace(config, optimizer=optimizer, learning_rate=rate, server=server)
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
@@ -361,7 +411,7 @@ def _check_together(config: RunConfig) -> None:
             "config.data.harmonize: z_score must be the last, since it leaves no pixels"
         )
     _check_task(config)
-    _check_teacher(config.teacher)
+    check_teacher(config.teacher)
 
 
 # What a task cannot be learned from: data without masks, or with nothing but masks.
@@ -403,69 +453,6 @@ def _check_task(config: RunConfig) -> None:
         )
 
 
-def _check_teacher(teacher: TeacherConfig) -> None:
-    ensemble = teacher.name == "ensemble"
-    if ensemble != bool(teacher.members):
-        raise UserError(
-            "config.teacher.members must name the members of a teacher called ensemble, and of no "
-            f"other; teacher.name = {teacher.name!r} has {len(teacher.members)} of them"
-        )
-    weights = teacher.weights
-    if weights and (len(weights) != len(teacher.members) or min(weights) <= 0):
-        raise UserError(
-            f"config.teacher.weights = {weights} must be {len(teacher.members)} positive numbers, "
-            "one for each member"
-        )
-    _check_keys(teacher, "config.teacher")
-    if not ensemble:
-        _check_foundation(teacher, "config.teacher")
-    for i, member in enumerate(teacher.members):
-        if member.name in ("ensemble", "none"):
-            raise UserError(f"config.teacher.members[{i}].name must be a model of its own")
-        _check_foundation(member, f"config.teacher.members[{i}]")
-
-
-def _check_foundation(config: FoundationConfig, path: str) -> None:
-    endpoint = [("url", "its address"), ("model", "the name of the model there")]
-    needed = {
-        "stored": [("path", "the file of its answers")],
-        "open_inference": endpoint,
-        "hf_zero_shot": endpoint,
-        "litert": [("path", "the model file")],
-        "onnx": [("path", "the model file")],
-    }
-    for key, what in needed.get(config.name, []):
-        if not getattr(config, key):
-            raise UserError(
-                f"{path}.{key} is not set, but teacher {config.name} needs {what}: give "
-                f"--{path}.{key}=..."
-            )
-    asked_for_logits = config.name in ("open_inference", "litert", "onnx")
-    if asked_for_logits and config.labels is None and config.head is None:
-        raise UserError(
-            f"{path}.labels is not set: give a text file of the model's classes, one a line; or, "
-            f"if it gives embeddings, {path}.head"
-        )
-    if config.head is not None and config.top_k is not None:
-        raise UserError(f"{path}.top_k is for logits; with {path}.head the store keeps embeddings")
-    if config.name == "open_inference" and re.search(r"/v2(/|$)", urlsplit(str(config.url)).path):
-        raise UserError(f"{path}.url must be what stands before /v2, such as https://host.example")
-    if config.template is not None and "{}" not in config.template:
-        raise UserError(f"{path}.template = {config.template!r} must hold {{}} for the label")
-    _check_keys(config, path)
-
-
-def _check_keys(config: FoundationConfig, path: str) -> None:
-    # What is written here ends in config.json, so a key in its place must not pass; nor be shown.
-    if config.api_key_env and not re.fullmatch(r"[A-Z][A-Z0-9_]*", config.api_key_env):
-        raise UserError(
-            f"{path}.api_key_env must be the name of an environment variable, in capitals, not "
-            "the key itself"
-        )
-    if config.api_key_env and config.api_key_file:
-        raise UserError(f"{path}.api_key_env and api_key_file are both set; one of them holds it")
-
-
 def _listed(value: Any) -> Any:
     """Returns `value` with its tuples as the lists that JSON makes of them."""
     if isinstance(value, dict):
@@ -475,9 +462,10 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Gives dotted key and value of each setting of what `to_dict` returns."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

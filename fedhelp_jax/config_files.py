@@ -1,6 +1,9 @@
 """Settings and studies from the Python files that a command names, changed by its flags."""
 
-from collections.abc import Iterable, Sequence
+import ast
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -13,6 +16,7 @@ from ml_collections import config_dict, config_flags
 from fedhelp_jax import config as config_lib
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError, suggest
+from fedhelp_jax.unused import refuse_unused
 
 if TYPE_CHECKING:
     from fedhelp_jax.study import Study  # brings all that computes along
@@ -48,7 +52,7 @@ def load_config(source: str, overrides: list[str]) -> RunConfig:
     types = _types(config)
     _refuse_unknown_flags(overrides, types)
     values = flags.FlagValues()
-    argv = ["fedhelp", *overrides]
+    argv = ["fedhelp", *_with_tuples(overrides)]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         refuse_rest(values(argv)[1:])
@@ -59,7 +63,11 @@ def load_config(source: str, overrides: list[str]) -> RunConfig:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         # ml_collections lets some of these through as they are; all are about an override.
         raise UserError(f"{' '.join(overrides)}: {error}") from None
-    return config_lib.validate(config)
+    checked = config_lib.validate(config)
+    names = [name if name in types else name.removeprefix("no") for name in _flag_names(overrides)]
+    asked = [name.removeprefix("config.") for name in names]
+    refuse_unused(checked, asked, by_method=False)
+    return checked
 
 
 def load_study(source: str) -> "Study":
@@ -90,14 +98,31 @@ def _call(source: str, what: str) -> Any:
     assert spec is not None
     module = module_from_spec(spec)
     try:
-        loader.exec_module(module)
-        if not hasattr(module, f"get_{what}"):
-            raise UserError(f"--{what}={source}: there is no get_{what}() in it")
-        return vars(module)[f"get_{what}"](*argument)
+        with _importing_from(Path(path).resolve().parent):
+            sys.modules[loader.name] = module
+            loader.exec_module(module)
+            if not hasattr(module, f"get_{what}"):
+                raise UserError(f"--{what}={source}: there is no get_{what}() in it")
+            return vars(module)[f"get_{what}"](*argument)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"--{what}={source}: raised {type(error).__name__}: {error}") from None
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Lets a file import what lies beside it, as a script may; another folder's stays another."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and Path(file).resolve().parent == folder:
+                del sys.modules[name]
 
 
 def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
@@ -114,10 +139,36 @@ def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
 def _refuse_unknown_flags(arguments: Sequence[str], keys: Iterable[str]) -> None:
     """Refuses a misspelt flag by the closest known one; ml_collections would raise its own way."""
     known = [f"--{key}" for key in (*keys, *_OWN_FLAGS)]
-    for argument in arguments:
-        if not argument.startswith("-") or argument == "--":
-            continue
-        name = "--" + argument.lstrip("-").split("=", 1)[0]
+    for name in _flag_names(arguments):
         # A switch is turned off by a leading "no".
-        if name not in known and name.replace("--no", "--", 1) not in known:
-            raise UserError(f"{name} is not a known flag{suggest(name, known)}")
+        if f"--{name}" not in known and f"--{name.removeprefix('no')}" not in known:
+            raise UserError(f"--{name} is not a known flag{suggest(f'--{name}', known)}")
+
+
+def _with_tuples(arguments: Sequence[str]) -> list[str]:
+    """Returns flags in which names, ``a,b`` or ``(a,b)``, are written as a tuple of Python.
+
+    ml_collections takes such a text for a single name, unless it is a number or a tuple already.
+    """
+    kinds = config_lib.kinds()
+    changed = []
+    for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        if equals and kinds.get(flag.lstrip("-").removeprefix("config.")) == tuple[str, ...]:
+            bare = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+            names = tuple(name.strip() for name in bare.split(",") if name.strip())
+            argument = argument if _is_tuple(text) else f"{flag}={names!r}"
+        changed.append(argument)
+    return changed
+
+
+def _is_tuple(text: str) -> bool:
+    try:
+        return isinstance(ast.literal_eval(text), tuple | list)
+    except (ValueError, SyntaxError):
+        return False
+
+
+def _flag_names(arguments: Sequence[str]) -> list[str]:
+    flagged = (a for a in arguments if a.startswith("-") and a != "--")
+    return [argument.lstrip("-").split("=", 1)[0] for argument in flagged]

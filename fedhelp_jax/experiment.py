@@ -20,6 +20,7 @@ from fedhelp_jax.data.types import FederatedDataset, PublicDataset
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import Federation, assign_roles, make_federation
 from fedhelp_jax.mapping import Mapping, make_mapping
+from fedhelp_jax.memory import check_fits
 from fedhelp_jax.models.cnn import CNNS, cnn
 from fedhelp_jax.models.model import Model, with_compute_dtype
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
@@ -33,6 +34,7 @@ from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.resolve import resolve_answers
 from fedhelp_jax.transforms import harmonize
 
+MOST_ROUNDS = 1000
 # Floats past this are no normalised images.
 _LARGE = 100
 
@@ -88,9 +90,14 @@ def build_experiment(config: RunConfig) -> Experiment:
             phases,
             loaded.federation,
             seed=config.seed,
-            rounds_at_once=min(config.evaluate_every, config.checkpoint_every, config.rounds),
+            rounds_at_once=rounds_at_once(config),
         )
     return Experiment(config, *loaded[:5], simulation)
+
+
+def rounds_at_once(config: RunConfig) -> int:
+    """The most rounds that are made in one dispatch, whose reports lie on the device together."""
+    return min(config.evaluate_every, config.checkpoint_every, config.rounds, MOST_ROUNDS)
 
 
 def load(config: RunConfig) -> Loaded:
@@ -135,11 +142,16 @@ def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> Phases:
       The phases of a round.
     """
     method, dataset = ALGORITHMS[config.algorithm.name], loaded.dataset
-    num_classes = len(dataset.label_names)
+    num_classes, sample_shape = len(dataset.label_names), dataset.images.shape[1:]
+    batches = {"batch_size": config.batch_size}
+    if loaded.public is not None:
+        batches["public_batch_size"] = config.public_batch_size
+    for key, size in batches.items():
+        check_fits((size, *sample_shape), "float32", key, "the images of one step")
     setup = Setup(
         task=loaded.task,
         num_classes=num_classes,
-        sample_shape=dataset.images.shape[1:],
+        sample_shape=sample_shape,
         models={
             "small": build_model(
                 config.model.small, config.model.small_widths, config.model, num_classes
@@ -171,7 +183,7 @@ def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> Phases:
         mapping,
         participation=config.participation,
         client_weights=config.client_weights,
-        eval_batch_size=_eval_batch_size(dataset.images.shape[1:-1]),
+        eval_batch_size=_eval_batch_size(sample_shape[:-1]),
         algorithm_at=algorithm_at if config.learning_rate_schedule == "cosine" else None,
     )
 
@@ -275,24 +287,27 @@ def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_cla
 
 def _client_optimizers(config: RunConfig, factor: float | jax.Array) -> dict[str, Any]:
     """Fields of `Setup`, every learning rate times ``factor``."""
-    decay, sgd_rate = config.weight_decay, config.sgd_learning_rate * factor
-    if config.optimizer == "sgd":
-        tx = sgd_l2(sgd_rate, decay)
-    else:
-        tx = adam_l2(config.learning_rate * factor, decay)
-    return {"tx": tx, "sgd_rate": sgd_rate, "weight_decay": decay}
+    assert config.learning_rate is not None, "not validated"
+    rate, decay = config.learning_rate * factor, config.weight_decay
+    optimizer = {"adam": adam_l2, "sgd": sgd_l2}[str(config.optimizer)]
+    return {
+        "tx": optimizer(rate, decay),
+        "learning_rate": rate,
+        "weight_decay": decay,
+        "schedule": factor,
+    }
 
 
 def _server_optimizer(config: ServerConfig) -> optax.GradientTransformation | None:
     """The optimizers of Reddi et al., arXiv:2003.00295, as optax has them; None for the mean."""
-    rate = config.learning_rate
     if config.optimizer == "none":
         return None
+    assert config.learning_rate is not None, "not validated"
     if config.optimizer == "sgd":
-        return optax.sgd(1.0 if rate is None else rate, momentum=config.momentum)
+        return optax.sgd(config.learning_rate, momentum=config.momentum)
     adaptive = {"adam": optax.adam, "yogi": optax.yogi}[config.optimizer]
     return adaptive(
-        0.01 if rate is None else rate, b1=config.momentum, b2=config.beta2, eps=config.adaptivity
+        config.learning_rate, b1=config.momentum, b2=config.beta2, eps=config.adaptivity
     )
 
 

@@ -28,7 +28,7 @@ from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError
-from fedhelp_jax.experiment import Experiment, build_experiment
+from fedhelp_jax.experiment import Experiment, build_experiment, rounds_at_once
 from fedhelp_jax.phases import RoundInfo, RunState
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import Progress
@@ -189,9 +189,9 @@ def _run_rounds(
 
 
 def _next_stop(config: RunConfig, done: int) -> int:
-    """The round after which something is to be evaluated or saved."""
+    """The round after which something is to be evaluated or saved, or a dispatch is full."""
     every = (config.evaluate_every, config.checkpoint_every)
-    return min(config.rounds, *((done // n + 1) * n for n in every))
+    return min(config.rounds, done + rounds_at_once(config), *((done // n + 1) * n for n in every))
 
 
 def _finish(experiment: Experiment, workdir: Path, state: RunState, split: str) -> dict[str, Any]:

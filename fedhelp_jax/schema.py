@@ -4,66 +4,31 @@
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+
+from fedhelp_jax.checks import (
+    LOCAL,
+    Check,
+    Use,
+    at_least,
+    more_than,
+    one_of,
+    one_of_or,
+    some_of,
+    unless,
+    where,
+    whole,
+    within,
+)
 
 # --- checks --------------------------------------------------------------------------------------
-
-
-class Check(NamedTuple):
-    """A test of one value, and the words for what passes it, to be read after "must be"."""
-
-    passes: Callable[[Any], bool]
-    right: str
-    choices: tuple[str, ...] = ()
-
-
-def at_least(low: float) -> Check:
-    """`low` or more."""
-    return Check(lambda value: value >= low, f"at least {low:g}")
-
-
-def more_than(low: float) -> Check:
-    """More than `low`."""
-    return Check(lambda value: value > low, f"more than {low:g}")
-
-
-def within(low: float, high: float, *, closed: bool) -> Check:
-    """Between `low` (never itself) and `high` (itself too where `closed`)."""
-    if closed:
-        return Check(lambda value: low < value <= high, f"more than {low:g} and at most {high:g}")
-    return Check(lambda value: low < value < high, f"more than {low:g} and less than {high:g}")
-
-
-def one_of(*names: str) -> Check:
-    """Any of `names`."""
-    return Check(lambda value: value in names, f"one of {', '.join(names)}", names)
-
-
-def one_of_or(prefix: str, *names: str) -> Check:
-    """Any of `names`, or what begins with `prefix`."""
-    known = one_of(*names)
-    return Check(
-        lambda value: value in names or (value.startswith(prefix) and value != prefix),
-        f"{known.right}, or {prefix}NAME",
-        names,
-    )
-
-
-def some_of(*names: str) -> Check:
-    """A tuple of some of `names`, each once."""
-    return Check(
-        lambda values: set(values) <= set(names) and len(set(values)) == len(values),
-        f"some of {', '.join(names)}, each once",
-        names,
-    )
 
 
 def _are_fractions(values: tuple[float, ...]) -> bool:
     return bool(values) and min(values) > 0 and abs(sum(values) - 1) <= 1e-6
 
 
-COUNT = at_least(1)
+COUNT = whole(1)
 SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
 FRACTION = within(0, 1, closed=True)
 _SHARE = Check(lambda value: 0 <= value <= 1, "from 0 to 1")
@@ -81,8 +46,14 @@ CNNS = ("cnn_small", "cnn_large")
 RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 UNETS = ("unet_small", "unet_large", "unet_small_cpu", "unet_large_cpu")
 _MODEL = one_of(*CNNS, *RESNETS, *UNETS)
-_WIDTHS = Check(lambda value: all(width >= 1 for width in value), "numbers of at least 1")
-_SIDES = Check(lambda value: len(value) == 3 and min(value) >= 8, "three sides of at least 8")
+_WIDTHS = Check(
+    lambda value: all(COUNT.passes(width) for width in value), f"numbers of {COUNT.right}"
+)
+_SIDES = Check(
+    lambda value: len(value) == 3 and all(whole(8).passes(side) for side in value),
+    f"three sides of {whole(8).right}",
+)
+_DEVICES = Check(lambda value: 1 <= value <= 1024, "at least 1 and at most 1024")
 
 # Oddities of FedHelp's released code, as the setting `released_code` names them.
 RELEASED_CODE = (
@@ -106,38 +77,73 @@ SETTING_CHECKS: dict[str, Check] = {
     "lambda_b": at_least(0),
     "k": COUNT,
     "margin": at_least(0),
-    "kd_warmup_rounds": at_least(0),
+    "kd_warmup_rounds": whole(0),
     "public_batch_stats": one_of("discard", "shared"),
     "backward": one_of("ranking", "kl"),
     "released_code": _RELEASED,
     "mu": at_least(0),
     "lam": at_least(0),
     "prox_steps": COUNT,
-    "digest_epochs": at_least(0),
-    "server_steps": at_least(0),
-    "server_epochs": at_least(0),
+    "digest_epochs": whole(0),
+    "server_steps": whole(0),
+    "server_epochs": whole(0),
+    "server_learning_rate": more_than(0),
     "alpha": _SHARE,
     "beta": _SHARE,
     "miscoverage": _SHARE,
     "energy_start": _SHARE,
     "energy_end": _SHARE,
-    "k_reg": at_least(0),
+    "k_reg": whole(0),
     "penalty_private": at_least(0),
     "penalty_proxy": at_least(0),
+}
+
+
+_ENDPOINTS = ("open_inference", "hf_zero_shot")
+_WITH_IMAGES = ("open_inference", "litert", "onnx")  # told how pixels are sent
+_FILES = ("fed_isic2019", "medmnist", "npz_masks", PREPARED)
+
+
+def _teacher(*names: str) -> Use:
+    # What is said beside an ensemble holds for its members.
+    return where("teacher.name", *names, "ensemble")
+
+
+# Those of the settings of the methods, by name, as in `SETTING_CHECKS`.
+SETTING_USES: dict[str, tuple[Use, ...]] = {
+    "k": (where("algorithm.settings.backward", "ranking"),),
+    "margin": (where("algorithm.settings.backward", "ranking"),),
+    "joint": (unless("public.name", "none"),),
+    "public_labels": (unless("public.name", "none"),),
+    "public_batch_stats": (unless("public.name", "none"),),
+    "lambda_fm": (unless("public.name", "none"), unless("teacher.name", "none")),
 }
 
 
 # --- the schema ---------------------------------------------------------------------------------
 
 
-def setting(default: Any, about: str, check: Check | None = None) -> Any:
-    """Returns a dataclass field with its help and its check; None is never given to the check."""
-    return dataclasses.field(default=default, metadata={"about": about, "check": check})
+def setting(
+    default: Any, about: str, check: Check | None = None, *, only: Use | tuple[Use, ...] = ()
+) -> Any:
+    """Returns a dataclass field.
+
+    Args:
+        default: Its default.
+        about: Its help.
+        check: What it must pass; None is never given to the check.
+        only: What must hold for it to have an effect; a setting that has none is refused where a
+            command asks for it (`fedhelp_jax.unused.refuse_unused`).
+    """
+    only = (only,) if isinstance(only, Use) else only
+    return dataclasses.field(
+        default=default, metadata={"about": about, "check": check, "only": only}
+    )
 
 
-def part(cls: type) -> Any:
-    """Returns a dataclass field that holds settings of its own."""
-    return dataclasses.field(default_factory=cls)
+def part(cls: type, *, only: Use | None = None) -> Any:
+    """Returns a dataclass field that holds settings of its own; ``only`` is for each of them."""
+    return dataclasses.field(default_factory=cls, metadata={"only": (only,) if only else ()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,16 +159,29 @@ class DataConfig:
         None,
         "folder or zip of images (fed_isic2019), .npz file (medmnist, npz_masks), "
         "folder of prepared sets (tfds:; TFDS's default if None)",
+        LOCAL,
+        only=where("data.name", *_FILES),
     )
-    split_csv: str | None = setting(None, "the official Fed-ISIC2019 split")
-    image_size: int = setting(32, "side in pixels to which images are resized", at_least(8))
+    split_csv: str | None = setting(
+        None, "the official Fed-ISIC2019 split", LOCAL, only=where("data.name", "fed_isic2019")
+    )
+    image_size: int = setting(
+        32,
+        "side in pixels to which images are resized",
+        whole(8),
+        only=unless("data.name", "phantom_volumes"),
+    )
     volume_size: tuple[int, ...] = setting(
-        (24, 32, 24), "sides in voxels to which volumes are resized", _SIDES
+        (24, 32, 24),
+        "sides in voxels to which volumes are resized",
+        _SIDES,
+        only=where("data.name", "phantom_volumes", "npz_masks", PREPARED),
     )
     split: str = setting(
         "grouped",
         "official, or grouped: no lesion or patient on both sides of it",
         one_of("grouped", "official"),
+        only=where("data.name", "fed_isic2019", PREPARED),
     )
     split_by: str | None = setting(
         None,
@@ -171,18 +190,40 @@ class DataConfig:
         one_of_or(COLUMN, "site", *SHARINGS),
     )
     num_clients: int = setting(
-        6, "iid, quantity, dirichlet, shards, clusters: how many clients", COUNT
+        6,
+        "iid, quantity, dirichlet, shards, clusters: how many clients",
+        COUNT,
+        only=where("data.split_by", "iid", "quantity", "dirichlet", "shards", "clusters"),
     )
     alpha: float = setting(
-        0.5, "dirichlet, quantity: concentration; the smaller, the more unlike", more_than(0)
+        0.5,
+        "dirichlet, quantity: concentration; the smaller, the more unlike",
+        more_than(0),
+        only=where("data.split_by", "dirichlet", "quantity"),
     )
-    min_examples: int = setting(1, "the least a client trains and validates on", COUNT)
-    shards: int = setting(2, "shards: pieces a client, each of about one class", COUNT)
-    num_examples: int = setting(1600, "phantoms: images of all clients and splits", COUNT)
+    min_examples: int = setting(
+        1,
+        "the least a client trains and validates on",
+        COUNT,
+        only=where("data.name", "medmnist", PREPARED),
+    )
+    shards: int = setting(
+        2,
+        "shards: pieces a client, each of about one class",
+        COUNT,
+        only=where("data.split_by", "shards"),
+    )
+    num_examples: int = setting(
+        1600,
+        "phantoms: images of all clients and splits",
+        COUNT,
+        only=where("data.name", "phantoms", "phantom_volumes"),
+    )
     fractions: tuple[float, ...] = setting(
         (0.60, 0.20, 0.08, 0.06, 0.04, 0.02),
         "fractions: each client's part of the data",
         _FRACTIONS,
+        only=(unless("data.name", "fed_isic2019"), where("data.split_by", "fractions", None)),
     )
     scanner_shift: bool = setting(
         False, "npz_masks: simulate a scanner of its own for each client of volumes"
@@ -195,6 +236,7 @@ class DataConfig:
         0.25,
         "part of a client's images for its test, where there is no official test split",
         within(0, 1, closed=False),
+        only=unless("data.name", "fed_isic2019", "medmnist"),
     )
     harmonize: tuple[str, ...] = setting(
         (),
@@ -208,7 +250,7 @@ class DataConfig:
         "(all axes), affine, brightness",
         some_of(*AUGMENTATIONS),
     )
-    cache_dir: str | None = setting(None, "where decoded images are kept between runs")
+    cache_dir: str | None = setting(None, "where decoded images are kept between runs", LOCAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +266,8 @@ class PublicConfig:
         None,
         "npz: the file; folder: of images/ and masks/, or a zip of it; tfds: folder of prepared "
         "sets (TFDS's default if None)",
+        LOCAL,
+        only=where("public.name", "npz", "folder", PREPARED),
     )
     num_examples: int | None = setting(
         None, "how many of them to use; if None all, or 512 phantoms, or 64 phantom volumes", COUNT
@@ -240,42 +284,104 @@ class FoundationConfig:
         "open_inference, hf_zero_shot (endpoints), litert, onnx (files), self_trained",
         one_of(*_ASKED, "simulated", "stored", "ensemble", "none"),
     )
-    path: str | None = setting(None, "stored: file of answers; litert, onnx: the model file")
-    array: str | None = setting(None, "stored: its array; logits, else embeddings, if None")
-    accuracy: float = setting(0.85, "simulated: how often it is right", FRACTION)
-    epochs: int = setting(10, "self_trained: epochs on the public images", COUNT)
-    url: str | None = setting(None, "endpoints: https://...; http:// for this machine only")
-    model: str | None = setting(None, "endpoints: the model's name there")
-    version: str | None = setting(None, "endpoints: its version; answers are stored under it")
-    template: str | None = setting(None, "hf_zero_shot: sentence around a label, with {}")
+    path: str | None = setting(
+        None,
+        "stored: file of answers; litert, onnx: the model file",
+        LOCAL,
+        only=_teacher("stored", "litert", "onnx"),
+    )
+    array: str | None = setting(
+        None, "stored: its array; logits, else embeddings, if None", only=_teacher("stored")
+    )
+    accuracy: float = setting(
+        0.85, "simulated: how often it is right", FRACTION, only=_teacher("simulated")
+    )
+    epochs: int = setting(
+        10, "self_trained: epochs on the public images", COUNT, only=_teacher("self_trained")
+    )
+    url: str | None = setting(
+        None, "endpoints: https://...; http:// for this machine only", only=_teacher(*_ENDPOINTS)
+    )
+    model: str | None = setting(
+        None, "endpoints: the model's name there", only=_teacher(*_ENDPOINTS)
+    )
+    version: str | None = setting(
+        None, "endpoints: its version; answers are stored under it", only=_teacher(*_ENDPOINTS)
+    )
+    template: str | None = setting(
+        None, "hf_zero_shot: sentence around a label, with {}", only=_teacher("hf_zero_shot")
+    )
+    scores: str = setting(
+        "softmax",
+        "hf_zero_shot: what it answers, a softmax over the labels, or a sigmoid of each (SigLIP)",
+        one_of("softmax", "sigmoid"),
+        only=_teacher("hf_zero_shot"),
+    )
     api_key_env: str | None = setting(
-        None, "endpoints: NAME of the environment variable that holds the key"
+        None,
+        "endpoints: NAME of the environment variable that holds the key",
+        only=_teacher(*_ENDPOINTS),
     )
-    api_key_file: str | None = setting(None, "endpoints: file of mode 0600 that holds the key")
-    labels: str | None = setting(None, "text file of the model's classes, one a line")
+    api_key_file: str | None = setting(
+        None, "endpoints: file of mode 0600 that holds the key", LOCAL, only=_teacher(*_ENDPOINTS)
+    )
+    labels: str | None = setting(
+        None,
+        "text file of the model's classes, one a line",
+        LOCAL,
+        only=_teacher("open_inference", "hf_zero_shot", "litert", "onnx"),
+    )
     input: str | None = setting(
-        None, "name of the input tensor; if None, input (open_inference) or the only one (onnx)"
+        None,
+        "name of the input tensor; if None, input (open_inference) or the only one (onnx)",
+        only=_teacher("open_inference", "onnx"),
     )
-    output: str | None = setting(None, "name of the output tensor; the first if None")
-    image_size: int | None = setting(None, "side that images are resized to; native if None", COUNT)
-    scale: str = setting("uint8", "pixel values the model takes", one_of(*PIXEL_SCALES))
-    layout: str = setting("nhwc", "axes of the images it takes", one_of(*PIXEL_LAYOUTS))
+    output: str | None = setting(
+        None, "name of the output tensor; the first if None", only=_teacher(*_WITH_IMAGES)
+    )
+    image_size: int | None = setting(
+        None, "side that images are resized to; native if None", COUNT, only=_teacher(*_WITH_IMAGES)
+    )
+    scale: str = setting(
+        "uint8", "pixel values the model takes", one_of(*PIXEL_SCALES), only=_teacher(*_WITH_IMAGES)
+    )
+    layout: str = setting(
+        "nhwc", "axes of the images it takes", one_of(*PIXEL_LAYOUTS), only=_teacher(*_WITH_IMAGES)
+    )
     head: str | None = setting(
-        None, "turns embeddings into logits: probe (fitted on public labels) or class vectors .npz"
+        None,
+        "turns embeddings into logits: probe (fitted on public labels) or class vectors .npz",
+        LOCAL,
+        only=_teacher(*_ASKED, "stored"),
     )
-    store: str = setting("answers", "folder of the store of answers")
-    dtype: str = setting("float32", "of stored answers", one_of("float32", "float16"))
-    top_k: int | None = setting(None, "store only so many of the largest logits", COUNT)
-    batch_size: int = setting(16, "images a request", COUNT)
-    concurrency: int = setting(4, "requests under way at once", COUNT)
-    requests_per_second: float | None = setting(None, "at most; no limit if None", more_than(0))
-    timeout: float = setting(30.0, "seconds for a request", more_than(0))
-    max_attempts: int = setting(5, "times a request is tried", COUNT)
-    max_wait: float = setting(60.0, "longest pause in seconds before a try", at_least(0))
+    store: str = setting("answers", "folder of the store of answers", LOCAL, only=_teacher(*_ASKED))
+    dtype: str = setting(
+        "float32", "of stored answers", one_of("float32", "float16"), only=_teacher(*_ASKED)
+    )
+    top_k: int | None = setting(
+        None, "store only so many of the largest logits", COUNT, only=_teacher(*_ASKED)
+    )
+    batch_size: int = setting(16, "images a request", COUNT, only=_teacher(*_ASKED))
+    concurrency: int = setting(4, "requests under way at once", COUNT, only=_teacher(*_ASKED))
+    requests_per_second: float | None = setting(
+        None, "at most; no limit if None", more_than(0), only=_teacher(*_ASKED)
+    )
+    timeout: float = setting(
+        30.0, "seconds for a request", more_than(0), only=_teacher(*_ENDPOINTS)
+    )
+    max_attempts: int = setting(5, "times a request is tried", COUNT, only=_teacher(*_ASKED))
+    max_wait: float = setting(
+        60.0, "longest pause in seconds before a try", at_least(0), only=_teacher(*_ASKED)
+    )
     max_queries: int | None = setting(
-        None, "most images ever sent to the model, tries counted; no limit if None", at_least(0)
+        None,
+        "most images ever sent to the model, tries counted; no limit if None",
+        whole(0),
+        only=_teacher(*_ASKED),
     )
-    price_per_query: float | None = setting(None, "of an image, for the plan", at_least(0))
+    price_per_query: float | None = setting(
+        None, "of an image, for the plan", at_least(0), only=_teacher(*_ASKED)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +398,12 @@ class TeacherConfig(FoundationConfig):
 class RolesConfig:
     """Which clients are large."""
 
-    top_n: int = setting(2, "so many clients with the most training images are large", at_least(0))
+    top_n: int = setting(
+        2,
+        "so many clients with the most training images are large",
+        whole(0),
+        only=where("roles.large", ()),
+    )
     large: tuple[str, ...] = setting((), "names of the large clients; overrides top_n")
 
 
@@ -329,18 +440,35 @@ class ServerConfig:
         one_of("none", "sgd", "adam", "yogi"),
     )
     learning_rate: float | None = setting(
-        None, "its rate; 1 for sgd, 0.01 for adam and yogi if None", more_than(0)
+        None,
+        "its rate; 1 for sgd, 0.01 for adam and yogi if None",
+        more_than(0),
+        only=unless("server.optimizer", "none"),
     )
-    momentum: float = setting(0.9, "its momentum, or beta_1", _PART_OR_NONE)
-    beta2: float = setting(0.99, "beta_2 of adam and yogi", _PART_OR_NONE)
-    adaptivity: float = setting(1e-3, "tau of adam and yogi, in the denominator", more_than(0))
+    momentum: float = setting(
+        0.9, "its momentum, or beta_1", _PART_OR_NONE, only=unless("server.optimizer", "none")
+    )
+    beta2: float = setting(
+        0.99,
+        "beta_2 of adam and yogi",
+        _PART_OR_NONE,
+        only=where("server.optimizer", "adam", "yogi"),
+    )
+    adaptivity: float = setting(
+        1e-3,
+        "tau of adam and yogi, in the denominator",
+        more_than(0),
+        only=where("server.optimizer", "adam", "yogi"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class MappingConfig:
     """How clients are spread over devices; changes speed, and rounding, but no meaning."""
 
-    cpu_devices: int | None = setting(None, "CPU devices; one per core (at most 8) if None", COUNT)
+    cpu_devices: int | None = setting(
+        None, "CPU devices; one per core (at most 8) if None", _DEVICES
+    )
     chunk_size: int | None = setting(
         None, "clients computed at once on a device; the back end's best if None", COUNT
     )

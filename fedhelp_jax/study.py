@@ -32,6 +32,7 @@ from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary
 from fedhelp_jax.teach import teach as teach_run
 from fedhelp_jax.teachers.resolve import is_asked, members
+from fedhelp_jax.unused import refuse_unused
 
 Settings = Mapping[str, Any]
 
@@ -46,7 +47,6 @@ METHOD_SETTINGS = (
     "public",
     "roles",
     "server",
-    "sgd_learning_rate",
     "teacher",
     "weight_decay",
 )
@@ -306,7 +306,9 @@ def _changed(base: Any, changes: Settings, where: str) -> Any:
 
 def _configured(base: Any, changes: Settings, where: str) -> RunConfig:
     try:
-        return configs.validate(_changed(base, changes, where))
+        config = configs.validate(_changed(base, changes, where))
+        refuse_unused(config, changes, by_method=True)
+        return config
     except UserError as error:
         raise UserError(f"{where}: {error}" if where not in str(error) else str(error)) from None
 

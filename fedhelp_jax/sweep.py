@@ -32,15 +32,16 @@ from fedhelp_jax import processes
 from fedhelp_jax.compilation import compile_totals, jit
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError
-from fedhelp_jax.experiment import Loaded, load, make_phases
+from fedhelp_jax.experiment import MOST_ROUNDS, Loaded, load, make_phases
 from fedhelp_jax.mapping import make_mapping, over_clients
+from fedhelp_jax.memory import gib
 from fedhelp_jax.phases import Arrays, Phases, RunState, federation_arrays, num_clients
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary, headline
 from fedhelp_jax.report.sweeps import write_sweep
 
-_TOP_LEVEL = ("learning_rate", "sgd_learning_rate", "weight_decay")
+_TOP_LEVEL = ("learning_rate", "weight_decay")
 _SERVER = ("learning_rate", "momentum", "beta2", "adaptivity")
 
 
@@ -327,7 +328,7 @@ class Program:
                 self._compile(min(fitting, self._most()))
         if limit is not None and self.bytes_at_once * (len(self.devices) if on_cpu else 1) > limit:
             raise UserError(
-                f"{self.plan()}, but {_gib(limit)} are free: lower --runs_at_once, "
+                f"{self.plan()}, but {gib(limit)} are free: lower --runs_at_once, "
                 "config.batch_size or config.mapping.cpu_devices"
             )
 
@@ -336,7 +337,7 @@ class Program:
         runs, devices = len(self.block.runs), self.mapping.num_devices
         return (
             f"{runs} runs, {self.slots} at a time ({self.per_device} on each of {devices} "
-            f"{'device' if devices == 1 else 'devices'}), {_gib(self.bytes_at_once)} a device"
+            f"{'device' if devices == 1 else 'devices'}), {gib(self.bytes_at_once)} a device"
         )
 
     def results(self) -> Iterator[tuple[list[Run], list[dict[str, Any]]]]:
@@ -347,7 +348,7 @@ class Program:
             part = self.block.runs[start : start + self.slots]
             point = self._points(part)
             state = self._init(self.shared, point, ())
-            every = self.config.checkpoint_every
+            every = self._most_rounds
             for done in range(0, self.config.rounds, every):
                 last = min(done + every, self.config.rounds)
                 state = self._rounds(self.shared, point, state, np.int32(done), np.int32(last))
@@ -365,6 +366,11 @@ class Program:
                 summary = group_summary(headline(results, task.headline))
                 rows.append({"metric": task.headline, **summary})
             yield part, rows
+
+    @property
+    def _most_rounds(self) -> int:
+        """The most rounds of one dispatch."""
+        return min(self.config.checkpoint_every, self.config.rounds, MOST_ROUNDS)
 
     def _most(self) -> int:
         return -(-len(self.block.runs) // len(self.devices))
@@ -440,7 +446,7 @@ class Program:
     def _rounds_of_one(
         self, leaves: Any, point: Any, state: RunState, first: jax.Array, last: jax.Array
     ) -> RunState:
-        data, most = self._data(leaves, point), self.config.checkpoint_every
+        data, most = self._data(leaves, point), self._most_rounds
         return self._at(point).rounds(state, point["key"], first, last, data, most=most)[0]
 
     def _evaluate_one(self, leaves: Any, point: Any, state: RunState) -> Any:
@@ -459,7 +465,3 @@ def _memory_limit(device: Any) -> int | None:
         pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
         return None if pages is None else pages * os.sysconf("SC_PAGE_SIZE")
     return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -1,13 +1,12 @@
 """A setting's value, from a config file or the command line, as the type it stands for."""
 
-import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fedhelp_jax.checks import Check
 from fedhelp_jax.errors import UserError, suggest
-from fedhelp_jax.schema import Check
 
 
 def value_as(value: Any, kind: Any, check: Check | None, key: str) -> Any:
@@ -22,9 +21,6 @@ def value_as(value: Any, kind: Any, check: Check | None, key: str) -> Any:
     Raises:
         UserError: It is of another type, or does not pass the check.
     """
-    if check is not None and check.choices and isinstance(value, tuple | list) and len(value) == 1:
-        # Names that the command line gave as one text: a,b or (a,b).
-        value = tuple(name.strip() for name in str(value[0]).strip("()").split(",") if name.strip())
     converted = _convert(value, kind)
     if converted is _WRONG:
         raise UserError(f"{key} = {value!r} must be {_kind_name(kind)}{_hint(value, check)}")
@@ -57,6 +53,7 @@ def as_dict(values: Any, path: str) -> dict[str, Any]:
 
 
 _WRONG = object()
+_FLOAT32_END = 2.0**128  # programs compute in float32, where this is infinite
 
 
 def _convert(value: Any, kind: Any) -> Any:
@@ -74,7 +71,8 @@ def _convert(value: Any, kind: Any) -> Any:
         return _WRONG if any(item is _WRONG for item in items) else items
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if number and math.isfinite(value) else _WRONG
+        # False of NaN and infinity, and of whole numbers that no float holds.
+        return float(value) if number and abs(value) < _FLOAT32_END else _WRONG
     if kind is int:
         return value if isinstance(value, int) and not isinstance(value, bool) else _WRONG
     return value if isinstance(value, kind) else _WRONG
@@ -85,8 +83,8 @@ def _kind_name(kind: Any) -> str:
         return " or ".join(_kind_name(k) for k in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return "a tuple, of each item " + _kind_name(typing.get_args(kind)[0])
-    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string"}
-    return names.get(kind, "None")
+    names = {bool: "True or False", str: "a string", int: "an integer"}
+    return names.get(kind, "a finite number of 32 bits" if kind is float else "None")
 
 
 def _hint(value: Any, check: Check | None) -> str:

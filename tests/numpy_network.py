@@ -49,7 +49,7 @@ def two_layers(width: int) -> Model:
 def setup(**changes: Any) -> Any:
     """What methods are given: both architectures of two layers, plain SGD, two local epochs."""
     models = {"small": two_layers(4), "large": two_layers(7)}
-    given = {"models": models, "tx": optax.sgd(RATE), "sgd_rate": RATE, "local_epochs": 2}
+    given = {"models": models, "tx": optax.sgd(RATE), "learning_rate": RATE, "local_epochs": 2}
     return tiny_setup(**{**given, **changes})
 
 

@@ -13,7 +13,9 @@ from commands import fedhelp, read, refusal, train
 from helpers import use_tiny_networks
 from PIL import Image
 
+from fedhelp_jax import memory, runner
 from fedhelp_jax.data.load import load_public
+from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import PublicConfig
 from fedhelp_jax.teachers.answers import Answers, save_answers
 from fedhelp_jax.teachers.simulated import simulate_answers
@@ -58,6 +60,51 @@ def test_settings_that_do_not_fit_are_named(tmp_path, capsys, rest, words):
     message = refused(tmp_path, capsys, rest)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ("--config.data.num_examples=2000000000", ["data.num_examples or data.image_size"]),
+        (
+            "--config.data.image_size=1000000",
+            ["uint8 [100, 1000000, 1000000, 3]", "300,000,000,000,000 bytes (279,396.77 GiB)"],
+        ),
+        ("--config.public.num_examples=2000000000", ["public.num_examples", "public images"]),
+        ("--config.batch_size=2000000000", ["config.batch_size is too large", "GiB of memory"]),
+        ("--config.public_batch_size=2000000000", ["config.public_batch_size is too large"]),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_it_is_allocated(tmp_path, capsys, rest, words):
+    message = refused(tmp_path, capsys, rest)
+    for word in (*words, "would take"):
+        assert word in message
+
+
+def test_images_that_would_not_fit_once_resized_are_refused(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "public.npz"
+    np.savez(path, images=np.zeros((12, 9, 9, 3), np.uint8), labels=np.arange(12) % 3)
+    monkeypatch.setattr(memory, "host_bytes", lambda: 2000)
+    with pytest.raises(
+        UserError, match=r"data.image_size .* \[12, 8, 8, 3\], would take 2,304 bytes"
+    ):
+        load_public(PublicConfig(name="npz", path=str(path)), image_size=8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 7.28 TiB"), "out of memory (Unable to allocate 7.28 TiB)"),
+        (MemoryError(), "out of memory (no size is told); smaller batches"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nat 3"), "9 bytes);"),
+    ],
+)
+def test_a_failed_allocation_is_one_line(tmp_path, capsys, monkeypatch, error, words):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(runner, "train", fails)
+    assert words in refused(tmp_path, capsys, "")
 
 
 # --- public answers ---

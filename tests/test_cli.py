@@ -13,6 +13,7 @@ import pytest
 import fedhelp_jax
 from fedhelp_jax.cli import main
 from fedhelp_jax.config import RunConfig, to_dict
+from fedhelp_jax.config_files import load_config
 from fedhelp_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -93,7 +94,8 @@ def test_overrides_reach_the_runner(tmp_path, runner):
         "--config.algorithm.name=fedhelp --config.seed=3 --config.learning_rate=1 "
         "--config.algorithm.k=2 --config.algorithm.joint --config.algorithm.temperature=2 "
         "--config.data.max_train=40 --config.data.fractions='(0.5, 0.5)' "
-        "--config.roles.large=a --config.roles.large=b --config.data.dir=2019 --overwrite"
+        "--config.roles.large=a --config.roles.large=b "
+        "--config.data.name=medmnist --config.data.dir=2019 --overwrite"
     )
     assert train(tmp_path, rest) == 0
     config, workdir, overwrite = runner.calls[0]
@@ -183,16 +185,64 @@ def test_configs_without_a_data_folder_say_what_to_set(tmp_path, runner, capsys,
 
 
 @pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("mean_kl", ("mean_kl",)),
+        ("mean_kl,raw_answers", ("mean_kl", "raw_answers")),
+        ("(mean_kl, raw_answers)", ("mean_kl", "raw_answers")),
+        ("('mean_kl', 'raw_answers')", ("mean_kl", "raw_answers")),
+        ("()", ()),
+        ("", ()),
+    ],
+)
+def test_names_are_taken_with_and_without_brackets_and_quotes(text, names):
+    def read(key):
+        return load_config(str(CONFIGS / "quickstart.py"), [f"--config.{key}={text}"])
+
+    assert read("roles.large").roles.large == names
+    assert read("algorithm.released_code").algorithm.settings.released_code == names
+
+
+@pytest.mark.parametrize("name", ["site 2, ward (B)", "2019"])
+def test_a_name_may_hold_what_else_parts_names(name):
+    config = load_config(str(CONFIGS / "quickstart.py"), [f"--config.roles.large={(name,)!r}"])
+    assert config.roles.large == (name,)
+    if "," not in name:
+        assert load_config(
+            str(CONFIGS / "quickstart.py"), [f"--config.roles.large={name}"]
+        ).roles.large == (name,)
+
+
+def test_a_config_file_imports_what_lies_beside_it(tmp_path):
+    for folder, rounds in (("a", 3), ("b", 4)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "shared_settings.py").write_text(f"ROUNDS = {rounds}\n")
+        (tmp_path / folder / "config.py").write_text(
+            "from fedhelp_jax.config import default_config\n"
+            "def get_config():\n"
+            "    from shared_settings import ROUNDS\n"
+            "    config = default_config()\n"
+            "    config.rounds = ROUNDS\n"
+            "    return config\n"
+        )
+    path, modules = list(sys.path), set(sys.modules)
+    rounds = [load_config(str(tmp_path / name / "config.py"), []).rounds for name in ("a", "b")]
+    assert rounds == [3, 4]
+    assert sys.path == path and set(sys.modules) == modules
+
+
+@pytest.mark.parametrize(
     ("rest", "words"),
     [
         ("--config.roundz=3", ["--config.roundz", "--config.rounds"]),
+        ("--config.sgd_learning_rate=1", ["--config.sgd_learning_rate", "--config.learning_rate"]),
         ("--config.data.nam=x", ["--config.data.nam", "--config.data.name"]),
         ("--wrkdir=x", ["--wrkdir", "--workdir"]),
         ("--config.data=3", ["--config.data"]),
         ("--config.rounds=many", ["--config.rounds=many", "int"]),
         ("--config.rounds=1.5", ["--config.rounds=1.5", "int"]),
         ("--config.rounds=true", ["--config.rounds=true", "int"]),
-        ("--config.learning_rate=fast", ["--config.learning_rate=fast", "float"]),
+        ("--config.learning_rate=fast", ["config.learning_rate", "fast", "finite number"]),
         ("--config.data.fractions='(0.5,'", ["--config.data.fractions"]),
         ("--config.data.max_train=few", ["config.data.max_train", "few", "integer or None"]),
         ("--config.algorithm.joint=perhaps", ["config.algorithm.joint", "True or False"]),
@@ -203,6 +253,23 @@ def test_configs_without_a_data_folder_say_what_to_set(tmp_path, runner, capsys,
         (
             "--config.algorithm.name=fedavg --config.algorithm.lambda_f=1",
             ["config.algorithm.lambda_f", "fedavg"],
+        ),
+        ("--config.data.alpha=0.1", ["config.data.alpha", "data.split_by = dirichlet or quantity"]),
+        (
+            "--config.data.dir=x.npz",
+            ["config.data.dir changes nothing", "data.name = fed_isic2019"],
+        ),
+        (
+            "--config.server.optimizer=sgd --config.server.adaptivity=1e-2",
+            ["server.adaptivity", "it is for server.optimizer = adam or yogi"],
+        ),
+        (
+            "--config.algorithm.backward=kl --config.algorithm.margin=1",
+            ["config.algorithm.margin", "it is for algorithm.backward = ranking"],
+        ),
+        (
+            "--config.public.name=none --config.teacher.accuracy=0.9",
+            ["config.teacher.accuracy", "it is for public.name other than none"],
         ),
         ("--config.seed=1 stray", ["stray"]),
         ("--overwrite=perhaps", ["overwrite", "perhaps"]),
@@ -227,6 +294,13 @@ def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, runner, capsys, rest, 
         (f"train --config={CONFIGS / 'quickstart.py'}", "--workdir"),
         (f"train --config={CONFIGS / 'quickstart.py'}:cpu --workdir=x", "quickstart.py:cpu"),
         (f"train --config={CONFIGS / 'fed_isic2019.py'}:gpu --workdir=x", "'gpu'"),
+        (f"train --config={CONFIGS / 'quickstart.py'} --workdir=s3://b/run", "mount what lies in"),
+        (
+            f"sweep --config={CONFIGS / 'quickstart.py'} --workdir=gs://b",
+            "--workdir=gs://b must be",
+        ),
+        ("data prepare msd/heart --data_dir=s3://b", "--data_dir=s3://b must be a path of this"),
+        ("evaluate --workdir=s3://b/run", "--workdir=s3://b/run must be"),
         ("evaluate", "--workdir"),
         ("evaluate --workdir=nowhere", "config.json"),
         ("evaluate --workdir=x --config.rounds=3", "config.rounds"),

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,8 +6,17 @@ from ml_collections import config_dict
 
 from fedhelp_jax import config as config_lib
 from fedhelp_jax.algorithms import SETTINGS
-from fedhelp_jax.config import RunConfig, default_config, from_dict, to_dict, validate
+from fedhelp_jax.config import (
+    RunConfig,
+    default_config,
+    flat,
+    from_dict,
+    to_dict,
+    validate,
+)
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import SETTING_CHECKS, SETTING_USES
+from fedhelp_jax.unused import warn_unused
 
 
 def changed(**changes):
@@ -23,6 +33,16 @@ def changed(**changes):
     return config
 
 
+def all_uses():
+    found = [use for uses in SETTING_USES.values() for use in uses]
+    for field in dataclasses.fields(RunConfig):
+        found += field.metadata.get("only", ())
+        if dataclasses.is_dataclass(field.type):
+            for inner in dataclasses.fields(field.type):
+                found += inner.metadata.get("only", ())
+    return list(dict.fromkeys(found))
+
+
 def refusal(config) -> str:
     with pytest.raises(UserError) as error:
         validate(config)
@@ -32,7 +52,7 @@ def refusal(config) -> str:
 
 
 def test_defaults_are_those_of_the_schema():
-    assert validate(default_config()) == RunConfig()
+    assert validate(default_config()) == from_dict(to_dict(RunConfig()))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -53,6 +73,30 @@ def test_an_int_stands_for_a_float_and_a_list_for_a_tuple():
     assert config.data.fractions == (0.5, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "rate"),
+    [
+        ({}, "adam", 1e-3),
+        ({"optimizer": "sgd"}, "sgd", 1e-2),
+        ({"algorithm__name": "scaffold"}, "sgd", 1e-2),
+        ({"algorithm__name": "per_fedavg", "optimizer": "sgd"}, "sgd", 1e-2),
+        ({"algorithm__name": "pfedme", "learning_rate": 0.5}, "sgd", 0.5),
+        ({"optimizer": "None", "learning_rate": "None"}, "adam", 1e-3),
+    ],
+)
+def test_the_learning_rate_follows_the_optimizer_that_the_method_takes(changes, optimizer, rate):
+    config = validate(changed(**changes))
+    assert (config.optimizer, config.learning_rate) == (optimizer, rate)
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [("none", None), ("sgd", 1.0), ("adam", 0.01), ("yogi", 0.01)]
+)
+def test_so_does_the_servers(optimizer, rate):
+    assert validate(changed(server__optimizer=optimizer)).server.learning_rate == rate
+
+
 def test_a_locked_config_refuses_unknown_keys_at_once():
     with pytest.raises(AttributeError, match="rounds"):
         default_config().roundz = 3
@@ -61,6 +105,10 @@ def test_a_locked_config_refuses_unknown_keys_at_once():
 REFUSED = [
     ({"rounds": 0}, ["config.rounds", "0", "at least 1"]),
     ({"rounds": True}, ["config.rounds", "True", "integer"]),
+    ({"rounds": 2**31}, ["config.rounds = 2147483648", "less than 2**31"]),
+    ({"learning_rate": 10**400}, ["config.learning_rate", "finite number of 32 bits"]),
+    ({"learning_rate": 1e39}, ["config.learning_rate = 1e+39", "finite number of 32 bits"]),
+    ({"mapping__cpu_devices": 2000}, ["config.mapping.cpu_devices", "at most 1024"]),
     ({"rounds": 1.5}, ["config.rounds", "integer"]),
     ({"rounds": None}, ["config.rounds", "integer"]),
     ({"roundz": 3}, ["config.roundz", "rounds"]),
@@ -72,6 +120,11 @@ REFUSED = [
     ({"learning_rate": 0}, ["config.learning_rate", "more than 0"]),
     ({"learning_rate": "fast"}, ["config.learning_rate", "number"]),
     ({"learning_rate": float("nan")}, ["config.learning_rate", "finite"]),
+    ({"sgd_learning_rate": 0.1}, ["config.sgd_learning_rate", "did you mean learning_rate"]),
+    (
+        {"algorithm__name": "scaffold", "optimizer": "adam"},
+        ["config.optimizer = 'adam'", "scaffold always takes plain SGD", "leave it None"],
+    ),
     ({"weight_decay": -1e-4}, ["config.weight_decay"]),
     ({"participation": 0}, ["config.participation"]),
     ({"participation": 1.01}, ["config.participation", "at most 1"]),
@@ -81,6 +134,9 @@ REFUSED = [
     ({"data__fractions": (1.5, -0.5)}, ["config.data.fractions", "positive"]),
     ({"data__fractions": ("a",)}, ["config.data.fractions", "number"]),
     ({"data__fractions": ()}, ["config.data.fractions"]),
+    ({"data__name": "medmnist", "data__dir": "gs://b/x.npz"}, ["config.data.dir", "mount"]),
+    ({"data__cache_dir": "s3://bucket"}, ["config.data.cache_dir", "a path of this machine"]),
+    ({"teacher__store": "s3://bucket"}, ["config.teacher.store = 's3://bucket'"]),
     ({"data__max_train": 0}, ["config.data.max_train"]),
     ({"data__name": "fed_isic2019"}, ["config.data.dir", "--config.data.dir"]),
     ({"data__name": "fed_isic2019", "data__dir": "x"}, ["config.data.split_csv"]),
@@ -134,6 +190,36 @@ def test_a_config_file_of_its_own_making_is_told_where_to_start():
     assert "default_config" in refusal(config_dict.ConfigDict({"rounds": 3}))
 
 
+def test_whole_numbers_that_32_bits_do_not_hold_are_refused_wherever_they_stand():
+    """But for seeds, which are unsigned, and bytes, which no program counts."""
+    wider = {"seed", "mapping.pool_bytes"}
+    tried = set()
+    for name in SETTINGS:
+        for key, *_ in config_lib.describe():
+            own = key.startswith("algorithm.")
+            if own and key.removeprefix("algorithm.") not in SETTINGS[name]._fields:
+                continue
+            flag = key.replace(".", "__")
+            base = {"algorithm__name": name}
+            try:
+                validate(changed(**base, **{flag: 7}))
+            except UserError:
+                continue  # no whole number, or one that needs more
+            try:
+                config = validate(changed(**base, **{flag: 2**31}))
+            except UserError:
+                tried.add(key)
+                continue
+            # What a float holds, or one of the two.
+            assert key in wider or isinstance(dict(flat(to_dict(config)))[dotted(key)], float), key
+    assert {"rounds", "batch_size", "roles.top_n", "algorithm.k", "teacher.top_k"} <= tried
+
+
+def dotted(key: str) -> str:
+    own = key.startswith("algorithm.") and key != "algorithm.name"
+    return key.replace("algorithm.", "algorithm.settings.") if own else key
+
+
 def test_config_json_gives_the_same_run_back():
     config = validate(changed(rounds=7, algorithm__k=3, roles__large=("a", "b"), data__max_train=9))
     assert from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
@@ -168,6 +254,10 @@ def test_every_setting_in_config_json_is_needed():
         ('{"round": 3}', "config.round "),
         (json.dumps(to_dict(RunConfig()) | {"rounds": "50"}), "config.rounds = '50'"),
         (json.dumps(to_dict(RunConfig()) | {"more": 1}), "config.more"),
+        (
+            json.dumps(to_dict(RunConfig()) | {"sgd_learning_rate": 0.01}),
+            "run is of another version",
+        ),
     ],
 )
 def test_a_config_json_edited_by_hand_is_refused_by_the_key(tmp_path, content, word):
@@ -185,6 +275,29 @@ def test_differences_name_the_keys():
     assert keys[:2] == ["rounds", "algorithm.name"]
     assert "algorithm.settings.temperature" in keys
     assert config_lib.differences(ours, ours) == ()
+
+
+def test_a_config_file_may_set_what_a_run_does_not_use_and_is_told(caplog):
+    config = validate(changed(data__shards=3, server__beta2=0.5, teacher__accuracy=0.5))
+    warn_unused(config)
+    assert [record.getMessage().split(" in this run")[0] for record in caplog.records] == [
+        "config.data.shards changes nothing",
+        "config.server.beta2 changes nothing",
+    ]
+
+
+@pytest.mark.parametrize("use", all_uses(), ids=str)
+def test_what_a_setting_is_for_is_a_value_that_another_can_have(use):
+    """Or else a misspelt condition would never hold."""
+    owner, _, name = use.key.replace(".settings", "").rpartition(".")
+    for value in use.values:
+        if owner == "algorithm":
+            check = SETTING_CHECKS[name]
+        else:
+            part = next(f.type for f in dataclasses.fields(RunConfig) if f.name == owner)
+            check = next(f for f in dataclasses.fields(part) if f.name == name).metadata["check"]
+        text = f"{value}x" if str(value).endswith(":") else value
+        assert check is None or value is None or check.passes(text)
 
 
 def test_every_setting_is_described():

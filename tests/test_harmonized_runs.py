@@ -170,13 +170,13 @@ def test_what_does_not_go_is_refused(flags, words, tmp_path, capsys):
     assert words in refusal(capsys, train(tmp_path / "run", f"--config.data.{flags}"))
 
 
-def test_images_are_compared_before_they_are_harmonised(tmp_path, monkeypatch, capsys):
+def test_images_are_compared_before_they_are_harmonised(monkeypatch, capsys):
     """Any two constant images have the same z-scores, and are two pictures all the same."""
     raw, shown = tiny_dataset(), tiny_public()
     raw.images[0], shown.images[0] = 0, 255
     monkeypatch.setattr(experiment, "load_federated", lambda *args, **options: raw)
     monkeypatch.setattr(experiment, "load_public", lambda *args, **options: shown)
-    rest = f"--config.data.harmonize=z_score --config.teacher.store={tmp_path / 'store'}"
+    rest = "--config.data.harmonize=z_score"
     devices = f"--config.mapping.cpu_devices={jax.device_count()}"
     config = f"--config={Path(__file__).parent / 'tiny_config.py'}"
     assert fedhelp(f"teach {config} {devices} {rest}") == 0

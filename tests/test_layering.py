@@ -9,8 +9,10 @@ import fedhelp_jax
 
 LAYERS: tuple[str, ...] = (
     "errors",
+    "memory",
     "compilation",
     "processes",
+    "checks",
     "schema",
     "values",
     "tree",
@@ -34,6 +36,7 @@ LAYERS: tuple[str, ...] = (
     "simulation",
     "streaming",
     "config",
+    "unused",
     "checkpoint",
     "experiment",
     "report",

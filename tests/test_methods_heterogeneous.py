@@ -23,6 +23,7 @@ from helpers import (
     tiny_public,
 )
 from numpy_network import (
+    RATE,
     backward,
     batches,
     clients_of,
@@ -297,14 +298,14 @@ def test_fedproto(half):
         check_first_round(first)
 
 
-HEAD_STEPS = 2
+HEAD = {"server_epochs": 2, "server_learning_rate": RATE}
 
 
 def head_trained(head, uploads):
     """Steps along the sum of the gradients of CE(head(P_ic), c) over all that have class c."""
     sent = [(u.means[c], c) for u in uploads for c in range(CLASSES) if u.counts[c]]
     p, c = (np.array(column) for column in zip(*sent, strict=True))
-    for _ in range(HEAD_STEPS):
+    for _ in range(HEAD["server_epochs"]):
         d_logits = softmax(p @ head["kernel"] + head["bias"]) - np.eye(CLASSES)[c]
         head = step(head, {"kernel": p.T @ d_logits, "bias": d_logits.sum(axis=0)})
     return head
@@ -321,7 +322,7 @@ def test_fedgh():
     def server(head, sent, key):
         return head_trained(head, [one.upload for one in sent])
 
-    compare("fedgh", client, server, one_width(), half=True, server_epochs=HEAD_STEPS)
+    compare("fedgh", client, server, one_width(), half=True, **HEAD)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_fedgh():
         ("fedproto", {}, lambda *kept: Prototypes(*kept), averaged),
         (
             "fedgh",
-            {"server_epochs": HEAD_STEPS},
+            HEAD,
             lambda means, counts: {"kernel": means.T, "bias": counts},
             head_trained,
         ),

@@ -20,10 +20,11 @@ from helpers import assert_trees_close, assert_trees_equal, on_host, use_tiny_ne
 from tiny_config import get_config
 
 from fedhelp_jax import config as config_lib
-from fedhelp_jax import experiment, mapping
+from fedhelp_jax import experiment, mapping, runner
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.experiment import build_experiment
 from fedhelp_jax.models.resnet import resnet
+from fedhelp_jax.sweep import numbers, with_numbers
 
 pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
 
@@ -396,10 +397,28 @@ def test_a_run_in_bfloat16_is_near_one_in_float32():
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)
 
 
-def test_a_cosine_schedule_gives_each_round_a_learning_rate_of_its_own():
+def test_however_rare_evaluations_are_a_dispatch_takes_a_bounded_number_of_rounds():
+    settings = get_config()
+    settings.rounds, settings.evaluate_every, settings.checkpoint_every = 4500, 2500, 2**31 - 1
+    config, stops = config_lib.validate(settings), [0]
+    while stops[-1] < config.rounds:
+        stops.append(runner._next_stop(config, stops[-1]))
+    assert stops == [0, 1000, 2000, 2500, 3500, 4500]
+    assert experiment.rounds_at_once(config) == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("fedavg", ("learning_rate",)),
+        ("fedgh", ("learning_rate", "algorithm.server_learning_rate")),
+    ],
+)
+def test_a_cosine_schedule_gives_each_round_a_learning_rate_of_its_own(name, rates):
     """(1 + cos(pi r / 3)) / 2 is 1, 0.75 and 0.25."""
     settings = get_config()
-    settings.algorithm.name = "fedavg"
+    settings.algorithm.name = name
+    settings.model.large = settings.model.small
     config = config_lib.validate(settings)
     with jax.enable_x64(True):
         cosine = dataclasses.replace(config, rounds=3, learning_rate_schedule="cosine")
@@ -407,7 +426,8 @@ def test_a_cosine_schedule_gives_each_round_a_learning_rate_of_its_own():
         state = simulation.init()
         expected = on_host(state)
         for round, factor in enumerate((1.0, 0.75, 0.25)):
-            constant = dataclasses.replace(config, learning_rate=factor * config.learning_rate)
+            values = {key: factor * numbers(config)[key] for key in rates}
+            constant = with_numbers(config, values)
             reference = build_experiment(constant).simulation
             expected, _ = reference.round(
                 jax.device_put(expected, reference.mapping.replicated), round

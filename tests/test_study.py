@@ -17,6 +17,9 @@ from tiny_study import get_study
 
 from fedhelp_jax import config as config_lib
 from fedhelp_jax import runner
+from fedhelp_jax import study as studies
+from fedhelp_jax.algorithms import ALGORITHMS
+from fedhelp_jax.config_files import load_study
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.study import Failed, compare, grid_points, tune
 
@@ -228,9 +231,7 @@ def test_trials_are_judged_on_validation_and_never_look_at_test(tmp_path, monkey
         evaluated = runner.evaluate(tmp_path / f"tiny/{method}/trial{best}")
         again = (evaluated["small_mean"] + evaluated["large_mean"]) / 2
         assert (evaluated["split"], again) == ("validation", max(scores))
-        assert chosen["tiny", method] == {
-            key: config[key] for key in ("learning_rate", "sgd_learning_rate")
-        }
+        assert chosen["tiny", method] == {"learning_rate": config["learning_rate"]}
 
 
 def test_a_method_whose_trial_is_refused_is_left_out(tmp_path):
@@ -282,8 +283,6 @@ def test_a_failure_of_one_run_does_not_end_the_study(tmp_path, monkeypatch):
 
 
 def test_runs_take_the_settings_that_were_chosen(tmp_path, monkeypatch):
-    from fedhelp_jax import study as studies
-
     # The worst on validation, which nothing but a choice of it would take.
     monkeypatch.setattr(studies, "_score", lambda summary: -float(summary["small_mean"]))
     chosen, failures = tune(study("tuned"), tmp_path)
@@ -321,7 +320,7 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
     made = []
 
     def train(config, workdir, split="test"):
-        made.append((config.algorithm, config.learning_rate, config.sgd_learning_rate, split))
+        made.append((config.algorithm, config.learning_rate, split))
         values = {"small_mean": 0.5, "large_mean": 0.5, "worst_small": 0.5, "gap": 0.0}
         clients = [{"name": "a", "role": "small", "metrics": {"balanced_accuracy": 0.5}}]
         (workdir / "summary.json").write_text(
@@ -350,6 +349,18 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
         assert len(set(made[:trials])) == trials
 
 
+def test_methods_with_plain_sgd_keep_its_rate_beside_those_with_adam(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDHELP_DATA_DIR", str(tmp_path))
+    source = TESTS.parent / "configs" / "studies" / "two_layers.py"
+    rates = {
+        cell.method: (cell.config.optimizer, cell.config.learning_rate)
+        for cell in studies._cells(load_study(str(source)), tmp_path, {})
+    }
+    assert rates.keys() == ALGORITHMS.keys()
+    for name, rate in rates.items():
+        assert rate == (("sgd", 1e-2) if ALGORITHMS[name].plain_sgd else ("adam", 3e-3))
+
+
 # --- what is refused ---
 
 
@@ -366,6 +377,14 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
         ({"methods": {"fedhelp": {"batch_size": 2}}}, "batch_size must be the same for all"),
         ({"methods": {"fedhelp": {}, "fedx": {}}}, "tiny, fedx: config.algorithm.name"),
         ({"methods": {"fedhelp": {"server.momentun": 0.1}}}, "tiny, fedhelp: server.momentun"),
+        (
+            {"methods": {"fedhelp": {}, "fedavg": {"teacher.accuracy": 0.5}}},
+            "tiny, fedavg: config.teacher.accuracy changes nothing in this run: it is for methods",
+        ),
+        (
+            {"grids": dict.fromkeys(("fedhelp", "plain"), {"server.momentum": (0, 0.5, 0.9)})},
+            "trial 0: config.server.momentum changes nothing",
+        ),
         ({"grids": {"fedhelp": {"learning_rate": (1, 2, 3)}}}, "every method and no other"),
         ({"grids": dict.fromkeys(("fedhelp", "plain"), {"rounds": (1, 2, 3)})}, "rounds must be"),
         (

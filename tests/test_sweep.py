@@ -2,15 +2,18 @@
 
 import csv
 import json
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from commands import CONFIG, fedhelp, refusal
 from helpers import use_tiny_networks
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from fedhelp_jax import sweep as sweeps
-from fedhelp_jax.algorithms import SETTINGS
+from fedhelp_jax.algorithms import ALGORITHMS, SETTINGS
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config_files import load_config
 from fedhelp_jax.experiment import build_experiment, load, make_phases
@@ -18,6 +21,7 @@ from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.phases import federation_arrays
 from fedhelp_jax.report.summary import group_summary, headline
 from fedhelp_jax.sweep import Run, numbers, sweep, with_numbers
+from fedhelp_jax.unused import needed_for
 
 ROUNDS = 2
 FINE = "loss"  # shares of a few images are equal too easily
@@ -131,10 +135,17 @@ def test_what_does_not_fit_the_memory_is_refused_before_it_is_run(tmp_path, monk
     assert not (tmp_path / "runs.jsonl").exists()
 
 
+def phases_of(config):
+    """The phases of a run on one device, and its arrays."""
+    loaded = load(config)
+    phases = make_phases(config, loaded, make_mapping(1, 1))
+    return phases, federation_arrays(loaded.federation)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("server", ["none", "adam", "sgd"])
 def test_every_number_of_every_method_can_be_traced(name, server):
-    """So that a sweep over it is one program."""
+    """So that a sweep over it is one program; and each that has an effect is read, no other."""
     large = {"model.large": "resnet20"} if name in ("fedproto", "fedgh") else {}
     config = config_of(**{"algorithm.name": name, "server.optimizer": server, **large})
     loaded = load(config)
@@ -149,10 +160,63 @@ def test_every_number_of_every_method_can_be_traced(name, server):
         state = phases.init(key, arrays)
         return phases.round(state, key, jnp.int32(0), arrays)[0], state
 
-    after, before = jax.eval_shape(one_round, {k: jnp.float32(v) for k, v in swept.items()})
+    values = {k: jnp.float32(v) for k, v in swept.items()}
+    traced, (after, before) = jax.make_jaxpr(one_round, return_shape=True)(values)
+    read = dce_jaxpr(traced.jaxpr, [True] * len(traced.out_avals))[1]
+    assert dict(zip(sorted(swept), read, strict=True)) == {
+        key: not needed_for(config, key) for key in swept
+    }
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), before
     )
+
+
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"fedproto", "fedgh"}))
+def test_a_method_that_ignores_the_large_network_does_not_use_it(name):
+    """The other two need features of one width, so use both."""
+
+    def program(large):
+        config = config_of(**{"algorithm.name": name, "model.large": large})
+        phases, arrays = phases_of(config)
+
+        def one_round(key):
+            return phases.round(phases.init(key, arrays), key, jnp.int32(0), arrays)[0]
+
+        # Functions are printed with their addresses.
+        return re.sub(r" at 0x\w+", "", str(jax.make_jaxpr(one_round)(jax.random.key(0))))
+
+    same = program("resnet20") == program("resnet32")
+    assert same == ALGORITHMS[name].ignores("model.large")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_method_that_ignores_the_clients_weights_does_not_use_them(name):
+    own = {"algorithm.server_steps": 1} if name == "feddf" else {}
+    config = config_of(**{"algorithm.name": name, "model.large": "resnet20", **own})
+    phases, arrays = phases_of(config)
+    key, rng = jax.random.key(0), np.random.default_rng(0)
+    state, round = phases.init(key, arrays), jnp.int32(0)
+    trained = {}
+    for role, states in state.clients.items():
+        shapes = jax.eval_shape(
+            lambda role=role, states=states: phases.train(
+                role, states, state.server, key, round, arrays
+            )
+        )
+        drawn = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.uniform(1, 2, leaf.shape), leaf.dtype), shapes.upload
+        )
+        slot = jnp.arange(phases.num_slots(role))
+        trained[role] = (states, drawn, jnp.ones(shapes.weight.shape), slot)
+    # Sums over a device's clients are of one role, so roles differ as well as clients.
+    uneven = {
+        role: (*rest[:2], 1 + number + jnp.arange(len(rest[2]), dtype=float), rest[3])
+        for number, (role, rest) in enumerate(trained.items())
+    }
+    servers = [phases.aggregate(state, t, key, round, arrays).server for t in (trained, uneven)]
+    first, second = (jax.tree.leaves(server) for server in servers)
+    same = all(np.allclose(a, b, rtol=1e-6) for a, b in zip(first, second, strict=True))
+    assert same == ALGORITHMS[name].ignores("client_weights")
 
 
 def test_the_command_sweeps(tmp_path, capsys):
@@ -179,10 +243,19 @@ def test_the_command_sweeps(tmp_path, capsys):
         ("", "--sweep is missing"),
         ("--sweep=learning_rate", "must be KEY=VALUE,VALUE"),
         ("--sweep=learning_rat=1,2", "--config.learning_rat is not a known flag; did you mean"),
-        ("--sweep=learning_rate=1,fast", "--config.learning_rate=fast must be of type float"),
-        ("--sweep=learning_rate=0.1,0", "config.learning_rate = 0.0 must be more than 0"),
+        ("--sweep=learning_rate=1,fast", "config.learning_rate = 'fast' must be a finite number"),
+        ("--sweep=learning_rate=0.1,0", "config.learning_rate = 0 must be more than 0"),
+        (
+            "--sweep=server.beta2=0.9,0.95",
+            "server.beta2 changes nothing in this run: it is for ser",
+        ),
+        (
+            "--config.algorithm.name=fedavg --sweep=teacher.accuracy=0.5,0.6",
+            "config.teacher.accuracy changes nothing in this run: it is for methods other than",
+        ),
         ("--sweep=seed=1,2", "seeds have a flag of their own"),
         ("--seeds=4:2", "--seeds=4:2: must be FIRST:END"),
+        ("--seeds=0:10000000000000000000000", "N,N,..., at most 100,000"),
         ("--seeds=1,1", "--seeds=1,1: must be FIRST:END"),
         ("--seeds=x", "--seeds=x: must be FIRST:END"),
     ],

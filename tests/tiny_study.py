@@ -6,7 +6,7 @@ from fedhelp_jax.study import Study
 def get_study(tuned: str = "") -> Study:
     """Returns the study; ``tiny_study.py:tuned`` chooses learning rates."""
     methods = {"fedhelp": {}, "plain": {"algorithm.name": "fedavg", "optimizer": "sgd"}}
-    rates = {"learning_rate": (1e-3, 1e-2), "sgd_learning_rate": (1e-2, 1e-1)}
+    rates = {"learning_rate": (1e-3, 1e-2, 1e-1)}
     return Study(
         datasets={"tiny": "tiny_config.py"},
         methods=methods,

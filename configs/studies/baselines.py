@@ -19,13 +19,13 @@ from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.study import Study
 
 _RATES = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2)}
-_SGD_RATES = {"sgd_learning_rate": (3e-3, 1e-2, 3e-2, 1e-1)}
+_SGD_RATES = {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1)}
 _TWO_RATES = {"learning_rate": (1e-3, 3e-3)}
 
 _GRIDS = {
     **dict.fromkeys(ALGORITHMS, _RATES),
     **dict.fromkeys(("scaffold", "per_fedavg"), _SGD_RATES),
-    "pfedme": {"sgd_learning_rate": (1e-2, 1e-1), "algorithm.lam": (1.0, 15.0)},
+    "pfedme": {"learning_rate": (1e-2, 1e-1), "algorithm.lam": (1.0, 15.0)},
     "fedhelp": {**_TWO_RATES, "algorithm.lambda_f": (0.5, 1.0)},
     "fedprox": {**_TWO_RATES, "algorithm.mu": (0.01, 0.1)},
     "ditto": {**_TWO_RATES, "algorithm.lam": (0.1, 1.0)},

@@ -33,6 +33,9 @@ class Method(NamedTuple):
       uses_public: Whether it learns from the public images.
       uses_teacher: Whether it learns from the foundation model's answers about them.
       pools_data: Whether it needs all clients' data in one place, as no federated method does.
+      plain_sgd: Whether its rule takes plain SGD, and no other optimizer.
+      unused: Settings, or parts of them, that change nothing in it, besides those that follow from
+        the above.
     """
 
     build: Callable[..., FederatedAlgorithm]
@@ -40,24 +43,42 @@ class Method(NamedTuple):
     uses_public: bool = False
     uses_teacher: bool = False
     pools_data: bool = False
+    plain_sgd: bool = False
+    unused: tuple[str, ...] = ()
+
+    def ignores(self, key: str) -> bool:
+        """Whether a setting, by its dotted key, changes nothing in this method."""
+        unused = self.unused
+        if not self.uses_public:
+            unused += ("public", "public_batch_size")
+        if not self.uses_teacher:
+            unused += ("teacher",)
+        return any(key == name or key.startswith(f"{name}.") for name in unused)
+
+
+# What is for servers that average the clients' networks, and for large networks.
+_AVERAGE = ("server", "client_weights")
+_LARGE = ("model.large", "model.large_widths")
 
 
 ALGORITHMS: Mapping[str, Method] = {
     "fedhelp": Method(fedhelp, FedHelpSettings, uses_public=True, uses_teacher=True),
-    "local": Method(local, LocalSettings),
-    "centralized": Method(centralized, CentralizedSettings, pools_data=True),
-    "fedavg": Method(fedavg, FedAvgSettings),
-    "fedprox": Method(fedprox, FedProxSettings),
-    "fedbn": Method(fedbn, FedBNSettings),
-    "scaffold": Method(scaffold, ScaffoldSettings),
-    "ditto": Method(ditto, DittoSettings),
-    "per_fedavg": Method(per_fedavg, PerFedAvgSettings),
-    "pfedme": Method(pfedme, PFedMeSettings),
+    "local": Method(local, LocalSettings, unused=_AVERAGE),
+    "centralized": Method(centralized, CentralizedSettings, pools_data=True, unused=_AVERAGE),
+    "fedavg": Method(fedavg, FedAvgSettings, unused=_LARGE),
+    "fedprox": Method(fedprox, FedProxSettings, unused=_LARGE),
+    "fedbn": Method(fedbn, FedBNSettings, unused=_LARGE),
+    "scaffold": Method(
+        scaffold, ScaffoldSettings, plain_sgd=True, unused=("client_weights", *_LARGE)
+    ),
+    "ditto": Method(ditto, DittoSettings, unused=_LARGE),
+    "per_fedavg": Method(per_fedavg, PerFedAvgSettings, plain_sgd=True, unused=_LARGE),
+    "pfedme": Method(pfedme, PFedMeSettings, plain_sgd=True, unused=_LARGE),
     "fml": Method(fml, FMLSettings),
-    "fedmd": Method(fedmd, FedMDSettings, uses_public=True),
-    "feddf": Method(feddf, FedDFSettings, uses_public=True),
-    "fedproto": Method(fedproto, FedProtoSettings),
-    "fedgh": Method(fedgh, FedGHSettings),
+    "fedmd": Method(fedmd, FedMDSettings, uses_public=True, unused=("server",)),
+    "feddf": Method(feddf, FedDFSettings, uses_public=True, unused=("server",)),
+    "fedproto": Method(fedproto, FedProtoSettings, unused=_AVERAGE),
+    "fedgh": Method(fedgh, FedGHSettings, unused=_AVERAGE),
     "fedkd": Method(fedkd, FedKDSettings),
     "fedtype": Method(fedtype, FedTypeSettings),
 }

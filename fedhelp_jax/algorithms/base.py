@@ -43,9 +43,11 @@ class Setup(NamedTuple):
       num_classes: Classes of the private data.
       sample_shape: Of an image.
       models: The two architectures, "small" and "large".
-      tx: The clients' optimizer.
-      sgd_rate: Learning rate of the methods whose rule assumes plain SGD.
-      weight_decay: Of plain SGD; that of ``tx`` is in it.
+      tx: The clients' optimizer, with learning rate and weight decay.
+      learning_rate: The clients' once more, for methods whose rule takes plain SGD.
+      weight_decay: Likewise.
+      schedule: What learning rates are multiplied by in this round. ``tx`` and ``learning_rate``
+        are so already.
       server_tx: Optimizer that takes the averaged update as a gradient (2003.00295), for every
         method that averages parameters; None takes the mean itself.
       batch_size: Private examples a step.
@@ -67,14 +69,15 @@ class Setup(NamedTuple):
     public: PublicSpec | None
     augment: tuple[str, ...] = ()
     rounds: int = 1
-    sgd_rate: float | jax.Array = 0.01
+    learning_rate: float | jax.Array = 0.01
     weight_decay: float = 0.0
+    schedule: float | jax.Array = 1.0
     server_tx: optax.GradientTransformation | None = None
 
     @property
     def sgd(self) -> optax.GradientTransformation:
-        """Plain SGD, for methods whose rule assumes it."""
-        return sgd_l2(self.sgd_rate, self.weight_decay)
+        """Plain SGD, for methods whose rule takes it."""
+        return sgd_l2(self.learning_rate, self.weight_decay)
 
 
 class ClientAlgorithm(NamedTuple):

@@ -9,9 +9,10 @@ arXiv:2303.13137, algorithm 1. Clients share a head, not the features before it:
 Every client trains and deploys its role's own architecture.
 
 Notes: the server goes through all P_ic at once, where the paper takes them one by one; eta is
-``sgd_rate``, ``server_epochs`` such steps are taken a round. Class means are taken after local
-training, in evaluation mode; of masks, each place of the features is an example. What is deployed
-is the model after its local training, head included. All clients need features of one width.
+``server_learning_rate``, and ``server_epochs`` such steps are taken a round. Class means are taken
+after local training, in evaluation mode; of masks, each place of the features is an example. What
+is deployed is the model after its local training, head included. All clients need features of one
+width.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from fedhelp_jax.algorithms.base import (
     train_locally,
 )
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
-from fedhelp_jax.client import descend
+from fedhelp_jax.client import descend, sgd_l2
 from fedhelp_jax.federation import ROLES, ClientData
 from fedhelp_jax.losses import cross_entropy_loss
 from fedhelp_jax.models.model import Variables
@@ -42,9 +43,11 @@ class FedGHSettings(NamedTuple):
 
     Attributes:
       server_epochs: Steps of the server's head on all class means of a round.
+      server_learning_rate: Of these steps, plain SGD (eta); it follows the clients' schedule.
     """
 
     server_epochs: int = 1
+    server_learning_rate: float = 0.01
 
 
 def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
@@ -82,10 +85,11 @@ def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
             values = cross_entropy_loss(logits, labels)
             return jnp.sum(jnp.where(sent.counts.reshape(-1) > 0, values, 0))
 
+        tx = sgd_l2(settings.server_learning_rate * setup.schedule, setup.weight_decay)
         return jax.lax.fori_loop(
             0,
             settings.server_epochs,
-            lambda _, head: descend(setup.sgd, head, jax.grad(loss)(head)),
+            lambda _, head: descend(tx, head, jax.grad(loss)(head)),
             head,
         )
 

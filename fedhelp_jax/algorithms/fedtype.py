@@ -19,12 +19,14 @@ first class and all others with s_o <= tau. On a batch, one step after the other
 whoever teaches is in evaluation mode. The server averages the proxies. W_i is what a client
 deploys; the proxy is reported beside it (``global``).
 
-Notes, where the authors' code differs: its ranking has the sign inverted (as FedHelp's, see
-``fedhelp_jax.released``) and is divided by the batch size twice; step B follows step A on each
-batch, not after the whole epoch; scores are neither randomised nor is p rescaled by a fitted
-temperature; they are counted in 2,048 bins. The penalty of the proxy stays as it is: the code
-adapts it, but no training uses the outcome. Masks: each pixel is an example, of the class that
-covers most of it. ``miscoverage = 0`` puts all classes into S, which leaves W_i as trained alone.
+Notes, where the authors' code differs: in the code that runs, the ranking is taken of the proxy's
+logits, which are made without gradient, so it trains nothing; besides, it has the sign inverted (as
+FedHelp's, see ``fedhelp_jax.released``) and is divided by the batch size twice. Here it is taken of
+W_i's, as in the paper. Step B follows step A on each batch, not after the whole epoch; scores are
+neither randomised nor is p rescaled by a fitted temperature; they are counted in 2,048 bins. The
+penalty of the proxy stays as it is: the code adapts it, but no training uses the outcome. Masks:
+each pixel is an example, of the class that covers most of it. ``miscoverage = 0`` puts all classes
+into S, which leaves W_i as trained alone.
 """
 
 import functools

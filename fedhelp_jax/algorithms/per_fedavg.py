@@ -8,10 +8,10 @@ look for a ``w`` from which one step on their own data leads far:
     server:    w <- mean_i w_i
     deployed:  w - alpha grad F_i(w; all of client i's training data)
 
-Notes: plain SGD, ``alpha = beta = sgd_rate``. D and D' are the halves of a batch, the first the
-larger; from a batch of one example nothing is learnt. Batch statistics go on from D'; the step at
-deployment normalises by batches and keeps the broadcast statistics. Weight decay is taken at w, as
-an optimizer does.
+Notes: plain SGD, ``alpha = beta = setup.learning_rate``. D and D' are the halves of a batch, the
+first the larger; from a batch of one example nothing is learnt. Batch statistics go on from D'; the
+step at deployment normalises by batches and keeps the broadcast statistics. Weight decay is taken
+at w, as an optimizer does.
 """
 
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from fedhelp_jax.models.model import Model, Variables
 
 
 class PerFedAvgSettings(NamedTuple):
-    """Per-FedAvg has no settings of its own; its learning rates are ``sgd_rate``."""
+    """Per-FedAvg has no settings of its own."""
 
 
 def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:

@@ -9,8 +9,8 @@ arXiv:2006.08848, algorithm 1. Every client keeps a personal ``theta_i`` near it
 
 ``theta_i`` is what it deploys (``personal``).
 
-Notes: plain SGD, ``rate = eta = sgd_rate``. theta starts each round from the broadcast ``w`` and
-goes on from batch to batch. ``beta = 1``; another is plain SGD of that rate as
+Notes: plain SGD, ``rate = eta = setup.learning_rate``. theta starts each round from the broadcast
+``w`` and goes on from batch to batch. ``beta = 1``; another is plain SGD of that rate as
 ``setup.server_tx``. Batch statistics are theta's. ``lam = 0`` leaves ``w`` where it began, so that
 no parameters are shared.
 """
@@ -66,7 +66,7 @@ def pfedme(setup: Setup, settings: PFedMeSettings) -> FederatedAlgorithm:
 
             loss = supervised_loss(setup, model, start["batch_stats"], batch)(start["params"])[0]
             theta = jax.lax.fori_loop(0, settings.prox_steps, prox_step, start)
-            rate = setup.sgd_rate * settings.lam
+            rate = setup.learning_rate * settings.lam
             w = jax.tree.map(lambda w, t: w - rate * (w - t), w, theta["params"])
             return (w, theta), {"loss": loss}
 

@@ -9,8 +9,8 @@ arXiv:1910.06378, algorithm 1, option II. Server: ``x``, control variate ``c``; 
 
 The mean and the sum run over the clients of the round, N counts all.
 
-Notes: plain SGD of rate ``setup.sgd_rate``; clients count alike whatever ``client_weights``; the
-server's rate is 1, another is that of ``setup.server_tx``. A client without data moves nothing.
+Notes: plain SGD of rate ``setup.learning_rate``; clients count alike whatever ``client_weights``;
+the server's rate is 1, another is that of ``setup.server_tx``. A client without data moves nothing.
 Batch statistics are averaged.
 """
 
@@ -38,7 +38,7 @@ from fedhelp_jax.tree import weighted_mean
 
 
 class ScaffoldSettings(NamedTuple):
-    """SCAFFOLD has no settings of its own; its learning rate is ``sgd_rate``."""
+    """SCAFFOLD has no settings of its own."""
 
 
 class Controlled(NamedTuple):
@@ -58,7 +58,7 @@ class Server(NamedTuple):
 def scaffold(setup: Setup, settings: ScaffoldSettings) -> FederatedAlgorithm:
     """SCAFFOLD on the small architecture."""
     del settings
-    model, eta = setup.models["small"], setup.sgd_rate
+    model, eta = setup.models["small"], setup.learning_rate
 
     def init_client(run_key: jax.Array, client_id: jax.Array) -> Controlled:
         del client_id

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedhelp_jax.memory import check_fits
+
 # What a damaged .npz file raises.
 NPZ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
 # Part of the cache key: raise it when decoding or resizing changes.
@@ -46,6 +48,11 @@ def cached(
     cache = cache_folder(cache_dir) / f"{_key(source, names, what)}.npz"
     arrays = _read(cache, kinds)
     if arrays is None:
+        for name, (dtype, shape) in kinds.items():
+            if name == "images" and None not in shape:
+                sides = tuple(side for side in shape if side is not None)
+                key = "data.image_size" if len(sides) == 4 else "data.volume_size"
+                check_fits(sides, dtype, key, f"the images of {source}")
         arrays = make()
         _write(cache, arrays)
     return arrays

@@ -18,6 +18,7 @@ from fedhelp_jax.data.files import Files
 from fedhelp_jax.data.masks import decode_mask
 from fedhelp_jax.data.types import image_sha256
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.memory import check_fits
 
 # What Pillow and archives raise where an image is damaged, is none, or is absurdly large.
 DECODE_ERRORS = (
@@ -73,6 +74,7 @@ def resize_arrays(images: np.ndarray, size: int) -> np.ndarray:
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
     if images.shape[1:3] != (size, size):
+        check_fits((len(images), size, size, 3), "uint8", "data.image_size", "the images")
         resized = [resize(Image.fromarray(image), size) for image in images]
         return np.stack(resized) if resized else np.zeros((0, size, size, 3), np.uint8)
     if images.ndim == 3:

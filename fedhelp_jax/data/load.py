@@ -13,6 +13,7 @@ from fedhelp_jax.data.prepared import load_prepared, load_prepared_public
 from fedhelp_jax.data.sharing import Sharing
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.memory import check_fits
 from fedhelp_jax.schema import PREPARED, DataConfig, PublicConfig
 
 
@@ -42,6 +43,9 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
         max_train=config.max_train,
         seed=seed,
     )
+    if config.name in ("phantoms", "phantom_volumes"):
+        sides = config.volume_size if config.name == "phantom_volumes" else (config.image_size,) * 2
+        _check_drawn(config.num_examples, sides, "data.num_examples", "private")
     match config.name:
         case "phantoms":
             dataset = load_phantoms(
@@ -131,6 +135,9 @@ def load_public(
     Raises:
         UserError: The name is unknown, or the file or a value is unusable.
     """
+    if config.name in ("phantoms", "phantom_volumes"):
+        sides = volume_size if config.name == "phantom_volumes" else (image_size,) * 2
+        _check_drawn(config.num_examples or 1, sides, "public.num_examples", "public")
     match config.name:
         case "phantoms":
             return load_phantom_public(config.num_examples, image_size, seed, masks=masks)
@@ -156,3 +163,8 @@ def load_public(
             )
         case name:
             raise UserError(f"public.name: {name!r} is not known")
+
+
+def _check_drawn(count: int, sides: tuple[int, ...], key: str, whose: str) -> None:
+    channels, size = (1, "volume_size") if len(sides) == 3 else (3, "image_size")
+    check_fits((count, *sides, channels), "uint8", f"{key} or data.{size}", f"the {whose} images")

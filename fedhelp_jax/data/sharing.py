@@ -133,6 +133,11 @@ def share_out(
             dealt = _cut(rng.permutation(len(units.sizes)), units.sizes, np.cumsum(sizes)[:-1])
             return _checked(dealt, units, least, "data.num_clients")
         case "shards":
+            if total < clients * sharing.shards:
+                raise UserError(
+                    f"data.shards = {sharing.shards}: {total} examples are too few for {clients} "
+                    "clients of so many pieces each"
+                )
             # A random order of equals, then one that keeps it.
             order = rng.permutation(len(units.sizes))
             order = order[np.argsort(units.labels[order], kind="stable")]

@@ -3,6 +3,7 @@
 import numpy as np
 
 from fedhelp_jax.data.partition import rng_for
+from fedhelp_jax.memory import check_fits
 
 # Volumes are worked on in blocks of about so many voxels, so that memory stays small.
 _BLOCK_VOXELS = 2**24
@@ -20,6 +21,7 @@ def resize_volumes(volumes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """
     if volumes.shape[1:] == tuple(size):
         return np.ascontiguousarray(volumes)[..., None]
+    check_fits((len(volumes), *size), volumes.dtype.name, "data.volume_size", "the volumes")
     depth, height, width = (
         _weights(old, new) for old, new in zip(volumes.shape[1:], size, strict=True)
     )

@@ -22,8 +22,11 @@ _LEAST_SCORE = 1e-7
 class HuggingFaceZeroShot(Endpoint):
     """A model that scores images against candidate labels; one image a request.
 
-    Its scores ``s`` are a softmax over the candidates, so ``log s`` are logits of the same
-    distribution, the model's own up to a constant. Scores below 1e-7 count as 1e-7.
+    With ``scores="softmax"``, as of a CLIP, the scores ``s`` are a softmax over the candidates, so
+    ``log s`` are logits of the same distribution, the model's own up to a constant. They may be
+    rounded, and then add up to 1 as nearly as so many rounded numbers do. With ``"sigmoid"``, as of
+    a SigLIP, each score is a sigmoid of its own logit, which is ``log s - log(1 - s)``. Scores
+    below 1e-7 count as 1e-7; of sigmoids, those above 1 - 1e-7 count as that too.
 
     Args:
       transport: The endpoint.
@@ -32,6 +35,7 @@ class HuggingFaceZeroShot(Endpoint):
       label_names: The candidate labels.
       template: Sentence that each candidate is put into, with ``{}`` for it; None leaves the
         endpoint's own.
+      scores: What the scores are: ``"softmax"`` or ``"sigmoid"``.
     """
 
     batch_limit: int | None = 1
@@ -43,10 +47,13 @@ class HuggingFaceZeroShot(Endpoint):
         version: str | None,
         label_names: tuple[str, ...],
         template: str | None,
+        scores: str = "softmax",
     ):
         super().__init__(transport)
-        self._labels, self._template = label_names, template
+        self._labels, self._template, self._kind = label_names, template, scores
         how = f"PNG at native size, template {template or 'the endpoint’s own'}"
+        if scores != "softmax":  # answers that were stored before there was another stay known
+            how += f", {scores} scores"
         self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
 
     def answer(self, images: PublicImages) -> np.ndarray:
@@ -85,9 +92,22 @@ class HuggingFaceZeroShot(Endpoint):
                 "candidates that were sent"
             )
         values = np.array([scores[label] for label in self._labels])
-        if not np.isfinite(values).all() or values.min() < 0 or abs(values.sum() - 1) > 0.01:
+        if not ((values >= 0) & (values <= 1)).all():
+            raise UserError("teacher.url: the scores must be probabilities, each from 0 to 1")
+        if self._kind == "sigmoid":
+            values = np.clip(values, _LEAST_SCORE, 1 - _LEAST_SCORE)
+            return (np.log(values) - np.log1p(-values)).astype(np.float32)
+        if abs(values.sum() - 1) > _rounding(values):
             raise UserError(
-                f"teacher.url: the scores must be probabilities over the candidates, they add up "
-                f"to {values.sum():g}"
+                "teacher.url: the scores must be probabilities over the candidates, they add up "
+                f"to {values.sum():g}; if the model scores each label by itself, as SigLIP does, "
+                "set teacher.scores=sigmoid"
             )
         return np.log(np.maximum(values, _LEAST_SCORE)).astype(np.float32)
+
+
+def _rounding(values: np.ndarray) -> float:
+    """How far from 1 the sum of probabilities may be: by half a last digit for each of them."""
+    digits = next((d for d in range(2, 8) if np.allclose(values, values.round(d), 0, 1e-9)), 8)
+    # Half precision is not rounded to digits.
+    return max(0.01, len(values) * 0.5 * 10.0**-digits) + 1e-9

@@ -57,7 +57,12 @@ def foundation_model(config: FoundationConfig, public: PublicDataset) -> Foundat
             )
         case "hf_zero_shot":
             return HuggingFaceZeroShot(
-                _transport(config), str(config.model), config.version, labels, config.template
+                _transport(config),
+                str(config.model),
+                config.version,
+                labels,
+                config.template,
+                config.scores,
             )
         case "litert":
             return LiteRTModel(Path(str(config.path)), labels, config.output, preprocessing)

@@ -199,6 +199,10 @@ def test_looks_are_means_of_cells():
             Sharing("shards", num_clients=2, shards=4, min_examples=5),
             "pieces of 4 a client: 11 examples leave one of 2 clients with fewer than 5",
         ),
+        (
+            Sharing("shards", num_clients=4, shards=2**30),
+            "data.shards = 1073741824: 11 examples are too few for 4 clients",
+        ),
         (Sharing("site"), "data.split_by must be one of fractions, iid"),
     ],
 )

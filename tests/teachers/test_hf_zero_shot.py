@@ -91,10 +91,12 @@ class Endpoint:
     def parameters(self, number):
         return json.loads(self.requests[number][2])["parameters"]
 
-    def model(self, template=None, labels=LABELS, version=None, path=PATH) -> FoundationModel:
+    def model(
+        self, template=None, labels=LABELS, version=None, path=PATH, scores="softmax"
+    ) -> FoundationModel:
         url = f"http://127.0.0.1:{self._http.server_address[1]}{path}"
         transport = Transport(url, 10.0, None, None)
-        return HuggingFaceZeroShot(transport, "openai/clip", version, labels, template)
+        return HuggingFaceZeroShot(transport, "openai/clip", version, labels, template, scores)
 
 
 @pytest.fixture
@@ -189,9 +191,29 @@ def test_scores_that_were_rounded_to_nothing_stay_finite(endpoint, model):
     np.testing.assert_allclose(logits, np.log([1e-7, 1.0, 1e-7, 2e-7]), rtol=1e-6)
 
 
-def test_scores_may_be_rounded(endpoint, model):
-    endpoint.answer = lambda pixels: (200, json.dumps(listed([0.333, 0.333, 0.333, 0])).encode())
-    np.testing.assert_allclose(np.exp(model.answer(public_images(COLOUR[:1]))[0, 0]), 0.333)
+@pytest.mark.parametrize(
+    "scores",
+    [[0.333, 0.333, 0.333, 0.0], [0.33, 0.33, 0.33, 0.0], [0.26, 0.26, 0.25, 0.25]],
+    ids=["three digits", "two, 0.99", "two, 1.02"],
+)
+def test_scores_may_be_rounded(endpoint, model, scores):
+    endpoint.answer = lambda pixels: (200, json.dumps(listed(scores)).encode())
+    (logits,) = model.answer(public_images(COLOUR[:1]))
+    np.testing.assert_allclose(np.exp(logits), np.maximum(scores, 1e-7), rtol=1e-6)
+
+
+def test_scores_of_sigmoids_give_back_their_logits(endpoint):
+    """As of a SigLIP, which scores each label by itself; rounded to 0 or 1 they stay finite."""
+    logits = np.array([-12.0, -3.0, 0.5, 4.0])
+    scores = 1 / (1 + np.exp(-logits))
+    endpoint.answer = lambda pixels: (200, json.dumps(listed(scores.tolist())).encode())
+    model = endpoint.model(scores="sigmoid")
+    np.testing.assert_allclose(model.answer(public_images(COLOUR[:1]))[0], logits, rtol=1e-5)
+    endpoint.answer = lambda pixels: (200, json.dumps(listed([0.0, 1.0, 0.5, 1.0])).encode())
+    (found,) = model.answer(public_images(COLOUR[:1]))
+    np.testing.assert_allclose(found, np.log(1e7) * np.array([-1, 1, 0, 1]), rtol=1e-5)
+    model.close()
+    assert model.fingerprint != endpoint.model().fingerprint
 
 
 GOOD = [0.1, 0.2, 0.3, 0.4]
@@ -203,7 +225,8 @@ REFUSED = {
     "a label twice": (listed([*GOOD, 0.2], (*LABELS, LABELS[1])), "candidates"),
     "nothing": ([], "scores 0 labels"),
     "logits": (listed([4.0, -1.0, 2.0, 0.5]), "must be probabilities"),
-    "too little": (listed([0.1, 0.1, 0.1, 0.1]), "add up to 0.4"),
+    "too little": (listed([0.1, 0.1, 0.1, 0.1]), "add up to 0.4; if the model scores each label"),
+    "more than rounding": (listed([0.333, 0.333, 0.313, 0.0]), "add up to 0.979; if the model"),
     "too much": (listed([0.9, 0.1, 0.2, 0.0]), "add up to 1.2"),
     "negative": (listed([-0.2, 0.2, 0.5, 0.5]), "must be probabilities"),
     "nan": (listed([float("nan"), 0.2, 0.4, 0.4]), "must be probabilities"),

@@ -101,7 +101,7 @@ def test_what_a_back_end_needs_is_named(settings, key):
     assert refused(**settings).startswith(f"config.teacher{words}")
     message = refused(name="ensemble", members=(SIMULATED, settings))
     assert message.startswith(f"config.teacher.members[1]{words}")
-    validate(changed(**settings | {key: "https://models.example.org"}))
+    validate(changed(**settings | {key: "https://models.example.org" if key == "url" else "m"}))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""Checks of a teacher's settings that each are right but may not go together."""
+
+import re
+from urllib.parse import urlsplit
+
+from fedhelp_jax.errors import UserError
+from fedhelp_jax.schema import FoundationConfig, TeacherConfig
+
+
+def check_teacher(teacher: TeacherConfig) -> None:
+    """Checks a teacher, alone or an ensemble of members.
+
+    Raises:
+        UserError: Something it needs is missing, or two of its settings exclude each other.
+    """
+    ensemble = teacher.name == "ensemble"
+    if ensemble != bool(teacher.members):
+        raise UserError(
+            "config.teacher.members must name the members of a teacher called ensemble, and of no "
+            f"other; teacher.name = {teacher.name!r} has {len(teacher.members)} of them"
+        )
+    weights = teacher.weights
+    if weights and (len(weights) != len(teacher.members) or min(weights) <= 0):
+        raise UserError(
+            f"config.teacher.weights = {weights} must be {len(teacher.members)} positive numbers, "
+            "one for each member"
+        )
+    _check_keys(teacher, "config.teacher")
+    if not ensemble:
+        _check_foundation(teacher, "config.teacher")
+    for i, member in enumerate(teacher.members):
+        if member.name in ("ensemble", "none"):
+            raise UserError(f"config.teacher.members[{i}].name must be a model of its own")
+        _check_foundation(member, f"config.teacher.members[{i}]")
+
+
+def _check_foundation(config: FoundationConfig, path: str) -> None:
+    endpoint = [("url", "its address"), ("model", "the name of the model there")]
+    needed = {
+        "stored": [("path", "the file of its answers")],
+        "open_inference": endpoint,
+        "hf_zero_shot": endpoint,
+        "litert": [("path", "the model file")],
+        "onnx": [("path", "the model file")],
+    }
+    for key, what in needed.get(config.name, []):
+        if not getattr(config, key):
+            raise UserError(
+                f"{path}.{key} is not set, but teacher {config.name} needs {what}: give "
+                f"--{path}.{key}=..."
+            )
+    asked_for_logits = config.name in ("open_inference", "litert", "onnx")
+    if asked_for_logits and config.labels is None and config.head is None:
+        raise UserError(
+            f"{path}.labels is not set: give a text file of the model's classes, one a line; or, "
+            f"if it gives embeddings, {path}.head"
+        )
+    if config.head is not None and config.top_k is not None:
+        raise UserError(f"{path}.top_k is for logits; with {path}.head the store keeps embeddings")
+    if config.name == "open_inference" and re.search(r"/v2(/|$)", urlsplit(str(config.url)).path):
+        raise UserError(f"{path}.url must be what stands before /v2, such as https://host.example")
+    if config.template is not None and "{}" not in config.template:
+        raise UserError(f"{path}.template = {config.template!r} must hold {{}} for the label")
+    _check_keys(config, path)
+
+
+def _check_keys(config: FoundationConfig, path: str) -> None:
+    # What is written here ends in config.json, so a key in its place must not pass; nor be shown.
+    if config.api_key_env and not re.fullmatch(r"[A-Z][A-Z0-9_]*", config.api_key_env):
+        raise UserError(
+            f"{path}.api_key_env must be the name of an environment variable, in capitals, not "
+            "the key itself"
+        )
+    if config.api_key_env and config.api_key_file:
+        raise UserError(f"{path}.api_key_env and api_key_file are both set; one of them holds it")
