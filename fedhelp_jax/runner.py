@@ -29,6 +29,7 @@ from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Experiment, build_experiment
+from fedhelp_jax.locks import folder_lock
 from fedhelp_jax.phases import RoundInfo, RunState
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import Progress
@@ -79,6 +80,11 @@ def train(
       Interrupted: After SIGINT or SIGTERM, once the state is saved.
     """
     _check_together(config, workdir)
+    with folder_lock(workdir):
+        return _train(config, workdir, overwrite, split)
+
+
+def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dict[str, Any]:
     if overwrite and processes.first():
         _remove_run(workdir)
     processes.share("removed")
@@ -119,14 +125,18 @@ def evaluate(workdir: Path) -> dict[str, Any]:
     """
     config = processes.together(lambda: configs.load(workdir / _CONFIG))
     _check_together(config, workdir)
+    with folder_lock(workdir):
+        return _evaluate(config, workdir)
 
+
+def _evaluate(config: RunConfig, workdir: Path) -> dict[str, Any]:
     def prepare() -> Experiment:
         if not (workdir / _CHECKPOINTS).is_dir():
             raise UserError(f"--workdir={workdir}: there is no checkpoint; train first")
         return build_experiment(config)
 
     experiment = processes.together(prepare)
-    checkpointer = Checkpointer(workdir / _CHECKPOINTS)
+    checkpointer = Checkpointer(workdir / _CHECKPOINTS, read_only=True)
     try:
         done, state = _restore(experiment, checkpointer)
     finally:

@@ -26,6 +26,7 @@ from fedhelp_jax import config as configs
 from fedhelp_jax import runner
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError, suggest
+from fedhelp_jax.locks import folder_lock
 from fedhelp_jax.report import files
 from fedhelp_jax.report.comparison import Result, write_comparison
 from fedhelp_jax.report.console import duration
@@ -122,7 +123,12 @@ def compare(study: Study, workdir: Path) -> None:
       Failed: If some runs were refused; the table then lacks them.
       Interrupted: After SIGINT or SIGTERM, once the run under way is saved.
     """
-    chosen, failures = tune(study, workdir)
+    with folder_lock(workdir):
+        _compare(study, workdir)
+
+
+def _compare(study: Study, workdir: Path) -> None:
+    chosen, failures = _tune(study, workdir)
     cells = list(_cells(study, workdir, chosen))
     wanted = [cell for cell in cells if not study.grids or (cell.dataset, cell.method) in chosen]
     failures += _run_missing(wanted)
@@ -148,6 +154,11 @@ def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], 
       UserError: If the study is not sound, or no client has validation images.
       Interrupted: After SIGINT or SIGTERM, once the trial under way is saved.
     """
+    with folder_lock(workdir):
+        return _tune(study, workdir)
+
+
+def _tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], Failures]:
     trials = dict(_trials(study, workdir))
     list(_cells(study, workdir, {}))  # whatever is wrong with the runs is told before the trials
     failures = _run_missing([cell for cells in trials.values() for cell, _ in cells])

@@ -33,6 +33,7 @@ from fedhelp_jax.compilation import compile_totals, jit
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Loaded, load, make_phases
+from fedhelp_jax.locks import folder_lock
 from fedhelp_jax.mapping import make_mapping, over_clients
 from fedhelp_jax.phases import Arrays, Phases, RunState, federation_arrays, num_clients
 from fedhelp_jax.report import files
@@ -89,6 +90,17 @@ def sweep(
         raise UserError(
             "config.mapping.pool_bytes must be 0: a sweep keeps all images on the devices"
         )
+    with folder_lock(workdir):
+        return _sweep(runs, workdir, split, runs_at_once, say)
+
+
+def _sweep(
+    runs: Sequence[Run],
+    workdir: Path,
+    split: str,
+    runs_at_once: int | None,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
     finished = _agreed(lambda: _finished(workdir, split))
     missing = [run for run in runs if run.fingerprint not in finished]
     if len(missing) < len(runs):

@@ -11,6 +11,7 @@ LAYERS: tuple[str, ...] = (
     "errors",
     "compilation",
     "processes",
+    "locks",
     "schema",
     "values",
     "tree",
