@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -181,20 +181,13 @@ def load(path: Path) -> RunConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
-    """Returns one ``key: value -> value`` for each setting in which two configurations differ.
-
-    Example:
-        >>> differences(RunConfig(), RunConfig(rounds=12))
-        ('rounds: 50 -> 12',)
-    """
-    before, after = dict(_flat(to_dict(ours))), dict(_flat(to_dict(theirs)))
-    keys = [*before, *(key for key in after if key not in before)]
-    return tuple(
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in keys
-        if before.get(key) != after.get(key)
-    )
+def to_config_dict(config: RunConfig) -> Any:
+    """Returns the `ConfigDict` that `validate` turns into `config`, for flags to change."""
+    values = dataclasses.asdict(config)
+    settings = config.algorithm.settings._asdict()
+    changed = default_config()
+    changed.update({**values, "algorithm": {"name": config.algorithm.name, **settings}})
+    return changed
 
 
 def describe() -> list[tuple[str, Any, str]]:
@@ -473,11 +466,3 @@ def _listed(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_listed(item) for item in value]
     return value
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

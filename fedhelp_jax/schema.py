@@ -130,9 +130,19 @@ SETTING_CHECKS: dict[str, Check] = {
 # --- the schema ---------------------------------------------------------------------------------
 
 
-def setting(default: Any, about: str, check: Check | None = None) -> Any:
-    """Returns a dataclass field with its help and its check; None is never given to the check."""
-    return dataclasses.field(default=default, metadata={"about": about, "check": check})
+def setting(default: Any, about: str, check: Check | None = None, *, identity: bool = True) -> Any:
+    """Returns a dataclass field of a setting.
+
+    Args:
+        default: Its default.
+        about: Its help.
+        check: Its check, which is never given None.
+        identity: Whether another value makes another run. It does not where a setting says where
+            data lie (their content is compared instead), how fast a teacher is asked, or how
+            clients are spread over devices.
+    """
+    metadata = {"about": about, "check": check, "identity": identity}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def part(cls: type) -> Any:
@@ -153,8 +163,9 @@ class DataConfig:
         None,
         "folder or zip of images (fed_isic2019), .npz file (medmnist, npz_masks), "
         "folder of prepared sets (tfds:; TFDS's default if None)",
+        identity=False,
     )
-    split_csv: str | None = setting(None, "the official Fed-ISIC2019 split")
+    split_csv: str | None = setting(None, "the official Fed-ISIC2019 split", identity=False)
     image_size: int = setting(32, "side in pixels to which images are resized", at_least(8))
     volume_size: tuple[int, ...] = setting(
         (24, 32, 24), "sides in voxels to which volumes are resized", _SIDES
@@ -208,7 +219,9 @@ class DataConfig:
         "(all axes), affine, brightness",
         some_of(*AUGMENTATIONS),
     )
-    cache_dir: str | None = setting(None, "where decoded images are kept between runs")
+    cache_dir: str | None = setting(
+        None, "where decoded images are kept between runs", identity=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +237,7 @@ class PublicConfig:
         None,
         "npz: the file; folder: of images/ and masks/, or a zip of it; tfds: folder of prepared "
         "sets (TFDS's default if None)",
+        identity=False,
     )
     num_examples: int | None = setting(
         None, "how many of them to use; if None all, or 512 phantoms, or 64 phantom volumes", COUNT
@@ -240,19 +254,27 @@ class FoundationConfig:
         "open_inference, hf_zero_shot (endpoints), litert, onnx (files), self_trained",
         one_of(*_ASKED, "simulated", "stored", "ensemble", "none"),
     )
-    path: str | None = setting(None, "stored: file of answers; litert, onnx: the model file")
+    path: str | None = setting(
+        None, "stored: file of answers; litert, onnx: the model file", identity=False
+    )
     array: str | None = setting(None, "stored: its array; logits, else embeddings, if None")
     accuracy: float = setting(0.85, "simulated: how often it is right", FRACTION)
     epochs: int = setting(10, "self_trained: epochs on the public images", COUNT)
-    url: str | None = setting(None, "endpoints: https://...; http:// for this machine only")
+    url: str | None = setting(
+        None, "endpoints: https://...; http:// for this machine only", identity=False
+    )
     model: str | None = setting(None, "endpoints: the model's name there")
     version: str | None = setting(None, "endpoints: its version; answers are stored under it")
     template: str | None = setting(None, "hf_zero_shot: sentence around a label, with {}")
     api_key_env: str | None = setting(
-        None, "endpoints: NAME of the environment variable that holds the key"
+        None, "endpoints: NAME of the environment variable that holds the key", identity=False
     )
-    api_key_file: str | None = setting(None, "endpoints: file of mode 0600 that holds the key")
-    labels: str | None = setting(None, "text file of the model's classes, one a line")
+    api_key_file: str | None = setting(
+        None, "endpoints: file of mode 0600 that holds the key", identity=False
+    )
+    labels: str | None = setting(
+        None, "text file of the model's classes, one a line", identity=False
+    )
     input: str | None = setting(
         None, "name of the input tensor; if None, input (open_inference) or the only one (onnx)"
     )
@@ -261,21 +283,32 @@ class FoundationConfig:
     scale: str = setting("uint8", "pixel values the model takes", one_of(*PIXEL_SCALES))
     layout: str = setting("nhwc", "axes of the images it takes", one_of(*PIXEL_LAYOUTS))
     head: str | None = setting(
-        None, "turns embeddings into logits: probe (fitted on public labels) or class vectors .npz"
+        None,
+        "turns embeddings into logits: probe (fitted on public labels) or class vectors .npz",
+        identity=False,  # what it makes of the answers is compared
     )
-    store: str = setting("answers", "folder of the store of answers")
+    store: str = setting("answers", "folder of the store of answers", identity=False)
     dtype: str = setting("float32", "of stored answers", one_of("float32", "float16"))
     top_k: int | None = setting(None, "store only so many of the largest logits", COUNT)
-    batch_size: int = setting(16, "images a request", COUNT)
-    concurrency: int = setting(4, "requests under way at once", COUNT)
-    requests_per_second: float | None = setting(None, "at most; no limit if None", more_than(0))
-    timeout: float = setting(30.0, "seconds for a request", more_than(0))
-    max_attempts: int = setting(5, "times a request is tried", COUNT)
-    max_wait: float = setting(60.0, "longest pause in seconds before a try", at_least(0))
-    max_queries: int | None = setting(
-        None, "most images ever sent to the model, tries counted; no limit if None", at_least(0)
+    batch_size: int = setting(16, "images a request", COUNT, identity=False)
+    concurrency: int = setting(4, "requests under way at once", COUNT, identity=False)
+    requests_per_second: float | None = setting(
+        None, "at most; no limit if None", more_than(0), identity=False
     )
-    price_per_query: float | None = setting(None, "of an image, for the plan", at_least(0))
+    timeout: float = setting(30.0, "seconds for a request", more_than(0), identity=False)
+    max_attempts: int = setting(5, "times a request is tried", COUNT, identity=False)
+    max_wait: float = setting(
+        60.0, "longest pause in seconds before a try", at_least(0), identity=False
+    )
+    max_queries: int | None = setting(
+        None,
+        "most images ever sent to the model, tries counted; no limit if None",
+        at_least(0),
+        identity=False,
+    )
+    price_per_query: float | None = setting(
+        None, "of an image, for the plan", at_least(0), identity=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,12 +373,18 @@ class ServerConfig:
 class MappingConfig:
     """How clients are spread over devices; changes speed, and rounding, but no meaning."""
 
-    cpu_devices: int | None = setting(None, "CPU devices; one per core (at most 8) if None", COUNT)
+    cpu_devices: int | None = setting(
+        None, "CPU devices; one per core (at most 8) if None", COUNT, identity=False
+    )
     chunk_size: int | None = setting(
-        None, "clients computed at once on a device; the back end's best if None", COUNT
+        None,
+        "clients computed at once on a device; the back end's best if None",
+        COUNT,
+        identity=False,
     )
     pool_bytes: int = setting(
         0,
         "most bytes of private images on a device, the rest waiting on the host; 0: all are there",
         at_least(0),
+        identity=False,
     )

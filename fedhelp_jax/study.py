@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from fedhelp_jax import config as configs
-from fedhelp_jax import runner
+from fedhelp_jax import identity, runner
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError, suggest
 from fedhelp_jax.locks import folder_lock
@@ -374,15 +374,13 @@ def _is_done(cell: Cell) -> bool:
     config, summary = cell.folder / "config.json", cell.folder / "summary.json"
     if not config.exists():
         return False
-    changed = configs.differences(configs.load(config), cell.config)
-    if changed:
-        raise UserError(
-            f"{cell.folder}: holds a run of another configuration ({'; '.join(changed)}); name "
-            "another folder for the study, or remove that one"
-        )
+    identity.refuse_other_settings(configs.load(config), cell.config, str(cell.folder))
+    if not summary.exists():
+        return False
+    found = files.read_summary(cell.folder)
     # A trial counts only by validation images, whatever was done in its folder since.
-    return summary.exists() and (
-        cell.trial is None or files.read_summary(cell.folder).get("split") == "validation"
+    return found.get("rounds") == cell.config.rounds and (
+        cell.trial is None or found.get("split") == "validation"
     )
 
 
@@ -443,6 +441,7 @@ def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> l
         if cell.config.roles == reference_roles[cell.dataset]:
             found = {client["name"]: client["role"] for client in summary["per_client"]}
             roles[cell.dataset, cell.seed] = found
+    _check_same_data(finished)
     results = []
     for cell, summary in zip(finished, summaries, strict=True):
         if (cell.dataset, cell.seed) not in roles:
@@ -467,3 +466,22 @@ def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> l
             )
         )
     return results
+
+
+def _check_same_data(finished: Sequence[Cell]) -> None:
+    """Refuses to compare runs that have read other private data, as replaced between them.
+
+    Raises:
+      UserError: If they have.
+    """
+    first: dict[tuple[str, int], tuple[Cell, dict[str, Any]]] = {}
+    for cell in finished:
+        recorded = identity.read_provenance(cell.folder)
+        if recorded is None:
+            raise UserError(
+                f"{cell.folder}: holds a run of an earlier version of fedhelp_jax, which did not "
+                "record what it read; remove that folder, or name another one for the study"
+            )
+        own = {"data": recorded["sources"]["data"]}
+        other, theirs = first.setdefault((cell.dataset, cell.seed), (cell, own))
+        identity.refuse_other_sources(theirs, own, f"{other.folder} and {cell.folder}")

@@ -7,6 +7,7 @@ from fedhelp_jax import config as config_lib
 from fedhelp_jax.algorithms import SETTINGS
 from fedhelp_jax.config import RunConfig, default_config, from_dict, to_dict, validate
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.identity import differences
 
 
 def changed(**changes):
@@ -181,10 +182,10 @@ def test_a_config_json_edited_by_hand_is_refused_by_the_key(tmp_path, content, w
 
 def test_differences_name_the_keys():
     ours, theirs = validate(changed(rounds=3)), validate(changed(algorithm__name="local"))
-    keys = [line.split(":")[0] for line in config_lib.differences(ours, theirs)]
+    keys = [line.split(":")[0] for line in differences(ours, theirs)]
     assert keys[:2] == ["rounds", "algorithm.name"]
     assert "algorithm.settings.temperature" in keys
-    assert config_lib.differences(ours, ours) == ()
+    assert differences(ours, ours) == ()
 
 
 def test_every_setting_is_described():

@@ -33,6 +33,7 @@ class Method(NamedTuple):
       uses_public: Whether it learns from the public images.
       uses_teacher: Whether it learns from the foundation model's answers about them.
       pools_data: Whether it needs all clients' data in one place, as no federated method does.
+      schedules: ``settings -> bool``, whether anything in it depends on the number of rounds.
     """
 
     build: Callable[..., FederatedAlgorithm]
@@ -40,6 +41,7 @@ class Method(NamedTuple):
     uses_public: bool = False
     uses_teacher: bool = False
     pools_data: bool = False
+    schedules: Callable[[Any], bool] = lambda settings: False
 
 
 ALGORITHMS: Mapping[str, Method] = {
@@ -58,7 +60,7 @@ ALGORITHMS: Mapping[str, Method] = {
     "feddf": Method(feddf, FedDFSettings, uses_public=True),
     "fedproto": Method(fedproto, FedProtoSettings),
     "fedgh": Method(fedgh, FedGHSettings),
-    "fedkd": Method(fedkd, FedKDSettings),
+    "fedkd": Method(fedkd, FedKDSettings, schedules=lambda s: s.energy_start != s.energy_end),
     "fedtype": Method(fedtype, FedTypeSettings),
 }
 
