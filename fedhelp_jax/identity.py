@@ -213,10 +213,10 @@ def read_provenance(workdir: Path) -> dict[str, Any] | None:
     path = workdir / PROVENANCE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert found["program"]["devices"] >= 1 and found["sources"]["data"]["sha256"]
+        _ = found["program"]["devices"], found["sources"]["data"]["sha256"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path}: cannot be used ({type(error).__name__}: {error}); was it edited by hand?"
         ) from None
@@ -244,7 +244,8 @@ def as_started(config: RunConfig, workdir: Path, cpu_devices: int | None = None)
     on_cpu = before["platform"] == "cpu"
     devices = before["devices"] // before.get("processes", 1) if on_cpu else asked.cpu_devices
     pool_bytes = before.get("pool_bytes", 0)
-    kept = MappingConfig(devices, before["chunk_size"], pool_bytes)
+    # All clients at once, as accelerators do by themselves, have no number among the settings.
+    kept = MappingConfig(devices, before["chunk_size"] or None, pool_bytes)
     wanted = MappingConfig(
         (asked.cpu_devices or cpu_devices or devices) if on_cpu else devices,
         asked.chunk_size or kept.chunk_size,
@@ -253,7 +254,7 @@ def as_started(config: RunConfig, workdir: Path, cpu_devices: int | None = None)
     for name, value in vars(wanted).items():
         if value != vars(kept)[name]:
             _log.warning(
-                "going on with mapping.%s = %d, with which the run in %s was started, and not %d",
+                "going on with mapping.%s = %s, with which the run in %s was started, and not %s",
                 name,
                 vars(kept)[name],
                 workdir,

@@ -28,6 +28,7 @@ from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import build_experiment
 from fedhelp_jax.models.resnet import resnet
 from fedhelp_jax.phases import federation_arrays
+from fedhelp_jax.schema import MappingConfig
 
 pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
 
@@ -362,6 +363,39 @@ def test_a_run_goes_on_with_the_mapping_that_it_was_started_with(tmp_path, caplo
     assert after["measured_by"] | {"devices": 1, "chunk_size": 3} == before["measured_by"]
     assert after["measured_by"]["devices"] == min(2, jax.device_count())
     assert after["small_mean"] == pytest.approx(before["small_mean"])
+
+
+@pytest.mark.parametrize(
+    ("program", "asked", "kept", "said"),
+    [
+        (("gpu", 4, 0), (None, None, 0), (None, None, 0), ()),
+        (("gpu", 1, 0), (None, 2, 0), (None, None, 0), ("chunk_size = None",)),
+        (("cpu", 4, 1), (None, None, 0), (4, 1, 0), ("cpu_devices = 4", "not 2")),
+        (("cpu", 2, 1), (None, None, 0), (2, 1, 0), ()),
+    ],
+)
+def test_the_mapping_of_a_run_is_known_before_jax_starts(
+    tmp_path, caplog, program, asked, kept, said
+):
+    """On a machine whose CPU would be two devices."""
+    config = dataclasses.replace(config_lib.RunConfig(), mapping=MappingConfig(*asked))
+    names = "platform", "devices", "chunk_size"
+    recorded = {
+        "program": dict(zip(names, program, strict=True)),
+        "sources": {"data": {"sha256": "0"}},
+    }
+    identity.write_provenance(tmp_path, recorded)
+    assert identity.as_started(config, tmp_path, 2) == config  # nothing is saved yet
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    found = identity.as_started(config, tmp_path, 2)
+    assert found.mapping == MappingConfig(*kept)
+    assert config_lib.from_dict(config_lib.to_dict(found)) == found
+    assert len(caplog.records) == bool(said)
+    for word in said:
+        assert word in caplog.text
+    (tmp_path / "provenance.json").write_text("{}")
+    with pytest.raises(UserError, match="provenance.json: cannot be used .* edited by hand"):
+        identity.as_started(config, tmp_path, 2)
 
 
 def test_a_run_of_another_back_end_is_only_evaluated(run, finished, capsys, monkeypatch):
