@@ -316,9 +316,9 @@ def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> in
     from fedhelp_jax.report import files
 
     files.prepare_folder(workdir)
-    from fedhelp_jax.study import first_config
+    from fedhelp_jax.study import first_config, stopped_run
 
-    _prepare_jax(first_config(study))
+    _prepare_jax(first_config(study), stopped_run(workdir))
     from fedhelp_jax import runner
     from fedhelp_jax.study import Failed
     from fedhelp_jax.teachers.resolve import AnswersMissing
@@ -396,7 +396,7 @@ def _prepare_jax(config: "RunConfig", run: Path | None = None) -> "RunConfig":
 
     Args:
         config: The settings.
-        run: A folder whose run is gone on with, on as many devices as it was started with.
+        run: The folder of a run to go on with, on as many devices as it was started with.
 
     Returns:
         The settings, with the mapping of that run.

@@ -224,6 +224,12 @@ def first_config(study: Study) -> RunConfig:
     return next(_cells(study, Path(), {})).config
 
 
+def stopped_run(workdir: Path) -> Path | None:
+    """The folder of a run of the study that was begun and is not finished, if there is one."""
+    begun = sorted(path.parent for path in workdir.glob(f"*/*/*/{identity.PROVENANCE}"))
+    return next((folder for folder in begun if not (folder / "summary.json").exists()), None)
+
+
 # --- which runs there are -----------------------------------------------------------------------
 
 

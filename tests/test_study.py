@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_config
 from commands import fedhelp, read, refusal
@@ -18,6 +19,7 @@ from tiny_study import get_study
 
 from fedhelp_jax import config as config_lib
 from fedhelp_jax import identity, runner
+from fedhelp_jax.errors import UserError
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.study import Failed, compare, grid_points, tune
 
@@ -159,6 +161,22 @@ def test_a_folder_of_other_settings_is_refused(finished):
     message = refused(lambda: compare(study(budgets={"": {"batch_size": 4}}), finished))
     assert "batch_size: 16 -> 4" in message
     assert "tiny/fedhelp/seed0" in message
+
+
+def test_a_study_goes_on_with_the_devices_of_its_stopped_run(tmp_path, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise UserError("enough")
+
+    folder = tmp_path / "tiny" / "plain" / "seed1"
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+    program = {"platform": "cpu", "devices": 5, "chunk_size": 1}
+    identity.write_provenance(
+        folder, {"program": program, "sources": {"data": {"sha256": "0", "path": None}}}
+    )
+    monkeypatch.setattr(runner, "train", refuse)
+    jax.devices()  # now the command cannot change how many this process has
+    assert fedhelp(command(tmp_path)) == 2
+    assert f"mapping.cpu_devices = 5, with which the run in {folder} was started" in caplog.text
 
 
 def test_runs_of_other_data_are_not_compared(finished, tmp_path, capsys):
