@@ -1,7 +1,6 @@
 """A sweep is the same runs, in one program: equal results, one compilation, nothing run twice."""
 
 import csv
-import dataclasses
 import json
 
 import jax
@@ -110,9 +109,10 @@ def test_one_program_takes_all_numbers_and_seeds_and_nothing_is_run_twice(tmp_pa
     assert len(lines) == len(more) and lines[:3] == [json.loads(x) for x in before.splitlines()]
 
 
-def test_runs_are_not_added_to_those_of_other_data(tmp_path, monkeypatch):
+def test_runs_are_not_added_to_those_of_other_data(tmp_path):
     """Nor to those of a version that did not record them, nor are equal runs swept over."""
-    runs = runs_of([(1e-3, 0.0, 0)], **{"algorithm.name": "local", "rounds": 1})
+    settings = {"algorithm.name": "local", "rounds": 1}
+    runs = [Run({"seed": 0}, config_of(**settings))]
     sweep(runs, tmp_path, say=lambda text: None)
     (line,) = [json.loads(text) for text in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert line["sources"]["data"]["sha256"]
@@ -124,8 +124,7 @@ def test_runs_are_not_added_to_those_of_other_data(tmp_path, monkeypatch):
     (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(UserError, match="an earlier version"):
         sweep(runs, tmp_path, say=lambda text: None)
-    again = [*runs, *runs_of([(1e-3, 0.0, 0)], **{"algorithm.name": "local", "data.dir": "x"})]
-    again[1] = again[1]._replace(config=dataclasses.replace(again[1].config, rounds=1))
+    again = [*runs, Run({"seed": 0}, config_of(**settings, **{"data.dir": "elsewhere"}))]
     with pytest.raises(UserError, match="differ in nothing that makes another run"):
         sweep(again, tmp_path, say=lambda text: None)
 
