@@ -35,10 +35,11 @@ class Checkpointer:
 
     Args:
         folder: where they stand, usually ``workdir/checkpoints``; made if it does not exist.
+        read_only: nothing in the folder is changed, and nothing can be saved.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder.absolute()
+    def __init__(self, folder: Path, *, read_only: bool = False):
+        self._folder, self._read_only = folder.absolute(), read_only
         self._manager = self._open()
         self._unreadable: list[int] = []
 
@@ -123,11 +124,19 @@ class Checkpointer:
         self._manager.close()
 
     def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=_KEEP,
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,  # what a killed run was writing
-        )
+        if self._read_only:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True,
+                create=False,
+                save_interval_steps=0,
+                enable_async_checkpointing=False,
+            )
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=_KEEP,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,  # what a killed run was writing
+            )
         return ocp.CheckpointManager(self._folder, options=options)
 
     def _check(self, round: int) -> str:

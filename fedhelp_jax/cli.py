@@ -137,7 +137,8 @@ def _train(arguments: list[str]) -> int:
     from fedhelp_jax.report import console, files
 
     files.prepare_folder(workdir)
-    _prepare_jax(config)
+    overwrite = bool(own["overwrite"].value)
+    config = _prepare_jax(config, None if overwrite else workdir)
     from fedhelp_jax import processes, runner
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
@@ -145,7 +146,7 @@ def _train(arguments: list[str]) -> int:
         if processes.first():
             warn_unused(config)
         try:
-            summary = runner.train(config, workdir, bool(own["overwrite"].value))
+            summary = runner.train(config, workdir, overwrite)
         except AnswersMissing as error:
             command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
             raise UserError(f"{error}: {command}") from None
@@ -160,19 +161,18 @@ def _train(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     own = _flags("workdir")
     _define_address(own)
-    from fedhelp_jax.config_files import refuse_rest
-
-    refuse_rest(own(["fedhelp", *arguments])[1:])
+    overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     workdir = _workdir(own, "runs/demo")
 
-    from fedhelp_jax import config as config_lib
+    from fedhelp_jax.config_files import load_run
     from fedhelp_jax.report import console
 
-    _prepare_jax(config_lib.load(workdir / "config.json"))
+    config = load_run(workdir / "config.json", overrides)
+    _prepare_jax(config)
     from fedhelp_jax import processes, runner
 
     with processes.joined(_address(own), _complain):
-        summary = runner.evaluate(workdir)
+        summary = runner.evaluate(workdir, config)
         if processes.first():
             console.print_summary(summary)
     return 0
@@ -336,9 +336,9 @@ def _with_study(arguments: list[str], do: Callable[["Study", Path], None]) -> in
     from fedhelp_jax.report import files
 
     files.prepare_folder(workdir)
-    from fedhelp_jax.study import first_config
+    from fedhelp_jax.study import first_config, stopped_run
 
-    _prepare_jax(first_config(study))
+    _prepare_jax(first_config(study), stopped_run(workdir))
     from fedhelp_jax import runner
     from fedhelp_jax.study import Failed
     from fedhelp_jax.teachers.resolve import AnswersMissing
@@ -424,8 +424,16 @@ def _local(name: str, value: str) -> str:
 # --- the process --------------------------------------------------------------------------------
 
 
-def _prepare_jax(config: "RunConfig") -> None:
-    """Keeps compiled programs, and sets how many devices the CPU is, if JAX has not started yet."""
+def _prepare_jax(config: "RunConfig", run: Path | None = None) -> "RunConfig":
+    """Keeps compiled programs, and sets how many devices the CPU is, if JAX has not started yet.
+
+    Args:
+        config: The settings.
+        run: The folder of a run to go on with, on as many devices as it was started with.
+
+    Returns:
+        The settings, with the mapping of that run.
+    """
     import jax
 
     from fedhelp_jax.compilation import keep_programs, protect_process
@@ -434,10 +442,16 @@ def _prepare_jax(config: "RunConfig") -> None:
     protect_process()
     keep_programs(cache_folder(None) / "compiled")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = min(cores or 1, 8)
+    if run is not None:
+        from fedhelp_jax.identity import as_started
+
+        config = as_started(config, run, devices)
     try:
-        jax.config.update("jax_num_cpu_devices", config.mapping.cpu_devices or min(cores or 1, 8))
+        jax.config.update("jax_num_cpu_devices", config.mapping.cpu_devices or devices)
     except RuntimeError:
         pass  # a back end is in use: a library's caller, or an earlier call, has chosen
+    return config
 
 
 def _complain(message: str) -> None:

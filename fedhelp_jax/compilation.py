@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 # Splits operations over the threads of a pool. Its helper tasks fill the pool's queue, and a matrix
 # product whose own tasks find the queue full comes out wrong.
@@ -165,7 +164,7 @@ def protect_process() -> None:
 
 def jaxlib_is_affected() -> bool:
     """Whether the installed jaxlib is older than the first release not seen to go wrong."""
-    return tuple(map(int, jaxlib.__version__.split(".")[:2])) < _FIRST_UNAFFECTED
+    return tuple(map(int, jax.lib.__version__.split(".")[:2])) < _FIRST_UNAFFECTED
 
 
 @functools.cache

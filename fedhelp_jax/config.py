@@ -190,20 +190,13 @@ def load(path: Path) -> RunConfig:
         ) from None
 
 
-def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
-    """Returns one ``key: value -> value`` for each setting in which two configurations differ.
-
-    Example:
-        >>> differences(RunConfig(), RunConfig(rounds=12))
-        ('rounds: 50 -> 12',)
-    """
-    before, after = dict(flat(to_dict(ours))), dict(flat(to_dict(theirs)))
-    keys = [*before, *(key for key in after if key not in before)]
-    return tuple(
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in keys
-        if before.get(key) != after.get(key)
-    )
+def to_config_dict(config: RunConfig) -> Any:
+    """Returns the `ConfigDict` that `validate` turns into `config`, for flags to change."""
+    values = dataclasses.asdict(config)
+    settings = config.algorithm.settings._asdict()
+    changed = default_config()
+    changed.update({**values, "algorithm": {"name": config.algorithm.name, **settings}})
+    return changed
 
 
 def kinds() -> dict[str, Any]:

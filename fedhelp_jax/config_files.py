@@ -49,6 +49,31 @@ def load_config(source: str, overrides: list[str]) -> RunConfig:
             f"{source}: get_config() must return fedhelp_jax.config.default_config(), changed; "
             f"it returned {type(config).__name__}"
         )
+    return _changed(config, overrides)
+
+
+def load_run(path: Path, overrides: list[str]) -> RunConfig:
+    """Returns the settings in a run's ``config.json``, changed by flags that leave it the same run.
+
+    Raises:
+        UserError: A flag would make another run, or as of `fedhelp_jax.config.load`.
+    """
+    from fedhelp_jax.identity import differences  # brings all that computes along
+
+    before = config_lib.load(path)
+    if not overrides:
+        return before
+    after = _changed(config_lib.to_config_dict(before), overrides)
+    others = differences(before, after)
+    if others:
+        raise UserError(
+            f"{'; '.join(others)}: would be another run than that of {path}; only settings like "
+            "--config.data.dir, which say where data lie, may differ"
+        )
+    return after
+
+
+def _changed(config: Any, overrides: list[str]) -> RunConfig:
     types = _types(config)
     _refuse_unknown_flags(overrides, types)
     values = flags.FlagValues()

@@ -16,7 +16,7 @@ from fedhelp_jax.algorithms.base import FederatedAlgorithm, PublicSpec, Setup
 from fedhelp_jax.client import adam_l2, sgd_l2
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.data.load import load_federated, load_public
-from fedhelp_jax.data.types import FederatedDataset, PublicDataset
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset, of_federated, of_public
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.federation import Federation, assign_roles, make_federation
 from fedhelp_jax.mapping import Mapping, make_mapping
@@ -80,7 +80,10 @@ def build_experiment(config: RunConfig) -> Experiment:
             "clients' data on the device at once: it must be 0"
         )
     loaded = load(config)
-    phases = make_phases(config, loaded, make_mapping(config.mapping.chunk_size))
+    # The process may have more CPU devices, if another caller has chosen them.
+    alone = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    mapping = make_mapping(config.mapping.chunk_size, config.mapping.cpu_devices if alone else None)
+    phases = make_phases(config, loaded, mapping)
     if pool_bytes:
         simulation = StreamedSimulation(
             phases, loaded.federation, seed=config.seed, pool_bytes=pool_bytes
@@ -106,28 +109,42 @@ def load(config: RunConfig) -> Loaded:
     Raises:
       UserError: If it cannot be read or does not fit the settings.
     """
-    method = ALGORITHMS[config.algorithm.name]
-    with_public = method.uses_public and config.public.name != "none"
-    dataset, public = load_data(config, with_public=with_public)
+    dataset, public, answers = load_sources(config)
     task = task_of(config, dataset)
     roles = assign_roles(dataset, top_n=config.roles.top_n, large=config.roles.large)
-    answers, logits = None, None
-    if public is not None:
-        answers = resolve_answers(config.teacher, public) if method.uses_teacher else None
-        logits = None if answers is None else answers.logits
-        # A mask has an axis for each of the image's; a label has none.
-        if logits is not None and logits.ndim != dataset.labels.ndim + 1:
-            needed = "one row of logits" if dataset.labels.ndim == 1 else "a map of logits"
-            raise UserError(
-                f"teacher: its answers about {public.name} are of shape {list(logits.shape[1:])} "
-                f"an image, but config.task = {config.task!r} needs {needed}"
-            )
-        if method.uses_teacher and logits is None and public.labels is None:
-            raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
+    logits = None if answers is None else answers.logits
     # Where there are other processes, no device is given what is not its own.
     on_host = jax.process_count() > 1 or config.mapping.pool_bytes > 0
     federation = make_federation(dataset, roles, public, logits, on_host=on_host)
     return Loaded(task, dataset, roles, public, answers, federation)
+
+
+def load_sources(
+    config: RunConfig,
+) -> tuple[FederatedDataset, PublicDataset | None, Answers | None]:
+    """Loads the data and the teacher's answers, each where the method needs it.
+
+    Raises:
+      UserError: If they cannot be read or do not fit the settings.
+    """
+    method = ALGORITHMS[config.algorithm.name]
+    with_public = method.uses_public and config.public.name != "none"
+    dataset, public = load_data(config, with_public=with_public)
+    if public is None or not method.uses_teacher:
+        return dataset, public, None
+    answers = resolve_answers(config.teacher, public)
+    if answers is None:
+        if public.labels is None:
+            raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
+    # A mask has an axis for each of the image's; a label has none.
+    elif answers.logits.ndim != dataset.labels.ndim + 1:
+        needed = "one row of logits" if dataset.labels.ndim == 1 else "a map of logits"
+        raise UserError(
+            f"teacher: its answers about {public.name} are of shape "
+            f"{list(answers.logits.shape[1:])} an image, but config.task = {config.task!r} needs "
+            f"{needed}"
+        )
+    return dataset, public, answers
 
 
 def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> Phases:
@@ -230,6 +247,7 @@ def read_data(
     """
     masks = config.task == "segmentation"
     dataset = load_federated(config.data, config.seed, masks=masks)
+    dataset = dataset._replace(content_sha256=of_federated(dataset))
     if not with_public:
         return dataset, None
     public = load_public(
@@ -245,7 +263,7 @@ def read_data(
             f"public.name: {public.name} holds images {list(public.images.shape[1:])}, but those "
             f"of {dataset.name} are {list(dataset.images.shape[1:])}; one network sees both"
         )
-    return dataset, public
+    return dataset, public._replace(content_sha256=of_public(public))
 
 
 def harmonized(data: _Data, names: tuple[str, ...]) -> _Data:

@@ -6,7 +6,6 @@ folder goes on where it stopped, and ends with the same bits as if it had never 
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -22,13 +21,14 @@ import jax
 import numpy as np
 
 from fedhelp_jax import config as configs
-from fedhelp_jax import processes
+from fedhelp_jax import identity, processes
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Experiment, build_experiment, rounds_at_once
+from fedhelp_jax.locks import folder_lock
 from fedhelp_jax.phases import RoundInfo, RunState
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import Progress
@@ -79,22 +79,33 @@ def train(
       Interrupted: After SIGINT or SIGTERM, once the state is saved.
     """
     _check_together(config, workdir)
+    with folder_lock(workdir):
+        return _train(config, workdir, overwrite, split)
+
+
+def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dict[str, Any]:
     if overwrite and processes.first():
         _remove_run(workdir)
     processes.share("removed")
 
     def prepare() -> Experiment:
         _check_same_config(config, workdir)
-        return build_experiment(config)
+        return build_experiment(identity.as_started(config, workdir))
 
     experiment = processes.together(prepare)
-    if processes.first():
-        files.write_json(workdir / _CONFIG, configs.to_dict(config))
-        write_shares(workdir, experiment.dataset, experiment.roles)
+    _check_same_sources(experiment)
     checkpointer = Checkpointer(workdir / _CHECKPOINTS)
     try:
-        done, state = _restore(experiment, checkpointer)
+        done, state, _ = _restore(experiment, checkpointer, workdir, same_program=True)
+        if done > config.rounds:
+            raise processes.Agreed(
+                f"config.rounds = {config.rounds}, but the run in {workdir} has done {done}: give "
+                "at least as many, or name another folder"
+            )
         if processes.first():
+            files.write_json(workdir / _CONFIG, configs.to_dict(experiment.config))
+            identity.write_provenance(workdir, identity.provenance(experiment))
+            write_shares(workdir, experiment.dataset, experiment.roles)
             files.cut_metrics(workdir / _METRICS, done)
         if done:
             _log.warning("going on after round %d of %d", done, config.rounds)
@@ -108,8 +119,12 @@ def train(
         checkpointer.close()
 
 
-def evaluate(workdir: Path) -> dict[str, Any]:
+def evaluate(workdir: Path, config: RunConfig | None = None) -> dict[str, Any]:
     """Evaluates the newest checkpoint of a run folder anew and rewrites its ``summary.json``.
+
+    Args:
+      workdir: The run folder.
+      config: Its settings, but for where data lie and the like; None takes those of the folder.
 
     Returns:
       The content of ``summary.json``; nothing in other processes than the first.
@@ -117,18 +132,22 @@ def evaluate(workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: If the folder holds no checkpoint or is not as the run left it.
     """
-    config = processes.together(lambda: configs.load(workdir / _CONFIG))
-    _check_together(config, workdir)
+    found: RunConfig = config or processes.together(lambda: configs.load(workdir / _CONFIG))
+    _check_together(found, workdir)
+    with folder_lock(workdir):
+        return _evaluate(found, workdir)
 
+
+def _evaluate(config: RunConfig, workdir: Path) -> dict[str, Any]:
     def prepare() -> Experiment:
         if not (workdir / _CHECKPOINTS).is_dir():
             raise UserError(f"--workdir={workdir}: there is no checkpoint; train first")
         return build_experiment(config)
 
     experiment = processes.together(prepare)
-    checkpointer = Checkpointer(workdir / _CHECKPOINTS)
+    checkpointer = Checkpointer(workdir / _CHECKPOINTS, read_only=True)
     try:
-        done, state = _restore(experiment, checkpointer)
+        done, state, meta = _restore(experiment, checkpointer, workdir, same_program=False)
     finally:
         checkpointer.close()
     if done < config.rounds:
@@ -138,7 +157,7 @@ def evaluate(workdir: Path) -> dict[str, Any]:
         )
     # A run that tuned without the test images is not to be judged by them afterwards.
     before = files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
-    return _finish(experiment, workdir, state, before.get("split", "test"))
+    return _finish(experiment, workdir, state, before.get("split", "test"), meta["program"])
 
 
 def _run_rounds(
@@ -179,7 +198,7 @@ def _run_rounds(
             # Whichever process was asked: all stop after the same round.
             stopping = processes.any_of(stop.requested)
             if last or stopping or done % config.checkpoint_every == 0:
-                checkpointer.save(done, state, _program(experiment))
+                checkpointer.save(done, state, identity.of_checkpoint(experiment))
             if stopping and not last:
                 raise Interrupted(
                     f"stopped after round {done} of {config.rounds}, saved in {workdir}; "
@@ -194,7 +213,13 @@ def _next_stop(config: RunConfig, done: int) -> int:
     return min(config.rounds, done + rounds_at_once(config), *((done // n + 1) * n for n in every))
 
 
-def _finish(experiment: Experiment, workdir: Path, state: RunState, split: str) -> dict[str, Any]:
+def _finish(
+    experiment: Experiment,
+    workdir: Path,
+    state: RunState,
+    split: str,
+    trained_by: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     started, compiled = time.perf_counter(), compile_totals()
     simulation, config = experiment.simulation, experiment.config
     results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}
@@ -236,7 +261,8 @@ def _finish(experiment: Experiment, workdir: Path, state: RunState, split: str) 
         ),
         "per_client": per_client(names, sizes, measured),
         **{f"{way}_per_round": round(np.mean([row[way] for row in rows])) for way in _TRAFFIC},
-        "program": _program(experiment)["program"],
+        "program": trained_by or identity.program(experiment),
+        "measured_by": identity.program(experiment),
         "compile_s": sum(row["compile_s"] for row in rows)
         + compile_totals().seconds
         - compiled.seconds,
@@ -275,44 +301,21 @@ def _traffic(
     return total
 
 
-def _program(experiment: Experiment) -> dict[str, Any]:
-    """What decides the last bits of a result besides the settings; kept in each checkpoint."""
-    mapping, count = experiment.simulation.mapping, jax.process_count()
-    text = json.dumps(configs.to_dict(experiment.config), sort_keys=True)
-    return {
-        "program": {
-            "platform": mapping.mesh.devices.flat[0].platform,
-            "devices": mapping.num_devices,
-            "chunk_size": mapping.chunk_size,
-            **({"processes": count} if count > 1 else {}),
-        },
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
-
-
-def _restore(experiment: Experiment, checkpointer: Checkpointer) -> tuple[int, RunState]:
-    """The newest checkpoint's round and state, or round 0 and the first state."""
-    simulation = experiment.simulation
+def _restore(
+    experiment: Experiment, checkpointer: Checkpointer, workdir: Path, *, same_program: bool
+) -> tuple[int, RunState, dict[str, Any]]:
+    """The newest checkpoint's round, state and what is with it, or round 0 and the first state."""
+    simulation, ours = experiment.simulation, identity.of_checkpoint(experiment)
 
     def check(meta: dict[str, Any]) -> None:
-        ours = _program(experiment)
-        if meta["config_sha256"] != ours["config_sha256"]:
-            raise processes.Agreed(
-                f"{_CONFIG} is not the one this run was started with; was it edited by hand? "
-                "Put it back, or remove the folder"
-            )
-        if meta["program"] != ours["program"]:
-            raise processes.Agreed(
-                f"the run was started with {meta['program']}, this is {ours['program']}: it would "
-                "not end with the same bits; set config.mapping and the processes alike, or remove "
-                "the folder"
-            )
+        where = f"--workdir={workdir}"
+        identity.refuse_other_checkpoint(meta, ours, where, same_program=same_program)
 
     found = checkpointer.restore_latest(simulation.state_shapes(), check)
     if found is None:
-        return 0, simulation.init()
-    done, state, _ = found
-    return done, simulation.put(state)
+        return 0, simulation.init(), ours
+    done, state, meta = found
+    return done, simulation.put(state), meta
 
 
 def _check_together(config: RunConfig, workdir: Path) -> None:
@@ -329,11 +332,13 @@ def _check_together(config: RunConfig, workdir: Path) -> None:
             "cannot be --distributed"
         )
 
-    def differences(theirs: str) -> str:
-        return "; ".join(configs.differences(configs.from_dict(json.loads(theirs)), config))
+    # Data may lie elsewhere on each host.
+    ours = {**identity.identity(config), "mapping": configs.to_dict(config)["mapping"]}
 
-    ours = json.dumps(configs.to_dict(config), sort_keys=True)
-    processes.check_same("settings", ours, differences)
+    def differences(theirs: str) -> str:
+        return "; ".join(identity.changes(json.loads(theirs), ours))
+
+    processes.check_same("settings", json.dumps(ours, sort_keys=True), differences)
     probe = workdir / f".shared.{processes.share(uuid.uuid4().hex)[0]}"
     if processes.first():
         probe.touch()
@@ -353,20 +358,29 @@ def _check_together(config: RunConfig, workdir: Path) -> None:
             probe.unlink()
 
 
+def _check_same_sources(experiment: Experiment) -> None:
+    """Checks that all processes have read the same.
+
+    Raises:
+      UserError: If they have not.
+    """
+    ours = identity.provenance(experiment)["sources"]
+    shas = {name: source["sha256"] for name, source in ours.items()}
+
+    def differences(theirs: str) -> str:
+        return "; ".join(identity.changes(json.loads(theirs), shas))
+
+    processes.check_same("what is read", json.dumps(shas), differences)
+
+
 def _check_same_config(config: RunConfig, workdir: Path) -> None:
     path = workdir / _CONFIG
-    if not path.exists():
-        return
-    changed = configs.differences(configs.load(path), config)
-    if changed:
-        raise UserError(
-            f"--workdir={workdir}: holds a run of another configuration ({'; '.join(changed)}); "
-            "name another folder, or --overwrite"
-        )
+    if path.exists():
+        identity.refuse_other_settings(configs.load(path), config, f"--workdir={workdir}")
 
 
 def _remove_run(workdir: Path) -> None:
-    for name in (_CONFIG, _METRICS, _CLIENTS, _SUMMARY, *SHARES):
+    for name in (_CONFIG, identity.PROVENANCE, _METRICS, _CLIENTS, _SUMMARY, *SHARES):
         (workdir / name).unlink(missing_ok=True)
     for name in (_CHECKPOINTS, _PICTURES):
         shutil.rmtree(workdir / name, ignore_errors=True)

@@ -124,7 +124,12 @@ SETTING_USES: dict[str, tuple[Use, ...]] = {
 
 
 def setting(
-    default: Any, about: str, check: Check | None = None, *, only: Use | tuple[Use, ...] = ()
+    default: Any,
+    about: str,
+    check: Check | None = None,
+    *,
+    only: Use | tuple[Use, ...] = (),
+    identity: bool = True,
 ) -> Any:
     """Returns a dataclass field.
 
@@ -134,11 +139,13 @@ def setting(
         check: What it must pass; None is never given to the check.
         only: What must hold for it to have an effect; a setting that has none is refused where a
             command asks for it (`fedhelp_jax.unused.refuse_unused`).
+        identity: Whether another value makes another run. It does not where a setting says where
+            data lie (their content is compared instead), how fast a teacher is asked, or how
+            clients are spread over devices.
     """
     only = (only,) if isinstance(only, Use) else only
-    return dataclasses.field(
-        default=default, metadata={"about": about, "check": check, "only": only}
-    )
+    metadata = {"about": about, "check": check, "only": only, "identity": identity}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def part(cls: type, *, only: Use | None = None) -> Any:
@@ -161,9 +168,14 @@ class DataConfig:
         "folder of prepared sets (tfds:; TFDS's default if None)",
         LOCAL,
         only=where("data.name", *_FILES),
+        identity=False,
     )
     split_csv: str | None = setting(
-        None, "the official Fed-ISIC2019 split", LOCAL, only=where("data.name", "fed_isic2019")
+        None,
+        "the official Fed-ISIC2019 split",
+        LOCAL,
+        only=where("data.name", "fed_isic2019"),
+        identity=False,
     )
     image_size: int = setting(
         32,
@@ -250,7 +262,9 @@ class DataConfig:
         "(all axes), affine, brightness",
         some_of(*AUGMENTATIONS),
     )
-    cache_dir: str | None = setting(None, "where decoded images are kept between runs", LOCAL)
+    cache_dir: str | None = setting(
+        None, "where decoded images are kept between runs", LOCAL, identity=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +282,7 @@ class PublicConfig:
         "sets (TFDS's default if None)",
         LOCAL,
         only=where("public.name", "npz", "folder", PREPARED),
+        identity=False,
     )
     num_examples: int | None = setting(
         None, "how many of them to use; if None all, or 512 phantoms, or 64 phantom volumes", COUNT
@@ -289,6 +304,7 @@ class FoundationConfig:
         "stored: file of answers; litert, onnx: the model file",
         LOCAL,
         only=_teacher("stored", "litert", "onnx"),
+        identity=False,
     )
     array: str | None = setting(
         None, "stored: its array; logits, else embeddings, if None", only=_teacher("stored")
@@ -300,7 +316,10 @@ class FoundationConfig:
         10, "self_trained: epochs on the public images", COUNT, only=_teacher("self_trained")
     )
     url: str | None = setting(
-        None, "endpoints: https://...; http:// for this machine only", only=_teacher(*_ENDPOINTS)
+        None,
+        "endpoints: https://...; http:// for this machine only",
+        only=_teacher(*_ENDPOINTS),
+        identity=False,
     )
     model: str | None = setting(
         None, "endpoints: the model's name there", only=_teacher(*_ENDPOINTS)
@@ -321,15 +340,21 @@ class FoundationConfig:
         None,
         "endpoints: NAME of the environment variable that holds the key",
         only=_teacher(*_ENDPOINTS),
+        identity=False,
     )
     api_key_file: str | None = setting(
-        None, "endpoints: file of mode 0600 that holds the key", LOCAL, only=_teacher(*_ENDPOINTS)
+        None,
+        "endpoints: file of mode 0600 that holds the key",
+        LOCAL,
+        only=_teacher(*_ENDPOINTS),
+        identity=False,
     )
     labels: str | None = setting(
         None,
         "text file of the model's classes, one a line",
         LOCAL,
         only=_teacher("open_inference", "hf_zero_shot", "litert", "onnx"),
+        identity=False,
     )
     input: str | None = setting(
         None,
@@ -353,34 +378,46 @@ class FoundationConfig:
         "turns embeddings into logits: probe (fitted on public labels) or class vectors .npz",
         LOCAL,
         only=_teacher(*_ASKED, "stored"),
+        identity=False,
     )
-    store: str = setting("answers", "folder of the store of answers", LOCAL, only=_teacher(*_ASKED))
+    store: str = setting(
+        "answers", "folder of the store of answers", LOCAL, only=_teacher(*_ASKED), identity=False
+    )
     dtype: str = setting(
         "float32", "of stored answers", one_of("float32", "float16"), only=_teacher(*_ASKED)
     )
     top_k: int | None = setting(
         None, "store only so many of the largest logits", COUNT, only=_teacher(*_ASKED)
     )
-    batch_size: int = setting(16, "images a request", COUNT, only=_teacher(*_ASKED))
-    concurrency: int = setting(4, "requests under way at once", COUNT, only=_teacher(*_ASKED))
+    batch_size: int = setting(16, "images a request", COUNT, only=_teacher(*_ASKED), identity=False)
+    concurrency: int = setting(
+        4, "requests under way at once", COUNT, only=_teacher(*_ASKED), identity=False
+    )
     requests_per_second: float | None = setting(
-        None, "at most; no limit if None", more_than(0), only=_teacher(*_ASKED)
+        None, "at most; no limit if None", more_than(0), only=_teacher(*_ASKED), identity=False
     )
     timeout: float = setting(
-        30.0, "seconds for a request", more_than(0), only=_teacher(*_ENDPOINTS)
+        30.0, "seconds for a request", more_than(0), only=_teacher(*_ENDPOINTS), identity=False
     )
-    max_attempts: int = setting(5, "times a request is tried", COUNT, only=_teacher(*_ASKED))
+    max_attempts: int = setting(
+        5, "times a request is tried", COUNT, only=_teacher(*_ASKED), identity=False
+    )
     max_wait: float = setting(
-        60.0, "longest pause in seconds before a try", at_least(0), only=_teacher(*_ASKED)
+        60.0,
+        "longest pause in seconds before a try",
+        at_least(0),
+        only=_teacher(*_ASKED),
+        identity=False,
     )
     max_queries: int | None = setting(
         None,
         "most images ever sent to the model, tries counted; no limit if None",
         whole(0),
         only=_teacher(*_ASKED),
+        identity=False,
     )
     price_per_query: float | None = setting(
-        None, "of an image, for the plan", at_least(0), only=_teacher(*_ASKED)
+        None, "of an image, for the plan", at_least(0), only=_teacher(*_ASKED), identity=False
     )
 
 
@@ -467,13 +504,17 @@ class MappingConfig:
     """How clients are spread over devices; changes speed, and rounding, but no meaning."""
 
     cpu_devices: int | None = setting(
-        None, "CPU devices; one per core (at most 8) if None", _DEVICES
+        None, "CPU devices; one per core (at most 8) if None", _DEVICES, identity=False
     )
     chunk_size: int | None = setting(
-        None, "clients computed at once on a device; the back end's best if None", COUNT
+        None,
+        "clients computed at once on a device; the back end's best if None",
+        COUNT,
+        identity=False,
     )
     pool_bytes: int = setting(
         0,
         "most bytes of private images on a device, the rest waiting on the host; 0: all are there",
         at_least(0),
+        identity=False,
     )

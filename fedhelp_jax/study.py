@@ -23,9 +23,10 @@ import numpy as np
 from ml_collections import config_dict
 
 from fedhelp_jax import config as configs
-from fedhelp_jax import runner
+from fedhelp_jax import identity, runner
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError, suggest
+from fedhelp_jax.locks import folder_lock
 from fedhelp_jax.report import files
 from fedhelp_jax.report.comparison import Result, write_comparison
 from fedhelp_jax.report.console import duration
@@ -122,7 +123,12 @@ def compare(study: Study, workdir: Path) -> None:
       Failed: If some runs were refused; the table then lacks them.
       Interrupted: After SIGINT or SIGTERM, once the run under way is saved.
     """
-    chosen, failures = tune(study, workdir)
+    with folder_lock(workdir):
+        _compare(study, workdir)
+
+
+def _compare(study: Study, workdir: Path) -> None:
+    chosen, failures = _tune(study, workdir)
     cells = list(_cells(study, workdir, chosen))
     wanted = [cell for cell in cells if not study.grids or (cell.dataset, cell.method) in chosen]
     failures += _run_missing(wanted)
@@ -148,6 +154,11 @@ def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], 
       UserError: If the study is not sound, or no client has validation images.
       Interrupted: After SIGINT or SIGTERM, once the trial under way is saved.
     """
+    with folder_lock(workdir):
+        return _tune(study, workdir)
+
+
+def _tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], Failures]:
     trials = dict(_trials(study, workdir))
     list(_cells(study, workdir, {}))  # whatever is wrong with the runs is told before the trials
     failures = _run_missing([cell for cells in trials.values() for cell, _ in cells])
@@ -211,6 +222,12 @@ def first_config(study: Study) -> RunConfig:
       UserError: If the study is not sound.
     """
     return next(_cells(study, Path(), {})).config
+
+
+def stopped_run(workdir: Path) -> Path | None:
+    """The folder of a run of the study that was begun and is not finished, if there is one."""
+    begun = sorted(path.parent for path in workdir.glob(f"*/*/*/{identity.PROVENANCE}"))
+    return next((folder for folder in begun if not (folder / "summary.json").exists()), None)
 
 
 # --- which runs there are -----------------------------------------------------------------------
@@ -365,15 +382,13 @@ def _is_done(cell: Cell) -> bool:
     config, summary = cell.folder / "config.json", cell.folder / "summary.json"
     if not config.exists():
         return False
-    changed = configs.differences(configs.load(config), cell.config)
-    if changed:
-        raise UserError(
-            f"{cell.folder}: holds a run of another configuration ({'; '.join(changed)}); name "
-            "another folder for the study, or remove that one"
-        )
+    identity.refuse_other_settings(configs.load(config), cell.config, str(cell.folder))
+    if not summary.exists():
+        return False
+    found = files.read_summary(cell.folder)
     # A trial counts only by validation images, whatever was done in its folder since.
-    return summary.exists() and (
-        cell.trial is None or files.read_summary(cell.folder).get("split") == "validation"
+    return found.get("rounds") == cell.config.rounds and (
+        cell.trial is None or found.get("split") == "validation"
     )
 
 
@@ -434,6 +449,7 @@ def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> l
         if cell.config.roles == reference_roles[cell.dataset]:
             found = {client["name"]: client["role"] for client in summary["per_client"]}
             roles[cell.dataset, cell.seed] = found
+    _check_same_data(finished)
     results = []
     for cell, summary in zip(finished, summaries, strict=True):
         if (cell.dataset, cell.seed) not in roles:
@@ -458,3 +474,22 @@ def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> l
             )
         )
     return results
+
+
+def _check_same_data(finished: Sequence[Cell]) -> None:
+    """Refuses to compare runs that have read other private data, as replaced between them.
+
+    Raises:
+      UserError: If they have.
+    """
+    first: dict[tuple[str, int], tuple[Cell, dict[str, Any]]] = {}
+    for cell in finished:
+        recorded = identity.read_provenance(cell.folder)
+        if recorded is None:
+            raise UserError(
+                f"{cell.folder}: holds a run of an earlier version of fedhelp_jax, which did not "
+                "record what it read; remove that folder, or name another one for the study"
+            )
+        own = {"data": recorded["sources"]["data"]}
+        other, theirs = first.setdefault((cell.dataset, cell.seed), (cell, own))
+        identity.refuse_other_sources(theirs, own, f"{other.folder} and {cell.folder}")

@@ -33,6 +33,8 @@ from fedhelp_jax.compilation import compile_totals, jit
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import MOST_ROUNDS, Loaded, load, make_phases
+from fedhelp_jax.identity import identity, sources
+from fedhelp_jax.locks import folder_lock
 from fedhelp_jax.mapping import make_mapping, over_clients
 from fedhelp_jax.memory import gib
 from fedhelp_jax.phases import Arrays, Phases, RunState, federation_arrays, num_clients
@@ -40,6 +42,7 @@ from fedhelp_jax.report import files
 from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary, headline
 from fedhelp_jax.report.sweeps import write_sweep
+from fedhelp_jax.sweep_folder import finished_runs, lines_file, refuse_other_data
 
 _TOP_LEVEL = ("learning_rate", "weight_decay")
 _SERVER = ("learning_rate", "momentum", "beta2", "adaptivity")
@@ -53,10 +56,9 @@ class Run(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Of its settings, but for how clients are spread over devices."""
-        values = configs.to_dict(self.config)
-        del values["mapping"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        """Of the settings that make it the run it is."""
+        text = json.dumps(identity(self.config), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sweep(
@@ -90,18 +92,37 @@ def sweep(
         raise UserError(
             "config.mapping.pool_bytes must be 0: a sweep keeps all images on the devices"
         )
-    finished = _agreed(lambda: _finished(workdir, split))
+    if len({run.fingerprint for run in runs}) < len(runs):
+        raise UserError(
+            f"some of the {len(runs)} runs differ in nothing that makes another run: a sweep is "
+            "not for settings that say where data lie, how a teacher is asked or how runs are "
+            "mapped"
+        )
+    with folder_lock(workdir):
+        return _sweep(runs, workdir, split, runs_at_once, say)
+
+
+def _sweep(
+    runs: Sequence[Run],
+    workdir: Path,
+    split: str,
+    runs_at_once: int | None,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    finished = finished_runs(workdir, split)
     missing = [run for run in runs if run.fingerprint not in finished]
+    before = [run for run in runs if run.fingerprint in finished]
+    refuse_other_data([(run.config, finished[run.fingerprint]) for run in before], workdir)
     if len(missing) < len(runs):
         say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished")
     own = missing[jax.process_index() :: jax.process_count()]
     if missing and jax.process_count() > 1:
         say(f"of {len(missing)} runs each of {jax.process_count()} processes makes its share")
     for line in _made(own, split, runs_at_once, say):
-        with (workdir / _file(jax.process_index())).open("a", encoding="utf-8") as file:
+        with lines_file(workdir, jax.process_index()).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
     processes.wait_for_all("sweep")
-    finished = _agreed(lambda: _finished(workdir, split))
+    finished = finished_runs(workdir, split)
     names = list(dict.fromkeys(name for run in runs for name in run.swept))
     table = [{**run.swept, **_measures(finished[run.fingerprint])} for run in runs]
     if processes.first():
@@ -121,7 +142,13 @@ def _made(
         begun = time.monotonic()
         for part, rows in program.results():
             for run, row in zip(part, rows, strict=True):
-                line = {"fingerprint": run.fingerprint, "split": split, **run.swept, **row}
+                line = {
+                    "fingerprint": run.fingerprint,
+                    "split": split,
+                    "sources": block.sources[run.config.seed],
+                    **run.swept,
+                    **row,
+                }
                 yield files.plain(line)
             done += len(part)
             running += time.monotonic() - begun
@@ -139,34 +166,6 @@ def _made(
 
 def _measures(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: line[name] for name in ("split", "metric", *group_summary({}))}
-
-
-def _file(process: int) -> str:
-    return f"runs.{process}.jsonl" if process else "runs.jsonl"
-
-
-def _agreed(found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the first process finds, in all: a shared folder may show the others less."""
-    text = processes.together(lambda: json.dumps(found()) if processes.first() else "")
-    return json.loads(processes.share(text)[0])
-
-
-def _finished(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
-    """The finished runs measured on that split, by fingerprint; last lines may be cut off."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(workdir.glob("runs*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for number, text in enumerate(lines, start=1):
-            try:
-                line = json.loads(text)
-                if line["split"] == split:
-                    found[line["fingerprint"]] = line
-            except (ValueError, TypeError, KeyError):
-                if number < len(lines):
-                    raise UserError(f"{path}: line {number} is not a line of a sweep") from None
-        if lines and not path.read_text(encoding="utf-8").endswith("\n"):
-            files.write_text(path, "".join(f"{text}\n" for text in lines[:-1]))
-    return found
 
 
 # --- numbers that may be traced -----------------------------------------------------------------
@@ -209,6 +208,7 @@ class Block(NamedTuple):
       by_seed: Which leaves have it.
       structure: Of the leaves.
       seeds: The seeds along that axis.
+      sources: What was read, by seed.
     """
 
     runs: list[Run]
@@ -218,6 +218,7 @@ class Block(NamedTuple):
     by_seed: list[bool]
     structure: Any
     seeds: list[int]
+    sources: dict[int, dict[str, Any]]
 
 
 def blocks(runs: Sequence[Run]) -> list[Block]:
@@ -241,6 +242,10 @@ def _by_shape(runs: list[Run]) -> list[Block]:
         loaded[seed] = load(config)
         widths.append(_widths(federation_arrays(loaded[seed].federation)))
     width = jax.tree.map(lambda *sizes: max(sizes), *widths)
+    read = {
+        seed: sources(by_seed[seed], found.dataset, found.public, found.answers)
+        for seed, found in loaded.items()
+    }
     for seed, found in loaded.items():
         arrays = jax.tree.map(np.asarray, _padded(federation_arrays(found.federation), width))
         # Of equal arrays one is kept: real images are the same for every seed.
@@ -270,7 +275,8 @@ def _by_shape(runs: list[Run]) -> list[Block]:
         ]
         own = [run for run in runs if run.config.seed in found]
         structure = jax.tree.structure(found[seeds[0]])
-        blocks.append(Block(own, traced, loaded[seeds[0]], stacked, apart, structure, seeds))
+        first_loaded = loaded[seeds[0]]
+        blocks.append(Block(own, traced, first_loaded, stacked, apart, structure, seeds, read))
     return blocks
 
 

@@ -9,8 +9,8 @@ commands:
                 --config.algorithm.name=fedavg --config.seed=3
   teach     ask the foundation model about the public images, once; train reads the answers
             fedhelp teach --config=configs/fed_isic2019.py --dry-run
-  evaluate  measure a trained run again, from its newest checkpoint
-            fedhelp evaluate --workdir=runs/demo
+  evaluate  measure a trained run again, from its newest checkpoint; data may have been moved
+            fedhelp evaluate --workdir=runs/demo --config.data.dir=FOLDER
   show      print finished runs side by side
             fedhelp show runs/demo/fedhelp runs/demo/local
   compare   make the runs of a study that are missing, and one table of all: methods, data, seeds

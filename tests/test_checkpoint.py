@@ -231,3 +231,15 @@ def test_what_a_killed_run_was_writing_is_no_checkpoint(tmp_path):
     save(folder, 3)
     assert restored(folder)[0] == 3
     assert (folder / "notes.txt").exists()
+
+
+def test_reading_changes_nothing_that_another_process_writes(tmp_path):
+    folder = tmp_path / "c"
+    save(folder, 1, 2)
+    (folder / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    checkpointer = Checkpointer(folder, read_only=True)
+    found = checkpointer.restore_latest(jax.eval_shape(lambda: make_state(0)))
+    checkpointer.close()
+    assert found is not None and found[0] == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -33,8 +33,8 @@ def runner(monkeypatch):
         calls.append((config, workdir, overwrite))
         return {"algorithm": config.algorithm.name, "per_client": []}
 
-    def evaluate(workdir):
-        calls.append(workdir)
+    def evaluate(workdir, config):
+        calls.append((workdir, config))
         return {"algorithm": "fedhelp", "per_client": []}
 
     fake.__dict__.update(train=train, evaluate=evaluate, Interrupted=Interrupted, calls=calls)
@@ -303,7 +303,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, runner, capsys, rest, 
         ("evaluate --workdir=s3://b/run", "--workdir=s3://b/run must be"),
         ("evaluate", "--workdir"),
         ("evaluate --workdir=nowhere", "config.json"),
-        ("evaluate --workdir=x --config.rounds=3", "config.rounds"),
+        ("evaluate --workdir=x --config.rounds=3", "x/config.json: cannot be read"),
         ("evaluate --workdir=x y", "y"),
         ("show", "run folder"),
         ("show nowhere", "summary.json"),
@@ -408,6 +408,17 @@ def test_our_own_failure_shows_its_traceback(tmp_path, runner, capsys):
 def test_evaluate_reads_the_settings_of_the_run(tmp_path, runner, capsys):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(RunConfig())))
     assert fedhelp(f"evaluate --workdir={tmp_path}") == 0
-    assert runner.calls == [tmp_path]
+    assert runner.calls == [(tmp_path, RunConfig())]
+    moved = (
+        "--config.data.dir=elsewhere --config.teacher.store=there --config.mapping.cpu_devices=3"
+    )
+    assert fedhelp(f"evaluate --workdir={tmp_path} {moved}") == 0
+    config = runner.calls[1][1]
+    assert (config.data.dir, config.teacher.store) == ("elsewhere", "there")
+    assert config.mapping.cpu_devices == 3
+    code = fedhelp(f"evaluate --workdir={tmp_path} --config.learning_rate=0.1")
+    message = refusal(capsys, code)
+    assert "learning_rate: 0.001 -> 0.1: would be another run" in message
+    assert "--config.data.dir" in message
     (tmp_path / "config.json").write_text(json.dumps(to_dict(RunConfig()) | {"rounds": "all"}))
     assert "config.rounds" in refusal(capsys, fedhelp(f"evaluate --workdir={tmp_path}"))

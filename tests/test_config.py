@@ -15,6 +15,7 @@ from fedhelp_jax.config import (
     validate,
 )
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.identity import differences
 from fedhelp_jax.schema import SETTING_CHECKS, SETTING_USES
 from fedhelp_jax.unused import warn_unused
 
@@ -271,10 +272,10 @@ def test_a_config_json_edited_by_hand_is_refused_by_the_key(tmp_path, content, w
 
 def test_differences_name_the_keys():
     ours, theirs = validate(changed(rounds=3)), validate(changed(algorithm__name="local"))
-    keys = [line.split(":")[0] for line in config_lib.differences(ours, theirs)]
+    keys = [line.split(":")[0] for line in differences(ours, theirs)]
     assert keys[:2] == ["rounds", "algorithm.name"]
     assert "algorithm.settings.temperature" in keys
-    assert config_lib.differences(ours, ours) == ()
+    assert differences(ours, ours) == ()
 
 
 def test_a_config_file_may_set_what_a_run_does_not_use_and_is_told(caplog):

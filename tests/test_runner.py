@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,10 +21,14 @@ from helpers import assert_trees_close, assert_trees_equal, on_host, use_tiny_ne
 from tiny_config import get_config
 
 from fedhelp_jax import config as config_lib
-from fedhelp_jax import experiment, mapping, runner
+from fedhelp_jax import experiment, identity, mapping, runner
+from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.checkpoint import Checkpointer
+from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import build_experiment
 from fedhelp_jax.models.resnet import resnet
+from fedhelp_jax.phases import federation_arrays
+from fedhelp_jax.schema import MappingConfig
 from fedhelp_jax.sweep import numbers, with_numbers
 
 pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
@@ -295,9 +300,9 @@ def test_a_corrupt_newest_checkpoint_is_passed_over(run, finished, capsys, caplo
 
 
 def test_another_configuration_is_refused_by_its_keys(run, finished, capsys):
-    rest = "--config.rounds=7 --config.algorithm.lambda_b=0.5"
+    rest = "--config.batch_size=7 --config.algorithm.lambda_b=0.5"
     message = refusal(capsys, train(run, rest))
-    for word in (str(run), "rounds: 6 -> 7", "algorithm.settings.lambda_b: 0.2 -> 0.5"):
+    for word in (str(run), "batch_size: 16 -> 7", "algorithm.settings.lambda_b: 0.2 -> 0.5"):
         assert word in message
     assert "--overwrite" in message
     assert_same_run(run, finished)
@@ -335,21 +340,190 @@ def test_a_config_edited_by_hand_is_refused(run, capsys, key, value, words):
         assert "edited by hand" in refusal(capsys, train(run, "--config.learning_rate=0.5"))
 
 
-@pytest.mark.parametrize("difference", ["chunk_size", "devices"])
-def test_another_program_is_refused(run, capsys, monkeypatch, difference):
-    """What the settings leave to the machine, and the next machine may choose otherwise."""
+def test_a_run_goes_on_with_the_mapping_that_it_was_started_with(tmp_path, caplog):
+    """On as many devices, of those that there are, and vectorised alike; evaluate takes any."""
+    workdir = tmp_path / "run"
+    own = "--config.rounds=2 --config.algorithm.name=fedavg"
+    assert (
+        train(workdir, f"{own} --config.mapping.cpu_devices=1 --config.mapping.chunk_size=3") == 0
+    )
+    before = read(workdir / "summary.json")
+    assert (before["program"]["devices"], before["program"]["chunk_size"]) == (1, 3)
+    assert read(workdir / "provenance.json")["program"] == before["program"]
+    caplog.clear()
+    other = "--config.mapping.cpu_devices=2 --config.mapping.chunk_size=1"
+    assert train(workdir, f"{own} {other}") == 0
+    for name, kept, asked in (("cpu_devices", 1, 2), ("chunk_size", 3, 1)):
+        assert f"going on with mapping.{name} = {kept}, with which" in caplog.text
+        assert f"and not {asked}" in caplog.text
+    assert without_times(read(workdir / "summary.json")) == without_times(before)
 
-    def make_mapping(chunk_size):
-        if difference == "chunk_size":
-            return mapping.make_mapping(3)
-        return mapping.make_mapping(chunk_size, jax.device_count() - 1)
+    assert fedhelp(f"evaluate --workdir={workdir} {other}") == 0
+    after = read(workdir / "summary.json")
+    assert after["program"] == before["program"]
+    assert after["measured_by"] | {"devices": 1, "chunk_size": 3} == before["measured_by"]
+    assert after["measured_by"]["devices"] == min(2, jax.device_count())
+    assert after["small_mean"] == pytest.approx(before["small_mean"])
 
-    if difference == "devices" and jax.device_count() == 1:
-        pytest.skip("there is only one device")
-    monkeypatch.setattr(experiment, "make_mapping", make_mapping)
-    for again in (lambda: train(run), lambda: fedhelp(f"evaluate --workdir={run}")):
-        message = refusal(capsys, again())
-        assert difference in message and "same bits" in message
+
+@pytest.mark.parametrize(
+    ("program", "asked", "kept", "said"),
+    [
+        (("gpu", 4, 0), (None, None, 0), (None, None, 0), ()),
+        (("gpu", 1, 0), (None, 2, 0), (None, None, 0), ("chunk_size = None",)),
+        (("cpu", 4, 1), (None, None, 0), (4, 1, 0), ("cpu_devices = 4", "not 2")),
+        (("cpu", 2, 1), (None, None, 0), (2, 1, 0), ()),
+    ],
+)
+def test_the_mapping_of_a_run_is_known_before_jax_starts(
+    tmp_path, caplog, program, asked, kept, said
+):
+    """On a machine whose CPU would be two devices."""
+    config = dataclasses.replace(config_lib.RunConfig(), mapping=MappingConfig(*asked))
+    names = "platform", "devices", "chunk_size"
+    recorded = {
+        "program": dict(zip(names, program, strict=True)),
+        "sources": {"data": {"sha256": "0"}},
+    }
+    identity.write_provenance(tmp_path, recorded)
+    assert identity.as_started(config, tmp_path, 2) == config  # nothing is saved yet
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    found = identity.as_started(config, tmp_path, 2)
+    assert found.mapping == MappingConfig(*kept)
+    assert config_lib.from_dict(config_lib.to_dict(found)) == found
+    assert len(caplog.records) == bool(said)
+    for word in said:
+        assert word in caplog.text
+    (tmp_path / "provenance.json").write_text("{}")
+    with pytest.raises(UserError, match="provenance.json: cannot be used .* edited by hand"):
+        identity.as_started(config, tmp_path, 2)
+
+
+def test_a_run_of_another_back_end_is_only_evaluated(run, finished, capsys, monkeypatch):
+    ours = identity.program
+    monkeypatch.setattr(identity, "program", lambda run: ours(run) | {"platform": "tpu"})
+    message = refusal(capsys, train(run))
+    assert "'platform': 'cpu'" in message and "'tpu'" in message and "same bits" in message
+    assert fedhelp(f"evaluate --workdir={run}") == 0
+    assert read(run / "summary.json")["program"] == read(finished / "summary.json")["program"]
+
+
+def test_a_run_of_an_earlier_version_is_told(run, capsys, monkeypatch):
+    """Its checkpoints do not say what was read."""
+    monkeypatch.setattr(identity, "of_checkpoint", lambda run: {"config_sha256": "0"})
+    assert train(run, "--overwrite --config.rounds=1 --config.algorithm.name=local") == 0
+    monkeypatch.undo()
+    assert "an earlier version" in refusal(capsys, fedhelp(f"evaluate --workdir={run}"))
+
+
+# --- more rounds ---
+
+
+def test_more_rounds_than_before_end_as_if_they_had_been_asked_for_at_once(
+    finished, tmp_path, capsys, caplog
+):
+    workdir = tmp_path / "run"
+    assert train(workdir, "--config.rounds=3") == 0
+    assert train(workdir) == 0
+    assert f"going on after round 3 of {ROUNDS}" in caplog.text
+    assert_same_run(workdir, finished)
+    message = refusal(capsys, train(workdir, "--config.rounds=5"))
+    assert f"config.rounds = 5, but the run in {workdir} has done 6" in message
+    assert_same_run(workdir, finished)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"learning_rate_schedule": "cosine"}, "learning_rate_schedule = 'cosine'"),
+        ({"algorithm.name": "fedkd"}, "the schedule of fedkd"),
+        ({"algorithm.name": "fedkd", "algorithm.energy_start": 0.98}, ""),
+        ({}, ""),
+    ],
+)
+def test_other_rounds_are_refused_where_a_schedule_depends_on_them(settings, word):
+    config = get_config()
+    config.update_from_flattened_dict(settings)
+    before = config_lib.validate(config)
+    after = dataclasses.replace(before, rounds=9)
+    same = identity.identity_sha256(before) == identity.identity_sha256(after)
+    if word:
+        with pytest.raises(UserError, match="rounds: 6 -> 9; .* depends on the number of") as error:
+            identity.refuse_other_settings(before, after, "--workdir=x")
+        assert word in str(error.value) and not same
+    else:
+        identity.refuse_other_settings(before, after, "--workdir=x")
+        assert same
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_method_says_whether_it_has_a_schedule_over_rounds(name, monkeypatch):
+    """By the program of a round: two numbers of rounds make two only where there is one."""
+    config = get_config()
+    config.algorithm.name = name
+    config.model.large = "resnet20" if name in ("fedproto", "fedgh") else "resnet32"
+    settings = config_lib.validate(config)
+    loaded = experiment.load(settings)
+
+    def program(rounds):
+        asked = dataclasses.replace(settings, rounds=rounds)
+        phases = experiment.make_phases(asked, loaded, mapping.make_mapping(1, 1))
+        arrays = federation_arrays(loaded.federation)
+        key = jax.random.key(0)
+        state = jax.eval_shape(phases.init, key, arrays)
+        return str(jax.make_jaxpr(phases.round)(state, key, jnp.int32(0), arrays))
+
+    method = ALGORITHMS[name]
+    differs = re.sub(r"0x[0-9a-f]+", "", program(6)) != re.sub(r"0x[0-9a-f]+", "", program(9))
+    assert method.schedules(settings.algorithm.settings) == differs
+
+
+# --- what was read ---
+
+
+def write_images(path: Path, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    sizes = {"train": 40, "val": 10, "test": 20}
+    arrays = {}
+    for split, n in sizes.items():
+        arrays[f"{split}_images"] = draw.integers(0, 255, (n, 8, 8)).astype(np.uint8)
+        arrays[f"{split}_labels"] = draw.integers(0, 2, (n, 1)).astype(np.uint8)
+    np.savez(path, **arrays)
+
+
+def test_other_data_at_the_same_path_are_refused_and_the_same_elsewhere_welcome(tmp_path, capsys):
+    workdir, data, moved = tmp_path / "run", tmp_path / "data.npz", tmp_path / "b" / "data.npz"
+    moved.parent.mkdir()
+    write_images(data, 0)
+    write_images(moved, 0)
+
+    def again(path: Path) -> str:
+        return (
+            f"--config.data.name=medmnist --config.data.dir={path} --config.rounds=2 "
+            "--config.data.split_by=iid --config.data.num_clients=3 --config.algorithm.name=local"
+        )
+
+    assert train(workdir, again(data)) == 0
+    before = read(workdir / "summary.json")
+    source = read(workdir / "provenance.json")["sources"]["data"]
+    assert (source["path"], source["examples"]) == (str(data), 70)
+    assert source["bytes"] == data.stat().st_size
+
+    write_images(data, 1)
+    kept = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    evaluate = f"evaluate --workdir={workdir}"
+    for command in (train_command(workdir, again(data)), evaluate):
+        message = refusal(capsys, fedhelp(command))
+        for word in (f"data at {data}", "other content", source["sha256"][:16], str(workdir)):
+            assert word in message
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == kept
+
+    assert fedhelp(f"{evaluate} --config.data.dir={moved}") == 0
+    assert without_times(read(workdir / "summary.json")) == without_times(before)
+    assert read(workdir / "config.json")["data"]["dir"] == str(data)
+    assert train(workdir, again(moved)) == 0
+    assert read(workdir / "config.json")["data"]["dir"] == str(moved)
+    assert without_times(read(workdir / "summary.json")) == without_times(before)
 
 
 # --- networks as they are ---

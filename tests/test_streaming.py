@@ -221,7 +221,7 @@ def tiny_networks(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny_networks")
-def test_a_run_is_the_same_and_goes_on_with_the_same_setting_only(tmp_path, capsys):
+def test_a_run_is_the_same_and_goes_on_with_its_own_setting(tmp_path, caplog):
     rest = "--config.rounds=4 --config.algorithm.name=fedavg"
     folders = tmp_path / "whole", tmp_path / "parts"
     for folder, pool_bytes in zip(folders, (0, 20_000), strict=True):
@@ -235,8 +235,9 @@ def test_a_run_is_the_same_and_goes_on_with_the_same_setting_only(tmp_path, caps
     assert [c["metrics"].keys() for c in summaries[0]] == [
         c["metrics"].keys() for c in summaries[1]
     ]
-    capsys.readouterr()
-    assert "mapping.pool_bytes: 20000 -> 0" in refusal(capsys, train(folders[1], rest))
+    assert train(folders[1], rest) == 0
+    assert "going on with mapping.pool_bytes = 20000, with which" in caplog.text
+    assert read(folders[1] / "config.json")["mapping"]["pool_bytes"] == 20_000
 
 
 # --- what cannot be done, in one line ---

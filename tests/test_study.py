@@ -4,10 +4,12 @@ import csv
 import dataclasses
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_config
 from commands import fedhelp, read, refusal
@@ -16,10 +18,11 @@ from helpers import use_tiny_networks
 from tiny_study import get_study
 
 from fedhelp_jax import config as config_lib
-from fedhelp_jax import runner
+from fedhelp_jax import identity, runner
 from fedhelp_jax import study as studies
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.config_files import load_study
+from fedhelp_jax.errors import UserError
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.study import Failed, compare, grid_points, tune
 
@@ -158,9 +161,40 @@ def test_a_method_added_later_is_all_that_is_run(finished, tmp_path):
 
 
 def test_a_folder_of_other_settings_is_refused(finished):
-    message = refused(lambda: compare(study(budgets={"": {"rounds": 4}}), finished))
-    assert "rounds: 2 -> 4" in message
+    message = refused(lambda: compare(study(budgets={"": {"batch_size": 4}}), finished))
+    assert "batch_size: 16 -> 4" in message
     assert "tiny/fedhelp/seed0" in message
+
+
+def test_a_study_goes_on_with_the_devices_of_its_stopped_run(tmp_path, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise UserError("enough")
+
+    folder = tmp_path / "tiny" / "plain" / "seed1"
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+    program = {"platform": "cpu", "devices": 5, "chunk_size": 1}
+    identity.write_provenance(
+        folder, {"program": program, "sources": {"data": {"sha256": "0", "path": None}}}
+    )
+    monkeypatch.setattr(runner, "train", refuse)
+    jax.devices()  # now the command cannot change how many this process has
+    assert fedhelp(command(tmp_path)) == 2
+    assert f"mapping.cpu_devices = 5, with which the run in {folder} was started" in caplog.text
+
+
+def test_runs_of_other_data_are_not_compared(finished, tmp_path, capsys):
+    """As where a file was replaced while the study stood still."""
+    workdir = Path(shutil.copytree(finished, tmp_path / "study"))
+    replaced = workdir / "tiny" / "plain" / "seed1" / "provenance.json"
+    recorded = read(replaced)
+    recorded["sources"]["data"]["sha256"] = "0" * 64
+    replaced.write_text(json.dumps(recorded))
+    assert fedhelp(command(workdir)) == 2
+    message = capsys.readouterr().err
+    assert "tiny/fedhelp/seed1 and " in message and "tiny/plain/seed1: data: other" in message
+    replaced.unlink()
+    assert fedhelp(command(workdir)) == 2
+    assert "tiny/plain/seed1: holds a run of an earlier version" in capsys.readouterr().err
 
 
 def test_a_run_that_is_refused_does_not_stop_the_others(tmp_path):
@@ -331,6 +365,7 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
                     "metric": "balanced_accuracy",
                     "synthetic": True,
                     "split": split,
+                    "rounds": config.rounds,
                     "per_client": clients,
                     **dict.fromkeys(("bytes_up_per_round", "bytes_down_per_round"), 1),
                     **dict.fromkeys(("wall_s", "compile_s"), 1.0),
@@ -339,6 +374,8 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
         )
         (workdir / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
         (workdir / "metrics.jsonl").write_text('{"round": 1, "wall_s": 1.0}\n')
+        read = {"program": {"devices": 1}, "sources": {"data": {"sha256": "0", "path": None}}}
+        identity.write_provenance(workdir, read)
 
     monkeypatch.setattr(runner, "train", train)
     study = TESTS.parent / "configs" / "studies" / source

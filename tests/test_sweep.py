@@ -16,6 +16,7 @@ from fedhelp_jax import sweep as sweeps
 from fedhelp_jax.algorithms import ALGORITHMS, SETTINGS
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config_files import load_config
+from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import build_experiment, load, make_phases
 from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.phases import federation_arrays
@@ -112,6 +113,26 @@ def test_one_program_takes_all_numbers_and_seeds_and_nothing_is_run_twice(tmp_pa
     assert len(lines) == len(more) and lines[:3] == [json.loads(x) for x in before.splitlines()]
 
 
+def test_runs_are_not_added_to_those_of_other_data(tmp_path):
+    """Nor to those of a version that did not record them, nor are equal runs swept over."""
+    settings = {"algorithm.name": "local", "rounds": 1}
+    runs = [Run({"seed": 0}, config_of(**settings))]
+    sweep(runs, tmp_path, say=lambda text: None)
+    (line,) = [json.loads(text) for text in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert line["sources"]["data"]["sha256"]
+    other = {"sources": {"data": {"sha256": "0" * 64}}}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line | other) + "\n")
+    with pytest.raises(UserError, match="data: other content .* 0{16}, now"):
+        sweep(runs, tmp_path, say=lambda text: None)
+    del line["sources"]
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="an earlier version"):
+        sweep(runs, tmp_path, say=lambda text: None)
+    again = [*runs, Run({"seed": 0}, config_of(**settings, **{"data.dir": "elsewhere"}))]
+    with pytest.raises(UserError, match="differ in nothing that makes another run"):
+        sweep(again, tmp_path, say=lambda text: None)
+
+
 def test_as_many_programs_as_shapes(tmp_path):
     """Runs of two batch sizes make two blocks; the second chunk of one compiles nothing."""
     points = [(1e-3, 0.0, 0), (2e-3, 0.0, 0), (3e-3, 0.0, 0)]
@@ -130,7 +151,7 @@ def test_as_many_programs_as_shapes(tmp_path):
 
 def test_what_does_not_fit_the_memory_is_refused_before_it_is_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "_memory_limit", lambda device: 1000)
-    with pytest.raises(sweeps.UserError, match="GiB a device, but 0.00 GiB are free: lower --runs"):
+    with pytest.raises(UserError, match="GiB a device, but 0.00 GiB are free: lower --runs"):
         sweep(runs_of(), tmp_path, say=lambda text: None)
     assert not (tmp_path / "runs.jsonl").exists()
 

@@ -36,6 +36,7 @@ class Method(NamedTuple):
       plain_sgd: Whether its rule takes plain SGD, and no other optimizer.
       unused: Settings, or parts of them, that change nothing in it, besides those that follow from
         the above.
+      schedules: ``settings -> bool``, whether anything in it depends on the number of rounds.
     """
 
     build: Callable[..., FederatedAlgorithm]
@@ -45,6 +46,7 @@ class Method(NamedTuple):
     pools_data: bool = False
     plain_sgd: bool = False
     unused: tuple[str, ...] = ()
+    schedules: Callable[[Any], bool] = lambda settings: False
 
     def ignores(self, key: str) -> bool:
         """Whether a setting, by its dotted key, changes nothing in this method."""
@@ -79,7 +81,7 @@ ALGORITHMS: Mapping[str, Method] = {
     "feddf": Method(feddf, FedDFSettings, uses_public=True, unused=("server",)),
     "fedproto": Method(fedproto, FedProtoSettings, unused=_AVERAGE),
     "fedgh": Method(fedgh, FedGHSettings, unused=_AVERAGE),
-    "fedkd": Method(fedkd, FedKDSettings),
+    "fedkd": Method(fedkd, FedKDSettings, schedules=lambda s: s.energy_start != s.energy_end),
     "fedtype": Method(fedtype, FedTypeSettings),
 }
 

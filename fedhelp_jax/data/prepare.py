@@ -22,6 +22,7 @@ from fedhelp_jax.data.builders.base import Builder
 from fedhelp_jax.data.builders.fetch import fetch
 from fedhelp_jax.data.downloads import is_disk_full
 from fedhelp_jax.errors import UserError, suggest
+from fedhelp_jax.locks import exclusive_lock
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _EVERY = 5.0  # seconds between two lines of progress
@@ -97,18 +98,55 @@ def prepare(
         made = builder(name, data_dir)
     folder = Path(made.data_path)
     if folder.exists():
-        say(f"{folder} is there already; remove it to prepare it anew")
-        return folder
-    if manual_dir is not None and not (Path(manual_dir).is_dir() and os.listdir(manual_dir)):
-        raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")
+        return _there_already(folder, say)
+    _check_manual_dir(name, made, manual_dir)
+    # All configurations of a set are fetched to one folder.
+    lock = Path(made.data_dir_root) / ".unfinished" / f"{made.name}.lock"
+
+    def wait(holder: str) -> None:
+        say(f"{holder} prepares {made.name} in {made.data_dir_root}; waiting for it")
+
+    with exclusive_lock(lock, f"--data_dir={made.data_dir_root}", wait):
+        if folder.exists():
+            return _there_already(folder, say)
+        return _make(name, made, manual_dir, allow_repacked, say)
+
+
+def _check_manual_dir(name: str, made: tfds.core.DatasetBuilder, manual_dir: str | None) -> None:
+    if manual_dir is not None:
+        if not (Path(manual_dir).is_dir() and os.listdir(manual_dir)):
+            raise UserError(f"--manual_dir={manual_dir}: there is no such folder, or nothing in it")
+    elif isinstance(made, Builder):
+        if not made.remote():
+            raise UserError(
+                "--manual_dir is missing: the folder of the download; see fedhelp data describe "
+                f"{name}"
+            )
+    elif made.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        said = " ".join(made.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+        raise UserError(f"--manual_dir is missing: {said}")
+
+
+def _there_already(folder: Path, say: Callable[[str], None]) -> Path:
+    say(f"{folder} is there already; remove it to prepare it anew")
+    return folder
+
+
+def _make(
+    name: str,
+    made: tfds.core.DatasetBuilder,
+    manual_dir: str | None,
+    allow_repacked: bool,
+    say: Callable[[str], None],
+) -> Path:
     if isinstance(made, Builder):
         made.allow_repacked = allow_repacked
         _prepare(name, made, manual_dir, say)
     else:
         catalogue.prepare(name, made, manual_dir, say)
     counts = ", ".join(f"{split} {info.num_examples}" for split, info in made.info.splits.items())
-    say(f"written: {folder} ({counts})")
-    return folder
+    say(f"written: {made.data_path} ({counts})")
+    return Path(made.data_path)
 
 
 def _is_of_catalogue(name: str) -> bool:
@@ -120,10 +158,7 @@ def _prepare(name: str, made: Builder, manual_dir: str | None, say: Callable[[st
     remote = made.remote() if manual_dir is None else None
     if remote:
         manual_dir = str(Path(made.data_dir_root) / "downloads" / made.name)
-    elif manual_dir is None:
-        raise UserError(
-            f"--manual_dir is missing: the folder of the download; see fedhelp data describe {name}"
-        )
+    assert manual_dir is not None
     made.scratch = Path(made.data_dir_root) / ".unfinished" / name
     made.say = say
     tfds.disable_progress_bar()  # it cannot tell the time left

@@ -32,6 +32,7 @@ class FederatedDataset(NamedTuple):
         label_names: Name of each class. Of masks a single name is that of the foreground (the
             masks hold 0 and 1); of several the first is the background's.
         clients: The clients' splits.
+        content_sha256: `content_sha256` of what was read, before anything is harmonised.
     """
 
     name: str
@@ -40,6 +41,7 @@ class FederatedDataset(NamedTuple):
     labels: np.ndarray
     label_names: tuple[str, ...]
     clients: tuple[ClientSplit, ...]
+    content_sha256: str = ""
 
 
 class PublicDataset(NamedTuple):
@@ -55,6 +57,7 @@ class PublicDataset(NamedTuple):
         sha256: `image_sha256` of each image before resizing and before grey became RGB.
         originals: Those images themselves, [H, W], [H, W, channels] or, of volumes, [D, H, W] or
             [D, H, W, modalities] each; may be lazy.
+        content_sha256: As of the private data.
     """
 
     name: str
@@ -64,6 +67,7 @@ class PublicDataset(NamedTuple):
     label_names: tuple[str, ...] | None
     sha256: tuple[str, ...]
     originals: Sequence[np.ndarray] | np.ndarray
+    content_sha256: str = ""
 
 
 def image_sha256(image: np.ndarray) -> str:
@@ -89,6 +93,38 @@ def image_sha256(image: np.ndarray) -> str:
     if image.dtype == np.float32:
         what, image = f"{what}float32", image.astype("<f4", copy=False)
     return hashlib.sha256(what.encode() + image.tobytes(order="C")).hexdigest()
+
+
+def content_sha256(*parts: np.ndarray | str | None) -> str:
+    """Returns the hex SHA-256 of arrays, with their types and shapes, and texts, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, np.ndarray):
+            digest.update(f"{part!r}\n".encode())
+            continue
+        digest.update(f"{part.dtype.str}{part.shape}\n".encode())
+        step = max(1, 2**24 // max(1, part[:1].nbytes))  # what is not contiguous is copied
+        for start in range(0, len(part), step):
+            digest.update(np.ascontiguousarray(part[start : start + step]).data)
+    return digest.hexdigest()
+
+
+def of_federated(dataset: FederatedDataset) -> str:
+    """Returns the `content_sha256` of examples and of who has which in which split."""
+    splits = [
+        part
+        for client in dataset.clients
+        for part in (client.name, client.train, client.validation, client.test)
+    ]
+    count = str(len(dataset.label_names))
+    return content_sha256(dataset.images, dataset.labels, count, *splits)
+
+
+def of_public(public: PublicDataset) -> str:
+    """Returns the `content_sha256` of public examples, by which a teacher knows them too."""
+    return content_sha256(
+        public.images, public.labels, repr(public.label_names), "\n".join(public.sha256)
+    )
 
 
 def check_federated(dataset: FederatedDataset) -> FederatedDataset:

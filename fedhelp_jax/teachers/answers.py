@@ -29,12 +29,14 @@ class Answers(NamedTuple):
       sha256: ``[M]`` which image each row is about (:func:`fedhelp_jax.data.types.image_sha256`).
       label_names: ``[F]`` its classes; empty for embeddings.
       fingerprint: Its name, version and preprocessing, for the record.
+      content_sha256: Hash of what was read, before a head or an ensemble computes with it.
     """
 
     logits: np.ndarray
     sha256: tuple[str, ...]
     label_names: tuple[str, ...]
     fingerprint: str
+    content_sha256: str = ""
 
 
 class _Stored(NamedTuple):
@@ -85,8 +87,8 @@ def save_answers(path: str | Path, answers: Answers) -> None:
             _safetensors(path).numpy.save_file(tensors, path, metadata)
         case ".npy":
             np.save(path, answers.logits, allow_pickle=False)
-            rest = answers._asdict()
-            del rest["logits"]
+            names = ("sha256", "label_names", "fingerprint")
+            rest = {name: getattr(answers, name) for name in names}
             path.with_suffix(".json").write_text(json.dumps(rest), encoding="utf-8")
         case _:
             raise _wrong_suffix(path)

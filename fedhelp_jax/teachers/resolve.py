@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fedhelp_jax.data.npz import read_npz
-from fedhelp_jax.data.types import PublicDataset
+from fedhelp_jax.data.types import PublicDataset, content_sha256
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import FoundationConfig, TeacherConfig
 from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers, log_probabilities
@@ -114,7 +114,13 @@ def resolve_answers(config: TeacherConfig, public: PublicDataset) -> Answers | N
     if len(names) == 1:
         logits = logits[..., 1:] - logits[..., :1]
     shares = " + ".join(f"{w:.2g} {a.fingerprint}" for w, a in zip(weights, answers, strict=True))
-    return Answers(logits.astype(np.float32), tuple(public.sha256), names, f"ensemble of {shares}")
+    return Answers(
+        logits.astype(np.float32),
+        tuple(public.sha256),
+        names,
+        f"ensemble of {shares}",
+        content_sha256(*(a.content_sha256 for a in answers)),
+    )
 
 
 def _one(config: FoundationConfig, public: PublicDataset) -> Answers | None:
@@ -122,7 +128,7 @@ def _one(config: FoundationConfig, public: PublicDataset) -> Answers | None:
         case "none":
             return None
         case "simulated":
-            return simulate_answers(public, config.accuracy)
+            return _with_sha256(simulate_answers(public, config.accuracy))
         case "stored":
             loaded = load_answers(Path(str(config.path)), config.array)
             answers = loaded._replace(
@@ -130,7 +136,12 @@ def _one(config: FoundationConfig, public: PublicDataset) -> Answers | None:
             )
         case _:
             answers = _from_store(config, public)
-    return _with_head(config, answers, public)
+    return _with_head(config, _with_sha256(answers), public)
+
+
+def _with_sha256(answers: Answers) -> Answers:
+    sha256 = content_sha256(answers.logits, repr(answers.label_names))
+    return answers._replace(content_sha256=sha256)
 
 
 def _from_store(config: FoundationConfig, public: PublicDataset) -> Answers:
@@ -173,7 +184,8 @@ def _with_head(config: FoundationConfig, answers: Answers, public: PublicDataset
         except ValueError as error:
             raise UserError(f"teacher.head: {error}") from None
         said = f"{answers.fingerprint}, linear probe on the labels of {public.name}"
-        return Answers(logits, answers.sha256, public.label_names, said)
+        sha256 = content_sha256(answers.content_sha256, "probe")
+        return Answers(logits, answers.sha256, public.label_names, said, sha256)
     vectors, names, scale = _class_vectors(Path(config.head))
     if vectors.shape[1] != answers.logits.shape[1]:
         raise UserError(
@@ -182,7 +194,8 @@ def _with_head(config: FoundationConfig, answers: Answers, public: PublicDataset
         )
     logits = class_vector_logits(answers.logits, vectors, scale)
     said = f"{answers.fingerprint}, class vectors of {Path(config.head).name}"
-    return Answers(logits, answers.sha256, names, said)
+    sha256 = content_sha256(answers.content_sha256, vectors, repr(names), repr(scale))
+    return Answers(logits, answers.sha256, names, said, sha256)
 
 
 def _class_vectors(path: Path) -> tuple[np.ndarray, tuple[str, ...], float]:

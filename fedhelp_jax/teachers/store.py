@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.locks import exclusive_lock
 from fedhelp_jax.teachers.answers import log_probabilities
 from fedhelp_jax.teachers.foundation import Fingerprint
 
@@ -247,19 +248,10 @@ class AnswerStore:
         Args:
           on_wait: Called once if another process holds it.
         """
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self._folder / f"{self._fingerprint.digest[:16]}.lock")
-        with self._guarded():
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                on_wait()
-                lock.acquire()
-        try:
+        lock = self._folder / f"{self._fingerprint.digest[:16]}.lock"
+        what = f"teacher.store: {self._folder}"
+        with exclusive_lock(lock, what, on_wait=lambda holder: on_wait()):
             yield
-        finally:
-            lock.release()
 
     def _each(self, sha256: Sequence[str], about: Callable[[Any], _T]) -> dict[str, _T]:
         """Returns something about each record that is kept precisely enough, by hash."""

@@ -1,8 +1,11 @@
 """What is wrong with a download ends in one line, whatever data set it is of."""
 
 import io
+import os
 import tarfile
+import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +17,9 @@ from fedhelp_jax.data import downloads, parts
 from fedhelp_jax.data.builders import BUILDERS
 from fedhelp_jax.data.builders.base import opened
 from fedhelp_jax.data.images import load_images
-from fedhelp_jax.data.prepare import names
+from fedhelp_jax.data.prepare import builder, names
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.locks import exclusive_lock
 
 # A configuration of each builder.
 NAMES = [next(full for full in names() if full.partition("/")[0] == name) for name in BUILDERS]
@@ -161,7 +165,27 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 
 def test_a_place_that_cannot_be_written_is_one_line(breast, capsys, tmp_path):
     (tmp_path / "prepared").write_text("in the way")
-    assert "prepared: cannot be written: " in refusal(capsys, fedhelp(breast))
+    message = refusal(capsys, fedhelp(breast))
+    assert f"{tmp_path / 'prepared'}" in message and "cannot be written to" in message
+
+
+def test_a_second_preparation_waits_and_finds_the_set_prepared(breast, capsys, tmp_path):
+    """The first one is made to begin when the second has said that it waits."""
+    lock = tmp_path / "prepared" / ".unfinished" / "medmnist.lock"
+    seconds = []
+    with exclusive_lock(lock, "prepared"):
+        second = threading.Thread(target=lambda: seconds.append(fedhelp(breast)))
+        second.start()
+        said = ""
+        while "waiting" not in said:
+            said += capsys.readouterr().out
+        assert f"process {os.getpid()} on " in said
+        prepared = str(tmp_path / "prepared")
+        finished = Path(builder("medmnist/breastmnist_28", prepared).data_path)
+        finished.mkdir(parents=True)
+    second.join()
+    assert seconds == [0]
+    assert f"{finished} is there already" in capsys.readouterr().out
 
 
 def test_an_absurdly_large_npz_file(breast, capsys, monkeypatch):

@@ -10,6 +10,7 @@ from helpers import refusal
 
 from fedhelp_jax import config as config_lib
 from fedhelp_jax.config import default_config, from_dict, to_dict, validate
+from fedhelp_jax.identity import differences
 from fedhelp_jax.schema import FoundationConfig
 
 # --- settings that do not go together ---
@@ -216,7 +217,7 @@ def test_members_survive_config_json(tmp_path, whole):
     path = tmp_path / "config.json"
     path.write_text(written)
     assert config_lib.load(path) == whole
-    (difference,) = config_lib.differences(
+    (difference,) = differences(
         whole,
         dataclasses.replace(
             whole, teacher=dataclasses.replace(whole.teacher, weights=(1.0, 2.0, 4.0))

@@ -65,9 +65,6 @@ def prepare(
       UserError: If something cannot be downloaded, or is another file than TFDS expects, or a
         package is needed that is not installed, or the disk is full.
     """
-    asked = made.MANUAL_DOWNLOAD_INSTRUCTIONS
-    if asked and manual_dir is None:
-        raise UserError(f"--manual_dir is missing: {' '.join(asked.split())}")
     downloads = Path(made.data_dir_root) / "downloads"
     say(f"{name} is of TFDS's catalogue: prepared by its own builder, downloads in {downloads}")
     if not sys.stderr.isatty():
