@@ -455,7 +455,7 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     """Gives dotted key and value of each setting of what `to_dict` returns."""
     for key, value in values.items():
         if isinstance(value, dict):
