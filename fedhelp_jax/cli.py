@@ -1,8 +1,8 @@
 """The command ``fedhelp``: teach, train, compare and more; what went wrong becomes an exit code.
 
-0: done. 2: something the user can mend, told in one line on stderr. 1: our own failure, with its
-traceback. 3: another process of a distributed run is lost. 130: interrupted, after the run was
-saved.
+0: done. 2: something the user can mend, told in one line on stderr. 1: a run that went wrong, told
+in one line, or our own failure, with its traceback. 3: another process of a distributed run is
+lost. 130: interrupted, after the run was saved.
 
 Nothing heavy is imported before it is needed, so that ``fedhelp --help`` answers at once, and so
 that the number of CPU devices can be set before JAX starts.
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from fedhelp_jax import usage
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.errors import Failure, UserError
 
 if TYPE_CHECKING:  # these bring jax along
     from fedhelp_jax.config import RunConfig
@@ -51,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
     except flags.Error as error:
         _complain(str(error))
         return 2
+    except Failure as error:
+        _complain(str(error))
+        return 1
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130

@@ -12,6 +12,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +165,7 @@ def protect_process() -> None:
 
 def jaxlib_is_affected() -> bool:
     """Whether the installed jaxlib is older than the first release not seen to go wrong."""
-    return tuple(map(int, jax.lib.__version__.split(".")[:2])) < _FIRST_UNAFFECTED
+    return tuple(map(int, version("jaxlib").split(".")[:2])) < _FIRST_UNAFFECTED
 
 
 @functools.cache

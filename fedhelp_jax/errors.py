@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend."""
+"""Exceptions that the command line tells in one line."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,6 +8,13 @@ class UserError(Exception):
     """Something the user can mend; the command line prints it and exits with status 2.
 
     The message is one line that names the key, file or value and says what would be right.
+    """
+
+
+class Failure(Exception):
+    """A run that cannot be trusted or went wrong; the command line prints it and exits with 1.
+
+    The message is one line that says what was found, and what to do.
     """
 
 

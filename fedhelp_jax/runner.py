@@ -30,6 +30,7 @@ from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Experiment, build_experiment, rounds_at_once
 from fedhelp_jax.locks import folder_lock
 from fedhelp_jax.phases import RoundInfo, RunState
+from fedhelp_jax.recheck import recheck
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import Progress
 from fedhelp_jax.report.masks import final_masks, merged
@@ -224,6 +225,8 @@ def _finish(
     simulation, config = experiment.simulation, experiment.config
     results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}
     measured = results[split]
+    half = config.model.compute_dtype == "bfloat16"
+    recheck(simulation, state, experiment.dataset, split, measured, bfloat16=half)
     if experiment.task.predict is not None and split == "test":
         pictures = workdir / _PICTURES if processes.first() else None
         found = final_masks(simulation, state, experiment.dataset, pictures, config.algorithm.name)

@@ -36,6 +36,7 @@ LAYERS: tuple[str, ...] = (
     "placement",
     "simulation",
     "streaming",
+    "recheck",
     "config",
     "unused",
     "checkpoint",

@@ -1,0 +1,81 @@
+"""The end of a run measures one client of each role again, and stops where that disagrees."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from commands import fedhelp, read, train
+from helpers import use_tiny_networks
+
+from fedhelp_jax import recheck as rechecks
+from fedhelp_jax.simulation import Simulation
+
+MASKS = Path(__file__).parent / "mask_config.py"
+
+pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What is measured once more, beside what the run's own program said."""
+    found = []
+    original = rechecks.measured_alone
+
+    def record(simulation, state, dataset, group, row, split):
+        again = original(simulation, state, dataset, group, row, split)
+        own = simulation.evaluate(state, split)[group.role]
+        for model, metrics in again.items():
+            found.append((own[model], metrics, row))
+        return again
+
+    monkeypatch.setattr(rechecks, "measured_alone", record)
+    return found
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "",
+        "--config.algorithm.name=per_fedavg",  # deploys what it adapts on training images
+        "--config.mapping.pool_bytes=60000",
+        "--config.mapping.chunk_size=3",
+    ],
+)
+def test_another_program_measures_the_same(tmp_path, monkeypatch, measured, rest):
+    use_tiny_networks(monkeypatch)
+    assert train(tmp_path / "run", rest) == 0
+    assert len(measured) >= 2
+    for own, again, row in measured:
+        for name in ("loss", "balanced_accuracy", "auroc"):
+            np.testing.assert_allclose(own[name][row], again[name][0], rtol=1e-5, err_msg=name)
+
+
+def test_so_it_is_of_masks(tmp_path, measured):
+    devices = f"--config.mapping.cpu_devices={jax.device_count()}"
+    assert fedhelp(f"train --config={MASKS}:2d --workdir={tmp_path / 'run'} {devices}") == 0
+    assert len(measured) >= 2
+    for own, again, row in measured:
+        np.testing.assert_allclose(own["dice"][row], again["dice"][0], atol=1e-5)
+
+
+def test_wrong_results_stop_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    use_tiny_networks(monkeypatch)
+    evaluate = Simulation.evaluate
+
+    def wrong(self, state, split):
+        results = evaluate(self, state, split)
+        if split == "test":
+            for metrics in results["large"].values():
+                metrics["loss"] = metrics["loss"] * 1.01
+        return results
+
+    monkeypatch.setattr(Simulation, "evaluate", wrong)
+    assert train(tmp_path / "run") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "fedhelp: " in line]
+    assert len(lines) == 1 and "Traceback" not in lines[0]
+    assert "the test loss of " in lines[0] and "(large, " in lines[0]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.setattr(Simulation, "evaluate", evaluate)
+    assert fedhelp(f"evaluate --workdir={tmp_path / 'run'}") == 0
+    assert read(tmp_path / "run" / "summary.json")["split"] == "test"
