@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Column(NamedTuple):
-    """Something known of each example: ``names[codes[i]]``."""
+    """Something known of each example: ``names[codes[i]]``, or unknown where the code is -1."""
 
     codes: np.ndarray
     names: Sequence[str]
@@ -41,6 +41,7 @@ class Examples(NamedTuple):
         groups: [n] patient or lesion, which stays on one side of a split and with one client.
         is_test: bool [n] the official split, or None.
         columns: What else is known of them, "site" where there are sites.
+        names: [n] what each is called, for messages.
     """
 
     images: np.ndarray
@@ -48,6 +49,7 @@ class Examples(NamedTuple):
     groups: np.ndarray
     is_test: np.ndarray | None
     columns: Mapping[str, Column]
+    names: Sequence[str] = ()
 
 
 class Splitting(NamedTuple):
@@ -131,6 +133,16 @@ def _by_column(
             f"{', '.join(known) or 'nothing of that kind'}{suggest(column, known)}"
         )
     codes, names = examples.columns[column]
+    unknown = np.flatnonzero(codes < 0)
+    if len(unknown):
+        first = examples.names[unknown[0]] if examples.names else f"example {unknown[0]}"
+        said = f"{len(unknown)} of {len(codes)} examples are of unknown {column}, such as {first}"
+        if column == SITE:
+            raise UserError(
+                f"{where}: {said}; name their site, or set data.split_by to share examples out "
+                "in another way"
+            )
+        logger.warning("data.split_by: %s: left out", said)
     if column == SITE:
         return codes, list(names)  # a hospital is not left out silently: it is refused if too small
 

@@ -1,9 +1,7 @@
 """A download as its publisher hands it out: a folder, whose archives need not be unpacked."""
 
-import csv
 import errno
 import hashlib
-import io
 import os
 import shutil
 import tarfile
@@ -16,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from fedhelp_jax.data.tables import read_table
 from fedhelp_jax.errors import UserError
 
 # RuntimeError: a zip file that is encrypted, or compressed in a way that Python does not know.
@@ -165,32 +164,10 @@ class Download:
           ``(relative path, rows)``, values stripped of blanks.
 
         Raises:
-          UserError: If there is no such file, or it is no CSV file, or has no such column or rows.
+          UserError: If there is no such file, or as `read_table`.
         """
         name = self.find(*names)
-        where = f"{KEY}: {name} in {self.folder}"
-        try:
-            text = self.read(name).decode("utf-8-sig")
-            delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-            present = [column.strip() for column in reader.fieldnames or ()]
-            lines = list(reader)
-        except (UnicodeDecodeError, csv.Error):
-            raise UserError(f"{where} is no CSV file") from None
-        rows = [
-            {c.strip(): (v or "").strip() for c, v in line.items() if isinstance(c, str)}
-            for line in lines
-        ]
-        for column in columns:
-            own = next((c for c in column.split("|") if c in present), None)
-            if own is None:
-                said = " or ".join(column.split("|"))
-                raise UserError(f"{where} has no column {said}; it has {', '.join(present)}")
-            for row in rows:
-                row[column.split("|")[0]] = row[own]
-        if not rows:
-            raise UserError(f"{where} has no rows")
-        return name, rows
+        return name, read_table(self.read(name), columns, f"{KEY}: {name} in {self.folder}")[1]
 
     # --- archives ---
 

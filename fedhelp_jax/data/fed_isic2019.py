@@ -1,6 +1,5 @@
 """Fed-ISIC2019: dermoscopy images of the ISIC 2019 challenge, one client per centre."""
 
-import csv
 import logging
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from fedhelp_jax.data.files import find_images, find_masks
 from fedhelp_jax.data.images import existing_path, load_images, load_masks
 from fedhelp_jax.data.masks import class_masks
 from fedhelp_jax.data.partition import clients_of_sites
+from fedhelp_jax.data.tables import group_of, read_table
 from fedhelp_jax.data.types import FederatedDataset
 from fedhelp_jax.errors import UserError
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """One line of the split file; `lesion` is the image's own id where none is given."""
+    """One line of the split file; an image of no known `lesion` has one of its own."""
 
     image_id: str
     target: int
@@ -124,29 +124,23 @@ def read_split(table: Path) -> tuple[list[Row], bool]:
     Raises:
         UserError: The file is no such table, or a line holds an unusable value.
     """
+    where = f"data.split_csv: {table}"
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            lines = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"data.split_csv: {table} cannot be read as a CSV file") from error
-    for column in ("image_id", "target", "center", "fold"):
-        if column not in columns:
-            raise UserError(f"data.split_csv: {table} has no column {column}")
-    if not lines:
-        raise UserError(f"data.split_csv: {table} has no rows")
+        data = table.read_bytes()
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}") from error
+    columns, lines = read_table(data, ("image_id", "target", "center", "fold"), where)
     # The heading is line 1.
-    rows = [_parse(line, f"data.split_csv: {table} row {n}") for n, line in enumerate(lines, 2)]
+    rows = [_parse(line, f"{where} row {n}") for n, line in enumerate(lines, 2)]
     image_id, count = Counter(row.image_id for row in rows).most_common(1)[0]
     if count > 1:
-        raise UserError(f"data.split_csv: {table} lists image {image_id} {count} times")
+        raise UserError(f"{where} lists image {image_id} {count} times")
     return rows, "lesion_id" in columns
 
 
-def _parse(line: dict[str, str | None], where: str) -> Row:
+def _parse(line: dict[str, str], where: str) -> Row:
     image_id, target, center, fold = (
-        (line[column] or "").strip() for column in ("image_id", "target", "center", "fold")
+        line[column] for column in ("image_id", "target", "center", "fold")
     )
     # No path separators, or a line could reach outside the folder.
     if not re.fullmatch(r"\w[\w.-]*", image_id, re.ASCII):
@@ -157,9 +151,8 @@ def _parse(line: dict[str, str | None], where: str) -> Row:
         raise UserError(f"{where} ({image_id}): center must be a whole number, got {center!r}")
     if fold not in ("train", "test"):
         raise UserError(f"{where} ({image_id}): fold must be train or test, got {fold!r}")
-    lesion = (line.get("lesion_id") or "").strip()
-    # Marked, so that an image's name never equals a lesion's.
-    return Row(image_id, int(target), int(center), fold, lesion or f"image {image_id}")
+    lesion = group_of(line.get("lesion_id", ""), image_id)
+    return Row(image_id, int(target), int(center), fold, lesion)
 
 
 def _with_images(rows: list[Row], source: Path, table: Path) -> tuple[list[Row], dict[str, str]]:

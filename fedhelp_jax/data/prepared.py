@@ -24,6 +24,7 @@ from fedhelp_jax.data.images import DECODE_ERRORS, LazyImages, native, resize
 from fedhelp_jax.data.masks import class_masks, stored_values, unnamed_classes
 from fedhelp_jax.data.npz import public_subset
 from fedhelp_jax.data.sharing import Sharing
+from fedhelp_jax.data.tables import group_of, is_unknown
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, image_sha256
 from fedhelp_jax.data.volumes import resize_mask, resize_volume
 from fedhelp_jax.errors import UserError, suggest
@@ -94,12 +95,11 @@ def load_prepared(
     for column, names in columns.items():
         kinds[f"column {column}"] = ("U" if names is None else "int64", (stored.count,))
     arrays = cached(stored.folder, stored.files, stored.what, kinds, make, cache_dir)
-    found: dict[str, Column] = {}
-    for column, names in columns.items():
-        values = arrays[f"column {column}"]
-        if names is None:
-            names, values = np.unique(values, return_inverse=True)
-        found[column] = Column(values, list(names))
+    ids = arrays["ids"].tolist()
+    found = {
+        column: _column(column, arrays[f"column {column}"], names, ids)
+        for column, names in columns.items()
+    }
     where = f"data.name: {name}"
     groups = found[GROUP].codes if GROUP in found else np.arange(stored.count)
     labels, label_names = stored.labels(arrays["targets"], arrays["ids"], where)
@@ -109,6 +109,7 @@ def load_prepared(
         groups=groups,
         is_test=arrays["is_test"] if "test" in stored.splits else None,
         columns=found,
+        names=ids,
     )
     return FederatedDataset(
         name=_file_name(name),
@@ -389,6 +390,34 @@ class _Stored:
             with Image.open(io.BytesIO(mask)) as image:
                 mask = np.asarray(image.convert("L"))
         return resize_mask(mask.reshape(mask.shape[: len(self._size)]), self._size)
+
+
+def _column(
+    column: str, values: np.ndarray, names: Sequence[str] | None, ids: Sequence[str]
+) -> Column:
+    """Returns a column with -1 for what is unknown, or of groups with one of its own for each.
+
+    Args:
+        column: What it is called.
+        values: [n] texts, or numbers of classes, of which TFDS marks unknown ones with -1.
+        names: The classes; None of texts.
+        ids: [n] name of each example.
+    """
+    if names is not None:
+        codes, count = values, len(names)
+        unknown = codes < 0
+        if column == GROUP and unknown.any():
+            codes = np.where(unknown, count + np.cumsum(unknown) - 1, codes)
+            names = [*names, *(group_of("", ids[i]) for i in np.flatnonzero(unknown))]
+        return Column(codes, list(names))
+    texts = values.tolist()
+    if column == GROUP:
+        texts = [group_of(text, identity) for text, identity in zip(texts, ids, strict=True)]
+    unknown = np.array([is_unknown(text) for text in texts])
+    known, codes = np.unique(np.array(texts)[~unknown], return_inverse=True)
+    every = np.full(len(texts), -1)
+    every[~unknown] = codes
+    return Column(every, known.tolist())
 
 
 def _opened(name: str, data_dir: str | None, key: str) -> Any:

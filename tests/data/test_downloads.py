@@ -192,7 +192,7 @@ def test_tables(folder):
             (["d.csv"], [], "has more than one, x/d.csv and y/d.csv"),
             (["a.csv"], ["age|years"], "has no column age or years; it has id, name"),
             (["b.csv"], ["id"], "has no rows"),
-            (["c.csv"], ["id"], "is no CSV file"),
+            (["c.csv"], ["id"], "cannot be read as a CSV file"),
         ]:
             with pytest.raises(UserError, match=words):
                 download.table(names, columns)

@@ -105,6 +105,33 @@ MASK_FEATURES = {
 }
 
 
+@pytest.mark.parametrize("spelled", ["", "nan", "N/A"])
+def test_an_unknown_patient_is_of_one_example(tmp_path, spelled):
+    examples = with_grey_masks(lesions())
+    for number, example in enumerate(examples):
+        example["group"] = spelled if number % 3 else f"p{number}"
+    write_set(tmp_path / "data", "lesions", MASK_FEATURES, {"train": examples})
+    by_name = private(tmp_path, "tfds:lesions", masks=True)
+    for number, example in enumerate(examples):
+        example["group"] = f"p{number}"
+    write_set(tmp_path / "data", "other", MASK_FEATURES, {"train": examples})
+    alone = private(tmp_path, "tfds:other", masks=True)
+    for one, two in zip(by_name.clients, alone.clients, strict=True):
+        assert [len(part) for part in one[1:]] == [len(part) for part in two[1:]]
+
+
+def test_an_unknown_site_is_refused_unless_clients_are_others(tmp_path):
+    features = MASK_FEATURES | {"site": tfds.features.Text()}
+    examples = with_grey_masks(lesions())
+    for number, example in enumerate(examples):
+        example["site"] = "NaN" if number in (5, 7) else f"h{number % 2}"
+    write_set(tmp_path / "data", "lesions", features, {"train": examples})
+    with pytest.raises(UserError, match="2 of 24 examples are of unknown site, such as i05; name"):
+        private(tmp_path, "tfds:lesions", masks=True)
+    shared = private(tmp_path, "tfds:lesions", masks=True, split_by="iid", num_clients=2)
+    assert sum(len(part) for client in shared.clients for part in client[1:]) == 24
+
+
 def with_grey_masks(examples):
     return [example | {"mask": example["mask"][..., 0]} for example in examples]
 

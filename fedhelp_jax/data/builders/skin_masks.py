@@ -11,6 +11,7 @@ from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, opened
 from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
 from fedhelp_jax.data.masks import decode_mask
 from fedhelp_jax.data.parts import Example
+from fedhelp_jax.data.tables import group_of
 from fedhelp_jax.errors import UserError
 
 _METADATA = ("HAM10000_metadata", "HAM10000_metadata.csv", "HAM10000_metadata.tab")
@@ -152,8 +153,6 @@ def _ham10000(download: Download, say: Any) -> list[Item]:
     for number, row in enumerate(rows, start=2):
         row.setdefault("dataset", "unknown")
         said = f"{KEY}: {where} line {number} ({row['image_id']})"
-        if not row["lesion_id"]:
-            raise UserError(f"{said}: lesion_id is empty")
         if row["dataset"] not in _SITES:
             raise UserError(
                 f"{said}: dataset must be one of {', '.join(_SITES[:-1])}, got {row['dataset']!r}"
@@ -172,7 +171,10 @@ def _ham10000(download: Download, say: Any) -> list[Item]:
         Item(
             i,
             (images[i], masks[i]),
-            {"group": known[i]["lesion_id"], "site": _SITES.index(known[i]["dataset"])},
+            {
+                "group": group_of(known[i]["lesion_id"], i),
+                "site": _SITES.index(known[i]["dataset"]),
+            },
         )
         for i in ids
     ]

@@ -230,14 +230,23 @@ def test_missing_images(ham):
     ("column", "value", "said"),
     [
         (1, IDS[0], f"has image_id {IDS[0]} 2 times"),
-        (0, "", f"line 4 ({IDS[2]}): lesion_id is empty"),
         (7, "vidir", f"line 4 ({IDS[2]}): dataset must be one of vidir_molemax, "),
+        (7, "nan", f"line 4 ({IDS[2]}): dataset must be one of vidir_molemax, "),
     ],
 )
 def test_bad_rows(ham, column, value, said):
     ham.rows[2][column] = value
     ham.write()
     assert said in ham.refusal()
+
+
+def test_images_of_unknown_lesions_have_one_each(ham):
+    ham.rows[1][0], ham.rows[2][0], ham.rows[3][0] = "", "nan", "nan"
+    ham.write()
+    ham.prepare()
+    examples = builder("skin_masks/ham10000", str(ham.data_dir)).as_data_source(split="train")
+    groups = {example["id"].decode(): example["group"].decode() for example in examples}
+    assert [groups[i] for i in IDS[1:4]] == [f"image {i}" for i in IDS[1:4]]
 
 
 @pytest.mark.parametrize(
