@@ -15,6 +15,7 @@ from fedhelp_jax.data.sharing import (
     share_out_alike,
     share_out_by_looks,
 )
+from fedhelp_jax.data.tables import group_of, is_unknown
 from fedhelp_jax.data.types import ClientSplit
 from fedhelp_jax.errors import UserError, suggest
 from fedhelp_jax.schema import COLUMN, SHARINGS
@@ -30,6 +31,34 @@ class Column(NamedTuple):
 
     codes: np.ndarray
     names: Sequence[str]
+
+
+def make_column(
+    column: str, values: np.ndarray, names: Sequence[str] | None, ids: Sequence[str]
+) -> Column:
+    """Returns a column with -1 for what is unknown, or of groups with one of its own for each.
+
+    Args:
+        column: What it is called.
+        values: [n] texts, or numbers of classes, of which TFDS marks unknown ones with -1.
+        names: The classes; None of texts.
+        ids: [n] name of each example.
+    """
+    if names is not None:
+        codes, count = values, len(names)
+        unknown = codes < 0
+        if column == GROUP and unknown.any():
+            codes = np.where(unknown, count + np.cumsum(unknown) - 1, codes)
+            names = [*names, *(group_of("", ids[i]) for i in np.flatnonzero(unknown))]
+        return Column(codes, list(names))
+    texts = values.tolist()
+    if column == GROUP:
+        texts = [group_of(text, identity) for text, identity in zip(texts, ids, strict=True)]
+    unknown = np.array([is_unknown(text) for text in texts])
+    known, codes = np.unique(np.array(texts)[~unknown], return_inverse=True)
+    every = np.full(len(texts), -1)
+    every[~unknown] = codes
+    return Column(every, known.tolist())
 
 
 class Examples(NamedTuple):

@@ -205,3 +205,12 @@ def test_what_is_missing_and_what_is_there_twice(tmp_path):
     with pytest.raises(UserError, match="t.csv has image b 2 times"):
         check_unique("abbc", "image", "t.csv")
     check_unique("abc", "image", "t.csv")
+
+
+def test_pictures_of_other_endings_are_said(folder):
+    write_folder(folder, {f"images/{name}": b"-" for name in ("a.PNG", "b.tif", "c.jpg", "d.txt")})
+    said = []
+    with opened(folder, say=said.append) as download:
+        assert list(download.by_stem((".png",), "images")) == ["a"]
+    line = "2 pictures that do not end in .png are not read: images/b.tif, images/c.jpg"
+    assert said[-1] == line

@@ -18,9 +18,8 @@ from PIL import Image
 
 from fedhelp_jax.data.builders.fetch import Remote
 from fedhelp_jax.data.downloads import KEY, Download
-from fedhelp_jax.data.images import DECODE_ERRORS
 from fedhelp_jax.data.parts import SIZE, Example, made
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.pictures import decode_picture
 
 
 class About(NamedTuple):
@@ -198,28 +197,30 @@ def png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-@contextlib.contextmanager
-def opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """An image file, opened; the body of ``with`` decodes it.
+def decoded(data: bytes, name: str) -> Image.Image:
+    """An image file of the download, as `decode_picture` returns it.
 
     Args:
       data: The file.
       name: Its name, for the message.
 
     Raises:
-      UserError: If it is damaged or no image, or larger than Pillow takes for one.
+      UserError: As `decode_picture`.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            yield image
-    except DECODE_ERRORS as error:
-        raise UserError(f"{KEY}: {name} cannot be decoded: {error}") from None
+    return decode_picture(data, f"{KEY}: {name}")
 
 
-def decoded(data: bytes, name: str) -> Image.Image:
-    """An image file's RGB image, fully read.
+def upright(data: bytes, image: Image.Image) -> bytes:
+    """An image file as it is; if it was turned when it was decoded, a JPEG file of the result.
 
-    Arguments and errors are those of :func:`opened`.
+    TensorFlow Datasets, and most who read what it stores, do not look at the EXIF orientation.
+
+    Args:
+      data: The file.
+      image: What `decoded` made of it.
     """
-    with opened(data, name) as image:
-        return image.convert("RGB")
+    if image.format is not None:
+        return data
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=95)
+    return file.getvalue()

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from fedhelp_jax.data.builders.base import About, Builder, Item, decoded
+from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, upright
 from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
 from fedhelp_jax.data.fed_isic2019 import LABEL_NAMES
 from fedhelp_jax.data.parts import Example
@@ -117,9 +117,9 @@ One folder with
         image = decoded(data, name)
         if PurePosixPath(name).parent.name == _RAW:
             file = io.BytesIO()
-            preprocess(image).save(file, "JPEG")
-            data = file.getvalue()
-        return {"image": data}
+            preprocess(image.convert("RGB")).save(file, "JPEG")
+            return {"image": file.getvalue()}
+        return {"image": upright(data, image)}
 
 
 def preprocess(image: Image.Image) -> Image.Image:

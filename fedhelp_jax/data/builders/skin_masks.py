@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, opened, png
+from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, png, upright
 from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
 from fedhelp_jax.data.masks import decode_mask
 from fedhelp_jax.data.parts import Example
@@ -129,14 +129,13 @@ class SkinMasks(Builder):
         name, mask_name = item.files
         data = download.read(name)
         image = decoded(data, name)
-        with opened(download.read(mask_name), mask_name) as stored:
-            mask = decode_mask(stored, mask_name, KEY)
+        mask = decode_mask(decoded(download.read(mask_name), mask_name), mask_name, KEY)
         if mask.shape != (image.height, image.width):
             raise UserError(
                 f"{KEY}: {mask_name} is {mask.shape[1]}x{mask.shape[0]}, its image {name} "
                 f"{image.width}x{image.height}"
             )
-        return {"image": data, "mask": png(mask.astype(np.uint8) * 255)}
+        return {"image": upright(data, image), "mask": png(mask.astype(np.uint8) * 255)}
 
     @property
     def _is_ham10000(self) -> bool:
