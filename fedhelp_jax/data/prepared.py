@@ -25,7 +25,7 @@ from fedhelp_jax.data.npz import public_subset
 from fedhelp_jax.data.pictures import DECODE_ERRORS, decode_picture
 from fedhelp_jax.data.sharing import Sharing
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, image_sha256
-from fedhelp_jax.data.volumes import resize_mask, resize_volume
+from fedhelp_jax.data.volumes import check_finite, resize_mask, resize_volume
 from fedhelp_jax.errors import UserError, suggest
 
 _AT_ONCE = 256  # examples read before they are decoded
@@ -375,7 +375,11 @@ class _Stored:
         if not self.volumes:
             return native(decode_picture(example["image"], where))
         volume = example["volume"]
-        return volume if volume.dtype == np.uint8 else volume.astype(np.float32, copy=False)
+        if volume.dtype != np.uint8:
+            with np.errstate(over="ignore"):
+                volume = volume.astype(np.float32, copy=False)
+        check_finite(volume, where)
+        return volume
 
     def _resized(self, picture: np.ndarray) -> np.ndarray:
         if self.volumes:

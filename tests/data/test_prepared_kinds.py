@@ -442,3 +442,23 @@ def test_files_that_need_tensorflow_are_refused(tmp_path, monkeypatch):
     (folder / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match="lesions .* is not in array_record files"):
         private(tmp_path, "tfds:lesions", masks=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_voxel_that_is_no_number_is_refused_by_name(tmp_path, value):
+    examples = volumes()
+    examples[4]["volume"][1, 2, 3] = value
+    write_set(tmp_path / "data", "brains", volume_features(None), {"train": examples})
+    said = "example v04 of brains: 1 of [0-9]+ voxels are NaN or infinite"
+    with pytest.raises(UserError, match=f"^data.name: {said}"):
+        private(tmp_path, "tfds:brains", masks=True, volume_size=(8, 10, 12))
+    with pytest.raises(UserError, match=f"^public.name: {said}"):
+        public(tmp_path, "tfds:brains", masks=True)
+
+
+def test_a_mask_of_another_aspect_is_refused_by_name(tmp_path):
+    examples = with_grey_masks(lesions())
+    examples[6]["image"] = examples[6]["image"].transpose(1, 0, 2)
+    write_set(tmp_path / "data", "lesions", MASK_FEATURES, {"train": examples})
+    with pytest.raises(UserError, match="example i06 of lesions has a mask of 14 x 20, of another"):
+        private(tmp_path, "tfds:lesions", masks=True)
