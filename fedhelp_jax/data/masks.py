@@ -83,6 +83,9 @@ def class_masks(
         raise UserError(
             f"{where}: mask {names[first]} holds {int(value)}; masks of {kind} hold {right}"
         )
+    unseen = [label_names[c] for c in range(len(label_names)) if c not in values]
+    if len(label_names) > 1 and unseen:
+        logger.warning("%s: no mask shows %s", where, ", ".join(unseen))
     masks = stored.astype(np.uint8, copy=False)
     if len(label_names) == 1 and 255 in values:
         masks = (masks != 0).view(np.uint8)
