@@ -49,7 +49,7 @@ def make_column(
         unknown = codes < 0
         if column == GROUP and unknown.any():
             codes = np.where(unknown, count + np.cumsum(unknown) - 1, codes)
-            names = [*names, *(group_of("", ids[i]) for i in np.flatnonzero(unknown))]
+            names = [*names, *(group_of("", ids[i]) for i in np.flatnonzero(unknown).tolist())]
         return Column(codes, list(names))
     texts = values.tolist()
     if column == GROUP:

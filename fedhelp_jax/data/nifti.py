@@ -144,7 +144,7 @@ def _read(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         slope, intercept = header.get_slope_inter()
         placed = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
-        affine = header.get_best_affine() if placed else None
+        affine = np.array(header.get_best_affine(), float) if placed else None
         gap = int(header["vox_offset"]) - len(start)
         count = math.prod(shape)
         if dtype.kind not in "iuf" or not shape or min(shape) < 1 or gap < 0:

@@ -100,7 +100,7 @@ def _bits(image: Image.Image, data: bytes) -> int:
         count = int.from_bytes(data[start + 40 : start + 42])
         depths = data[start + 42 : start + 42 + 3 * count : 3]
         return max((depth & 0x7F for depth in depths), default=7) + 1
-    for tile in image.tile:
+    for tile in image.tile:  # pyright: ignore[reportAttributeAccessIssue]
         said = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         if any(isinstance(word, str) and ";16" in word for word in said):
             return 16

@@ -187,7 +187,7 @@ def _tell_of_copies(dataset: FederatedDataset) -> None:
     for split, others in (("train", ""), ("validation", "train"), ("test", "train or validation")):
         members = np.sort(np.concatenate([getattr(client, split) for client in dataset.clients]))
         images = {i: np.ascontiguousarray(dataset.images[i]) for i in members.tolist()}
-        sums = {i: zlib.crc32(image) for i, image in images.items()}
+        sums = {i: zlib.crc32(image.data) for i, image in images.items()}
         # Different pixels may have one checksum: where two agree, the pixels decide.
         copies = [
             i

@@ -96,7 +96,7 @@ One folder with
     def make(self, download: Download, item: Item) -> Example:
         """Volume and mask as FLamby's transforms leave them."""
         volume, mask = item.files
-        pair = [(name, download.read(name)) for name in (volume, mask)]
+        pair = (volume, download.read(volume)), (mask, download.read(mask))
         values, labels = nifti.read_pair(*pair, (0, 1))
         return {
             "volume": normalise(area_resize(values, _SHAPE)),

@@ -161,7 +161,7 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
     def make(self, download: Download, item: Item) -> Example:
         """The volume as it is stored, and the mask on its axes."""
         volume, mask = item.files
-        pair = [(name, download.read(name)) for name in (volume, mask)]
+        pair = (volume, download.read(volume)), (mask, download.read(mask))
         values, labels = nifti.read_pair(*pair, self._labels, self._config.modalities)
         return {"volume": values, "mask": labels}
 
