@@ -20,6 +20,7 @@ from fedhelp_jax.data.builders.fetch import Remote
 from fedhelp_jax.data.downloads import KEY, Download
 from fedhelp_jax.data.parts import SIZE, Example, made
 from fedhelp_jax.data.pictures import decode_picture
+from fedhelp_jax.errors import UserError
 
 
 class About(NamedTuple):
@@ -56,6 +57,19 @@ class Item(NamedTuple):
     fields: Mapping[str, Any]
 
 
+class BadExample(NamedTuple):
+    """An example that was left out, and why; fields are the columns of quarantine.csv."""
+
+    split: str
+    example: str
+    files: str
+    reason: str
+
+
+# The only feature of an example that could not be made: why.
+_BAD = "bad"
+
+
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A builder whose data the user has downloaded, or that fetches them itself.
 
@@ -83,6 +97,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # Set by who prepares.
     scratch: Path
     allow_repacked: bool = False
+    skip_bad: bool = False
     say: Callable[[str], None] = staticmethod(print)
     planned: Callable[[int], None] = staticmethod(lambda count: None)
     done: Callable[[int], None] = staticmethod(lambda count: None)
@@ -134,6 +149,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def download_and_prepare(self, **options: Any) -> None:
         """As TFDS does it; archives are closed at its end, or where it fails."""
+        self.bad: list[BadExample] = []
         with contextlib.ExitStack() as self._opened:
             super().download_and_prepare(**options)
 
@@ -179,15 +195,32 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         stamped = [(item, version, *map(download.stamp, item.files)) for item in items]
 
         def make(one: tuple[Any, ...]) -> Example:
-            return self.make(download, one[0])
+            try:
+                return self.make(download, one[0])
+            except UserError as error:
+                if not self.skip_bad:
+                    raise
+                return {_BAD: str(error)}
 
         images = {
             name for name, kind in self.features().items() if isinstance(kind, tfds.features.Image)
         }
         examples = made(stamped, make, self.scratch / split, self.done, self.part_size)
+        before = len(self.bad)
         for item, example in zip(items, examples, strict=True):
+            if _BAD in example:
+                if not self.skip_bad:  # an earlier attempt left it out
+                    raise UserError(example[_BAD])
+                self.bad.append(BadExample(split, item.key, " ".join(item.files), example[_BAD]))
+                continue
             encoded = {name: io.BytesIO(example[name]) for name in images}
             yield item.key, {"id": item.key, **item.fields, **example, **encoded}
+        bad = self.bad[before:]
+        if len(bad) > len(items) / 2:
+            raise UserError(
+                f"{len(bad)} of {len(items)} {split} examples cannot be used: too many to be left "
+                f"out; the first: {bad[0].reason}"
+            )
 
 
 def png(image: np.ndarray) -> bytes:
