@@ -273,6 +273,8 @@ def _sweep(arguments: list[str]) -> int:
 def _data(arguments: list[str]) -> int:
     own = _flags("manual_dir", "data_dir")
     flags.DEFINE_bool("allow_repacked", False, "whatever its checksum", flag_values=own)
+    ways = ["refuse", "skip"]
+    flags.DEFINE_enum("on_bad_example", "refuse", ways, "unusable files", flag_values=own)
     what, *rest = own(["fedhelp", *arguments])[1:] or [""]
     if what == "list" and not rest:
         from fedhelp_jax.data.prepare import names
@@ -287,7 +289,13 @@ def _data(arguments: list[str]) -> int:
             manual_dir, data_dir = own["manual_dir"].value, own["data_dir"].value
             for name in ("manual_dir", "data_dir"):
                 _local(name, own[name].value or "")
-            prepare(rest[0], manual_dir, data_dir, allow_repacked=bool(own["allow_repacked"].value))
+            prepare(
+                rest[0],
+                manual_dir,
+                data_dir,
+                allow_repacked=bool(own["allow_repacked"].value),
+                on_bad_example=str(own["on_bad_example"].value),
+            )
     else:
         raise UserError("fedhelp data takes list, describe NAME or prepare NAME; see --help")
     return 0

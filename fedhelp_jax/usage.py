@@ -83,7 +83,7 @@ DATA = """\
 usage: fedhelp data list
        fedhelp data describe NAME[/CONFIG]
        fedhelp data prepare NAME[/CONFIG] [--manual_dir=FOLDER] [--data_dir=FOLDER]
-                    [--allow_repacked]
+                    [--allow_repacked] [--on_bad_example=refuse|skip]
 
 NAME is one of the list, or of the catalogue of TensorFlow Datasets: fedhelp data describe cifar100
 
@@ -93,4 +93,7 @@ NAME is one of the list, or of the catalogue of TensorFlow Datasets: fedhelp dat
   --data_dir        where prepared sets lie; $TFDS_DATA_DIR or ~/tensorflow_datasets if left out.
                     An interrupted preparation goes on from what it has made there
   --allow_repacked  take a file whose checksum is not the published one
+  --on_bad_example  skip leaves out examples whose files are unusable, and lists them in
+                    quarantine.csv in the folder of the prepared set; refuse, the default, ends
+                    at the first
 """

@@ -16,7 +16,7 @@ from fedhelp_jax.memory import check_fits
 # What a damaged .npz file raises.
 NPZ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
 # Part of the cache key: raise it when decoding or resizing changes.
-_VERSION = "1 bicubic"
+_VERSION = "2 bicubic, upright"
 
 # Arrays by name, and the type and shape that each must have; None stands for any length, and "U"
 # for strings of any.

@@ -15,6 +15,7 @@ from fedhelp_jax.data.sharing import (
     share_out_alike,
     share_out_by_looks,
 )
+from fedhelp_jax.data.tables import group_of, is_unknown
 from fedhelp_jax.data.types import ClientSplit
 from fedhelp_jax.errors import UserError, suggest
 from fedhelp_jax.schema import COLUMN, SHARINGS
@@ -26,10 +27,38 @@ logger = logging.getLogger(__name__)
 
 
 class Column(NamedTuple):
-    """Something known of each example: ``names[codes[i]]``."""
+    """Something known of each example: ``names[codes[i]]``, or unknown where the code is -1."""
 
     codes: np.ndarray
     names: Sequence[str]
+
+
+def make_column(
+    column: str, values: np.ndarray, names: Sequence[str] | None, ids: Sequence[str]
+) -> Column:
+    """Returns a column with -1 for what is unknown, or of groups with one of its own for each.
+
+    Args:
+        column: What it is called.
+        values: [n] texts, or numbers of classes, of which TFDS marks unknown ones with -1.
+        names: The classes; None of texts.
+        ids: [n] name of each example.
+    """
+    if names is not None:
+        codes, count = values, len(names)
+        unknown = codes < 0
+        if column == GROUP and unknown.any():
+            codes = np.where(unknown, count + np.cumsum(unknown) - 1, codes)
+            names = [*names, *(group_of("", ids[i]) for i in np.flatnonzero(unknown).tolist())]
+        return Column(codes, list(names))
+    texts = values.tolist()
+    if column == GROUP:
+        texts = [group_of(text, identity) for text, identity in zip(texts, ids, strict=True)]
+    unknown = np.array([is_unknown(text) for text in texts])
+    known, codes = np.unique(np.array(texts)[~unknown], return_inverse=True)
+    every = np.full(len(texts), -1)
+    every[~unknown] = codes
+    return Column(every, known.tolist())
 
 
 class Examples(NamedTuple):
@@ -41,6 +70,7 @@ class Examples(NamedTuple):
         groups: [n] patient or lesion, which stays on one side of a split and with one client.
         is_test: bool [n] the official split, or None.
         columns: What else is known of them, "site" where there are sites.
+        names: [n] what each is called, for messages.
     """
 
     images: np.ndarray
@@ -48,6 +78,7 @@ class Examples(NamedTuple):
     groups: np.ndarray
     is_test: np.ndarray | None
     columns: Mapping[str, Column]
+    names: Sequence[str] = ()
 
 
 class Splitting(NamedTuple):
@@ -131,6 +162,16 @@ def _by_column(
             f"{', '.join(known) or 'nothing of that kind'}{suggest(column, known)}"
         )
     codes, names = examples.columns[column]
+    unknown = np.flatnonzero(codes < 0)
+    if len(unknown):
+        first = examples.names[unknown[0]] if examples.names else f"example {unknown[0]}"
+        said = f"{len(unknown)} of {len(codes)} examples are of unknown {column}, such as {first}"
+        if column == SITE:
+            raise UserError(
+                f"{where}: {said}; name their site, or set data.split_by to share examples out "
+                "in another way"
+            )
+        logger.warning("data.split_by: %s: left out", said)
     if column == SITE:
         return codes, list(names)  # a hospital is not left out silently: it is refused if too small
 

@@ -1,9 +1,7 @@
 """A download as its publisher hands it out: a folder, whose archives need not be unpacked."""
 
-import csv
 import errno
 import hashlib
-import io
 import os
 import shutil
 import tarfile
@@ -16,6 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from fedhelp_jax.data.files import is_litter
+from fedhelp_jax.data.pictures import picture_stem
+from fedhelp_jax.data.tables import read_table
 from fedhelp_jax.errors import UserError
 
 # RuntimeError: a zip file that is encrypted, or compressed in a way that Python does not know.
@@ -29,9 +30,6 @@ _READ_ERRORS = (
 )
 # An archive that holds more than this, and so much more than it takes, is no collection of images.
 _BOMB_BYTES, _BOMB_RATIO = 2**30, 100
-# What macOS and Windows leave beside real files.
-_LITTER = ("__MACOSX", ".DS_Store", "Thumbs.db")
-
 KEY = "--manual_dir"
 
 
@@ -130,6 +128,8 @@ class Download:
     def by_stem(self, suffixes: tuple[str, ...], *folders: str) -> dict[str, str]:
         """The files in folders of these names, wherever these lie, by name without suffix.
 
+        Pictures there that end otherwise are counted, and named, in a line that is said.
+
         Args:
           suffixes: Lower case, as ".jpg"; the files' own may be in upper case.
           *folders: Names of the folders that the files stand in; "" is the download's own.
@@ -141,15 +141,22 @@ class Download:
           UserError: If two files have the same stem.
         """
         found: dict[str, str] = {}
+        others = []
         for name in self._reads:
             parent, _, file = name.rpartition("/")
+            if parent.rpartition("/")[2] not in folders:
+                continue
             suffix = next((s for s in suffixes if file.lower().endswith(s)), None)
-            if suffix is None or parent.rpartition("/")[2] not in folders:
+            if suffix is None:
+                others += [name] if picture_stem(file) is not None else []
                 continue
             stem = file[: -len(suffix)]
             if stem in found:
                 raise UserError(f"{KEY}: {found[stem]} and {name} are both called {stem}")
             found[stem] = name
+        if others:
+            ends, first = " or ".join(suffixes), ", ".join(others[:3])
+            self._say(f"{len(others)} pictures that do not end in {ends} are not read: {first}")
         return found
 
     def table(
@@ -165,32 +172,10 @@ class Download:
           ``(relative path, rows)``, values stripped of blanks.
 
         Raises:
-          UserError: If there is no such file, or it is no CSV file, or has no such column or rows.
+          UserError: If there is no such file, or as `read_table`.
         """
         name = self.find(*names)
-        where = f"{KEY}: {name} in {self.folder}"
-        try:
-            text = self.read(name).decode("utf-8-sig")
-            delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-            present = [column.strip() for column in reader.fieldnames or ()]
-            lines = list(reader)
-        except (UnicodeDecodeError, csv.Error):
-            raise UserError(f"{where} is no CSV file") from None
-        rows = [
-            {c.strip(): (v or "").strip() for c, v in line.items() if isinstance(c, str)}
-            for line in lines
-        ]
-        for column in columns:
-            own = next((c for c in column.split("|") if c in present), None)
-            if own is None:
-                said = " or ".join(column.split("|"))
-                raise UserError(f"{where} has no column {said}; it has {', '.join(present)}")
-            for row in rows:
-                row[column.split("|")[0]] = row[own]
-        if not rows:
-            raise UserError(f"{where} has no rows")
-        return name, rows
+        return name, read_table(self.read(name), columns, f"{KEY}: {name} in {self.folder}")[1]
 
     # --- archives ---
 
@@ -298,11 +283,7 @@ def _checked(path: Path, name: str) -> str | None:
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0]:
         raise UserError(f"{KEY}: {path} holds {name!r}, which lies outside of its folder")
-    return None if _is_litter(parts) else "/".join(parts)
-
-
-def _is_litter(parts: Iterable[str]) -> bool:
-    return any(part in _LITTER or part.startswith(".") for part in parts)
+    return None if any(map(is_litter, parts)) else "/".join(parts)
 
 
 def check_size(path: Path, archive: zipfile.ZipFile) -> None:
@@ -336,8 +317,8 @@ def _files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         entered.add(real)
-        folders[:] = [name for name in folders if not _is_litter([name])]
-        found += [Path(parent, name) for name in files if not _is_litter([name])]
+        folders[:] = [name for name in folders if not is_litter(name)]
+        found += [Path(parent, name) for name in files if not is_litter(name)]
     return sorted(found)
 
 

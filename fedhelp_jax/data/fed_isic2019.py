@@ -1,6 +1,5 @@
 """Fed-ISIC2019: dermoscopy images of the ISIC 2019 challenge, one client per centre."""
 
-import csv
 import logging
 import re
 from collections import Counter
@@ -11,8 +10,9 @@ import numpy as np
 
 from fedhelp_jax.data.files import find_images, find_masks
 from fedhelp_jax.data.images import existing_path, load_images, load_masks
-from fedhelp_jax.data.masks import class_masks
+from fedhelp_jax.data.masks import check_aspects, class_masks
 from fedhelp_jax.data.partition import clients_of_sites
+from fedhelp_jax.data.tables import group_of, read_table
 from fedhelp_jax.data.types import FederatedDataset
 from fedhelp_jax.errors import UserError
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """One line of the split file; `lesion` is the image's own id where none is given."""
+    """One line of the split file; an image of no known `lesion` has one of its own."""
 
     image_id: str
     target: int
@@ -50,7 +50,8 @@ def load_fed_isic2019(
     or the lesions' masks; the clients' splits are the same.
 
     Args:
-        dir: `data.dir`, a folder or zip file with `images/<id>.jpg` or `<id>.jpg`.
+        dir: `data.dir`, a folder or zip file with `images/<id>` or `<id>`, with the ending
+            of any picture.
         split_csv: `data.split_csv`, a file with columns image_id, target (0..7), center,
             fold (train or test), lesion_id.
         split: "official" keeps the published folds, in which some lesions have images on both
@@ -60,8 +61,8 @@ def load_fed_isic2019(
         max_train: At most so many training examples per centre; None keeps all.
         seed: The run's seed.
         cache_dir: Folder of the image cache; None takes the default.
-        masks: Labels are masks, uint8 [N, H, W] of one size, from `masks/<id>.png` or
-            `masks/<id>_segmentation.png` in `dir`.
+        masks: Labels are masks, uint8 [N, H, W] of one size and of the aspect of the images, from
+            `masks/<id>` or `masks/<id>_segmentation` in `dir`.
 
     Raises:
         UserError: A file, column, value, image or mask is missing or not as described.
@@ -101,19 +102,23 @@ def load_fed_isic2019(
         seed=seed,
         where=f"data.split_csv: {table}",
     )
-    label_names = LESION if masks else LABEL_NAMES
-    # First, since missing masks are found sooner than images are decoded.
+    names = [files[row.image_id] for row in rows]
+    # Masks first, since missing ones are found sooner than images are decoded.
+    mask_names = _find_masks(rows, source, table) if masks else []
     if masks:
-        labels = _lesion_masks(rows, source, table, cache_dir)
+        stored = load_masks(source, mask_names, cache_dir=cache_dir)
+        labels = class_masks(stored, LESION, mask_names, f"data.dir: {source}")
     else:
         labels = np.array([row.target for row in rows], np.int32)
-    names = [files[row.image_id] for row in rows]
+    decoded = load_images(source, names, image_size, cache_dir=cache_dir)
+    if masks:
+        check_aspects(decoded.sides, labels.shape[1:], names, mask_names, f"data.dir: {source}")
     return FederatedDataset(
         name="fed_isic2019",
         synthetic=False,
-        images=load_images(source, names, image_size, cache_dir=cache_dir),
+        images=decoded.images,
         labels=labels,
-        label_names=label_names,
+        label_names=LESION if masks else LABEL_NAMES,
         clients=clients,
     )
 
@@ -124,29 +129,23 @@ def read_split(table: Path) -> tuple[list[Row], bool]:
     Raises:
         UserError: The file is no such table, or a line holds an unusable value.
     """
+    where = f"data.split_csv: {table}"
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            lines = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"data.split_csv: {table} cannot be read as a CSV file") from error
-    for column in ("image_id", "target", "center", "fold"):
-        if column not in columns:
-            raise UserError(f"data.split_csv: {table} has no column {column}")
-    if not lines:
-        raise UserError(f"data.split_csv: {table} has no rows")
+        data = table.read_bytes()
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}") from error
+    columns, lines = read_table(data, ("image_id", "target", "center", "fold"), where)
     # The heading is line 1.
-    rows = [_parse(line, f"data.split_csv: {table} row {n}") for n, line in enumerate(lines, 2)]
+    rows = [_parse(line, f"{where} row {n}") for n, line in enumerate(lines, 2)]
     image_id, count = Counter(row.image_id for row in rows).most_common(1)[0]
     if count > 1:
-        raise UserError(f"data.split_csv: {table} lists image {image_id} {count} times")
+        raise UserError(f"{where} lists image {image_id} {count} times")
     return rows, "lesion_id" in columns
 
 
-def _parse(line: dict[str, str | None], where: str) -> Row:
+def _parse(line: dict[str, str], where: str) -> Row:
     image_id, target, center, fold = (
-        (line[column] or "").strip() for column in ("image_id", "target", "center", "fold")
+        line[column] for column in ("image_id", "target", "center", "fold")
     )
     # No path separators, or a line could reach outside the folder.
     if not re.fullmatch(r"\w[\w.-]*", image_id, re.ASCII):
@@ -157,9 +156,8 @@ def _parse(line: dict[str, str | None], where: str) -> Row:
         raise UserError(f"{where} ({image_id}): center must be a whole number, got {center!r}")
     if fold not in ("train", "test"):
         raise UserError(f"{where} ({image_id}): fold must be train or test, got {fold!r}")
-    lesion = (line.get("lesion_id") or "").strip()
-    # Marked, so that an image's name never equals a lesion's.
-    return Row(image_id, int(target), int(center), fold, lesion or f"image {image_id}")
+    lesion = group_of(line.get("lesion_id", ""), image_id)
+    return Row(image_id, int(target), int(center), fold, lesion)
 
 
 def _with_images(rows: list[Row], source: Path, table: Path) -> tuple[list[Row], dict[str, str]]:
@@ -184,8 +182,8 @@ def _with_images(rows: list[Row], source: Path, table: Path) -> tuple[list[Row],
     return rows, files
 
 
-def _lesion_masks(rows: list[Row], source: Path, table: Path, cache_dir: str | None) -> np.ndarray:
-    """Returns the mask of each row's image, uint8 [N, H, W], checked."""
+def _find_masks(rows: list[Row], source: Path, table: Path) -> list[str]:
+    """Returns where the mask of each row's image is."""
     files = find_masks(source, (row.image_id for row in rows))
     missing = [row.image_id for row in rows if row.image_id not in files]
     if missing:
@@ -193,6 +191,4 @@ def _lesion_masks(rows: list[Row], source: Path, table: Path, cache_dir: str | N
             f"data.dir: mask masks/{missing[0]}.png or masks/{missing[0]}_segmentation.png of an "
             f"image of {table} is not in {source} ({len(missing)} of {len(rows)} are missing)"
         )
-    names = [files[row.image_id] for row in rows]
-    masks = load_masks(source, names, cache_dir=cache_dir)
-    return class_masks(masks, LESION, names, f"data.dir: {source}")
+    return [files[row.image_id] for row in rows]

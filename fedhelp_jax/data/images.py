@@ -1,14 +1,11 @@
 """Images and masks from a folder or a zip file: decoded, resized, and kept in a cache."""
 
-import io
 import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from PIL import Image
@@ -16,22 +13,13 @@ from PIL import Image
 from fedhelp_jax.data.cache import Arrays, cached
 from fedhelp_jax.data.files import Files
 from fedhelp_jax.data.masks import decode_mask
+from fedhelp_jax.data.pictures import DECODE_ERRORS, decode_picture
 from fedhelp_jax.data.types import image_sha256
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.memory import check_fits
 
-# What Pillow and archives raise where an image is damaged, is none, or is absurdly large.
-DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    zipfile.BadZipFile,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-# From an opened picture and its name to an array.
-Decode = Callable[[Image.Image, str], np.ndarray]
+# From a picture and its place among the names to an array.
+Decode = Callable[[Image.Image, int], np.ndarray]
 
 
 def existing_path(value: str | None, key: str, what: str) -> Path:
@@ -82,67 +70,64 @@ def resize_arrays(images: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(images)
 
 
+class Decoded(NamedTuple):
+    """Images as they were decoded.
+
+    Attributes:
+        images: uint8 [n, size, size, 3], resized.
+        sides: int32 [n, 2] height and width of each before it was resized.
+        sha256: [n] `image_sha256` of each at that size; empty where nobody asked for it.
+    """
+
+    images: np.ndarray
+    sides: np.ndarray
+    sha256: tuple[str, ...]
+
+
 def load_images(
     source: Path,
     names: Sequence[str],
     size: int,
     *,
+    hashed: bool = False,
     cache_dir: str | None = None,
     key: str = "data.dir",
-) -> np.ndarray:
+) -> Decoded:
     """Returns the images called `names`, decoded and resized, from the cache where possible.
 
     Args:
         source: A folder or a zip file.
         names: Names inside `source`, as `find_images` gives them.
         size: Height and width of the result.
+        hashed: Whether the images' `image_sha256` is wanted.
         cache_dir: Folder of the cache; None takes the environment's `FEDHELP_CACHE_DIR`, or
             else `fedhelp_jax` in the user's cache folder.
         key: The configuration key that names `source`, for messages.
-
-    Returns:
-        uint8 [len(names), size, size, 3].
 
     Raises:
         UserError: An image cannot be decoded.
     """
 
-    def decode(image: Image.Image, _: str) -> np.ndarray:
-        return _resized(image, size)
-
     def make() -> Arrays:
-        return {"images": _decode_all(source, names, "image", decode, key)}
+        sides, sha256 = np.zeros((len(names), 2), np.int32), np.zeros(len(names), "U64")
 
-    kinds = {"images": ("uint8", (len(names), size, size, 3))}
-    return cached(source, names, str(size), kinds, make, cache_dir)["images"]
-
-
-def load_hashed_images(
-    source: Path,
-    names: Sequence[str],
-    size: int,
-    *,
-    cache_dir: str | None = None,
-    key: str = "data.dir",
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns what `load_images` does, and the `image_sha256` of each image at its native size.
-
-    Arguments and errors are those of `load_images`.
-    """
-
-    def make() -> Arrays:
-        hashes = {}
-
-        def decode(image: Image.Image, name: str) -> np.ndarray:
-            hashes[name] = image_sha256(native(image))
+        def decode(image: Image.Image, index: int) -> np.ndarray:
+            sides[index] = image.height, image.width
+            if hashed:
+                sha256[index] = image_sha256(native(image))
             return _resized(image, size)
 
         images = _decode_all(source, names, "image", decode, key)
-        return {"images": images, "sha256": np.array([hashes[name] for name in names], "U64")}
+        return {"images": images, "sides": sides} | ({"sha256": sha256} if hashed else {})
 
-    kinds = {"images": ("uint8", (len(names), size, size, 3)), "sha256": ("U64", (len(names),))}
-    arrays = cached(source, names, f"{size} sha256", kinds, make, cache_dir)
-    return arrays["images"], tuple(arrays["sha256"].tolist())
+    count = len(names)
+    kinds = {"images": ("uint8", (count, size, size, 3)), "sides": ("int32", (count, 2))}
+    if hashed:
+        kinds["sha256"] = ("U64", (count,))
+    what = f"{size} sha256" if hashed else str(size)
+    arrays = cached(source, names, what, kinds, make, cache_dir)
+    sha256 = arrays["sha256"].tolist() if hashed else ()
+    return Decoded(arrays["images"], arrays["sides"], tuple(sha256))
 
 
 def load_masks(
@@ -163,8 +148,8 @@ def load_masks(
         UserError: A mask cannot be decoded, is no mask, or has another size than the first.
     """
 
-    def decode(image: Image.Image, name: str) -> np.ndarray:
-        return decode_mask(image, name, f"{key}: {source}")
+    def decode(image: Image.Image, index: int) -> np.ndarray:
+        return decode_mask(image, names[index], f"{key}: {source}")
 
     def make() -> Arrays:
         masks = _decode_all(source, names, "mask", decode, key)
@@ -215,8 +200,7 @@ def native_images(source: Path, names: Sequence[str], key: str) -> LazyImages:
     files = Files(source, key)
 
     def read(place: int) -> np.ndarray:
-        where = f"{key}: image {names[place]} in {source}"
-        return _decode(files, names[place], lambda image, _: native(image), where)
+        return native(_read(files, names[place], f"{key}: image {names[place]} in {source}"))
 
     return LazyImages(len(names), read)
 
@@ -231,12 +215,12 @@ def native(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
-def _decode(files: Files, name: str, decode: Decode, where: str) -> np.ndarray:
+def _read(files: Files, name: str, where: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(files.read(name))) as image:
-            return decode(image, name)
+        data = files.read(name)
     except DECODE_ERRORS as error:
-        raise UserError(f"{where} cannot be decoded") from error
+        raise UserError(f"{where} cannot be read: {error}") from error
+    return decode_picture(data, where)
 
 
 def _decode_all(
@@ -246,7 +230,7 @@ def _decode_all(
 
     def one(index: int) -> np.ndarray:
         where = f"{key}: {what} {names[index]} in {source}"
-        array = _decode(files, names[index], decode, where)
+        array = decode(_read(files, names[index], where), index)
         if index:
             if array.shape != first.shape:
                 sizes = [f"{shape[1]}x{shape[0]}" for shape in (array.shape, first.shape)]

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 
 from fedhelp_jax.data.files import find_images, find_masks, image_ids
-from fedhelp_jax.data.images import existing_path, load_hashed_images, load_masks, native_images
-from fedhelp_jax.data.masks import class_masks
+from fedhelp_jax.data.images import existing_path, load_images, load_masks, native_images
+from fedhelp_jax.data.masks import check_aspects, class_masks
 from fedhelp_jax.data.npz import public_subset
 from fedhelp_jax.data.types import PublicDataset
 from fedhelp_jax.errors import UserError
@@ -28,10 +28,11 @@ def load_folder_public(
 ) -> PublicDataset:
     """Returns a public data set from a folder or zip file.
 
-    It holds `images/<id>`, with .jpg, .jpeg or .png; and `masks/<id>.png` or
-    `masks/<id>_segmentation.png`, all of one size, of one foreground class. A subset is the same
-    for every seed, so that a study over seeds asks the teacher once. Images at their native size
-    stay in the files, and are decoded again when a teacher is asked about them.
+    It holds `images/<id>` and `masks/<id>` or `masks/<id>_segmentation`, with the ending of any
+    picture. Masks are all of one size, of one foreground class, and have the aspect of their
+    images. A subset is the same for every seed, so that a study over seeds asks the teacher once.
+    Images at their native size stay in the files, and are decoded again when a teacher is asked
+    about them.
 
     Args:
         path: `public.path`.
@@ -61,19 +62,22 @@ def load_folder_public(
 
     ids = [ids[place] for place in public_subset(len(ids), num_examples, source)]
     labels: np.ndarray | None = None
+    files: list[str] = []
     if masks:
         files = [found[image_id] for image_id in ids]
         stored = load_masks(source, files, cache_dir=cache_dir, key=_KEY)
         labels = class_masks(stored, FOREGROUND, files, f"{_KEY}: {source}")
     where = find_images(source, ids, _KEY)
     names = [where[image_id] for image_id in ids]
-    images, sha256 = load_hashed_images(source, names, image_size, cache_dir=cache_dir, key=_KEY)
+    decoded = load_images(source, names, image_size, hashed=True, cache_dir=cache_dir, key=_KEY)
+    if labels is not None:
+        check_aspects(decoded.sides, labels.shape[1:], names, files, f"{_KEY}: {source}")
     return PublicDataset(
         name=source.stem,
         synthetic=False,
-        images=images,
+        images=decoded.images,
         labels=labels,
         label_names=FOREGROUND if masks else None,
-        sha256=sha256,
+        sha256=decoded.sha256,
         originals=native_images(source, names, _KEY),
     )

@@ -1,5 +1,6 @@
 """Masks: the class of each pixel or voxel, checked, whatever way a file spells it."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,9 @@ def class_masks(
         raise UserError(
             f"{where}: mask {names[first]} holds {int(value)}; masks of {kind} hold {right}"
         )
+    unseen = [label_names[c] for c in range(len(label_names)) if c not in values]
+    if len(label_names) > 1 and unseen:
+        logger.warning("%s: no mask shows %s", where, ", ".join(unseen))
     masks = stored.astype(np.uint8, copy=False)
     if len(label_names) == 1 and 255 in values:
         masks = (masks != 0).view(np.uint8)
@@ -97,6 +101,48 @@ def class_masks(
             names[empty[0]],
         )
     return masks
+
+
+def same_aspect(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Returns whether two sizes differ by a scale only, up to rounding each side of both.
+
+    Args:
+        one: Sides of an image or volume, in pixels or voxels.
+        other: Sides of another, as many.
+
+    >>> same_aspect((450, 600), (150, 200)), same_aspect((224, 299), (768, 1024))
+    (True, True)
+    >>> same_aspect((60, 40), (40, 60))
+    False
+    """
+    pairs = itertools.combinations(zip(one, other, strict=True), 2)
+    longest = max(one) + max(other)
+    return all(abs(a * d - b * c) <= longest for (a, b), (c, d) in pairs)
+
+
+def check_aspects(
+    sides: np.ndarray, mask: Sequence[int], names: Sequence[str], masks: Sequence[str], where: str
+) -> None:
+    """Checks that no image is of another aspect than its mask.
+
+    Images are stretched to squares, and would then not lie under their masks.
+
+    Args:
+        sides: int [n, 2] height and width of each image.
+        mask: Height and width of all masks.
+        names: [n] names of the images.
+        masks: [n] names of the masks.
+        where: Key and source, for messages.
+
+    Raises:
+        UserError: One is.
+    """
+    for image, name, mask_name in zip(sides.tolist(), names, masks, strict=True):
+        if not same_aspect(image, mask):
+            raise UserError(
+                f"{where}: mask {mask_name} is {mask[1]}x{mask[0]}, but its image {name} is "
+                f"{image[1]}x{image[0]}, of another aspect"
+            )
 
 
 def unnamed_classes(
@@ -149,11 +195,17 @@ def take_masks(
     stored = arrays.get(name)
     if stored is None or (name == "labels" and stored.shape in ((count,), (count, 1))):
         return None
+    pictures = arrays["volumes" if volumes else "images"]
     axes = "[N, D, H, W]" if volumes else "[N, H, W]"
     if stored.ndim != (4 if volumes else 3) or len(stored) != count or not stored.size:
         raise UserError(
             f"{where}: {name} must be one mask for each of {count} "
             f"{'volumes' if volumes else 'images'}, {axes}, got shape {stored.shape}"
+        )
+    if not same_aspect(stored.shape[1:], pictures.shape[1 : stored.ndim]):
+        raise UserError(
+            f"{where}: {name} of shape {stored.shape} are of another aspect than their "
+            f"{'volumes' if volumes else 'images'} of shape {pictures.shape}"
         )
     label_names = stored_names(arrays, "label_names", where)
     if label_names is None:

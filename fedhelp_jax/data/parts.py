@@ -31,7 +31,7 @@ def made(
 
     Args:
       items: What examples are made of; their ``repr`` is what tells an earlier attempt's apart.
-      make: Makes one: values are bytes, strings, numbers or arrays, the same names in all.
+      make: Makes one: values are bytes, strings, numbers or arrays.
       folder: Where parts are kept; to be removed by who has all examples.
       done: Is told how many more there are.
       size: Of a part; those of two lie in memory.
@@ -70,15 +70,10 @@ def _name(items: Sequence[Any]) -> str:
 
 def _write(path: Path, examples: Sequence[Example]) -> None:
     arrays: dict[str, np.ndarray] = {}
-    for name in examples[0]:
-        values = [example[name] for example in examples]
-        if isinstance(values[0], bytes):
+    for i, example in enumerate(examples):
+        for name, value in example.items():
             # As void, which needs no pickle and keeps what ends in zeros.
-            arrays |= {f"{name}/{i}": np.array(np.void(v)) for i, v in enumerate(values)}
-        elif isinstance(values[0], np.ndarray):
-            arrays |= {f"{name}/{i}": value for i, value in enumerate(values)}
-        else:
-            arrays[name] = np.array(values)
+            arrays[f"{name}/{i}"] = np.array(np.void(value) if isinstance(value, bytes) else value)
     write_npz(path, arrays)
 
 
@@ -90,12 +85,14 @@ def _read(path: Path) -> list[Example] | None:
     examples: list[Example] = []
     for name, array in arrays.items():
         name, _, number = name.partition("/")
-        values = [(int(number), _plain(array))] if number else enumerate(array.tolist())
-        for i, value in values:
-            examples += [{} for _ in range(i + 1 - len(examples))]
-            examples[i][name] = value
+        if not number:
+            return None  # of a version that kept all values of a name together
+        examples += [{} for _ in range(int(number) + 1 - len(examples))]
+        examples[int(number)][name] = _plain(array)
     return examples
 
 
 def _plain(array: np.ndarray) -> Any:
-    return array.tobytes() if array.dtype.kind == "V" else array
+    if array.dtype.kind == "V":
+        return array.tobytes()
+    return array if array.ndim else array.item()

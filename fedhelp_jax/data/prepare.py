@@ -8,6 +8,7 @@ has made lies in ``DATA_DIR/.unfinished/NAME[/CONFIG]`` and is gone on from; wha
 ``DATA_DIR/downloads/NAME`` and stays there.
 """
 
+import csv
 import errno
 import os
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from fedhelp_jax.data.builders import BUILDERS, catalogue
-from fedhelp_jax.data.builders.base import Builder
+from fedhelp_jax.data.builders.base import BadExample, Builder
 from fedhelp_jax.data.builders.fetch import fetch
 from fedhelp_jax.data.downloads import is_disk_full
 from fedhelp_jax.errors import UserError, suggest
@@ -75,6 +76,7 @@ def prepare(
     say: Callable[[str], None] = print,
     *,
     allow_repacked: bool = False,
+    on_bad_example: str = "refuse",
 ) -> Path:
     """Prepares a data set, or goes on where an earlier attempt was stopped.
 
@@ -84,6 +86,9 @@ def prepare(
       data_dir: As of :func:`builder`.
       say: Where progress goes.
       allow_repacked: Takes files whose official checksum differs, and only says so.
+      on_bad_example: "refuse" ends at the first example whose files are unusable; "skip" leaves
+        such examples out, and lists them in ``quarantine.csv`` in the folder of the prepared set.
+        Sets of TFDS's catalogue are always refused.
 
     Returns:
       The folder of the prepared set.
@@ -96,6 +101,7 @@ def prepare(
         made = catalogue.builder(name, data_dir, "array_record")
     else:
         made = builder(name, data_dir)
+        made.allow_repacked, made.skip_bad = allow_repacked, on_bad_example == "skip"
     folder = Path(made.data_path)
     if folder.exists():
         return _there_already(folder, say)
@@ -109,7 +115,7 @@ def prepare(
     with exclusive_lock(lock, f"--data_dir={made.data_dir_root}", wait):
         if folder.exists():
             return _there_already(folder, say)
-        return _make(name, made, manual_dir, allow_repacked, say)
+        return _make(name, made, manual_dir, say)
 
 
 def _check_manual_dir(name: str, made: tfds.core.DatasetBuilder, manual_dir: str | None) -> None:
@@ -136,11 +142,9 @@ def _make(
     name: str,
     made: tfds.core.DatasetBuilder,
     manual_dir: str | None,
-    allow_repacked: bool,
     say: Callable[[str], None],
 ) -> Path:
     if isinstance(made, Builder):
-        made.allow_repacked = allow_repacked
         _prepare(name, made, manual_dir, say)
     else:
         catalogue.prepare(name, made, manual_dir, say)
@@ -178,6 +182,12 @@ def _prepare(name: str, made: Builder, manual_dir: str | None, say: Callable[[st
         else:
             raise
         raise UserError(f"{made.data_dir_root}: {said}") from None
+    if made.bad:
+        listed = Path(made.data_path) / "quarantine.csv"
+        with listed.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerows([BadExample._fields, *made.bad])
+        say(f"{len(made.bad)} examples that cannot be used are left out, listed in {listed}")
     shutil.rmtree(made.scratch)
 
 

@@ -6,7 +6,6 @@ which need no TensorFlow to be read.
 """
 
 import contextlib
-import io
 import itertools
 import logging
 import os
@@ -19,17 +18,17 @@ import numpy as np
 from PIL import Image
 
 from fedhelp_jax.data.cache import Arrays, cached
-from fedhelp_jax.data.clients import GROUP, SITE, Column, Examples, Splitting, make_clients
-from fedhelp_jax.data.images import DECODE_ERRORS, LazyImages, native, resize
-from fedhelp_jax.data.masks import class_masks, stored_values, unnamed_classes
+from fedhelp_jax.data.clients import GROUP, SITE, Examples, Splitting, make_clients, make_column
+from fedhelp_jax.data.images import LazyImages, native, resize
+from fedhelp_jax.data.masks import class_masks, same_aspect, stored_values, unnamed_classes
 from fedhelp_jax.data.npz import public_subset
+from fedhelp_jax.data.pictures import DECODE_ERRORS, decode_picture
 from fedhelp_jax.data.sharing import Sharing
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, image_sha256
-from fedhelp_jax.data.volumes import resize_mask, resize_volume
+from fedhelp_jax.data.volumes import check_finite, resize_mask, resize_volume
 from fedhelp_jax.errors import UserError, suggest
 
 _AT_ONCE = 256  # examples read before they are decoded
-_READ_ERRORS = (*DECODE_ERRORS, RuntimeError)
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +93,11 @@ def load_prepared(
     for column, names in columns.items():
         kinds[f"column {column}"] = ("U" if names is None else "int64", (stored.count,))
     arrays = cached(stored.folder, stored.files, stored.what, kinds, make, cache_dir)
-    found: dict[str, Column] = {}
-    for column, names in columns.items():
-        values = arrays[f"column {column}"]
-        if names is None:
-            names, values = np.unique(values, return_inverse=True)
-        found[column] = Column(values, list(names))
+    ids = arrays["ids"].tolist()
+    found = {
+        column: make_column(column, arrays[f"column {column}"], names, ids)
+        for column, names in columns.items()
+    }
     where = f"data.name: {name}"
     groups = found[GROUP].codes if GROUP in found else np.arange(stored.count)
     labels, label_names = stored.labels(arrays["targets"], arrays["ids"], where)
@@ -109,6 +107,7 @@ def load_prepared(
         groups=groups,
         is_test=arrays["is_test"] if "test" in stored.splits else None,
         columns=found,
+        names=ids,
     )
     return FederatedDataset(
         name=_file_name(name),
@@ -307,14 +306,15 @@ class _Stored:
 
         def row(one: tuple[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
             (split, i), example = one
-            identity = example.get("id", f"{split} {i:09}")
-            found: dict[str, Any] = {"split": split, "id": _text(identity)}
-            picture = self._native(example)
+            identity = _identity(split, i, example)
+            found: dict[str, Any] = {"split": split, "id": identity}
+            where = f"{self.key}: example {identity} of {self.name}"
+            picture = self._native(example, where)
             found["image"] = self._resized(picture)
             if hashed:
                 found["sha256"] = image_sha256(picture)
             if self.target is not None:
-                found["target"] = self._target(example)
+                found["target"] = self._target(example, picture.shape, where)
             found["columns"] = {
                 column: _text(example[column]) if names is None else int(example[column])
                 for column, names in columns.items()
@@ -331,13 +331,15 @@ class _Stored:
         """A picture at its native size."""
         split, i = place
         with self._undamaged():
-            return self._native(self._sources[split][i])
+            example = self._sources[split][i]
+            where = f"{self.key}: example {_identity(split, i, example)} of {self.name}"
+            return self._native(example, where)
 
     @contextlib.contextmanager
     def _undamaged(self) -> Iterator[None]:
         try:
             yield
-        except _READ_ERRORS as error:
+        except DECODE_ERRORS as error:
             said = " ".join(str(error).split())
             raise UserError(
                 f"{self.key}: {self.name} in {self.folder} cannot be read: {said}; if it is "
@@ -369,26 +371,32 @@ class _Stored:
             return ours.mask_names
         return None
 
-    def _native(self, example: dict[str, Any]) -> np.ndarray:
-        if self.volumes:
-            volume = example["volume"]
-            return volume if volume.dtype == np.uint8 else volume.astype(np.float32, copy=False)
-        with Image.open(io.BytesIO(example["image"])) as image:
-            return native(image)
+    def _native(self, example: dict[str, Any], where: str) -> np.ndarray:
+        if not self.volumes:
+            return native(decode_picture(example["image"], where))
+        volume = example["volume"]
+        if volume.dtype != np.uint8:
+            with np.errstate(over="ignore"):
+                volume = volume.astype(np.float32, copy=False)
+        check_finite(volume, where)
+        return volume
 
     def _resized(self, picture: np.ndarray) -> np.ndarray:
         if self.volumes:
             return resize_volume(picture, self._size)
         return resize(Image.fromarray(picture).convert("RGB"), self._size[0])
 
-    def _target(self, example: dict[str, Any]) -> np.ndarray:
+    def _target(self, example: dict[str, Any], shape: tuple[int, ...], where: str) -> np.ndarray:
         if not self.masks:
             return np.asarray(example["label"], np.int32)
         mask = example["mask"]
         if isinstance(mask, bytes):
-            with Image.open(io.BytesIO(mask)) as image:
-                mask = np.asarray(image.convert("L"))
-        return resize_mask(mask.reshape(mask.shape[: len(self._size)]), self._size)
+            mask = np.asarray(decode_picture(mask, f"{where}, its mask,").convert("L"))
+        mask = mask.reshape(mask.shape[: len(self._size)])
+        if not same_aspect(mask.shape, shape[: len(self._size)]):
+            sides = [" x ".join(map(str, sides)) for sides in (mask.shape, shape)]
+            raise UserError(f"{where} has a mask of {sides[0]}, of another aspect than {sides[1]}")
+        return resize_mask(mask, self._size)
 
 
 def _opened(name: str, data_dir: str | None, key: str) -> Any:
@@ -428,6 +436,10 @@ def _base(name: str) -> str:
 
 def _file_name(name: str) -> str:
     return name.replace("/", "_").replace(":", "_")
+
+
+def _identity(split: str, place: int, example: dict[str, Any]) -> str:
+    return _text(example.get("id", f"{split} {place:09}"))
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:

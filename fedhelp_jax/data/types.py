@@ -1,12 +1,16 @@
 """What every data source returns, and the checks that all of it passes."""
 
 import hashlib
+import logging
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fedhelp_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class ClientSplit(NamedTuple):
@@ -130,6 +134,9 @@ def of_public(public: PublicDataset) -> str:
 def check_federated(dataset: FederatedDataset) -> FederatedDataset:
     """Returns `dataset` unchanged, once it is known to be usable.
 
+    Classes that nobody has an example of, and images with the same pixels on two sides of a split,
+    are told in a warning.
+
     Raises:
         UserError: A client has no training or no test example, or shares an example between
             its own splits or with another client, or a label is outside the label names.
@@ -165,4 +172,33 @@ def check_federated(dataset: FederatedDataset) -> FederatedDataset:
                 f"or one of another client"
             )
         owner[indices] = number
+    if labels.ndim == 1:
+        unseen = np.bincount(labels[owner >= 0], minlength=num_classes) == 0
+        if unseen.any():
+            names = ", ".join(dataset.label_names[c] for c in np.flatnonzero(unseen))
+            logger.warning("data %s: no client has an example of %s", dataset.name, names)
+    _tell_of_copies(dataset)
     return dataset
+
+
+def _tell_of_copies(dataset: FederatedDataset) -> None:
+    """Warns of examples with the same pixels as one on another side of a split, of any client."""
+    seen: dict[int, list[int]] = {}  # examples by the checksum of their pixels
+    for split, others in (("train", ""), ("validation", "train"), ("test", "train or validation")):
+        members = np.sort(np.concatenate([getattr(client, split) for client in dataset.clients]))
+        images = {i: np.ascontiguousarray(dataset.images[i]) for i in members.tolist()}
+        sums = {i: zlib.crc32(image.data) for i, image in images.items()}
+        # Different pixels may have one checksum: where two agree, the pixels decide.
+        copies = [
+            i
+            for i, image in images.items()
+            if any(np.array_equal(image, dataset.images[j]) for j in seen.get(sums[i], ()))
+        ]
+        if copies:
+            logger.warning(
+                "data %s: %d of %d %s examples have the pixels of another in %s; the first is "
+                "example %d",
+                *(dataset.name, len(copies), len(members), split, others, copies[0]),
+            )
+        for i in members.tolist():
+            seen.setdefault(sums[i], []).append(i)

@@ -3,10 +3,29 @@
 import numpy as np
 
 from fedhelp_jax.data.partition import rng_for
+from fedhelp_jax.errors import UserError
 from fedhelp_jax.memory import check_fits
 
 # Volumes are worked on in blocks of about so many voxels, so that memory stays small.
 _BLOCK_VOXELS = 2**24
+
+
+def check_finite(volume: np.ndarray, where: str) -> None:
+    """Checks that all voxels are numbers.
+
+    Args:
+        volume: Voxels of any type and shape.
+        where: Key and file, for messages.
+
+    Raises:
+        UserError: Some are NaN or infinite.
+    """
+    if volume.dtype.kind == "f" and not np.isfinite(volume).all():
+        count = int((~np.isfinite(volume)).sum())
+        raise UserError(
+            f"{where}: {count} of {volume.size} voxels are NaN or infinite; replace them by "
+            "numbers, such as that of air, first"
+        )
 
 
 def resize_volumes(volumes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
@@ -18,7 +37,11 @@ def resize_volumes(volumes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     Args:
         volumes: uint8 or float32 [N, D, H, W].
         size: The three sides of the result; volumes that have them already keep their voxels.
+
+    Raises:
+        UserError: A voxel is not finite: it would spread over the whole volume.
     """
+    check_finite(volumes, "volumes to be resized")
     if volumes.shape[1:] == tuple(size):
         return np.ascontiguousarray(volumes)[..., None]
     check_fits((len(volumes), *size), volumes.dtype.name, "data.volume_size", "the volumes")

@@ -15,7 +15,7 @@ from tensorflow_datasets.core import file_adapters
 
 from fedhelp_jax.data import downloads, parts
 from fedhelp_jax.data.builders import BUILDERS
-from fedhelp_jax.data.builders.base import opened
+from fedhelp_jax.data.builders.base import decoded
 from fedhelp_jax.data.images import load_images
 from fedhelp_jax.data.prepare import builder, names
 from fedhelp_jax.errors import UserError
@@ -118,8 +118,7 @@ def test_the_reader_of_raw_files_refuses_an_absurdly_large_picture(tmp_path, abs
 
 def test_a_picture_of_a_download_that_is_absurdly_large(absurd):
     with pytest.raises(UserError, match=r"--manual_dir: x/a.png cannot be decoded: Image size"):
-        with opened(absurd, "x/a.png"):
-            pass
+        decoded(absurd, "x/a.png")
 
 
 # --- where the prepared set is written ---

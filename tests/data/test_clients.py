@@ -151,3 +151,13 @@ def test_without_sites_clients_are_made_by_fractions():
     clients = made(None, EXAMPLES._replace(columns={}))
     sizes = [sum(map(len, client[1:])) for client in clients]
     assert np.abs(np.array(sizes) - [120, 72, 48]).max() <= 3
+
+
+def test_examples_of_an_unknown_value_are_left_out_with_a_word(caplog):
+    codes = np.where(np.arange(240) < 30, -1, PATIENT % 2)
+    columns = COLUMNS | {"sex": Column(codes, ["f", "m"])}
+    with caplog.at_level(logging.WARNING):
+        clients = made("column:sex", EXAMPLES._replace(columns=columns))
+    assert "30 of 240 examples are of unknown sex, such as example 0: left out" in caplog.text
+    assert [client.name for client in clients] == ["f", "m"]
+    assert min(part.min() for client in clients for part in client[1:]) >= 30

@@ -192,7 +192,7 @@ def test_tables(folder):
             (["d.csv"], [], "has more than one, x/d.csv and y/d.csv"),
             (["a.csv"], ["age|years"], "has no column age or years; it has id, name"),
             (["b.csv"], ["id"], "has no rows"),
-            (["c.csv"], ["id"], "is no CSV file"),
+            (["c.csv"], ["id"], "cannot be read as a CSV file"),
         ]:
             with pytest.raises(UserError, match=words):
                 download.table(names, columns)
@@ -205,3 +205,12 @@ def test_what_is_missing_and_what_is_there_twice(tmp_path):
     with pytest.raises(UserError, match="t.csv has image b 2 times"):
         check_unique("abbc", "image", "t.csv")
     check_unique("abc", "image", "t.csv")
+
+
+def test_pictures_of_other_endings_are_said(folder):
+    write_folder(folder, {f"images/{name}": b"-" for name in ("a.PNG", "b.tif", "c.jpg", "d.txt")})
+    said = []
+    with opened(folder, say=said.append) as download:
+        assert list(download.by_stem((".png",), "images")) == ["a"]
+    line = "2 pictures that do not end in .png are not read: images/b.tif, images/c.jpg"
+    assert said[-1] == line

@@ -103,6 +103,30 @@ def test_without_lesion_ids(fixture, caplog):
     assert "an unknown number of lesions" in caplog.text
 
 
+def test_images_of_unknown_lesions_have_one_each(fixture):
+    """However a table spells it; none is dropped for another's sake."""
+    known = fixture.load()
+    for row in fixture.rows[:10]:
+        row[4] = ""
+    blank = fixture.load()
+    assert not np.array_equal(known.clients[0].train, blank.clients[0].train)
+    for spelled in ("nan", " NA", "None"):
+        for row in fixture.rows:
+            row[4] = row[4] if row[4].startswith("HAM") else spelled
+        data = fixture.load()
+        for one, two in zip(blank.clients, data.clients, strict=True):
+            assert all(map(np.array_equal, one[1:], two[1:]))
+
+
+def test_blanks_after_commas(fixture):
+    plain = fixture.load()
+    fixture.rows = [[f" {value}" for value in row] for row in fixture.rows]
+    spaced = fixture.load(columns=[f" {name}" for name in COLUMNS])
+    assert np.array_equal(plain.labels, spaced.labels)
+    for one, two in zip(plain.clients, spaced.clients, strict=True):
+        assert all(map(np.array_equal, one[1:], two[1:]))
+
+
 def test_missing_images_are_counted(fixture):
     fixture.write_zip(row[0] for row in fixture.rows if row[0] not in ("ISIC_005", "ISIC_017"))
     with pytest.raises(UserError) as caught:
@@ -125,6 +149,7 @@ def test_missing_images_are_counted(fixture):
         (1, -1, "target must be in 0..7, got '-1'"),
         (1, "", "target must be in 0..7, got ''"),
         (1, "1.0", "target must be in 0..7, got '1.0'"),
+        (2, "nan", "center must be a whole number, got 'nan'"),
         (2, "Vienna", "center must be a whole number, got 'Vienna'"),
         (3, "val", "fold must be train or test, got 'val'"),
     ],

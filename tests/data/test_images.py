@@ -69,13 +69,13 @@ def test_images_are_found_in_folder_and_zip(folder, archive):
 
 def test_folder_and_zip_decode_alike(folder, archive, tmp_path):
     cache = str(tmp_path / "cache")
-    one = load_images(folder, NAMES, 8, cache_dir=cache)
-    two = load_images(archive, NAMES, 8, cache_dir=cache)
+    one = load_images(folder, NAMES, 8, cache_dir=cache).images
+    two = load_images(archive, NAMES, 8, cache_dir=cache).images
     assert one.shape == (3, 8, 8, 3) and one.dtype == np.uint8
     assert np.array_equal(one, two)
     assert np.array_equal(one[1, ..., 0], one[1, ..., 2])  # grey became RGB
     assert not np.array_equal(one[0, ..., 0], one[0, ..., 2])
-    assert np.array_equal(load_images(folder, NAMES[::-1], 8, cache_dir=cache), one[::-1])
+    assert np.array_equal(load_images(folder, NAMES[::-1], 8, cache_dir=cache).images, one[::-1])
 
 
 def test_resizing_is_antialiased_and_native_size_is_kept():
@@ -91,8 +91,8 @@ def test_resizing_is_antialiased_and_native_size_is_kept():
 
 
 def test_cache_hit_is_equal_and_decodes_nothing(archive, tmp_path, decoded):
-    first = load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "cache"))
-    second = load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "cache"))
+    first = load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "cache")).images
+    second = load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "cache")).images
     assert np.array_equal(first, second)
     assert len(decoded) == 1
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".npz"]
@@ -100,7 +100,7 @@ def test_cache_hit_is_equal_and_decodes_nothing(archive, tmp_path, decoded):
 
 def test_cache_notices_what_has_changed(folder, archive, tmp_path, decoded):
     def load(source, names=NAMES, size=8):
-        return load_images(source, names, size, cache_dir=str(tmp_path / "cache"))
+        return load_images(source, names, size, cache_dir=str(tmp_path / "cache")).images
 
     before = load(folder)
     load(folder, size=9)
@@ -117,7 +117,7 @@ def test_cache_notices_what_has_changed(folder, archive, tmp_path, decoded):
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "shape"])
 def test_damaged_cache_is_silently_redone(archive, tmp_path, decoded, damage, caplog):
-    first = load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "cache"))
+    first = load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "cache")).images
     (file,) = (tmp_path / "cache").iterdir()
     content = bytearray(file.read_bytes())
     if damage == "flip":
@@ -132,7 +132,7 @@ def test_damaged_cache_is_silently_redone(archive, tmp_path, decoded, damage, ca
         file.write_bytes(content)
     for _ in range(2):
         assert np.array_equal(
-            load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "cache")), first
+            load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "cache")).images, first
         )
     assert len(decoded) == 2
     assert not caplog.records
@@ -150,7 +150,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_a_cache_that_cannot_be_written_is_done_without(archive, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING):
-        images = load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "file"))
+        images = load_images(archive, NAMES, 8, cache_dir=str(tmp_path / "file")).images
     assert images.shape == (3, 8, 8, 3)
     assert "cannot be written" in caplog.text
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fedhelp_jax.data import fed_isic2019
+from fedhelp_jax.data.images import Decoded
 from fedhelp_jax.data.load import load_federated, load_public
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import DataConfig, PublicConfig
@@ -39,7 +40,8 @@ def test_real_centres(real, split, tmp_path, monkeypatch):
     if split == "official":
         # Its images are mostly those of "grouped": once is enough to decode them.
         def blank(source, names, size, **_):
-            return np.full((len(names), size, size, 3), 150, np.uint8)
+            images = np.full((len(names), size, size, 3), 150, np.uint8)
+            return Decoded(images, np.full((len(names), 2), size), ())
 
         monkeypatch.setattr(fed_isic2019, "load_images", blank)
     config = DataConfig(

@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 PIXELS = {
     "b": RNG.integers(0, 256, (9, 12, 3), dtype=np.uint8),
     "a": RNG.integers(0, 256, (9, 12), dtype=np.uint8),
-    "d": RNG.integers(0, 256, (7, 7, 3), dtype=np.uint8),
+    "d": RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8),
     "c.1": RNG.integers(0, 256, (9, 12, 3), dtype=np.uint8),
 }
 MASKS = {name: RNG.integers(0, 2, (18, 24), dtype=np.uint8) for name in PIXELS}
@@ -81,7 +81,7 @@ def test_images_masks_hashes_and_originals(folder, load):
 
 def test_images_are_resized_as_private_ones_are(folder, load, tmp_path):
     names = [f"images/{name}.png" for name in IDS]
-    private = load_images(folder, names, 8, cache_dir=str(tmp_path / "other"))
+    private = load_images(folder, names, 8, cache_dir=str(tmp_path / "other")).images
     assert np.array_equal(load(folder).images, private)
 
 
@@ -113,7 +113,9 @@ def test_images_without_a_mask_are_left_out_and_said(folder, load, caplog):
     (folder / "masks" / "stray.png").write_bytes(b"of no image")
     with caplog.at_level(logging.WARNING):
         public = load(folder)
-    (record,) = caplog.records
+    (others, record) = caplog.records
+    said = "1 that are no pictures by their names are not read: images/notes.txt"
+    assert others.getMessage() == f"public.path: {folder}: {said}"
     assert record.getMessage() == "public.path: 1 of 4 images have no mask: left out"
     assert public.sha256 == tuple(image_sha256(PIXELS[name]) for name in IDS[1:])
     assert np.array_equal(public.labels, np.stack([MASKS[name] for name in IDS[1:]]))
@@ -156,7 +158,7 @@ def test_a_picture_that_is_gone_is_named_when_asked_for(folder, load):
     originals = load(folder).originals
     (folder / "images" / "b.png").unlink()
     line = refusal(lambda: originals[1])
-    assert line == f"public.path: image images/b.png in {folder} cannot be decoded"
+    assert line.startswith(f"public.path: image images/b.png in {folder} cannot be read: ")
     assert np.array_equal(originals[0], PIXELS["a"])
 
 
@@ -204,3 +206,59 @@ def test_folders_that_are_no_data(folder, load, tmp_path):
     assert "is neither a folder nor a zip file" in refusal(lambda: load(tmp_path / "masks/a.png"))
     assert refusal(lambda: load("")).startswith("public.path is not set; it must name a folder")
     assert "does not exist" in refusal(lambda: load(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_pictures_of_all_endings_are_read_and_what_is_none_is_named(tmp_path, load, caplog, as_zip):
+    folder = tmp_path / "mixed"
+    (folder / "images" / "more").mkdir(parents=True)
+    endings = {"jpg": "JPEG", "JPG": "JPEG", "tif": "TIFF", "bmp": "BMP", "PNG": "PNG"}
+    for number, (ending, kind) in enumerate(endings.items()):
+        Image.fromarray(PIXELS["b"]).save(folder / "images" / f"x{number}.{ending}", kind)
+    for name in ("a.dcm", "b.txt", "more/x.png"):
+        (folder / "images" / name).write_bytes(b"-")
+    with caplog.at_level(logging.WARNING):
+        public = load(zipped(folder) if as_zip else folder, masks=False)
+    assert len(public.images) == 5
+    (record,) = caplog.records
+    words = "3 that are no pictures by their names are not read: "
+    assert record.getMessage().endswith(f"{words}images/a.dcm, images/b.txt, images/more/")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("images/b.jpg", "images/b.png"),
+        ("b.PNG", "images/b.png"),
+        ("masks/b.png", "masks/b.tif"),
+        ("masks/b.png", "masks/b_segmentation.png"),
+    ],
+)
+def test_two_files_of_one_image_are_refused(folder, load, one, other):
+    for name in (one, other):
+        (folder / name).write_bytes(png(PIXELS["b"]))
+    assert f"{folder} has both {one} and {other}; b must be one" in refusal(lambda: load(folder))
+
+
+def test_a_mask_of_another_aspect_is_refused_by_name(folder, load):
+    (folder / "images/b.png").write_bytes(png(PIXELS["b"].transpose(1, 0, 2)))
+    said = "mask masks/b.png is 24x18, but its image images/b.png is 9x12, of another aspect"
+    for _ in range(2):  # the second time nothing is decoded
+        assert refusal(lambda: load(folder)) == f"public.path: {folder}: {said}"
+
+
+def test_images_and_masks_are_turned_as_their_orientation_says(tmp_path, load):
+    folder, shown = tmp_path / "turned", np.zeros((60, 40), np.uint8)
+    shown[5:20, 5:20] = 255
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for number, (turns, orientation) in enumerate(((0, 1), (1, 6), (2, 3), (3, 8))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = Image.fromarray(np.rot90(shown, turns))
+        turned.save(folder / f"images/a{number}.png", exif=exif)
+        turned.save(folder / f"masks/a{number}.tif", exif=exif)
+    public = load(folder)
+    assert np.array_equal(public.labels, np.repeat(shown[None] // 255, 4, axis=0))
+    assert all(np.array_equal(original, shown) for original in public.originals)
+    assert len(set(public.sha256)) == 1 and np.array_equal(public.images[0], public.images[3])

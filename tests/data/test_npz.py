@@ -173,13 +173,13 @@ def test_public_volumes(tmp_path):
 
 
 def test_public_masks_go_with_their_images(tmp_path):
-    path = saved(tmp_path / "p.npz", images=COLOUR, masks=MASKS)
+    path = saved(tmp_path / "p.npz", images=COLOUR, masks=MASKS[:, :, :20])
     plain = load_npz_public(saved(tmp_path / "q.npz", images=COLOUR), 7, 10)
     some = load_npz_public(path, 7, 10, masks=True)
     assert some.sha256 == plain.sha256
     kept = [image.tobytes() for image in COLOUR]
     places = [kept.index(image.tobytes()) for image in some.images]
-    assert some.labels is not None and np.array_equal(some.labels, MASKS[places])
+    assert some.labels is not None and np.array_equal(some.labels, MASKS[places, :, :20])
 
 
 @pytest.mark.parametrize("labels", [None, LABELS, LABELS[:, None]])

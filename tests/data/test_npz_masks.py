@@ -15,8 +15,8 @@ N = 40
 IMAGES = RNG.integers(0, 256, (N, 10, 12), dtype=np.uint8)
 COLOUR = RNG.integers(0, 256, (N, 10, 12, 3), dtype=np.uint8)
 VOLUMES = RNG.integers(1, 256, (N, 6, 8, 4), dtype=np.uint8)
-BINARY = RNG.integers(0, 2, (N, 20, 15), dtype=np.uint8)
-LABELS = RNG.integers(0, 3, (N, 7, 8, 9), dtype=np.uint8)
+BINARY = RNG.integers(0, 2, (N, 20, 24), dtype=np.uint8)
+LABELS = RNG.integers(0, 3, (N, 9, 12, 6), dtype=np.uint8)
 SITE = np.array([2, 0] * 15 + [0] * 10)
 FRACTIONS = (0.6, 0.3, 0.1)
 
@@ -180,7 +180,7 @@ ODD[7, 2, 2] = 9
         ({"volumes": VOLUMES * 1.0, "masks": LABELS}, "volumes must be uint8, got float64"),
         ({"volumes": COLOUR[0], "masks": LABELS}, "volumes must be \\[N, D, H, W\\] and not empty"),
         (GOOD | {"masks": BINARY[1:]}, "masks must be one mask for each of 40 images, \\[N, H, W]"),
-        (GOOD | {"masks": LABELS}, "masks must be .*\\[N, H, W\\], got shape \\(40, 7, 8, 9\\)"),
+        (GOOD | {"masks": LABELS}, "masks must be .*\\[N, H, W\\], got shape \\(40, 9, 12, 6\\)"),
         ({"volumes": VOLUMES, "labels": BINARY}, "labels must be .* 40 volumes, \\[N, D, H, W\\]"),
         (GOOD | {"masks": BINARY / 1.0}, "masks must be integers or bools, got float64"),
         (GOOD | {"masks": 0 * BINARY}, "masks: all 40 masks are empty"),
@@ -272,3 +272,16 @@ def test_real_hippocampi(real):
     # Volumes and masks lie on each other: the hippocampus is not where the padding is.
     masks = plain.labels[:, ::2, ::2, ::2, None] > 0
     assert np.mean(black[masks]) < 0.01
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"images": IMAGES, "masks": BINARY.transpose(0, 2, 1)},
+        {"volumes": VOLUMES, "labels": LABELS.transpose(0, 3, 2, 1)},
+    ],
+)
+def test_masks_of_another_aspect_are_refused(tmp_path, arrays):
+    np.savez(tmp_path / "x.npz", **arrays)
+    line = refusal(lambda: load(tmp_path / "x.npz"))
+    assert re.search("^data.dir: .*x.npz: (masks|labels) of shape .* are of another aspect", line)

@@ -105,6 +105,33 @@ MASK_FEATURES = {
 }
 
 
+@pytest.mark.parametrize("spelled", ["", "nan", "N/A"])
+def test_an_unknown_patient_is_of_one_example(tmp_path, spelled):
+    examples = with_grey_masks(lesions())
+    for number, example in enumerate(examples):
+        example["group"] = spelled if number % 3 else f"p{number}"
+    write_set(tmp_path / "data", "lesions", MASK_FEATURES, {"train": examples})
+    by_name = private(tmp_path, "tfds:lesions", masks=True)
+    for number, example in enumerate(examples):
+        example["group"] = f"p{number}"
+    write_set(tmp_path / "data", "other", MASK_FEATURES, {"train": examples})
+    alone = private(tmp_path, "tfds:other", masks=True)
+    for one, two in zip(by_name.clients, alone.clients, strict=True):
+        assert [len(part) for part in one[1:]] == [len(part) for part in two[1:]]
+
+
+def test_an_unknown_site_is_refused_unless_clients_are_others(tmp_path):
+    features = MASK_FEATURES | {"site": tfds.features.Text()}
+    examples = with_grey_masks(lesions())
+    for number, example in enumerate(examples):
+        example["site"] = "NaN" if number in (5, 7) else f"h{number % 2}"
+    write_set(tmp_path / "data", "lesions", features, {"train": examples})
+    with pytest.raises(UserError, match="2 of 24 examples are of unknown site, such as i05; name"):
+        private(tmp_path, "tfds:lesions", masks=True)
+    shared = private(tmp_path, "tfds:lesions", masks=True, split_by="iid", num_clients=2)
+    assert sum(len(part) for client in shared.clients for part in client[1:]) == 24
+
+
 def with_grey_masks(examples):
     return [example | {"mask": example["mask"][..., 0]} for example in examples]
 
@@ -414,4 +441,24 @@ def test_files_that_need_tensorflow_are_refused(tmp_path, monkeypatch):
     info = (folder / "dataset_info.json").read_text()
     (folder / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match="lesions .* is not in array_record files"):
+        private(tmp_path, "tfds:lesions", masks=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_voxel_that_is_no_number_is_refused_by_name(tmp_path, value):
+    examples = volumes()
+    examples[4]["volume"][1, 2, 3] = value
+    write_set(tmp_path / "data", "brains", volume_features(None), {"train": examples})
+    said = "example v04 of brains: 1 of [0-9]+ voxels are NaN or infinite"
+    with pytest.raises(UserError, match=f"^data.name: {said}"):
+        private(tmp_path, "tfds:brains", masks=True, volume_size=(8, 10, 12))
+    with pytest.raises(UserError, match=f"^public.name: {said}"):
+        public(tmp_path, "tfds:brains", masks=True)
+
+
+def test_a_mask_of_another_aspect_is_refused_by_name(tmp_path):
+    examples = with_grey_masks(lesions())
+    examples[6]["image"] = examples[6]["image"].transpose(1, 0, 2)
+    write_set(tmp_path / "data", "lesions", MASK_FEATURES, {"train": examples})
+    with pytest.raises(UserError, match="example i06 of lesions has a mask of 14 x 20, of another"):
         private(tmp_path, "tfds:lesions", masks=True)

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from fedhelp_jax.data import types
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset, check_federated, image_sha256
 from fedhelp_jax.errors import UserError
 
@@ -21,6 +22,45 @@ def dataset(*clients, labels=(0, 1, 0, 1)):
 def test_a_client_with_one_example_to_train_on_is_enough():
     toy = dataset(split(), split("b", (2,), (), (3,)))
     assert check_federated(toy) is toy
+
+
+def distinct(*clients, labels=(0, 1) * 4):
+    toy = dataset(*clients, labels=labels)
+    toy.images[:] = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
+    return toy
+
+
+TWO = split("a", (0, 1), (2,), (3,)), split("b", (4,), (), (5, 6))
+
+
+def test_copies_on_two_sides_of_a_split_are_counted(caplog):
+    check_federated(distinct(*TWO))
+    toy = distinct(*TWO)
+    toy.images[1] = toy.images[0]  # both to train on, which is no matter
+    toy.images[7] = toy.images[3]  # nobody's
+    assert not caplog.records and check_federated(toy) is toy and not caplog.records
+    toy.images[5] = toy.images[0]  # of another client
+    toy.images[6] = toy.images[2]
+    toy.images[2] = toy.images[4]
+    check_federated(toy)
+    assert [record.getMessage() for record in caplog.records] == [
+        "data toy: 1 of 1 validation examples have the pixels of another in train; the first is "
+        "example 2",
+        "data toy: 1 of 3 test examples have the pixels of another in train or validation; the "
+        "first is example 5",
+    ]
+
+
+def test_pixels_decide_and_not_their_checksum(monkeypatch, caplog):
+    monkeypatch.setattr(types.zlib, "crc32", lambda data: 0)
+    check_federated(distinct(*TWO))
+    assert not caplog.records
+
+
+def test_a_class_that_nobody_has_is_told(caplog):
+    check_federated(distinct(*TWO, labels=(0,) * 7 + (1,)))
+    (record,) = caplog.records
+    assert record.getMessage() == "data toy: no client has an example of y"
 
 
 @pytest.mark.parametrize(

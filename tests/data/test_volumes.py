@@ -5,6 +5,7 @@ import pytest
 
 from fedhelp_jax.data import volumes as module
 from fedhelp_jax.data.volumes import resize_volumes, scanner_shift
+from fedhelp_jax.errors import UserError
 
 VOLUMES = np.random.default_rng(0).integers(0, 256, (3, 8, 9, 10), dtype=np.uint8)
 
@@ -107,3 +108,11 @@ def test_the_bias_is_smooth():
     field = scanner_shift(np.repeat(scan[None], 40, 0), seed=1, client=0).astype(float).mean(0)
     steps = [np.abs(np.diff(field, axis=axis)).max() for axis in range(3)]
     assert max(steps) < 0.35 * np.ptp(field)
+
+
+def test_voxels_that_are_no_numbers_are_refused():
+    volumes = np.ones((2, 4, 4, 4), np.float32)
+    volumes[1, 2, 3, 0] = np.nan
+    for size in ((2, 2, 2), (4, 4, 4)):
+        with pytest.raises(UserError, match="1 of 128 voxels are NaN or infinite"):
+            resize_volumes(volumes, size)

@@ -18,8 +18,8 @@ from PIL import Image
 
 from fedhelp_jax.data.builders.fetch import Remote
 from fedhelp_jax.data.downloads import KEY, Download
-from fedhelp_jax.data.images import DECODE_ERRORS
 from fedhelp_jax.data.parts import SIZE, Example, made
+from fedhelp_jax.data.pictures import decode_picture
 from fedhelp_jax.errors import UserError
 
 
@@ -57,6 +57,19 @@ class Item(NamedTuple):
     fields: Mapping[str, Any]
 
 
+class BadExample(NamedTuple):
+    """An example that was left out, and why; fields are the columns of quarantine.csv."""
+
+    split: str
+    example: str
+    files: str
+    reason: str
+
+
+# The only feature of an example that could not be made: why.
+_BAD = "bad"
+
+
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A builder whose data the user has downloaded, or that fetches them itself.
 
@@ -84,6 +97,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # Set by who prepares.
     scratch: Path
     allow_repacked: bool = False
+    skip_bad: bool = False
     say: Callable[[str], None] = staticmethod(print)
     planned: Callable[[int], None] = staticmethod(lambda count: None)
     done: Callable[[int], None] = staticmethod(lambda count: None)
@@ -135,6 +149,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def download_and_prepare(self, **options: Any) -> None:
         """As TFDS does it; archives are closed at its end, or where it fails."""
+        self.bad: list[BadExample] = []
         with contextlib.ExitStack() as self._opened:
             super().download_and_prepare(**options)
 
@@ -180,15 +195,32 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         stamped = [(item, version, *map(download.stamp, item.files)) for item in items]
 
         def make(one: tuple[Any, ...]) -> Example:
-            return self.make(download, one[0])
+            try:
+                return self.make(download, one[0])
+            except UserError as error:
+                if not self.skip_bad:
+                    raise
+                return {_BAD: str(error)}
 
         images = {
             name for name, kind in self.features().items() if isinstance(kind, tfds.features.Image)
         }
         examples = made(stamped, make, self.scratch / split, self.done, self.part_size)
+        before = len(self.bad)
         for item, example in zip(items, examples, strict=True):
+            if _BAD in example:
+                if not self.skip_bad:  # an earlier attempt left it out
+                    raise UserError(example[_BAD])
+                self.bad.append(BadExample(split, item.key, " ".join(item.files), example[_BAD]))
+                continue
             encoded = {name: io.BytesIO(example[name]) for name in images}
             yield item.key, {"id": item.key, **item.fields, **example, **encoded}
+        bad = self.bad[before:]
+        if len(bad) > len(items) / 2:
+            raise UserError(
+                f"{len(bad)} of {len(items)} {split} examples cannot be used: too many to be left "
+                f"out; the first: {bad[0].reason}"
+            )
 
 
 def png(image: np.ndarray) -> bytes:
@@ -198,28 +230,30 @@ def png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-@contextlib.contextmanager
-def opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """An image file, opened; the body of ``with`` decodes it.
+def decoded(data: bytes, name: str) -> Image.Image:
+    """An image file of the download, as `decode_picture` returns it.
 
     Args:
       data: The file.
       name: Its name, for the message.
 
     Raises:
-      UserError: If it is damaged or no image, or larger than Pillow takes for one.
+      UserError: As `decode_picture`.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            yield image
-    except DECODE_ERRORS as error:
-        raise UserError(f"{KEY}: {name} cannot be decoded: {error}") from None
+    return decode_picture(data, f"{KEY}: {name}")
 
 
-def decoded(data: bytes, name: str) -> Image.Image:
-    """An image file's RGB image, fully read.
+def upright(data: bytes, image: Image.Image) -> bytes:
+    """An image file as it is; if it was turned when it was decoded, a JPEG file of the result.
 
-    Arguments and errors are those of :func:`opened`.
+    TensorFlow Datasets, and most who read what it stores, do not look at the EXIF orientation.
+
+    Args:
+      data: The file.
+      image: What `decoded` made of it.
     """
-    with opened(data, name) as image:
-        return image.convert("RGB")
+    if image.format is not None:
+        return data
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=95)
+    return file.getvalue()

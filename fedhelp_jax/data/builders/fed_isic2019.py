@@ -9,10 +9,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from fedhelp_jax.data.builders.base import About, Builder, Item, decoded
+from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, upright
 from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
 from fedhelp_jax.data.fed_isic2019 import LABEL_NAMES
 from fedhelp_jax.data.parts import Example
+from fedhelp_jax.data.tables import group_of
 from fedhelp_jax.errors import UserError
 
 _RAW = "ISIC_2019_Training_Input"
@@ -105,9 +106,9 @@ One folder with
                 known = download.table((metadata,), ("image", "lesion_id"))[1]
             else:
                 self.say(f"no {metadata}: every image counts as a lesion of its own")
-        found = {row["image"]: row["lesion_id"] for row in known if row["lesion_id"]}
-        # Marked, so that an image's name never equals a lesion's.
-        return {row["image"]: found.get(row["image"], f"image {row['image']}") for row in rows}
+        found = {row["image"]: row["lesion_id"] for row in known}
+        images = [row["image"] for row in rows]
+        return {image: group_of(found.get(image, ""), image) for image in images}
 
     def make(self, download: Download, item: Item) -> Example:
         """The image as it is, or preprocessed if it is a raw one."""
@@ -116,9 +117,9 @@ One folder with
         image = decoded(data, name)
         if PurePosixPath(name).parent.name == _RAW:
             file = io.BytesIO()
-            preprocess(image).save(file, "JPEG")
-            data = file.getvalue()
-        return {"image": data}
+            preprocess(image.convert("RGB")).save(file, "JPEG")
+            return {"image": file.getvalue()}
+        return {"image": upright(data, image)}
 
 
 def preprocess(image: Image.Image) -> Image.Image:

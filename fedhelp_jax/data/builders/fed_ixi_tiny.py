@@ -96,11 +96,8 @@ One folder with
     def make(self, download: Download, item: Item) -> Example:
         """Volume and mask as FLamby's transforms leave them."""
         volume, mask = item.files
-        values = nifti.read_volume(download.read(volume), volume)
-        labels = nifti.read_mask(download.read(mask), mask, (0, 1))
-        if values.ndim != 3 or not np.isfinite(values).all():
-            raise UserError(f"{KEY}: {volume} is not three-dimensional, or has voxels of no number")
-        nifti.check_same_shape(values.shape, labels.shape, mask)
+        pair = (volume, download.read(volume)), (mask, download.read(mask))
+        values, labels = nifti.read_pair(*pair, (0, 1))
         return {
             "volume": normalise(area_resize(values, _SHAPE)),
             "mask": area_resize(labels, _SHAPE).astype(np.uint8),

@@ -1,16 +1,9 @@
 """Radiographs as grey images of 8 bits, from whatever modes their publishers stored them in."""
 
-import io
-
 import numpy as np
 from PIL import Image
 
 from fedhelp_jax.data.builders.base import decoded, png
-from fedhelp_jax.data.downloads import KEY
-from fedhelp_jax.errors import UserError
-
-# Of 8 bits a channel or fewer; of more, nobody could tell which grey is white.
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
 def grey(data: bytes, name: str) -> Image.Image:
@@ -23,11 +16,7 @@ def grey(data: bytes, name: str) -> Image.Image:
     Raises:
       UserError: If it is damaged, no image, or of more than 8 bits a channel.
     """
-    image = decoded(data, name)
-    mode, _ = _header(data)
-    if mode not in _MODES:
-        raise UserError(f"{KEY}: {name} must have 8 bits a channel, is of Pillow's mode {mode}")
-    return image.convert("L")
+    return _grey(decoded(data, name))
 
 
 def grey_png(data: bytes, name: str) -> tuple[bytes, Image.Image]:
@@ -36,10 +25,12 @@ def grey_png(data: bytes, name: str) -> tuple[bytes, Image.Image]:
     Raises:
       UserError: As of :func:`grey`.
     """
-    image = grey(data, name)
-    return (data if _header(data) == ("L", "PNG") else png(np.asarray(image))), image
+    image = decoded(data, name)
+    if (image.mode, image.format) == ("L", "PNG"):
+        return data, image
+    image = _grey(image)
+    return png(np.asarray(image)), image
 
 
-def _header(data: bytes) -> tuple[str, str | None]:
-    with Image.open(io.BytesIO(data)) as image:
-        return image.mode, image.format
+def _grey(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").convert("L")

@@ -159,16 +159,10 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
         }
 
     def make(self, download: Download, item: Item) -> Example:
-        """Volume and mask as they are stored."""
+        """The volume as it is stored, and the mask on its axes."""
         volume, mask = item.files
-        values = nifti.read_volume(download.read(volume), volume)
-        labels = nifti.read_mask(download.read(mask), mask, self._labels)
-        count = self._config.modalities
-        if values.ndim != 3 + (count > 1) or values.shape[3:] not in ((), (count,)):
-            sides = " x ".join(map(str, values.shape))
-            several = f" x {count}" if count > 1 else ""
-            raise UserError(f"{KEY}: {volume} is {sides}; it should be D x H x W{several}")
-        nifti.check_same_shape(values.shape[:3], labels.shape, mask)
+        pair = (volume, download.read(volume)), (mask, download.read(mask))
+        values, labels = nifti.read_pair(*pair, self._labels, self._config.modalities)
         return {"volume": values, "mask": labels}
 
     def _list(self, download: Download) -> tuple[PurePosixPath, dict[str, Any]]:

@@ -115,4 +115,4 @@ NCT-CRC-HE-100K-NONORM is another set, and is not read.""",
             raise UserError(
                 f"{KEY}: {name} must be {_SIDE}x{_SIDE}, is {image.width}x{image.height}"
             )
-        return {"image": png(np.asarray(image))}
+        return {"image": png(np.asarray(image.convert("RGB")))}

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, opened, png
+from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, png, upright
 from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
 from fedhelp_jax.data.masks import decode_mask
 from fedhelp_jax.data.parts import Example
+from fedhelp_jax.data.tables import group_of
 from fedhelp_jax.errors import UserError
 
 _METADATA = ("HAM10000_metadata", "HAM10000_metadata.csv", "HAM10000_metadata.tab")
@@ -128,14 +129,13 @@ class SkinMasks(Builder):
         name, mask_name = item.files
         data = download.read(name)
         image = decoded(data, name)
-        with opened(download.read(mask_name), mask_name) as stored:
-            mask = decode_mask(stored, mask_name, KEY)
+        mask = decode_mask(decoded(download.read(mask_name), mask_name), mask_name, KEY)
         if mask.shape != (image.height, image.width):
             raise UserError(
                 f"{KEY}: {mask_name} is {mask.shape[1]}x{mask.shape[0]}, its image {name} "
                 f"{image.width}x{image.height}"
             )
-        return {"image": data, "mask": png(mask.astype(np.uint8) * 255)}
+        return {"image": upright(data, image), "mask": png(mask.astype(np.uint8) * 255)}
 
     @property
     def _is_ham10000(self) -> bool:
@@ -152,8 +152,6 @@ def _ham10000(download: Download, say: Any) -> list[Item]:
     for number, row in enumerate(rows, start=2):
         row.setdefault("dataset", "unknown")
         said = f"{KEY}: {where} line {number} ({row['image_id']})"
-        if not row["lesion_id"]:
-            raise UserError(f"{said}: lesion_id is empty")
         if row["dataset"] not in _SITES:
             raise UserError(
                 f"{said}: dataset must be one of {', '.join(_SITES[:-1])}, got {row['dataset']!r}"
@@ -172,7 +170,10 @@ def _ham10000(download: Download, say: Any) -> list[Item]:
         Item(
             i,
             (images[i], masks[i]),
-            {"group": known[i]["lesion_id"], "site": _SITES.index(known[i]["dataset"])},
+            {
+                "group": group_of(known[i]["lesion_id"], i),
+                "site": _SITES.index(known[i]["dataset"]),
+            },
         )
         for i in ids
     ]

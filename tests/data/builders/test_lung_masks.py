@@ -231,7 +231,7 @@ BAD = {
     ),
     "16 bits": (
         lambda f: write(f, {f"{CXR}/CHNCXR_0001_0.png": png(np.zeros((12, 9), np.uint16))}),
-        f"{CXR}/CHNCXR_0001_0.png must have 8 bits a channel, is of Pillow's mode I;16",
+        f"{CXR}/CHNCXR_0001_0.png has 16 bits a channel",
     ),
 }
 

@@ -280,7 +280,7 @@ BAD = {
     ),
     "16 bits": (
         overwrite("00000002_000.png", DEEP),
-        "00000002_000.png must have 8 bits a channel, is of Pillow's mode I;16",
+        "00000002_000.png has 16 bits a channel",
     ),
 }
 

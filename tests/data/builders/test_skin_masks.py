@@ -230,14 +230,23 @@ def test_missing_images(ham):
     ("column", "value", "said"),
     [
         (1, IDS[0], f"has image_id {IDS[0]} 2 times"),
-        (0, "", f"line 4 ({IDS[2]}): lesion_id is empty"),
         (7, "vidir", f"line 4 ({IDS[2]}): dataset must be one of vidir_molemax, "),
+        (7, "nan", f"line 4 ({IDS[2]}): dataset must be one of vidir_molemax, "),
     ],
 )
 def test_bad_rows(ham, column, value, said):
     ham.rows[2][column] = value
     ham.write()
     assert said in ham.refusal()
+
+
+def test_images_of_unknown_lesions_have_one_each(ham):
+    ham.rows[1][0], ham.rows[2][0], ham.rows[3][0] = "", "nan", "nan"
+    ham.write()
+    ham.prepare()
+    examples = builder("skin_masks/ham10000", str(ham.data_dir)).as_data_source(split="train")
+    groups = {example["id"].decode(): example["group"].decode() for example in examples}
+    assert [groups[i] for i in IDS[1:4]] == [f"image {i}" for i in IDS[1:4]]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +269,46 @@ def test_a_truncated_image(ham):
     for ident in IDS:
         (ham.folder / "images" / f"{ident}.jpg").write_bytes(jpeg(ident)[:-200])
     assert f"images/{IDS[0]}.jpg cannot be decoded" in ham.refusal()
+
+
+def test_unusable_examples_are_left_out_and_listed_where_asked(ham, monkeypatch):
+    ham.masks[f"{MASKS}/{IDS[1]}_segmentation.png"] = png(np.full((9, 12), 100, np.uint8))
+    ham.masks[f"{MASKS}/{IDS[4]}_segmentation.png"] = png(mask_of(IDS[0]))[:60]
+    ham.write()
+    said, folders = [], (str(ham.folder), str(ham.data_dir))
+    with monkeypatch.context() as patch:  # the first attempt ends after all parts are made
+        patch.setattr("tensorflow_datasets.core.DatasetInfo.write_to_directory", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("skin_masks/ham10000", *folders, said.append, on_bad_example="skip")
+    with pytest.raises(UserError, match="_segmentation.png holds 100"):
+        prepare("skin_masks/ham10000", *folders, said.append)
+    folder = prepare("skin_masks/ham10000", *folders, said.append, on_bad_example="skip")
+    assert said[-2].startswith("2 examples that cannot be used are left out, listed in ")
+    assert "(train 4)" in said[-1]
+    with (folder / "quarantine.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["split"], row["example"]) for row in rows] == [
+        ("train", IDS[1]),
+        ("train", IDS[4]),
+    ]
+    assert all(f"{row['example']}_segmentation.png" in row["files"] for row in rows)
+    assert "holds 100" in rows[0]["reason"] and "cannot be decoded" in rows[1]["reason"]
+    examples = builder("skin_masks/ham10000", str(ham.data_dir)).as_data_source(split="train")
+    kept = {example["id"].decode() for example in examples}
+    assert kept == set(IDS) - {IDS[1], IDS[4]}
+
+
+def test_more_than_half_unusable_is_refused_all_the_same(ham):
+    for ident in IDS[:4]:
+        ham.masks[f"{MASKS}/{ident}_segmentation.png"] = b"-"
+    ham.write()
+    folders = str(ham.folder), str(ham.data_dir)
+    with pytest.raises(UserError, match="4 of 6 train examples cannot be used: too many"):
+        prepare("skin_masks/ham10000", *folders, lambda text: None, on_bad_example="skip")
+
+
+def _interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_a_truncated_archive(ham):
