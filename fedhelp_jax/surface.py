@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import ndimage
 
+from fedhelp_jax.metrics import NO_CLASS
+
 
 def hd95(predicted: np.ndarray, truth: np.ndarray) -> float:
     """The 95 % Hausdorff distance of two masks, as MedPy defines it.
@@ -62,7 +64,8 @@ def surface_metrics(
     """`hd95` of many examples: means over where it is defined, NaN if it is nowhere.
 
     Args:
-      predicted: uint8 ``[n, *mask]``, the class of each pixel.
+      predicted: uint8 ``[n, *mask]``, the class of each pixel; `metrics.NO_CLASS` throughout where
+        a network gave no answer, which counts as the diagonal of the image, as in `hd95`.
       truth: uint8 ``[n, *mask]``.
       label_names: one name for one foreground class, else those of all classes, background first.
 
@@ -73,11 +76,17 @@ def surface_metrics(
     if predicted.shape != truth.shape:
         raise ValueError(f"masks of shapes {predicted.shape} and {truth.shape}")
     pairs = list(zip(predicted, truth, strict=True))
-    foreground = [hd95(p > 0, t > 0) for p, t in pairs]
+
+    def distance(predicted: np.ndarray, truth: np.ndarray, classes: Sequence[int]) -> float:
+        if (predicted == NO_CLASS).any():
+            return float(np.linalg.norm(truth.shape))
+        return hd95(np.isin(predicted, classes), np.isin(truth, classes))
+
+    numbers = range(1, max(2, len(label_names)))
+    foreground = [distance(p, t, numbers) for p, t in pairs]
     if len(label_names) <= 2:
         return {"hd95": _mean(foreground)}
-    numbers = range(1, len(label_names))
-    by_example = [[hd95(p == number, t == number) for number in numbers] for p, t in pairs]
+    by_example = [[distance(p, t, [number]) for number in numbers] for p, t in pairs]
     return {
         "hd95": _mean(map(_mean, by_example)),
         **{

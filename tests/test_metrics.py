@@ -5,6 +5,8 @@ import warnings
 import jax
 import numpy as np
 import pytest
+import scipy.special
+from sklearn import metrics as sklearn_metrics
 
 from fedhelp_jax import metrics
 
@@ -245,3 +247,47 @@ def test_vmap_over_clients():
         client = {name: value[i] for name, value in got.items()}
         assert_metrics(client, reference(logits[i][mask[i]], labels[i][mask[i]]))
     assert all(np.isnan(value[2]) for value in got.values())
+
+
+# --- what is not finite, and scores that saturate ---
+
+
+def test_auroc_ranks_where_probabilities_saturate():
+    """Logits 20 to 35 above the rest are all probability 1 in float32, but perfectly ranked."""
+    margins = np.linspace(20, 35, 16, dtype=np.float32)
+    labels = (np.arange(16) >= 8).astype(np.int32)
+    logits = np.stack([np.zeros_like(margins), margins], axis=1)
+    for scores in (logits, np.pad(logits, ((0, 0), (0, 2)), constant_values=-5.0)):
+        got = classification_metrics(scores, labels, np.ones(16, bool))
+        assert float(got["auroc"]) == 1.0
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_auroc_is_that_of_log_odds_in_float64(num_classes):
+    rng = np.random.default_rng(3)
+    logits = (12 * rng.normal(size=(60, num_classes))).astype(np.float32)
+    labels = rng.integers(0, num_classes, 60)
+    got = classification_metrics(logits, labels, np.ones(60, bool))["auroc"]
+    areas = []
+    for c in range(num_classes):
+        others = np.delete(logits.astype(float), c, axis=1)
+        log_odds = logits[:, c] - scipy.special.logsumexp(others, axis=1)
+        areas.append(sklearn_metrics.roc_auc_score(labels == c, log_odds))
+    assert float(got) == pytest.approx(np.mean(areas), abs=1e-6)
+    if num_classes == 2:
+        assert areas[0] == pytest.approx(areas[1], abs=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_a_wrong_answer(bad):
+    labels = np.array([0, 0, 1, 1], np.int32)
+    logits = np.array([[3, 0], [3, 0], [0, 3], [0, 3]], np.float32)
+    logits[1, 0] = bad
+    got = classification_metrics(logits, labels, np.ones(4, bool))
+    assert float(got["accuracy"]) == 0.75
+    assert float(got["balanced_accuracy"]) == 0.75
+    # Of class 0 one of two is found, and nothing else is called so; class 1 is perfect.
+    assert float(got["macro_f1"]) == pytest.approx((2 / 3 + 1) / 2)
+    assert all(np.isnan(float(got[name])) for name in ("auroc", "ece", "loss"))
+    masked = classification_metrics(logits, labels, np.array([True, False, True, True]))
+    assert float(masked["accuracy"]) == float(masked["auroc"]) == 1.0

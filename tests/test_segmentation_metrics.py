@@ -331,3 +331,16 @@ def test_half_precision_is_resized_in_float32():
     distill = jax.jit(TASKS[1].distill)
     np.testing.assert_allclose(distill(student, teacher), distill(student, full), rtol=1e-5)
     np.testing.assert_array_equal(PREDICT[1](teacher, targets), PREDICT[1](full, targets))
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_a_map_that_is_not_finite_is_no_background_that_was_found(num_classes):
+    truth = np.zeros((2, 4, 4), np.uint8)
+    truth[1, :2] = 1
+    logits = np.array(certain(truth, num_classes if num_classes > 1 else 1))
+    finite = METRICS[num_classes](logits, truth, np.ones(2, bool))
+    assert float(finite["dice"]) == 1.0  # the first has no foreground, so counts for nothing
+    logits[0, 1, 1] = np.nan
+    got = METRICS[num_classes](logits, truth, np.ones(2, bool))
+    assert float(got["dice"]) == float(got["iou"]) == 0.5
+    assert (np.asarray(PREDICT[num_classes](logits, truth))[0] == metrics.NO_CLASS).all()

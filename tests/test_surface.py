@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from fedhelp_jax.metrics import NO_CLASS
 from fedhelp_jax.surface import hd95, surface_metrics
 
 
@@ -203,3 +204,11 @@ def test_nothing_anywhere_is_nan_without_a_warning():
     assert math.isnan(surface_metrics(nothing, nothing, ("a",))["hd95"])
     none = nothing[:0]
     assert math.isnan(surface_metrics(none, none, ("a",))["hd95"])
+
+
+def test_a_map_without_an_answer_is_as_far_as_can_be():
+    truth = np.zeros((2, 30, 40), np.uint8)
+    truth[:, 5:10, 5:10] = 1
+    predicted = truth.copy()
+    predicted[1] = NO_CLASS
+    assert surface_metrics(predicted, truth, ("a",))["hd95"] == pytest.approx((0 + 50) / 2)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fedhelp_jax.data.types import FederatedDataset
+from fedhelp_jax.metrics import NO_CLASS
 from fedhelp_jax.phases import RunState
 from fedhelp_jax.report.pictures import Row, segmentation_panel
 from fedhelp_jax.simulation import Simulation
@@ -45,10 +46,13 @@ def final_masks(
             truth = dataset.labels[examples]
             measured.append(surface_metrics(predicted, truth, dataset.label_names))
             if folder is not None and number < _SHOWN_CLIENTS:
-                dice = _dice(predicted > 0, truth > 0)
+                unanswered = (predicted == NO_CLASS).any(tuple(range(1, predicted.ndim)))
+                predicted = np.where(predicted == NO_CLASS, 0, predicted)
+                dice = np.where(unanswered, 0, _dice(predicted > 0, truth > 0))
                 order = np.argsort(dice, kind="stable")
                 for place, word in ((order[len(order) // 2], "middle"), (order[0], "worst")):
                     name = f"{client}, {word} of {len(order)}"
+                    name += ", logits not finite" if unanswered[place] else ""
                     image = _pixels(dataset.images[examples[place]])
                     rows.append(
                         Row(name, image, truth[place], predicted[place], float(dice[place]))
