@@ -71,6 +71,24 @@ def test_the_small_program_of_the_report_is_right_with_the_option():
     assert done.stdout.count("wrong 0 of 10") == 3
 
 
+def test_evaluation_repeats():
+    assert_repeats(**WIDE, evaluations=4)
+
+
+def test_training_repeats():
+    assert_repeats(batch=64, train=64, test=8, rounds=2)
+
+
+def test_phases_equal_loops_in_python():
+    assert_repeats(direct=True, float64=True, clients=2, train=12, test=24, busy="none")
+
+
+# --- thorough ---
+
+thorough = pytest.mark.thorough
+
+
+@thorough
 @pytest.mark.parametrize(
     "options",
     [
@@ -92,14 +110,6 @@ def test_phases_repeat_beside_other_work(busy_cores, options):
     assert_repeats(**options)
 
 
-@pytest.mark.parametrize("options", [{}, UNET], ids=["classification", "segmentation"])
-def test_phases_equal_loops_in_python(options):
-    assert_repeats(direct=True, float64=True, train=20, test=24, **options)
-
-
-# --- thorough ---
-
-thorough = pytest.mark.thorough
 NETWORKS = {
     "resnet20": {"network": "resnet20"},
     "resnet32": {"network": "resnet32"},
