@@ -9,10 +9,12 @@ Where there are many processes, all write and read their part of the arrays in o
 share; the first one does the rest and says what is found there.
 """
 
+import functools
 import hashlib
 import json
 import logging
-import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from fedhelp_jax import processes
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.storage import replaced, storage_errors
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class Checkpointer:
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
+        _drop_traces_of_threads()
         self._folder, self._read_only = folder.absolute(), read_only
         self._manager = self._open()
         self._unreadable: list[int] = []
@@ -50,21 +54,32 @@ class Checkpointer:
             round: completed rounds; more than in any checkpoint that `restore_latest` could read.
             state: any pytree of arrays.
             meta: JSON-able; given back as it is.
+
+        Raises:
+            StorageError: If the disk takes no more; nothing is left of this checkpoint then.
         """
         self._set_unreadable_aside()
         leaves = _leaves(state)
         # An array without elements has no bytes to keep, and Orbax refuses it.
         arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
         envelope = {"meta": meta, "leaves": _describe(leaves)}
-        self._manager.save(
-            round,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), envelope=ocp.args.JsonSave(envelope)
-            ),
-            force=True,
-        )
-        if processes.first():
-            _write_sums(self._folder / str(round))
+        place = self._folder / str(round)
+        with storage_errors(place):
+            try:
+                self._manager.save(
+                    round,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(arrays), envelope=ocp.args.JsonSave(envelope)
+                    ),
+                    force=True,
+                )
+                if processes.first():
+                    _write_sums(place)
+            except Exception:
+                # A full disk has no room for what is of no use.
+                for part in (place, *self._folder.glob(f"{round}.*")):
+                    shutil.rmtree(part, ignore_errors=True)
+                raise
         processes.share("saved")
 
     def restore_latest(
@@ -187,6 +202,23 @@ class Checkpointer:
         self._manager = self._open()
 
 
+@functools.cache
+def _drop_traces_of_threads() -> None:
+    """Lets a checkpoint that cannot be written be told once, by what Orbax raises.
+
+    Its threads log the same error, and those of TensorStore print that nobody waits for them any
+    more.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in str(record.msg))
+    show = sys.unraisablehook
+
+    def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+
+
 def _leaves(state: Any, *, shapes_only: bool = False) -> dict[str, Any]:
     """Returns the leaves by their path, in the order of the tree."""
     paths, _ = jax.tree.flatten_with_path(state)
@@ -218,14 +250,14 @@ def _sums(checkpoint: Path) -> dict[str, str]:
     return {
         file.relative_to(checkpoint).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(checkpoint.rglob("*"))
-        if file.is_file() and file.name not in (_SUMS, f".{_SUMS}")
+        if file.is_file() and file.name != _SUMS
     }
 
 
 def _write_sums(checkpoint: Path) -> None:
-    beside = checkpoint / f".{_SUMS}"
-    beside.write_text("".join(f"{sha}  {name}\n" for name, sha in _sums(checkpoint).items()))
-    os.replace(beside, checkpoint / _SUMS)
+    lines = [f"{sha}  {name}\n" for name, sha in _sums(checkpoint).items()]
+    with replaced(checkpoint / _SUMS) as beside:
+        beside.write_text("".join(lines))
 
 
 def _check_sums(checkpoint: Path) -> None:

@@ -22,6 +22,7 @@ from absl import flags
 
 from fedhelp_jax import usage
 from fedhelp_jax.errors import Failure, UserError
+from fedhelp_jax.storage import StorageError, storage_errors
 
 if TYPE_CHECKING:  # these bring jax along
     from fedhelp_jax.config import RunConfig
@@ -44,11 +45,12 @@ def main(argv: Sequence[str]) -> int:
         argv: program name, command, flags; as `sys.argv`.
     """
     try:
-        return _command(list(argv))
-    except UserError as error:
-        _complain(str(error))
+        with storage_errors():
+            return _command(list(argv))
+    except StorageError as error:
+        _complain(f"{error}; what was saved before is kept, and the same command goes on from it")
         return 2
-    except flags.Error as error:
+    except (UserError, flags.Error) as error:
         _complain(str(error))
         return 2
     except Failure as error:

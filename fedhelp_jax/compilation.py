@@ -9,7 +9,9 @@ XLA's CPU back end can return wrong matrix products from programs with long loop
 import contextlib
 import contextvars
 import functools
+import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -18,6 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from fedhelp_jax.storage import StorageError, storage_errors
+
+_log = logging.getLogger(__name__)
 
 # Splits operations over the threads of a pool. Its helper tasks fill the pool's queue, and a matrix
 # product whose own tasks find the queue full comes out wrong.
@@ -239,9 +245,18 @@ def keep_programs(folder: Path) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         # A program whose time of use a killed process did not get to write: JAX, which looks for
         # what to remove by these times, would not keep anything any more.
-        for program in folder.glob("*-cache"):
-            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
-                program.unlink(missing_ok=True)
+        try:
+            with storage_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                for program in folder.glob("*-cache"):
+                    used = program.with_name(program.name.removesuffix("-cache") + "-atime")
+                    if not used.exists():
+                        program.unlink(missing_ok=True)
+                with tempfile.TemporaryFile(dir=folder) as probe:
+                    probe.write(bytes(4096))
+        except StorageError as error:  # JAX would say so of each program
+            _log.warning("compiled programs are not kept: %s", error)
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _MAX_KEPT_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

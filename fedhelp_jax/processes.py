@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.storage import storage_errors
 
 LOST = 3  # the exit code where another process is lost
 
@@ -83,7 +84,8 @@ def joined(address: Address | None, complain: Callable[[str], None]) -> Iterator
     try:
         try:
             _check_devices()
-            yield
+            with storage_errors():
+                yield
             share("end")  # as long as another is at work, the watch goes on
         except Agreed:
             watch.part()

@@ -31,6 +31,7 @@ from fedhelp_jax.report import files
 from fedhelp_jax.report.comparison import Result, write_comparison
 from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary
+from fedhelp_jax.storage import StorageError, storage_errors
 from fedhelp_jax.teach import teach as teach_run
 from fedhelp_jax.teachers.resolve import is_asked, members
 from fedhelp_jax.unused import refuse_unused
@@ -408,7 +409,10 @@ def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> F
         files.prepare_folder(cell.folder)
         try:
             split = "test" if cell.trial is None else "validation"
-            runner.train(cell.config, cell.folder, split=split)
+            with storage_errors():
+                runner.train(cell.config, cell.folder, split=split)
+        except StorageError:
+            raise  # the next run would end there too, after its first rounds
         except UserError as error:
             say(f"refused: {error}")
             failures.append((cell, error))

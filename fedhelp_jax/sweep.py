@@ -42,6 +42,7 @@ from fedhelp_jax.report import files
 from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary, headline
 from fedhelp_jax.report.sweeps import write_sweep
+from fedhelp_jax.storage import append_line
 from fedhelp_jax.sweep_folder import finished_runs, lines_file, refuse_other_data
 
 _TOP_LEVEL = ("learning_rate", "weight_decay")
@@ -119,8 +120,7 @@ def _sweep(
     if missing and jax.process_count() > 1:
         say(f"of {len(missing)} runs each of {jax.process_count()} processes makes its share")
     for line in _made(own, split, runs_at_once, say):
-        with lines_file(workdir, jax.process_index()).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append_line(lines_file(workdir, jax.process_index()), json.dumps(line, allow_nan=False))
     processes.wait_for_all("sweep")
     finished = finished_runs(workdir, split)
     names = list(dict.fromkeys(name for run in runs for name in run.swept))

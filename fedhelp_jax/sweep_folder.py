@@ -37,23 +37,22 @@ def finished_runs(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
 def _finished(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(workdir.glob("runs*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for number, text in enumerate(lines, start=1):
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        for number, row in enumerate(whole.splitlines(), start=1):
             try:
-                line = json.loads(text)
+                line = json.loads(row)
                 if line["split"] == split:
                     found[line["fingerprint"]] = line
             except (ValueError, TypeError, KeyError):
-                if number < len(lines):
-                    raise UserError(f"{path}: line {number} is not a line of a sweep") from None
-                continue
+                raise UserError(f"{path}: line {number} is not a line of a sweep") from None
             if "sources" not in line:
                 raise UserError(
                     f"{path}: its runs are of an earlier version of fedhelp_jax, which did not "
                     "record what a run reads; name another folder"
                 )
-        if lines and not path.read_text(encoding="utf-8").endswith("\n"):
-            files.write_text(path, "".join(f"{text}\n" for text in lines[:-1]))
+        if whole != text:
+            files.write_text(path, whole)
     return found
 
 

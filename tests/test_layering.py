@@ -9,6 +9,7 @@ import fedhelp_jax
 
 LAYERS: tuple[str, ...] = (
     "errors",
+    "storage",
     "memory",
     "compilation",
     "processes",

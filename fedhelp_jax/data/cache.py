@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedhelp_jax.memory import check_fits
+from fedhelp_jax.storage import StorageError, replaced, storage_errors
 
 # What a damaged .npz file raises.
 NPZ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -108,20 +108,15 @@ def _is(array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> bool:
 
 def _write(cache: Path, arrays: Arrays) -> None:
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_npz(cache, arrays)
-    except OSError as error:
-        logger.warning("image cache %s cannot be written (%s); going on without", cache, error)
+        with storage_errors(cache):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_npz(cache, arrays)
+    except StorageError as error:
+        logger.warning("the image cache cannot be written (%s); going on without", error)
 
 
 def write_npz(path: Path, arrays: Arrays) -> None:
     """Writes an .npz file: it is there whole, or as it was."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            # To a type checker any name could be that of the flag `allow_pickle`.
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replaced(path) as beside, beside.open("wb") as file:
+        # To a type checker any name could be that of the flag `allow_pickle`.
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,5 @@
 """A download as its publisher hands it out: a folder, whose archives need not be unpacked."""
 
-import errno
 import hashlib
 import os
 import shutil
@@ -18,6 +17,7 @@ from fedhelp_jax.data.files import is_litter
 from fedhelp_jax.data.pictures import picture_stem
 from fedhelp_jax.data.tables import read_table
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.storage import storage_fault
 
 # RuntimeError: a zip file that is encrypted, or compressed in a way that Python does not know.
 _READ_ERRORS = (
@@ -197,7 +197,7 @@ class Download:
                 if name not in self._reads:
                     self._reads[name], self._stamps[name] = read, stamp
         except _READ_ERRORS as error:
-            if is_disk_full(error):
+            if storage_fault(error):
                 raise
             raise UserError(f"{KEY}: {path} is damaged or no such archive: {error}") from None
 
@@ -301,11 +301,6 @@ def _check_total(path: Path, total: int) -> None:
             f"{KEY}: {path} of {path.stat().st_size} bytes would unpack to {total} or more: "
             "that is no collection of images"
         )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a full disk is the cause; of array_record it is a RuntimeError that only says so."""
-    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 def _files(folder: Path) -> list[Path]:

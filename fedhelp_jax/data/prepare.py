@@ -8,7 +8,6 @@ has made lies in ``DATA_DIR/.unfinished/NAME[/CONFIG]`` and is gone on from; wha
 ``DATA_DIR/downloads/NAME`` and stays there.
 """
 
-import csv
 import errno
 import os
 import shutil
@@ -19,11 +18,11 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from fedhelp_jax.data.builders import BUILDERS, catalogue
-from fedhelp_jax.data.builders.base import BadExample, Builder
+from fedhelp_jax.data.builders.base import QUARANTINE, Builder
 from fedhelp_jax.data.builders.fetch import fetch
-from fedhelp_jax.data.downloads import is_disk_full
 from fedhelp_jax.errors import UserError, suggest
 from fedhelp_jax.locks import exclusive_lock
+from fedhelp_jax.storage import StorageError, storage_fault
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _EVERY = 5.0  # seconds between two lines of progress
@@ -174,19 +173,16 @@ def _prepare(name: str, made: Builder, manual_dir: str | None, say: Callable[[st
             fetched = _Progress(say, "MB", 1e6)
             fetch(remote, Path(manual_dir), say, fetched.begin, fetched.add)
         made.download_and_prepare(download_dir=made.scratch / "downloads", download_config=config)
-    except (OSError, RuntimeError) as error:
-        if is_disk_full(error):
-            said = f"the disk is full; what is made so far is kept in {made.scratch}"
+    except (OSError, RuntimeError, StorageError) as error:
+        if fault := storage_fault(error):
+            said = f"{fault}; what is made so far is kept in {made.scratch}"
         elif isinstance(error, OSError) and error.errno in _UNWRITABLE:
             said = f"cannot be written: {error}"
         else:
             raise
         raise UserError(f"{made.data_dir_root}: {said}") from None
     if made.bad:
-        listed = Path(made.data_path) / "quarantine.csv"
-        with listed.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerows([BadExample._fields, *made.bad])
+        listed = Path(made.data_path) / QUARANTINE
         say(f"{len(made.bad)} examples that cannot be used are left out, listed in {listed}")
     shutil.rmtree(made.scratch)
 

@@ -7,9 +7,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.storage import append_line, replaced
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CLIENT_COLUMNS = ("client", "role", "model", "split", "metric", "value")
 
@@ -60,8 +64,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
     """Adds one line to ``metrics.jsonl``."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+    append_line(path, json.dumps(plain(row), allow_nan=False))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -130,9 +133,11 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file; the old one stands until the new one is whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Writes a figure of Matplotlib, of the kind that the ending says, as `write_text` does."""
+    with replaced(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:], dpi=150)

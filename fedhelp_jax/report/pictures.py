@@ -6,7 +6,6 @@ so that a contour lies exactly on the pixels it belongs to.
 
 import functools
 import math
-import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from fedhelp_jax.storage import replaced
 
 COLUMNS = ("image", "truth", "prediction", "error")
 
@@ -299,6 +300,5 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _save(page: Image.Image, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    page.save(beside, format="PNG")
-    os.replace(beside, path)
+    with replaced(path) as beside:
+        page.save(beside, format="PNG")

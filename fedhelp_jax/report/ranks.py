@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedhelp_jax.report import files
+
 
 def critical_difference_diagram(
     path: Path, names: Sequence[str], ranks: np.ndarray, distance: float
@@ -65,7 +67,7 @@ def critical_difference_diagram(
         fontsize=8,
     )
     axes.plot((1, 1 + shown), (height - 0.05,) * 2, color="black", linewidth=1, clip_on=False)
-    figure.savefig(path, dpi=150)
+    files.write_figure(path, figure)
 
 
 def cliques(ranks: np.ndarray, distance: float) -> list[tuple[int, int]]:

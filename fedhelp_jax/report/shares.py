@@ -88,4 +88,4 @@ def _draw(path: Path, dataset: FederatedDataset) -> None:
             Patch(color=colour, label=name) for colour, name in zip(colours, labels, strict=True)
         ]
         figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    files.write_figure(path, figure)

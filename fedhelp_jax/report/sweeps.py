@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedhelp_jax.report import files
+from fedhelp_jax.storage import replaced
 
 _MEASURES = ("small_mean", "large_mean", "worst_small", "gap")
 _MOST_TICKS = 8
@@ -32,7 +33,8 @@ def write_sweep(
         import pyarrow.parquet as pq
 
         rows = [files.plain(row) for row in table]
-        pq.write_table(pa.Table.from_pylist(rows), folder / "runs.parquet")
+        with replaced(folder / "runs.parquet") as beside:
+            pq.write_table(pa.Table.from_pylist(rows), beside)
     for name in swept:
         if len({row[name] for row in table}) > 1:
             draw(folder / f"{name}.png", name, table, split)
@@ -76,4 +78,4 @@ def draw(path: Path, name: str, table: Sequence[Mapping[str, Any]], split: str) 
     metric = str(table[0]["metric"]).replace("_", " ")
     figure.supxlabel(name, fontsize=9)
     figure.supylabel(f"{split} {metric}", fontsize=8)
-    figure.savefig(path, dpi=150)
+    files.write_figure(path, figure)

@@ -6,6 +6,7 @@ foundation model and the hash of the image. Not for folders that several hosts w
 network file system, which LMDB does not support.
 """
 
+import errno
 import json
 import math
 import os
@@ -288,7 +289,14 @@ class AnswerStore:
             # Readers need the lock file too, unless nobody can write here.
             lock = os.access(self._folder, os.W_OK)
             map_size = 2 * size + _FREE_BYTES
-            opened = lmdb.open(str(self._folder), map_size=map_size, readonly=not write, lock=lock)
+            try:
+                opened = lmdb.open(
+                    str(self._folder), map_size=map_size, readonly=not write, lock=lock
+                )
+            except lmdb.Error:
+                if write and not size:  # on a full disk it may leave a part of its first pages
+                    file.unlink(missing_ok=True)
+                raise
             # Reading a page that is not there would kill the process.
             if size and _length(opened) > file.stat().st_size:
                 opened.close()
@@ -339,7 +347,9 @@ class AnswerStore:
         except (lmdb.MapFullError, lmdb.MapResizedError):
             raise
         except (lmdb.Error, OSError) as error:
+            # LMDB's words for a write that came to an end half-way.
+            hint = "; is the disk full?" if os.strerror(errno.EIO) in str(error) else ""
             raise UserError(
-                f"teacher.store: {self._folder} cannot be used ({error}); answers stored before "
-                "are kept"
+                f"teacher.store: {self._folder} cannot be used ({error}{hint}); answers stored "
+                "before are kept"
             ) from None

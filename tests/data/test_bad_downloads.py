@@ -74,7 +74,7 @@ BAD = {
             write_tar_gz(f / "x.tar.gz"),
             patch.setattr(downloads, "_copy", no_space),
         ),
-        "the disk is full; what is made so far is kept in",
+        "No space left on device; what is made so far is kept in",
     ),
     "a link to nowhere": (lambda f, _: (f / "a.png").symlink_to(f / "b.png"), "a.png in .* cannot"),
     "nothing of its own": (lambda f, _: (f / "notes.txt").write_text("-"), "--manual_dir"),
@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(where, name, full)
-        assert "the disk is full; what is made so far is" in refusal(capsys, fedhelp(breast))
+        assert "No space left on device; what is made so far is" in refusal(capsys, fedhelp(breast))
     assert fedhelp(breast) == 0
     assert "(train 3, validation 3, test 3)" in capsys.readouterr().out
 

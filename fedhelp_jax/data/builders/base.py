@@ -5,6 +5,7 @@ images are always handed over encoded.
 """
 
 import contextlib
+import csv
 import io
 from abc import abstractmethod
 from collections import Counter
@@ -68,6 +69,8 @@ class BadExample(NamedTuple):
 
 # The only feature of an example that could not be made: why.
 _BAD = "bad"
+# Lists them, beside the prepared set.
+QUARANTINE = "quarantine.csv"
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -152,6 +155,14 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.bad: list[BadExample] = []
         with contextlib.ExitStack() as self._opened:
             super().download_and_prepare(**options)
+
+    def _download_and_prepare(self, *arguments: Any, **options: Any) -> None:
+        super()._download_and_prepare(*arguments, **options)
+        if self.bad:  # written before TFDS gives the folder its name, which says that it is whole
+            with (Path(self.data_path) / QUARANTINE).open(
+                "w", newline="", encoding="utf-8"
+            ) as file:
+                csv.writer(file, lineterminator="\n").writerows([BadExample._fields, *self.bad])
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         download = self._opened.enter_context(

@@ -13,8 +13,8 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.core.download.util import DownloadError
 
 from fedhelp_jax.data.builders.base import About
-from fedhelp_jax.data.downloads import is_disk_full
 from fedhelp_jax.errors import UserError, suggest
+from fedhelp_jax.storage import storage_fault
 
 # TFDS waits twice as long before each, from 0.2 s; its own 10 take minutes without a network.
 _RETRIES = 4
@@ -109,7 +109,7 @@ def _one_line(name: str) -> Iterator[None]:
     except (OSError, DownloadError, NonMatchingChecksumError) as error:
         raise _refused(name, error) from None
     except RuntimeError as error:
-        if is_disk_full(error):
+        if storage_fault(error):
             raise _refused(name, error) from None
         raise
     finally:

@@ -233,7 +233,9 @@ def test_a_full_disk_is_one_line_and_what_is_made_is_kept(download, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(base.io, "BytesIO", full)
         patch.setattr(FedIsic2019, "make", lambda self, download, item: {"image": b"x"})
-        with pytest.raises(UserError, match="the disk is full; what is made so far is kept in"):
+        with pytest.raises(
+            UserError, match="No space left on device; what is made so far is kept in"
+        ):
             prepared(download)
     assert list((download.parent / "data" / ".unfinished" / "fed_isic2019").rglob("*.npz"))
 

@@ -209,7 +209,7 @@ def test_a_full_disk_is_one_line(zenodo, published, folder, command, capsys, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fetch, "md5_of", full)
-    assert "the disk is full" in refusal(capsys, fedhelp(command))
+    assert "No space left on device" in refusal(capsys, fedhelp(command))
 
 
 def test_it_is_fetched_from_zenodo_by_https():
