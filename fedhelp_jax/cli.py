@@ -23,6 +23,7 @@ from absl import flags
 from fedhelp_jax import usage
 from fedhelp_jax.errors import Failure, UserError
 from fedhelp_jax.storage import StorageError, storage_errors
+from fedhelp_jax.terminal import dispensable_terminal, is_output_lost
 
 if TYPE_CHECKING:  # these bring jax along
     from fedhelp_jax.config import RunConfig
@@ -44,9 +45,14 @@ def main(argv: Sequence[str]) -> int:
     Args:
         argv: program name, command, flags; as `sys.argv`.
     """
+    with dispensable_terminal():
+        return _exit_code(list(argv))
+
+
+def _exit_code(argv: list[str]) -> int:
     try:
         with storage_errors():
-            return _command(list(argv))
+            return _command(argv)
     except StorageError as error:
         _complain(f"{error}; what was saved before is kept, and the same command goes on from it")
         return 2
@@ -59,9 +65,6 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
-    except BrokenPipeError:  # `fedhelp show | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         # What NumPy and XLA raise where an allocation fails, with its size.
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -86,20 +89,21 @@ def _command(argv: list[str]) -> int:
         "data": _data,
     }
     name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
-    if name in ("--help", "-h", "-help", "help"):
-        print(usage.COMMANDS, end="")
-        return 0
+    asked = [word for word in argv[1:] if word in ("--help", "-h", "-help")]
+    if name == "help" or name in asked or (name in commands and asked):
+        print(_help(name), end="")
+        return _printed()
     if name not in commands:
         said = f"{name!r} is not a command" if name else "no command is given"
         raise UserError(f"{said}; it is one of {', '.join(commands)} (see fedhelp --help)")
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        if name == "data":
-            print(usage.DATA, end="")
-            return 0
-        usages = {"train": usage.TRAIN, "teach": usage.TEACH, "sweep": usage.SWEEP}
-        print(usages[name] + _settings_help() if name in usages else usage.COMMANDS, end="")
-        return 0
     return commands[name](arguments)
+
+
+def _help(name: str) -> str:
+    if name == "data":
+        return usage.DATA
+    usages = {"train": usage.TRAIN, "teach": usage.TEACH, "sweep": usage.SWEEP}
+    return usages[name] + _settings_help() if name in usages else usage.COMMANDS
 
 
 def _teach(arguments: list[str]) -> int:
@@ -192,7 +196,7 @@ def _show(arguments: list[str]) -> int:
     from fedhelp_jax.report import console
 
     console.show([Path(folder) for folder in folders])
-    return 0
+    return _printed()
 
 
 def _compare(arguments: list[str]) -> int:
@@ -282,25 +286,25 @@ def _data(arguments: list[str]) -> int:
         from fedhelp_jax.data.prepare import names
 
         print("\n".join(names()))
-    elif what in ("describe", "prepare") and len(rest) == 1:
+        return _printed()
+    if what in ("describe", "prepare") and len(rest) == 1:
         from fedhelp_jax.data.prepare import describe, prepare
 
         if what == "describe":
             print(describe(rest[0]))
-        else:
-            manual_dir, data_dir = own["manual_dir"].value, own["data_dir"].value
-            for name in ("manual_dir", "data_dir"):
-                _local(name, own[name].value or "")
-            prepare(
-                rest[0],
-                manual_dir,
-                data_dir,
-                allow_repacked=bool(own["allow_repacked"].value),
-                on_bad_example=str(own["on_bad_example"].value),
-            )
-    else:
-        raise UserError("fedhelp data takes list, describe NAME or prepare NAME; see --help")
-    return 0
+            return _printed()
+        manual_dir, data_dir = own["manual_dir"].value, own["data_dir"].value
+        for name in ("manual_dir", "data_dir"):
+            _local(name, own[name].value or "")
+        prepare(
+            rest[0],
+            manual_dir,
+            data_dir,
+            allow_repacked=bool(own["allow_repacked"].value),
+            on_bad_example=str(own["on_bad_example"].value),
+        )
+        return 0
+    raise UserError("fedhelp data takes list, describe NAME or prepare NAME; see --help")
 
 
 def _axis(text: str) -> tuple[str, list[str]]:
@@ -465,6 +469,11 @@ def _prepare_jax(config: "RunConfig", run: Path | None = None) -> "RunConfig":
     except RuntimeError:
         pass  # a back end is in use: a library's caller, or an earlier call, has chosen
     return config
+
+
+def _printed() -> int:
+    """The exit code of a command that does nothing but print."""
+    return 2 if is_output_lost() else 0
 
 
 def _complain(message: str) -> None:

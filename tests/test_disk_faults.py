@@ -5,13 +5,16 @@ import errno
 import json
 import os
 import resource
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from commands import fedhelp, read, refusal, train
+from commands import fedhelp, read, refusal, train, train_command
 from helpers import use_tiny_networks
 
 from fedhelp_jax import runner, storage
@@ -134,6 +137,25 @@ def test_sums_that_find_no_room_leave_no_checkpoint(finished, tmp_path, capsys, 
             capsys, train(workdir, SMALL)
         )
     assert list((workdir / "checkpoints").iterdir()) == []
+
+
+def test_a_run_goes_on_without_its_terminal(finished, tmp_path, compilation_cache_of_the_module):
+    """A hangup, a reader of stdout that is gone, and a closed stderr."""
+    workdir = tmp_path / "run"
+    script = [sys.executable, str(TESTS / "tiny_fedhelp.py"), "SIGHUP", "after-row", "2"]
+    command = [*script, *shlex.split(train_command(workdir, SMALL))]
+    environment = {k.upper(): str(v) for k, v in compilation_cache_of_the_module.items()}
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        ["bash", "-c", '"$@" 2>&-', "bash", *command],
+        stdout=theirs,
+        timeout=300,
+        env=os.environ | environment,
+    )
+    os.close(theirs)
+    assert done.returncode == 0
+    assert results(workdir) == results(finished)
 
 
 def test_a_full_disk_ends_a_study_at_once(tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import fedhelp_jax
 LAYERS: tuple[str, ...] = (
     "errors",
     "storage",
+    "terminal",
     "memory",
     "compilation",
     "processes",
