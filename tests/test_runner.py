@@ -379,7 +379,9 @@ def test_the_mapping_of_a_run_is_known_before_jax_starts(
     tmp_path, caplog, program, asked, kept, said
 ):
     """On a machine whose CPU would be two devices."""
-    config = dataclasses.replace(config_lib.RunConfig(), mapping=MappingConfig(*asked))
+    config = dataclasses.replace(
+        config_lib.validate(config_lib.default_config()), mapping=MappingConfig(*asked)
+    )
     names = "platform", "devices", "chunk_size"
     recorded = {
         "program": dict(zip(names, program, strict=True)),
