@@ -12,7 +12,7 @@ import pytest
 
 import fedhelp_jax
 from fedhelp_jax.cli import main
-from fedhelp_jax.config import RunConfig, to_dict
+from fedhelp_jax.config import default_config, to_dict, validate
 from fedhelp_jax.config_files import load_config
 from fedhelp_jax.errors import UserError
 
@@ -406,9 +406,14 @@ def test_our_own_failure_shows_its_traceback(tmp_path, runner, capsys):
 
 
 def test_evaluate_reads_the_settings_of_the_run(tmp_path, runner, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(RunConfig())))
+    settings = default_config()
+    settings.data.name, settings.data.dir = "medmnist", "here.npz"
+    settings.teacher.name, settings.teacher.path = "litert", "model.tflite"
+    settings.teacher.labels = "labels.txt"
+    begun = validate(settings)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(begun)))
     assert fedhelp(f"evaluate --workdir={tmp_path}") == 0
-    assert runner.calls == [(tmp_path, RunConfig())]
+    assert runner.calls == [(tmp_path, begun)]
     moved = (
         "--config.data.dir=elsewhere --config.teacher.store=there --config.mapping.cpu_devices=3"
     )
@@ -420,5 +425,5 @@ def test_evaluate_reads_the_settings_of_the_run(tmp_path, runner, capsys):
     message = refusal(capsys, code)
     assert "learning_rate: 0.001 -> 0.1: would be another run" in message
     assert "--config.data.dir" in message
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(RunConfig()) | {"rounds": "all"}))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(begun) | {"rounds": "all"}))
     assert "config.rounds" in refusal(capsys, fedhelp(f"evaluate --workdir={tmp_path}"))

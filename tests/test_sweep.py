@@ -128,7 +128,7 @@ def test_runs_are_not_added_to_those_of_other_data(tmp_path):
     (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(UserError, match="an earlier version"):
         sweep(runs, tmp_path, say=lambda text: None)
-    again = [*runs, Run({"seed": 0}, config_of(**settings, **{"data.dir": "elsewhere"}))]
+    again = [*runs, Run({"seed": 0}, config_of(**settings, **{"mapping.chunk_size": 2}))]
     with pytest.raises(UserError, match="differ in nothing that makes another run"):
         sweep(again, tmp_path, say=lambda text: None)
 
