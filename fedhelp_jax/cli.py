@@ -143,7 +143,7 @@ def _train(arguments: list[str]) -> int:
     config = load_config(source, overrides)
     workdir = _workdir(own, "runs/demo")
 
-    from fedhelp_jax.report import console, files
+    from fedhelp_jax.report import files
 
     files.prepare_folder(workdir)
     overwrite = bool(own["overwrite"].value)
@@ -155,16 +155,13 @@ def _train(arguments: list[str]) -> int:
         if processes.first():
             warn_unused(config)
         try:
-            summary = runner.train(config, workdir, overwrite)
+            return _shown(lambda: runner.train(config, workdir, overwrite))
         except AnswersMissing as error:
             command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
             raise UserError(f"{error}: {command}") from None
         except runner.Interrupted as stop:
             _complain(str(stop) or f"interrupted; the same command goes on from {workdir}")
             return 130
-        if processes.first():
-            console.print_summary(summary)
-    return 0
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -174,17 +171,32 @@ def _evaluate(arguments: list[str]) -> int:
     workdir = _workdir(own, "runs/demo")
 
     from fedhelp_jax.config_files import load_run
-    from fedhelp_jax.report import console
 
     config = load_run(workdir / "config.json", overrides)
     _prepare_jax(config)
     from fedhelp_jax import processes, runner
 
     with processes.joined(_address(own), _complain):
-        summary = runner.evaluate(workdir, config)
-        if processes.first():
-            console.print_summary(summary)
-    return 0
+        return _shown(lambda: runner.evaluate(workdir, config))
+
+
+def _shown(run: Callable[[], dict[str, Any]]) -> int:
+    """Prints what a run came to, also where it diverged; returns the exit code."""
+    from fedhelp_jax import processes
+    from fedhelp_jax.divergence import Diverged
+    from fedhelp_jax.report import console
+
+    diverged = None
+    try:
+        summary = run()
+    except Diverged as error:  # in all processes alike, which must end together
+        diverged, summary = error, error.summary
+    if processes.first():
+        console.print_summary(summary)
+    if diverged is None:
+        return 0
+    _complain(str(diverged))
+    return 1
 
 
 def _show(arguments: list[str]) -> int:

@@ -98,6 +98,13 @@ class RunConfig:
     participation: float = setting(1.0, "part of each group that takes part in a round", FRACTION)
     evaluate_every: int = setting(1, "rounds from one evaluation to the next", COUNT)
     checkpoint_every: int = setting(5, "rounds from one checkpoint to the next", COUNT)
+    on_divergence: str = setting(
+        "stop",
+        "where every client of a role has diverged (NaN or infinity): stop with exit code 1, or "
+        "continue",
+        one_of("stop", "continue"),
+        identity=False,
+    )
     data: DataConfig = part(DataConfig)
     public: PublicConfig = part(PublicConfig)
     teacher: TeacherConfig = part(TeacherConfig, only=unless("public.name", "none"))

@@ -143,14 +143,17 @@ def of_one_client(
 
 
 def sum_over_clients(
-    fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, placed: Any = _EVERYWHERE
+    fn: Callable[[Any, Any], tuple[Any, Any, jax.Array]],
+    mapping: Mapping,
+    placed: Any = _EVERYWHERE,
 ) -> Callable[..., tuple[Any, tuple[Any, jax.Array]]]:
     """Like :func:`over_clients`, but of a part of the results only a weighted sum per device.
 
     It is summed up while clients run, so that never more than a chunk of them is in memory.
 
     Args:
-      fn: ``(shared, one) -> (result, summed)``.
+      fn: ``(shared, one) -> (result, summed, counts)``; the client is of weight 0 unless
+        ``counts``, a boolean.
       mapping: How to run it.
       placed: As in :func:`over_clients`.
 
@@ -162,7 +165,8 @@ def sum_over_clients(
 
     def weighted(shared: Any, one: tuple[Any, jax.Array]) -> Any:
         own, weight = one
-        result, summed = fn(shared, own)
+        result, summed, counts = fn(shared, own)
+        weight = jnp.where(counts, weight, 0)
 
         def scaled(leaf: jax.Array) -> jax.Array:
             return jnp.where(weight > 0, leaf * weight.astype(leaf.dtype), 0)

@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData
 from fedhelp_jax.client import predict
+from fedhelp_jax.divergence import NON_FINITE, NonFinite, quarantine
 from fedhelp_jax.federation import ClientData, Federation, Pool, Table
 from fedhelp_jax.mapping import Mapping as ClientMapping
 from fedhelp_jax.mapping import fill, of_one_client, over_clients, sum_over_clients
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.task import Task
-from fedhelp_jax.tree import means, zeros_of
+from fedhelp_jax.tree import choose, means, zeros_of
 
 Rows = dict[str, jax.Array]
 
@@ -42,12 +43,13 @@ class Trained(NamedTuple):
 
     Attributes:
       state: The clients' new states.
-      upload: What they send; of a method that needs only the mean, the weighted sums over each
-        device's clients, one a device.
+      upload: What they send, zeros in place of what is not finite; of a method that needs only the
+        mean, the weighted sums over each device's clients, one a device.
       weight: The weight of each upload in the server's mean, or the sum of them on each device; 0
-        in an empty slot.
+        in an empty slot, and of an upload that is not finite.
       slot: Which client of the group trained there; K, past the end, for nobody.
       info: Scalars to report.
+      non_finite: Whose outcome holds NaN or infinity.
     """
 
     state: Any
@@ -55,13 +57,15 @@ class Trained(NamedTuple):
     weight: jax.Array
     slot: jax.Array
     info: Rows
+    non_finite: NonFinite
 
 
 class RoundInfo(NamedTuple):
-    """What a round reports, per role: ``[M]`` rows that took part (K for nobody), and scalars."""
+    """Per role: ``[M]`` rows that took part (K for nobody), their scalars, who was not finite."""
 
     participants: dict[str, jax.Array]
     info: dict[str, Rows]
+    non_finite: dict[str, NonFinite]
 
 
 class Arrays(NamedTuple):
@@ -241,7 +245,7 @@ class Phases:
         mean_only, held = self.algorithm.mean_only, self.mapping.by_client.spec
         begun = (before.upload, before.weight) if mean_only else None
         now = self._train(role, states, server, run_key, round, data, part, held, begun)
-        stacked = ("state", "info") if mean_only else ("state", "info", "upload", "weight")
+        stacked = ("state", "info", "non_finite", *(() if mean_only else ("upload", "weight")))
         rows = [{name: getattr(t, name) for name in stacked} for t in (before, now)]
         filled = fill(self.mapping, rows[0], part.place, rows[1])
         return now._replace(slot=before.slot, **filled)
@@ -272,7 +276,8 @@ class Phases:
             key, state, index, size = own
             data = ClientData(pool, public, index, size)
             state, upload, info = client.update(key, download, state, data)
-            return (state, info), upload
+            found, upload = quarantine(state, upload, info)
+            return (state, info, found), upload, ~found.upload
 
         ids = self._of(role, part.slot, data.groups[role]["ids"])
         own = (
@@ -287,10 +292,13 @@ class Phases:
         weight = jnp.where(present, weight, 0)
         if algorithm.mean_only:
             run = sum_over_clients(one, self.mapping, placed)
-            (updated, info), (upload, weight) = run(shared, own, weight, begun)
+            (updated, info, found), (upload, weight) = run(shared, own, weight, begun)
         else:
-            (updated, info), upload = over_clients(one, self.mapping, placed)(shared, own)
-        return Trained(updated, upload, weight, part.slot, info)
+            run = over_clients(one, self.mapping, placed)
+            (updated, info, found), upload, counts = run(shared, own)
+            weight = jnp.where(counts, weight, 0)
+        found = jax.tree.map(lambda leaf: leaf & present, found)
+        return Trained(updated, upload, weight, part.slot, info, found)
 
     def aggregate(
         self,
@@ -300,7 +308,10 @@ class Phases:
         round: jax.Array,
         data: Arrays,
     ) -> RunState:
-        """The server's turn, on what :meth:`train` gave: by role state, upload, weight, slot."""
+        """The server's turn, on what :meth:`train` gave: by role state, upload, weight, slot.
+
+        It keeps the state it had if no upload of the round counts.
+        """
         clients, uploads, weights = dict(state.clients), {}, {}
         for role, (updated, upload, weights[role], slot) in trained.items():
             uploads[role] = means(upload, weights[role]) if self.algorithm.mean_only else upload
@@ -314,8 +325,9 @@ class Phases:
             pooled=data.pooled and ClientData(data.pool, data.public, *data.pooled),
             num_clients=sum(self.num_clients.values()),
         )
-        algorithm = self._algorithm(round)
-        return RunState(algorithm.aggregate(state.server, uploads, weights, server), clients)
+        updated = self._algorithm(round).aggregate(state.server, uploads, weights, server)
+        some = jnp.any(jnp.concatenate([weight > 0 for weight in weights.values()]))
+        return RunState(choose(some, updated, state.server), clients)
 
     def round(
         self, state: RunState, run_key: jax.Array, round: jax.Array, data: Arrays
@@ -398,7 +410,9 @@ class Phases:
 
                 def measure(variables: Any, model: Model = model) -> Rows:
                     logits = predict(model, variables, pool, index, size, self.eval_batch_size)
-                    return self.task.metrics(logits, pool.targets[index], mask)
+                    finite = jnp.isfinite(logits).reshape(len(logits), -1).all(axis=-1)
+                    metrics = self.task.metrics(logits, pool.targets[index], mask)
+                    return {**metrics, NON_FINITE: jnp.sum(mask & ~finite)}
 
                 rows = lax.map(measure, stacked)
                 for i, name in enumerate(names):
@@ -463,7 +477,9 @@ def server_part(trained: Mapping[str, Trained]) -> dict[str, Any]:
 def round_info(trained: Mapping[str, Trained]) -> RoundInfo:
     """What a round reports of its training phases."""
     return RoundInfo(
-        {role: t.slot for role, t in trained.items()}, {role: t.info for role, t in trained.items()}
+        {role: t.slot for role, t in trained.items()},
+        {role: t.info for role, t in trained.items()},
+        {role: t.non_finite for role, t in trained.items()},
     )
 
 

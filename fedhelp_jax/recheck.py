@@ -61,7 +61,7 @@ def recheck(
                 value = float(np.asarray(metrics[name])[0])
                 allowed = _TOLERANCE[name] * (_BFLOAT16 if bfloat16 else 1)
                 apart = abs(before - value)
-                if np.isnan(before) and np.isnan(value):
+                if not (np.isfinite(before) or np.isfinite(value)):
                     continue
                 if not apart <= allowed * max(1.0, abs(before), abs(value)):
                     raise Failure(

@@ -26,6 +26,7 @@ from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
+from fedhelp_jax.divergence import Diverged, Divergence
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Experiment, build_experiment, rounds_at_once
 from fedhelp_jax.locks import folder_lock
@@ -77,6 +78,8 @@ def train(
 
     Raises:
       UserError: If the settings, the data or the folder do not allow the run.
+      Diverged: If every client of a role has diverged, once the state is saved and the results are
+        written; the same command on the folder then ends so again.
       Interrupted: After SIGINT or SIGTERM, once the state is saved.
     """
     _check_together(config, workdir)
@@ -110,9 +113,10 @@ def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dic
             files.cut_metrics(workdir / _METRICS, done)
         if done:
             _log.warning("going on after round %d of %d", done, config.rounds)
+        health = _health(experiment, workdir)
         with _StopRequest() as stop:
-            state = _run_rounds(experiment, checkpointer, workdir, state, done, stop)
-        summary = _finish(experiment, workdir, state, split)
+            done, state = _run_rounds(experiment, checkpointer, workdir, state, done, stop, health)
+        summary = _finish(experiment, workdir, state, done, split, health)
         if processes.any_of(stop.requested):
             raise Interrupted(f"asked to stop in the last round; the run in {workdir} is finished")
         return summary
@@ -132,6 +136,7 @@ def evaluate(workdir: Path, config: RunConfig | None = None) -> dict[str, Any]:
 
     Raises:
       UserError: If the folder holds no checkpoint or is not as the run left it.
+      Diverged: As in `train`.
     """
     found: RunConfig = config or processes.together(lambda: configs.load(workdir / _CONFIG))
     _check_together(found, workdir)
@@ -151,14 +156,16 @@ def _evaluate(config: RunConfig, workdir: Path) -> dict[str, Any]:
         done, state, meta = _restore(experiment, checkpointer, workdir, same_program=False)
     finally:
         checkpointer.close()
-    if done < config.rounds:
+    health = _health(experiment, workdir)
+    if done < config.rounds and not _must_stop(config, health):
         raise UserError(
             f"--workdir={workdir}: the run stopped after round {done} of {config.rounds}; "
             "the same train command goes on with it"
         )
     # A run that tuned without the test images is not to be judged by them afterwards.
     before = files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
-    return _finish(experiment, workdir, state, before.get("split", "test"), meta["program"])
+    split = before.get("split", "test")
+    return _finish(experiment, workdir, state, done, split, health, meta["program"])
 
 
 def _run_rounds(
@@ -168,25 +175,34 @@ def _run_rounds(
     state: RunState,
     done: int,
     stop: "_StopRequest",
-) -> RunState:
+    health: Divergence,
+) -> tuple[int, RunState]:
+    """Makes the rounds that are missing; returns how many are done, and the state after them."""
     config, simulation = experiment.config, experiment.simulation
     metric, payload = experiment.task.headline, None
     shown = Progress(config.rounds, first_round=done, metric=metric) if processes.first() else None
     with shown or contextlib.nullcontext():
-        while done < config.rounds:
+        while done < config.rounds and not _must_stop(config, health):
             started, compiled = time.perf_counter(), compile_totals()
             first, done = done, _next_stop(config, done)
             state, infos = simulation.rounds(state, first, done)
             payload = payload or simulation.payload_bytes()
             rows: list[dict[str, Any]] = [
-                {"round": round, **_round_losses(experiment, i), **_traffic(experiment, i, payload)}
+                {
+                    "round": round,
+                    **_round_losses(experiment, i),
+                    **_traffic(experiment, i, payload),
+                    "quarantined": health.trained(round, i.participants, i.non_finite),
+                    "diverged": health.clients,
+                }
                 for round, i in enumerate(infos, start=first + 1)
             ]
             last = done == config.rounds
             if last or done % config.evaluate_every == 0:
                 results = simulation.evaluate(state, "validation")
-                rows[-1] |= {"split": "validation", "metric": metric}
-                rows[-1] |= group_summary(headline(results, metric))
+                health.measured(f"round {done}, validation", results)
+                rows[-1] |= {"split": "validation", "metric": metric, "diverged": health.clients}
+                rows[-1] |= group_summary(health.scores(headline(results, metric)))
             jax.block_until_ready(state)
             wall_s = (time.perf_counter() - started) / len(rows)
             compile_s = (compile_totals().seconds - compiled.seconds) / len(rows)
@@ -198,6 +214,7 @@ def _run_rounds(
                 shown.update(files.plain(row) | {"seconds": wall_s - compile_s})
             # Whichever process was asked: all stop after the same round.
             stopping = processes.any_of(stop.requested)
+            last = last or _must_stop(config, health)
             if last or stopping or done % config.checkpoint_every == 0:
                 checkpointer.save(done, state, identity.of_checkpoint(experiment))
             if stopping and not last:
@@ -205,7 +222,19 @@ def _run_rounds(
                     f"stopped after round {done} of {config.rounds}, saved in {workdir}; "
                     "the same command goes on from there"
                 )
-    return state
+    return done, state
+
+
+def _health(experiment: Experiment, workdir: Path) -> Divergence:
+    """Which clients had diverged by the last round that is written down."""
+    rows = files.read_metrics(workdir / _METRICS) if processes.first() else []
+    before = processes.share(json.dumps(rows[-1].get("diverged") if rows else None))[0]
+    names = {group.role: group.names for group in experiment.simulation.groups}
+    return Divergence(names, json.loads(before), warns=processes.first())
+
+
+def _must_stop(config: RunConfig, health: Divergence) -> bool:
+    return config.on_divergence == "stop" and bool(health.lost_roles)
 
 
 def _next_stop(config: RunConfig, done: int) -> int:
@@ -218,14 +247,38 @@ def _finish(
     experiment: Experiment,
     workdir: Path,
     state: RunState,
+    done: int,
     split: str,
+    health: Divergence,
     trained_by: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measures the last state and writes the results.
+
+    Raises:
+      Diverged: If every client of a role has diverged, unless the run goes on regardless.
+    """
+    summary = _write_results(experiment, workdir, state, done, split, health, trained_by)
+    if _must_stop(experiment.config, health):
+        raise Diverged(health.message(done, workdir), summary)
+    return summary
+
+
+def _write_results(
+    experiment: Experiment,
+    workdir: Path,
+    state: RunState,
+    done: int,
+    split: str,
+    health: Divergence,
+    trained_by: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     started, compiled = time.perf_counter(), compile_totals()
     simulation, config = experiment.simulation, experiment.config
     results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}
     measured = results[split]
     half = config.model.compute_dtype == "bfloat16"
+    for name, found in results.items():
+        health.measured(f"round {done}, {name}", found)
     recheck(simulation, state, experiment.dataset, split, measured, bfloat16=half)
     if experiment.task.predict is not None and split == "test":
         pictures = workdir / _PICTURES if processes.first() else None
@@ -253,16 +306,23 @@ def _finish(
         "rounds": config.rounds,
         "metric": metric,
         "split": split,
-        **group_summary(headline(measured, metric)),
+        **group_summary(health.scores(headline(measured, metric))),
+        "stopped_after": done if done < config.rounds else None,
+        "diverged": {role: len(clients) for role, clients in health.clients.items()},
+        "quarantined": {
+            role: sum(row.get("quarantined", {}).get(role, 0) for row in rows) for role in names
+        },
         "evaluated": {role: list(models) for role, models in measured.items()},
         "global": group_summary(
-            {
-                role: models["global"][metric]
-                for role, models in measured.items()
-                if "global" in models
-            }
+            health.scores(
+                {
+                    role: models["global"][metric]
+                    for role, models in measured.items()
+                    if "global" in models
+                }
+            )
         ),
-        "per_client": per_client(names, sizes, measured),
+        "per_client": per_client(names, sizes, measured, health.clients),
         **{f"{way}_per_round": round(np.mean([row[way] for row in rows])) for way in _TRAFFIC},
         "program": trained_by or identity.program(experiment),
         "measured_by": identity.program(experiment),

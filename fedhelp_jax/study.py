@@ -25,12 +25,13 @@ from ml_collections import config_dict
 from fedhelp_jax import config as configs
 from fedhelp_jax import identity, runner
 from fedhelp_jax.config import RunConfig
+from fedhelp_jax.divergence import Diverged
 from fedhelp_jax.errors import UserError, suggest
 from fedhelp_jax.locks import folder_lock
 from fedhelp_jax.report import files
 from fedhelp_jax.report.comparison import Result, write_comparison
 from fedhelp_jax.report.console import duration
-from fedhelp_jax.report.summary import group_summary
+from fedhelp_jax.report.summary import group_summary, has_diverged, mean_of_roles
 from fedhelp_jax.storage import StorageError, storage_errors
 from fedhelp_jax.teach import teach as teach_run
 from fedhelp_jax.teachers.resolve import is_asked, members
@@ -144,8 +145,8 @@ def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], 
     """Runs the trials that are missing and chooses each method's settings on each data set.
 
     A trial's score is the mean, over the two roles, of the role's mean headline metric on its
-    clients' *validation* images after the last round; the first of equal ones is chosen. All trials
-    are written to ``tuning.csv``.
+    clients' *validation* images after the last round; the first of equal ones is chosen. A trial
+    that has diverged has no score. All trials are written to ``tuning.csv``.
 
     Returns:
       ``{(data set, method): {dotted key: value}}``, empty if the study has no grids; and which
@@ -167,14 +168,20 @@ def _tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings],
     for (dataset, method), cells in trials.items():
         if not all(_is_done(cell) for cell, _ in cells):
             continue  # a method is tuned by all its trials, or not compared there
-        scores = [_score(files.read_summary(cell.folder)) for cell, _ in cells]
-        if all(math.isnan(score) for score in scores):
+        summaries = [files.read_summary(cell.folder) for cell, _ in cells]
+        scores = [mean_of_roles(summary) for summary in summaries]
+        best = None
+        if not all(math.isnan(score) for score in scores):
+            best = int(np.nanargmax(scores))
+            chosen[dataset, method] = cells[best][1]
+        elif any(map(has_diverged, summaries)):
+            reason = UserError("every trial has diverged; put lower learning rates into its grid")
+            failures.append((cells[0][0], reason))
+        else:
             raise UserError(
                 f"tuning: no client of {dataset} has validation images to judge by; raise "
                 "data.validation_fraction"
             )
-        best = int(np.nanargmax(scores))
-        chosen[dataset, method] = cells[best][1]
         rows += [
             {
                 "data": dataset,
@@ -182,9 +189,12 @@ def _tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings],
                 "trial": cell.trial,
                 "settings": " ".join(f"{key}={value}" for key, value in point.items()),
                 "validation": score,
+                "diverged": int(has_diverged(summary)),
                 "chosen": int(number == best),
             }
-            for number, ((cell, point), score) in enumerate(zip(cells, scores, strict=True))
+            for number, ((cell, point), score, summary) in enumerate(
+                zip(cells, scores, summaries, strict=True)
+            )
         ]
     if rows:
         files.write_csv(workdir / "tuning.csv", list(rows[0]), rows)
@@ -416,6 +426,8 @@ def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> F
         except UserError as error:
             say(f"refused: {error}")
             failures.append((cell, error))
+        except Diverged as error:
+            say(f"diverged: {error}")  # a result as well: the tables tell it
         except runner.Interrupted:
             raise
         except Exception as error:  # of memory, or ours: one run is no reason to lose a night's
@@ -435,11 +447,6 @@ def _reasons(failures: Failures) -> list[str]:
         f"{cells[0]}" + (f" and {len(cells) - 1} more" if cells[1:] else "") + f": {reason}"
         for reason, cells in by_reason.items()
     ]
-
-
-def _score(summary: Mapping[str, Any]) -> float:
-    found = [summary[key] for key in ("small_mean", "large_mean") if summary[key] is not None]
-    return sum(found) / len(found) if found else math.nan
 
 
 def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> list[Result]:
@@ -463,20 +470,13 @@ def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> l
             value = client["metrics"][summary["metric"]]
             role = roles[cell.dataset, cell.seed][client["name"]]
             values[role].append(math.nan if value is None else value)
+        # Not even of the role that did not, for means over seeds would then mix runs.
+        scores = group_summary({} if has_diverged(summary) else values)
         rows = files.read_metrics(cell.folder / "metrics.jsonl")
         # The first of a process compiles and traces.
         round_s = float(np.median([row["wall_s"] for row in rows[1:] or rows]))
-        results.append(
-            Result(
-                cell.dataset,
-                cell.budget,
-                cell.method,
-                cell.seed,
-                summary,
-                group_summary(values),
-                round_s,
-            )
-        )
+        run = cell.dataset, cell.budget, cell.method, cell.seed
+        results.append(Result(*run, summary, scores, round_s))
     return results
 
 

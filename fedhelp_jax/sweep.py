@@ -31,6 +31,7 @@ from fedhelp_jax import config as configs
 from fedhelp_jax import processes
 from fedhelp_jax.compilation import compile_totals, jit
 from fedhelp_jax.config import RunConfig
+from fedhelp_jax.divergence import Divergence
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import MOST_ROUNDS, Loaded, load, make_phases
 from fedhelp_jax.identity import identity, sources
@@ -165,7 +166,8 @@ def _made(
 
 
 def _measures(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: line[name] for name in ("split", "metric", *group_summary({}))}
+    found = {name: line[name] for name in ("split", "metric", *group_summary({}))}
+    return {**found, "diverged": line.get("diverged")}
 
 
 # --- numbers that may be traced -----------------------------------------------------------------
@@ -354,11 +356,18 @@ class Program:
             part = self.block.runs[start : start + self.slots]
             point = self._points(part)
             state = self._init(self.shared, point, ())
+            names = {group.role: group.names for group in self.block.loaded.federation.groups}
+            health = [Divergence(names, warns=False) for _ in part]
             every = self._most_rounds
             for done in range(0, self.config.rounds, every):
                 last = min(done + every, self.config.rounds)
-                state = self._rounds(self.shared, point, state, np.int32(done), np.int32(last))
-                jax.block_until_ready(state)
+                bounds = np.int32(done), np.int32(last)
+                state, infos = self._rounds(self.shared, point, state, *bounds)
+                infos = jax.device_get(infos)
+                for i, own in enumerate(health):
+                    for round in range(last - done):
+                        info = jax.tree.map(lambda x, i=i, round=round: x[i][round], infos)
+                        own.trained(done + round + 1, *info)
             measured = jax.device_get(self._evaluate(self.shared, point, state))
             rows = []
             for i in range(len(part)):
@@ -369,8 +378,10 @@ class Program:
                     }
                     for role in clients
                 }
-                summary = group_summary(headline(results, task.headline))
-                rows.append({"metric": task.headline, **summary})
+                health[i].measured(self.split, results)
+                summary = group_summary(health[i].scores(headline(results, task.headline)))
+                row = {"metric": task.headline, **summary, "diverged": health[i].count}
+                rows.append(row)
             yield part, rows
 
     @property
@@ -451,9 +462,12 @@ class Program:
 
     def _rounds_of_one(
         self, leaves: Any, point: Any, state: RunState, first: jax.Array, last: jax.Array
-    ) -> RunState:
+    ) -> tuple[RunState, Any]:
+        """The state after the rounds, and of each who took part and who was not finite."""
         data, most = self._data(leaves, point), self._most_rounds
-        return self._at(point).rounds(state, point["key"], first, last, data, most=most)[0]
+        phases, key = self._at(point), point["key"]
+        state, infos = phases.rounds(state, key, first, last, data, most=most)
+        return state, (infos.participants, infos.non_finite)
 
     def _evaluate_one(self, leaves: Any, point: Any, state: RunState) -> Any:
         phases, data = self._at(point), self._data(leaves, point)

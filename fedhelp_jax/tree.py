@@ -17,12 +17,13 @@ def weighted_mean(trees: Sequence[Any], weights: Sequence[jax.Array]) -> Any:
         whatever its leaves hold.
 
     Returns:
-      A tree of the same structure without the leading axis.
+      A tree of the same structure without the leading axis; zeros where all weights are 0.
     """
     chex.assert_trees_all_equal_structs(trees[0], *trees)  # chex refuses a single tree
     for tree, w in zip(trees, weights, strict=True):
         chex.assert_tree_shape_prefix(tree, w.shape)
     total = jnp.sum(jnp.concatenate(weights))
+    total = jnp.where(total > 0, total, 1)
 
     def mean(*stacks: jax.Array) -> jax.Array:
         parts = [_weighted_sum(s, w.astype(s.dtype)) for s, w in zip(stacks, weights, strict=True)]
@@ -44,6 +45,17 @@ def means(sums: Any, totals: jax.Array) -> Any:
         return leaf / total.reshape(-1, *(1,) * (leaf.ndim - 1))
 
     return jax.tree.map(mean, sums)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no leaf holds NaN or infinity; a boolean scalar."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves], bool))
+
+
+def choose(condition: jax.Array, first: Any, second: Any) -> Any:
+    """The one tree where a boolean scalar is true, else the other, of the same structure."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
 
 
 def zeros_of(shapes: Any) -> Any:

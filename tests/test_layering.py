@@ -31,6 +31,7 @@ LAYERS: tuple[str, ...] = (
     "data",
     "federation",
     "client",
+    "divergence",
     "mapping",
     "algorithms",
     "teachers",

@@ -36,7 +36,7 @@ from fedhelp_jax.algorithms.base import (
 from fedhelp_jax.algorithms.on_public import check_public, learn_answers, public_logits
 from fedhelp_jax.federation import ROLES, PublicPool
 from fedhelp_jax.models.model import Variables
-from fedhelp_jax.tree import weighted_mean
+from fedhelp_jax.tree import choose, weighted_mean
 
 
 class FedDFSettings(NamedTuple):
@@ -75,6 +75,13 @@ def feddf(setup: Setup, settings: FedDFSettings) -> FederatedAlgorithm:
             )
             for role, upload in uploads.items()
         }
+        # A role none of whose uploads counts starts from the model it had.
+        means = {
+            role: choose(
+                (weights[role] > 0).any(), weighted_mean([upload], [weights[role]]), state[role]
+            )
+            for role, upload in uploads.items()
+        }
         present = [(w > 0).astype(float) for w in weights.values()]
         ensemble = PublicPool(public.images, None, weighted_mean(list(logits.values()), present))
         fused = {
@@ -82,12 +89,12 @@ def feddf(setup: Setup, settings: FedDFSettings) -> FederatedAlgorithm:
                 setup,
                 setup.models[role],
                 data.key,
-                weighted_mean([upload], [weights[role]]),
+                means[role],
                 ensemble,
                 settings.server_steps,
                 functools.partial(setup.task.distill, temperature=1.0, where=None),
             )
-            for role, upload in uploads.items()
+            for role in uploads
         }
         return {**state, **fused}
 

@@ -18,6 +18,7 @@ from fedhelp_jax.report.significance import (
     holm,
     paired_p_value,
 )
+from fedhelp_jax.report.summary import has_diverged
 from fedhelp_jax.report.typeset import BEST, SECOND, Cell, Grid, latex, markdown, print_grid
 
 # Of the metrics, what the columns are called and whether larger is better; a gap is neither.
@@ -192,6 +193,7 @@ def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], referenc
         else f"No run of {reference} is finished: nothing is tested against it.",
         "up, down: sent by and to all clients in a round. s/round: the median after the first.",
         *([f"Fewer seeds: {', '.join(short)}."] if short else []),
+        *_diverged(results),
         *(
             [
                 f"{row.method} pools all data: outside marks, tests and ranks."
@@ -208,6 +210,22 @@ def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], referenc
     title = f"{consoles.marked_synthetic(dataset, synthetic)}, {metric}"
     heads = ["method", *(name for _, name, _ in _SCORES), "p", *(name for _, name in _COSTS)]
     return Grid(title, heads, [_cells(row) for row in rows], notes)
+
+
+def _diverged(results: Sequence[Result]) -> list[str]:
+    """A note that names runs with clients that diverged."""
+    found = []
+    for r in results:
+        count = _count_diverged(r)
+        if count:
+            lost = ", no score" if has_diverged(r.summary) else ""
+            of = len(r.summary["per_client"])
+            found.append(f"{r.method} seed {r.seed} ({count} of {of} clients{lost})")
+    return [f"Diverged (NaN or infinity): {', '.join(found)}."] if found else []
+
+
+def _count_diverged(result: Result) -> int:
+    return sum((result.summary.get("diverged") or {}).values())
 
 
 def _cells(row: Row) -> list[Cell]:
@@ -256,6 +274,7 @@ def _run_lines(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any
             "seed": r.seed,
             "metric": r.summary["metric"],
             **r.scores,
+            "diverged": _count_diverged(r),
             **{key: _cost(r, key) for key, _ in _COSTS},
             "wall_s": r.summary["wall_s"],
             "compile_s": r.summary["compile_s"],

@@ -15,8 +15,12 @@ from rich import box, progress
 from rich.console import Console
 from rich.table import Table
 
+from fedhelp_jax.divergence import NON_FINITE
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.report import files
+
+# How many examples had no finite logits, which the number of diverged clients says in brief.
+_NOT_SHOWN = (NON_FINITE,)
 
 # More of them are too narrow to be read beside each other.
 _MOST_METRICS = 6
@@ -113,6 +117,9 @@ class Progress:
             f"large {_number(row.get('large_mean'))}",
             f"worst small {_number(row.get('worst_small'))}",
         ]
+        count = sum(map(len, (row.get("diverged") or {}).values()))
+        if count:
+            words.append(f"diverged {count}")
         if self._seconds:
             # The first round of a process compiles, so it says nothing about those to come.
             usual = statistics.median(self._seconds[1:] or self._seconds)
@@ -141,7 +148,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     for client in clients:
         metrics = client.get("metrics") or {}
         table.add_row(
-            str(client.get("name", "-")),
+            str(client.get("name", "-")) + (" (diverged)" if client.get("diverged") else ""),
             str(client.get("role", "-")),
             _whole(client.get("n_train")),
             _whole(client.get("n_test")),
@@ -153,6 +160,9 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     groups.add_column("", justify="right")
     for key, label in _GROUP_ROWS:
         groups.add_row(label, _number(summary.get(key)))
+    groups.add_row("clients diverged", _diverged(summary))
+    if summary.get("stopped_after") is not None:
+        groups.add_row("stopped after round", _whole(summary["stopped_after"]))
     console.print(groups)
 
 
@@ -194,7 +204,8 @@ def print_comparison(
             _number(s.get(key)) + ("" if s is reference else _change(s.get(key), base))
             for s in summaries
         ]
-        add(label, cells, last=key == _GROUP_ROWS[-1][0])
+        add(label, cells)
+    add("clients diverged", [_diverged(s) for s in summaries], last=True)
     clients = _client_rows(summaries)
     for number, (label, values) in enumerate(clients, start=1):
         add(label, [_number(value) for value in values], last=number == len(clients))
@@ -228,7 +239,8 @@ def print_line(console: Console, text: str) -> None:
 
 
 def _metric_names(clients: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for c in clients for name in (c.get("metrics") or {})))
+    names = dict.fromkeys(name for c in clients for name in (c.get("metrics") or {}))
+    return [name for name in names if name not in _NOT_SHOWN]
 
 
 def _shown_metrics(headline: str, names: Sequence[str]) -> list[str]:
@@ -247,6 +259,16 @@ def marked_synthetic(name: str, synthetic: Any) -> str:
 
 def _dataset(summary: Mapping[str, Any]) -> str:
     return marked_synthetic(str(summary.get("dataset", "-")), summary.get("synthetic"))
+
+
+def _diverged(summary: Mapping[str, Any]) -> str:
+    """Returns how many clients of each role have diverged, and how many uploads were left out."""
+    counts = summary.get("diverged")
+    if not isinstance(counts, Mapping):
+        return "-"
+    words = ", ".join(f"{count} {role}" for role, count in counts.items() if count) or "0"
+    left_out = sum((summary.get("quarantined") or {}).values())
+    return words + (f" ({left_out} uploads left out)" if left_out else "")
 
 
 def _teacher(summary: Mapping[str, Any]) -> str:

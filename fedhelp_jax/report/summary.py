@@ -72,6 +72,7 @@ def per_client(
     names: Mapping[str, Sequence[str]],
     sizes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
     results: Results,
+    diverged: Mapping[str, Sequence[str]],
 ) -> list[dict[str, Any]]:
     """One entry per client with the test metrics of the model it deploys.
 
@@ -79,6 +80,7 @@ def per_client(
       names: Per role, its clients.
       sizes: Per role, training and test examples of each client.
       results: What the evaluation on test gave.
+      diverged: Per role, which of them have diverged.
     """
     return [
         {
@@ -87,6 +89,7 @@ def per_client(
             "model": next(iter(models)),
             "n_train": int(sizes[role][0][i]),
             "n_test": int(sizes[role][1][i]),
+            "diverged": client in diverged[role],
             "metrics": {
                 metric: float(values[i]) for metric, values in next(iter(models.values())).items()
             },
@@ -94,6 +97,22 @@ def per_client(
         for role, models in results.items()
         for i, client in enumerate(names[role])
     ]
+
+
+def has_diverged(summary: Mapping[str, Any]) -> bool:
+    """Whether every client of a role has, by a ``summary.json``: the run then has no result."""
+    clients = summary.get("per_client") or []
+    roles = {client["role"] for client in clients}
+    return any(
+        all(client.get("diverged", False) for client in clients if client["role"] == role)
+        for role in roles
+    )
+
+
+def mean_of_roles(summary: Mapping[str, Any]) -> float:
+    """The mean of both roles' means, by a ``summary.json``; NaN of none, and of a diverged run."""
+    found = [summary[key] for key in ("small_mean", "large_mean") if summary[key] is not None]
+    return math.nan if has_diverged(summary) else _mean(found)
 
 
 def versions() -> dict[str, str]:
