@@ -1,5 +1,6 @@
 """Uploads that are not finite have no influence; clients that diverged are named and counted."""
 
+import dataclasses
 import functools
 import logging
 
@@ -56,17 +57,17 @@ def place(name):
     raise AssertionError(name)
 
 
-def poisoned(method, names, value=np.nan):
-    """The method, with uploads of some clients that hold one such value in every leaf."""
-    sizes = np.array([SIZES[name] for name in names])
+def poisoned(method, values):
+    """The method, with a value by name added to every leaf of these clients' uploads."""
+    sizes = np.array([SIZES[name] for name in values])
 
     def client(own):
         def update(key, download, state, data):
             state, upload, info = own.update(key, download, state, data)
-            bad = jnp.any(data.size == sizes)
+            of_this = jnp.where(data.size == sizes, jnp.array(list(values.values())), 0).sum()
 
             def poison(leaf):
-                return jnp.where(bad, leaf.at[(0,) * leaf.ndim].set(value), leaf)
+                return leaf.at[(0,) * leaf.ndim].add(of_this.astype(leaf.dtype))
 
             return state, jax.tree.map(poison, upload), info
 
@@ -75,8 +76,12 @@ def poisoned(method, names, value=np.nan):
     return method._replace(clients={role: client(own) for role, own in method.clients.items()})
 
 
-def everyone():
-    return [name for group in federation().groups for name in group.names]
+def pairs(first, second):
+    return zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+
+
+def names_of(role):
+    return next(group.names for group in federation().groups if group.role == role)
 
 
 def after_a_round(method, **options):
@@ -85,94 +90,96 @@ def after_a_round(method, **options):
     return on_host(state), on_host(info)
 
 
-def without(method, names):
-    """The state after a round in which these clients' finite uploads have weight 0."""
-    simulation = simulate(method._replace(mean_only=False), federation())
-    state, phases, data = simulation.init(), simulation.phases, simulation.federation
-    at = simulation.run_key, jnp.int32(0), data
+def rounds_of(method):
+    """A round from the first state, by what is added to uploads and whose weight becomes 0.
+
+    It is one program, which compiles once: ``(values by name, names) -> (state, non_finite)``.
+    """
+    # Every upload's weight is seen here; of a mean only, they are summed up while clients run.
+    method = method._replace(mean_only=False)
+    simulation = simulate(method, federation())
+    state, at = simulation.init(), (simulation.run_key, jnp.int32(0), simulation.federation)
+    everyone = [name for group in federation().groups for name in group.names]
 
     @jax.jit
-    def one_round(state):
+    def one_round(values, kept):
+        phases = dataclasses.replace(simulation.phases, algorithm=poisoned(method, values))
         trained = {r: phases.train(r, state.clients[r], state.server, *at) for r in state.clients}
-        for name in names:
+        for name in everyone:
             role, row = place(name)
-            weight = trained[role].weight.at[row].set(0)
+            weight = trained[role].weight.at[row].multiply(kept[name])
             trained[role] = trained[role]._replace(weight=weight)
-        return phases.aggregate(state, server_part(trained), *at)
+        found = {role: t.non_finite for role, t in trained.items()}
+        return phases.aggregate(state, server_part(trained), *at), found
 
-    return on_host(one_round(state))
+    def run(values, left_out=()):
+        added = {name: float(values.get(name, 0)) for name in everyone}
+        return on_host(one_round(added, {name: int(name not in left_out) for name in everyone}))
+
+    return run, on_host(state), everyone
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", [n for n in ALGORITHMS if n not in SILENT])
 def test_an_upload_that_is_not_finite_has_no_influence_in_any_method(name):
-    """One client's upload is NaN, one's infinite; the others' mean is taken without them."""
-    bad = ["coast", "big"]
-    method = algorithm(name)
-    value = {"coast": np.nan, "big": np.inf}
-    state, info = after_a_round(
-        functools.reduce(lambda m, n: poisoned(m, [n], value[n]), bad, method)
-    )
-    assert_trees_close(state, without(method, bad))
-    for role, found in info.non_finite.items():
-        names = next(g.names for g in federation().groups if g.role == role)
-        np.testing.assert_array_equal(found.upload, [n in bad for n in names])
-        assert not found.loss.any()
-        assert not found.state.any()
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["fedavg", "scaffold", "feddf", "fedmd", "fedgh", "fedkd"])
-def test_the_server_keeps_what_it_had_if_nothing_it_gets_is_finite(name):
-    method = poisoned(algorithm(name), everyone())
-    simulation = simulate(method, federation())
-    before = on_host(simulation.init())
-    assert_trees_equal(after_a_round(method)[0].server, before.server)
+    """The others' mean is taken without it; the server keeps its state if none is finite."""
+    run, before, everyone = rounds_of(algorithm(name))
+    bad = {"coast": np.nan, "big": np.inf}
+    state, found = run(bad)
+    assert_trees_equal(state, run({}, left_out=bad)[0])
+    for role, of_role in found.items():
+        np.testing.assert_array_equal(of_role.upload, [n in bad for n in names_of(role)])
+        assert not of_role.loss.any()
+        assert not of_role.state.any()
+    untouched = run({})[0].server
+    assert any((a != b).any() for a, b in pairs(untouched, state.server))
+    nothing, _ = run(dict.fromkeys(everyone, np.nan))
+    assert_trees_equal(nothing.server, before.server)
 
 
 @pytest.mark.usefixtures("float64")
 def test_a_role_without_a_finite_upload_keeps_its_model_in_feddf():
     """As starting point of the distillation, which the other role's uploads then teach."""
     method = build("feddf", tiny_setup(public=PUBLIC), server_steps=0)
-    role, _ = place("big")
-    names = next(g.names for g in federation().groups if g.role == role)
-    simulation = simulate(method, federation())
-    before = on_host(simulation.init())
-    state, _ = after_a_round(poisoned(method, names))
-    assert_trees_equal(state.server[role], before.server[role])
-    other = "small" if role == "large" else "large"
-    assert_trees_close(state.server[other], without(method, names).server[other])
+    run, before, _ = rounds_of(method)
+    names = names_of("large")
+    state, _ = run(dict.fromkeys(names, np.nan))
+    assert_trees_equal(state.server["large"], before.server["large"])
+    assert_trees_equal(state.server["small"], run({}, left_out=names)[0].server["small"])
 
 
+# Of methods that need only the mean, and of one that is given every upload.
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["fedavg", "fedproto"])
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {"chunk_size": 2},
-        {"chunk_size": 0},
-        {"pool_bytes": 12000},
-        pytest.param({"num_devices": 2}, marks=two_devices),
-        pytest.param({"num_devices": 2, "private": True}, marks=two_devices),
+        ("fedavg", {"chunk_size": 2}),
+        ("fedavg", {"pool_bytes": 12000}),
+        pytest.param("fedavg", {"num_devices": 2, "private": True}, marks=two_devices),
+        ("fedproto", {"pool_bytes": 12000}),
+        pytest.param("fedproto", {"num_devices": 2}, marks=two_devices),
     ],
     ids=str,
 )
-def test_however_clients_are_mapped(name, options):
-    """Of a method that needs only the mean, and of one that is given every upload."""
-    bad = ["coast", "big"]
-    method = poisoned(algorithm(name), bad)
-    expected, expected_info = after_a_round(method)
-    state, info = after_a_round(method, **options)
-    assert_trees_close(state.server, expected.server)
+def test_however_clients_are_mapped(name, options, expected_states):
+    bad = {"coast": np.nan, "big": np.inf}
+    state, info = after_a_round(poisoned(algorithm(name), bad), **options)
+    assert_trees_close(state.server, expected_states(name).server)
     for group in federation().groups:
-        found = {
-            group.names[slot]
-            for slot, is_bad in zip(
-                info.participants[group.role], info.non_finite[group.role].upload, strict=True
-            )
-            if is_bad
-        }
-        assert found == set(bad) & set(group.names)
+        left_out = info.non_finite[group.role].upload
+        slots = info.participants[group.role][left_out].tolist()
+        assert {group.names[slot] for slot in slots} == set(bad) & set(group.names)
+
+
+@pytest.fixture(scope="module")
+def expected_states():
+    """By method, the state after a round in which two clients' uploads have weight 0."""
+
+    @functools.cache
+    def expected(name):
+        return rounds_of(algorithm(name))[0]({}, left_out=("coast", "big"))[0]
+
+    return expected
 
 
 @pytest.mark.parametrize("what", ["state", "loss"])
