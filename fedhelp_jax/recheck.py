@@ -7,6 +7,7 @@ examples, in batches of another size, on a single device, without the other clie
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,10 +16,9 @@ import numpy as np
 from fedhelp_jax.compilation import jit
 from fedhelp_jax.data.types import FederatedDataset
 from fedhelp_jax.errors import Failure
-from fedhelp_jax.federation import Group, Pool, Table
+from fedhelp_jax.federation import Group, Pool, PublicPool, Table
 from fedhelp_jax.mapping import make_mapping
-from fedhelp_jax.phases import Arrays, Part, RunState
-from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.phases import Arrays, Part, Phases, RunState
 
 # Which metrics are compared, and how far they may be apart, relative to the larger one but at least
 # to 1. Between two programs only rounding differs: that moves a loss by some 1e-6, and now and then
@@ -28,7 +28,9 @@ _BFLOAT16 = 50
 
 
 def recheck(
-    simulation: Simulation,
+    phases: Phases,
+    groups: Sequence[Group],
+    public: PublicPool | None,
     state: RunState,
     dataset: FederatedDataset,
     split: str,
@@ -39,22 +41,24 @@ def recheck(
     """Compares results with those of another program, for the median client of each role.
 
     Args:
-      simulation: The run.
+      phases: The method, and how the run mapped its clients.
+      groups: All clients, by role.
+      public: The public set.
       state: What was measured.
       dataset: The private data, on the host.
       split: What it was measured on.
-      results: What :meth:`Simulation.evaluate` returned.
+      results: ``{role: {model name: {metric: [K]}}}``, as :meth:`Simulation.evaluate` returns them.
       bfloat16: Whether activations are computed in bfloat16.
 
     Raises:
       Failure: If they disagree by more than rounding explains.
     """
-    for group in simulation.groups:
+    for group in groups:
         sizes = np.asarray(getattr(group, split).size)
         row = int(np.argsort(sizes, kind="stable")[len(sizes) // 2])
         if sizes[row] == 0:
             continue
-        again = measured_alone(simulation, state, dataset, group, row, split)
+        again = measured_alone(phases, group, public, state, dataset, row, split)
         for model, metrics in again.items():
             for name in _TOLERANCE.keys() & metrics.keys():
                 before = float(results[group.role][model][name][row])
@@ -74,15 +78,16 @@ def recheck(
 
 
 def measured_alone(
-    simulation: Simulation,
+    phases: Phases,
+    group: Group,
+    public: PublicPool | None,
     state: RunState,
     dataset: FederatedDataset,
-    group: Group,
     row: int,
     split: str,
 ) -> dict[str, Any]:
     """One client's metrics, by model and name ``[1]``, by a program that holds nobody else."""
-    mapping, role = simulation.mapping, group.role
+    mapping, role = phases.mapping, group.role
     # By a program of its own, so that every process of a distributed run gets the client.
     pick = jit(
         lambda tree, row: jax.tree.map(lambda leaf: leaf[row][None], tree),
@@ -91,11 +96,10 @@ def measured_alone(
         out_shardings=mapping.replicated,
     )
     states, server, public = jax.tree.map(
-        np.asarray,
-        (pick(state.clients[role], np.int32(row)), state.server, simulation.federation.public),
+        np.asarray, (pick(state.clients[role], np.int32(row)), state.server, public)
     )
     client = dataset.clients[int(np.asarray(group.ids)[row])]
-    adapts = simulation.phases.algorithm.clients[role].adapts
+    adapts = phases.algorithm.clients[role].adapts
     parts = [getattr(client, split), *([client.train] if adapts else [])]
     starts = np.cumsum([0, *map(len, parts)])
     tables = [
@@ -106,10 +110,10 @@ def measured_alone(
     pool: Any = Pool(dataset.images[index], dataset.labels[index])  # pyright: ignore[reportArgumentType]
     part = Part(np.zeros(1, np.int32), None, pool, tables[1] if adapts else None, tables[0])
     alone = dataclasses.replace(
-        simulation.phases,
+        phases,
         num_clients={role: 1},
         mapping=make_mapping(1, 1, local=True),
-        eval_batch_size=simulation.phases.eval_batch_size // 2 + 1,
+        eval_batch_size=phases.eval_batch_size // 2 + 1,
     )
     measure = jit(functools.partial(alone.evaluate_part, role), platform=mapping.platform)
     return measure(states, server, Arrays(None, public, {}, None), part)

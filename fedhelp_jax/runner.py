@@ -279,7 +279,16 @@ def _write_results(
     half = config.model.compute_dtype == "bfloat16"
     for name, found in results.items():
         health.measured(f"round {done}, {name}", found)
-    recheck(simulation, state, experiment.dataset, split, measured, bfloat16=half)
+    recheck(
+        simulation.phases,
+        simulation.groups,
+        simulation.federation.public,
+        state,
+        experiment.dataset,
+        split,
+        measured,
+        bfloat16=half,
+    )
     if experiment.task.predict is not None and split == "test":
         pictures = workdir / _PICTURES if processes.first() else None
         found = final_masks(simulation, state, experiment.dataset, pictures, config.algorithm.name)

@@ -39,6 +39,7 @@ from fedhelp_jax.locks import folder_lock
 from fedhelp_jax.mapping import make_mapping, over_clients
 from fedhelp_jax.memory import gib
 from fedhelp_jax.phases import Arrays, Phases, RunState, federation_arrays, num_clients
+from fedhelp_jax.recheck import recheck
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary, headline
@@ -378,11 +379,33 @@ class Program:
                     }
                     for role in clients
                 }
+                if start == i == 0:
+                    self._recheck(state, results)
                 health[i].measured(self.split, results)
                 summary = group_summary(health[i].scores(headline(results, task.headline)))
                 row = {"metric": task.headline, **summary, "diverged": health[i].count}
                 rows.append(row)
             yield part, rows
+
+    def _recheck(self, state: Any, results: Any) -> None:
+        """Measures one client of each role of the first run again.
+
+        Raises:
+          Failure: If that disagrees by more than rounding explains.
+        """
+        # Data are kept of one seed, which is that of the first run.
+        config, loaded = self.block.runs[0].config, self.block.loaded
+        first = jit(
+            lambda tree: jax.tree.map(lambda leaf: leaf[0], tree),
+            platform=self.mapping.platform,
+            optimized=False,
+            out_shardings=self.mapping.replicated,
+        )
+        state = jax.tree.map(np.asarray, first(state))
+        federation = loaded.federation
+        phases, half = self._phases(config), config.model.compute_dtype == "bfloat16"
+        at = phases, federation.groups, federation.public, state, loaded.dataset, self.split
+        recheck(*at, results, bfloat16=half)
 
     @property
     def _most_rounds(self) -> int:

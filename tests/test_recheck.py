@@ -5,10 +5,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import fedhelp, read, train
+from commands import CONFIG, fedhelp, read, train
 from helpers import use_tiny_networks
 
 from fedhelp_jax import recheck as rechecks
+from fedhelp_jax import runner
+from fedhelp_jax import sweep as sweeps
+from fedhelp_jax.config_files import load_config
+from fedhelp_jax.errors import Failure
 from fedhelp_jax.simulation import Simulation
 
 MASKS = Path(__file__).parent / "mask_config.py"
@@ -19,17 +23,24 @@ pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
 @pytest.fixture
 def measured(monkeypatch):
     """What is measured once more, beside what the run's own program said."""
-    found = []
+    found, results = [], []
     original = rechecks.measured_alone
 
-    def record(simulation, state, dataset, group, row, split):
-        again = original(simulation, state, dataset, group, row, split)
-        own = simulation.evaluate(state, split)[group.role]
+    whole = rechecks.recheck
+
+    def record(phases, group, public, state, dataset, row, split):
+        again = original(phases, group, public, state, dataset, row, split)
         for model, metrics in again.items():
-            found.append((own[model], metrics, row))
+            found.append((results[-1][group.role][model], metrics, row))
         return again
 
+    def remember(phases, groups, public, state, dataset, split, measured, **rest):
+        results.append(measured)
+        whole(phases, groups, public, state, dataset, split, measured, **rest)
+
     monkeypatch.setattr(rechecks, "measured_alone", record)
+    for module in (runner, sweeps):
+        monkeypatch.setattr(module, "recheck", remember)
     return found
 
 
@@ -79,3 +90,33 @@ def test_wrong_results_stop_the_run_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Simulation, "evaluate", evaluate)
     assert fedhelp(f"evaluate --workdir={tmp_path / 'run'}") == 0
     assert read(tmp_path / "run" / "summary.json")["split"] == "test"
+
+
+def runs_of(method):
+    flags = (f"--config.algorithm.name={method}", "--config.rounds=2")
+    settings = [load_config(str(CONFIG), [*flags, f"--config.seed={seed}"]) for seed in (3, 4)]
+    return [sweeps.Run({"seed": config.seed}, config) for config in settings]
+
+
+@pytest.mark.parametrize("method", ["fedhelp", "per_fedavg"])
+def test_a_sweep_measures_clients_of_its_first_run_again(tmp_path, monkeypatch, measured, method):
+    use_tiny_networks(monkeypatch)
+    sweeps.sweep(runs_of(method), tmp_path, say=lambda text: None)
+    assert len(measured) >= 2
+    for own, again, row in measured:
+        for name in ("loss", "balanced_accuracy", "auroc"):
+            np.testing.assert_allclose(own[name][row], again[name][0], rtol=1e-5, err_msg=name)
+
+
+def test_wrong_results_stop_a_sweep(tmp_path, monkeypatch):
+    use_tiny_networks(monkeypatch)
+    original = rechecks.measured_alone
+
+    def wrong(*arguments):
+        again = original(*arguments)
+        return {model: {"loss": metrics["loss"] * 1.01} for model, metrics in again.items()}
+
+    monkeypatch.setattr(rechecks, "measured_alone", wrong)
+    with pytest.raises(Failure, match="the validation loss of "):
+        sweeps.sweep(runs_of("local"), tmp_path, say=lambda text: None)
+    assert not (tmp_path / "runs.jsonl").exists()
