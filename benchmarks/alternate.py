@@ -76,14 +76,19 @@ def peak_gib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def alternate(workers: Mapping[str, Worker], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each worker's rounds, ``repeats`` of each after one that does not count."""
+def alternate(
+    workers: Mapping[str, Worker], repeats: int, what: str = "round"
+) -> dict[str, list[float]]:
+    """Seconds of each worker's rounds, ``repeats`` of each after one that does not count.
+
+    Rounds are ``what`` the workers are asked for.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for worker in workers.values():
-        worker.ask("round")
+        worker.ask(what)
     for _ in range(repeats):
         for name, worker in workers.items():
-            seconds[name].append(worker.ask("round")["seconds"])
+            seconds[name].append(worker.ask(what)["seconds"])
     return seconds
 
 

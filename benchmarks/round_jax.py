@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.alternate import serve
+from fedhelp_jax import compilation
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
 from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp
 from fedhelp_jax.client import adam_l2, shuffled
-from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
 from fedhelp_jax.federation import make_federation
 from fedhelp_jax.mapping import make_mapping
@@ -71,7 +71,10 @@ def batches(run_key: jax.Array, clients: int) -> dict[str, np.ndarray]:
 def main() -> None:
     jax.config.update("jax_enable_x64", OPTIONS["float64"])
     if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        jax.config.update("jax_num_cpu_devices", OPTIONS.get("devices", cores))
+    if OPTIONS.get("splitting"):
+        compilation.compiler_options = lambda *_, **__: {}
     role, size = OPTIONS["role"], OPTIONS["batch_size"]
     dataset, public, answers = datasets(np.random.default_rng(0))
     setup = Setup(
@@ -91,7 +94,7 @@ def main() -> None:
     method = fedhelp(setup, FedHelpSettings())
     phases = Phases(method, classification, num_clients(federation), mapping)
     simulation = Simulation(phases, federation, seed=0)
-    compiled = compile_totals().seconds
+    compiled = compilation.compile_totals().seconds
     state = simulation.init()
     start = {
         "w": state.server.averaged.variables,
@@ -107,13 +110,18 @@ def main() -> None:
     (folder / "start.pickle").write_bytes(pickle.dumps(jax.tree.map(np.asarray, start)))
     now: list[Any] = [state, 0]
     jax.block_until_ready(simulation.round(jax.tree.map(jnp.copy, state), 0))
-    compiled = compile_totals().seconds - compiled
+    compiled = compilation.compile_totals().seconds - compiled
 
     def round() -> dict[str, float]:
         began = time.perf_counter()
         now[0], _ = simulation.round(now[0], now[1])
         jax.block_until_ready(now[0])
         now[1] += 1
+        return {"seconds": time.perf_counter() - began}
+
+    def evaluate() -> dict[str, float]:
+        began = time.perf_counter()
+        simulation.evaluate(now[0], "train")
         return {"seconds": time.perf_counter() - began}
 
     def result() -> str:
@@ -127,7 +135,7 @@ def main() -> None:
         "how": f"{mapping.num_devices} x {device.device_kind}, chunks of {mapping.chunk_size}",
         "compile_s": compiled,
     }
-    serve(about, {"round": round, "result": result})
+    serve(about, {"round": round, "evaluate": evaluate, "result": result})
 
 
 if __name__ == "__main__":
