@@ -93,6 +93,24 @@ class Use(NamedTuple):
         )
 
 
+class Either(NamedTuple):
+    """A condition of which one of several others is enough."""
+
+    uses: tuple[Use, ...]
+
+    def holds(self, config: Any) -> bool:
+        """As of `Use`."""
+        return any(use.holds(config) for use in self.uses)
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.uses))
+
+
+def either(*uses: Use) -> Either:
+    """For settings that have an effect where one of some conditions holds."""
+    return Either(uses)
+
+
 def where(key: str, *values: Any) -> Use:
     """For settings that have an effect only where another one has one of some values."""
     return Use(key, values)

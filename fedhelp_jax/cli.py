@@ -289,10 +289,12 @@ def _sweep(arguments: list[str]) -> int:
 
 
 def _data(arguments: list[str]) -> int:
+    from fedhelp_jax.schema import ON_BAD_EXAMPLE
+
     own = _flags("manual_dir", "data_dir")
     flags.DEFINE_bool("allow_repacked", False, "whatever its checksum", flag_values=own)
-    ways = ["refuse", "skip"]
-    flags.DEFINE_enum("on_bad_example", "refuse", ways, "unusable files", flag_values=own)
+    ways = list(ON_BAD_EXAMPLE)
+    flags.DEFINE_enum("on_bad_example", ways[0], ways, "unusable files", flag_values=own)
     what, *rest = own(["fedhelp", *arguments])[1:] or [""]
     if what == "list" and not rest:
         from fedhelp_jax.data.prepare import names

@@ -257,6 +257,7 @@ def read_data(
         masks=masks,
         volume_size=config.data.volume_size,
         cache_dir=config.data.cache_dir,
+        skip_bad=config.data.on_bad_example == "skip",
     )
     if public.images.shape[1:] != dataset.images.shape[1:]:
         raise UserError(

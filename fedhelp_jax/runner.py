@@ -26,6 +26,7 @@ from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.checkpoint import Checkpointer
 from fedhelp_jax.compilation import compile_totals
 from fedhelp_jax.config import RunConfig
+from fedhelp_jax.data.bad import QUARANTINE
 from fedhelp_jax.divergence import Diverged, Divergence
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.experiment import Experiment, build_experiment, rounds_at_once
@@ -35,7 +36,7 @@ from fedhelp_jax.recheck import recheck
 from fedhelp_jax.report import files
 from fedhelp_jax.report.console import Progress
 from fedhelp_jax.report.masks import final_masks, merged
-from fedhelp_jax.report.shares import SHARES, write_shares
+from fedhelp_jax.report.shares import SHARES, write_left_out, write_shares
 from fedhelp_jax.report.summary import (
     client_rows,
     group_summary,
@@ -110,6 +111,7 @@ def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dic
             files.write_json(workdir / _CONFIG, configs.to_dict(experiment.config))
             identity.write_provenance(workdir, identity.provenance(experiment))
             write_shares(workdir, experiment.dataset, experiment.roles)
+            write_left_out(workdir, experiment.dataset, experiment.public)
             files.cut_metrics(workdir / _METRICS, done)
         if done:
             _log.warning("going on after round %d of %d", done, config.rounds)
@@ -309,6 +311,10 @@ def _write_results(
         "dataset": experiment.dataset.name,
         "synthetic": experiment.dataset.synthetic,
         "public": None if public is None else public.name,
+        "left_out": {
+            "private": len(experiment.dataset.left_out),
+            "public": 0 if public is None else len(public.left_out),
+        },
         "teacher": None if answers is None else answers.fingerprint,
         "teacher_queries": 0 if answers is None or public is None else len(set(public.sha256)),
         "seed": config.seed,
@@ -452,7 +458,7 @@ def _check_same_config(config: RunConfig, workdir: Path) -> None:
 
 
 def _remove_run(workdir: Path) -> None:
-    for name in (_CONFIG, identity.PROVENANCE, _METRICS, _CLIENTS, _SUMMARY, *SHARES):
+    for name in (_CONFIG, identity.PROVENANCE, _METRICS, _CLIENTS, _SUMMARY, QUARANTINE, *SHARES):
         (workdir / name).unlink(missing_ok=True)
     for name in (_CHECKPOINTS, _PICTURES):
         shutil.rmtree(workdir / name, ignore_errors=True)

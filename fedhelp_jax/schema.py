@@ -9,8 +9,10 @@ from typing import Any
 from fedhelp_jax.checks import (
     LOCAL,
     Check,
+    Either,
     Use,
     at_least,
+    either,
     more_than,
     one_of,
     one_of_or,
@@ -37,6 +39,7 @@ _FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
 _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
 HARMONIZATIONS = ("colour_constancy", "percentile_clip", "z_score")
 AUGMENTATIONS = ("flip", "flip_all", "affine", "brightness")
+ON_BAD_EXAMPLE = ("refuse", "skip")
 PREPARED = "tfds:"  # before the name of a data set that TFDS has prepared
 COLUMN = "column:"  # before the name of what clients are the values of
 SHARINGS = ("fractions", "iid", "quantity", "dirichlet", "shards", "clusters")
@@ -102,6 +105,7 @@ SETTING_CHECKS: dict[str, Check] = {
 _ENDPOINTS = ("open_inference", "hf_zero_shot")
 _WITH_IMAGES = ("open_inference", "litert", "onnx")  # told how pixels are sent
 _FILES = ("fed_isic2019", "medmnist", "npz_masks", PREPARED)
+_PUBLIC_FILES = ("npz", "folder", PREPARED)
 
 
 def _teacher(*names: str) -> Use:
@@ -128,7 +132,7 @@ def setting(
     about: str,
     check: Check | None = None,
     *,
-    only: Use | tuple[Use, ...] = (),
+    only: Use | Either | tuple[Use | Either, ...] = (),
     identity: bool = True,
 ) -> Any:
     """Returns a dataclass field.
@@ -143,7 +147,7 @@ def setting(
             data lie (their content is compared instead), how fast a teacher is asked, or how
             clients are spread over devices.
     """
-    only = (only,) if isinstance(only, Use) else only
+    only = (only,) if isinstance(only, Use | Either) else only
     metadata = {"about": about, "check": check, "only": only, "identity": identity}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -262,6 +266,13 @@ class DataConfig:
         "(all axes), affine, brightness",
         some_of(*AUGMENTATIONS),
     )
+    on_bad_example: str = setting(
+        "refuse",
+        "private and public examples whose files cannot be used: refuse the first, or skip and "
+        "list them (quarantine.csv)",
+        one_of(*ON_BAD_EXAMPLE),
+        only=either(where("data.name", *_FILES), where("public.name", *_PUBLIC_FILES)),
+    )
     cache_dir: str | None = setting(
         None, "where decoded images are kept between runs", LOCAL, identity=False
     )
@@ -281,7 +292,7 @@ class PublicConfig:
         "npz: the file; folder: of images/ and masks/, or a zip of it; tfds: folder of prepared "
         "sets (TFDS's default if None)",
         LOCAL,
-        only=where("public.name", "npz", "folder", PREPARED),
+        only=where("public.name", *_PUBLIC_FILES),
         identity=False,
     )
     num_examples: int | None = setting(

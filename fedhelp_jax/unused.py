@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.checks import Use
+from fedhelp_jax.checks import Either, Use
 from fedhelp_jax.config import RunConfig, flat, to_dict
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.schema import SETTING_USES
@@ -72,7 +72,7 @@ def refuse_unused(config: RunConfig, keys: Iterable[str], *, by_method: bool) ->
         raise UserError(line)
 
 
-def _found(config: RunConfig, key: str) -> tuple[Any, Any, tuple[Use, ...]]:
+def _found(config: RunConfig, key: str) -> tuple[Any, Any, tuple[Use | Either, ...]]:
     """Returns a setting's value and default, and what must hold for it to have an effect."""
     owner, last = key.rpartition(".")[::2]
     if owner == "algorithm" and last != "name":

@@ -41,7 +41,7 @@ def all_uses():
         if dataclasses.is_dataclass(field.type):
             for inner in dataclasses.fields(field.type):
                 found += inner.metadata.get("only", ())
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(use for one in found for use in getattr(one, "uses", (one,))))
 
 
 def refusal(config) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedhelp_jax.data.bad import Bad
 from fedhelp_jax.memory import check_fits
 from fedhelp_jax.storage import StorageError, replaced, storage_errors
 
@@ -23,6 +24,9 @@ _VERSION = "2 bicubic, upright"
 Arrays = dict[str, np.ndarray]
 Kinds = Mapping[str, tuple[str, tuple[int | None, ...]]]
 
+# Beside the arrays, where there are any: the places of bad examples, and the reasons.
+_BAD_PLACES, _BAD_REASONS = "bad places", "bad reasons"
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,30 +35,39 @@ def cached(
     names: Sequence[str],
     what: str,
     kinds: Kinds,
-    make: Callable[[], Arrays],
+    make: Callable[[Bad], Arrays],
     cache_dir: str | None,
+    bad: Bad,
 ) -> Arrays:
     """Returns what `make` returns, from the cache where it is there, unchanged and undamaged.
+
+    Bad examples are kept there too, so that the next one who skips them need not look again. Who
+    refuses them does not take what lacks any. A file that could only not be read may be read the
+    next time: then nothing is kept.
 
     Args:
         source: The folder or zip file that it is made from.
         names: Names of the files inside it, in order.
         what: What is made from them, such as a size: another is kept apart.
         kinds: The arrays that `make` returns.
-        make: Makes them.
+        make: Makes them, and reports what is bad.
         cache_dir: Folder of the cache; None takes the environment's `FEDHELP_CACHE_DIR`, or
             else `fedhelp_jax` in the user's cache folder.
+        bad: Is told of what is bad, now or when the cache was made.
     """
     cache = cache_folder(cache_dir) / f"{_key(source, names, what)}.npz"
-    arrays = _read(cache, kinds)
-    if arrays is None:
+    arrays, known = _read(cache, kinds)
+    if arrays is None or (known and not bad.skip):
         for name, (dtype, shape) in kinds.items():
             if name == "images" and None not in shape:
                 sides = tuple(side for side in shape if side is not None)
                 key = "data.image_size" if len(sides) == 4 else "data.volume_size"
                 check_fits(sides, dtype, key, f"the images of {source}")
-        arrays = make()
-        _write(cache, arrays)
+        fresh = Bad(bad.skip)
+        arrays, known = make(fresh), fresh.reasons
+        if fresh.lasting:
+            _write(cache, arrays | _as_arrays(known))
+    bad.add(Bad(bad.skip, known))
     return arrays
 
 
@@ -78,12 +91,22 @@ def _key(source: Path, names: Sequence[str], what: str) -> str:
     return key.hexdigest()
 
 
-def _read(cache: Path, kinds: Kinds) -> Arrays | None:
-    arrays = whole_npz(cache)
-    if arrays is None or not kinds.keys() <= arrays.keys():
-        return None
-    arrays = {name: arrays[name] for name in kinds}
-    return arrays if all(_is(arrays[name], *kinds[name]) for name in kinds) else None
+def _read(cache: Path, kinds: Kinds) -> tuple[Arrays | None, dict[int, str]]:
+    """Returns the arrays, None if there are none of use, and which examples are bad, and why."""
+    stored = whole_npz(cache)
+    if stored is None or not all(
+        name in stored and _is(stored[name], *kinds[name]) for name in kinds
+    ):
+        return None, {}
+    bad = zip(*(stored.get(name, np.zeros(0)) for name in (_BAD_PLACES, _BAD_REASONS)), strict=True)
+    reasons = {int(place): str(reason) for place, reason in bad}
+    return {name: stored[name] for name in kinds}, reasons
+
+
+def _as_arrays(bad: Mapping[int, str]) -> Arrays:
+    if not bad:
+        return {}
+    return {_BAD_PLACES: np.array(list(bad)), _BAD_REASONS: np.array(list(bad.values()))}
 
 
 def whole_npz(path: Path) -> Arrays | None:

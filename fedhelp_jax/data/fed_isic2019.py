@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedhelp_jax.data.bad import Bad, BadExample
 from fedhelp_jax.data.files import find_images, find_masks
 from fedhelp_jax.data.images import existing_path, load_images, load_masks
 from fedhelp_jax.data.masks import check_aspects, class_masks
 from fedhelp_jax.data.partition import clients_of_sites
 from fedhelp_jax.data.tables import group_of, read_table
-from fedhelp_jax.data.types import FederatedDataset
+from fedhelp_jax.data.types import ClientSplit, FederatedDataset
 from fedhelp_jax.errors import UserError
 
 LABEL_NAMES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
@@ -43,6 +44,7 @@ def load_fed_isic2019(
     seed: int,
     cache_dir: str | None,
     masks: bool = False,
+    bad: Bad | None = None,
 ) -> FederatedDataset:
     """Returns Fed-ISIC2019, one client `centre_<k>` per centre that has images.
 
@@ -63,6 +65,7 @@ def load_fed_isic2019(
         cache_dir: Folder of the image cache; None takes the default.
         masks: Labels are masks, uint8 [N, H, W] of one size and of the aspect of the images, from
             `masks/<id>` or `masks/<id>_segmentation` in `dir`.
+        bad: Is told of images and masks that cannot be used; None refuses the first.
 
     Raises:
         UserError: A file, column, value, image or mask is missing or not as described.
@@ -72,55 +75,74 @@ def load_fed_isic2019(
     """
     if split not in ("grouped", "official"):
         raise UserError(f"data.split must be grouped or official, got {split!r}")
+    bad = bad or Bad()
     source = existing_path(dir, "data.dir", "a folder or zip file of images")
     table = existing_path(split_csv, "data.split_csv", "the Fed-ISIC2019 split file")
     rows, has_lesions = read_split(table)
     rows, files = _with_images(rows, source, table)
     # Sorted, so that nothing below depends on the order of lines.
     rows.sort(key=lambda row: (row.center, row.image_id))
+    if split == "grouped" and not has_lesions:
+        raise UserError(
+            f"data.split_csv: {table} has no column lesion_id, which data.split=grouped needs; "
+            "use data.split=official"
+        )
 
-    tested = {row.lesion for row in rows if row.fold == "test"}
-    leaks = {row.lesion for row in rows if row.fold == "train"} & tested
-    if split == "grouped":
-        if not has_lesions:
-            raise UserError(
-                f"data.split_csv: {table} has no column lesion_id, which data.split=grouped "
-                f"needs; use data.split=official"
-            )
-    else:
-        count = str(len(leaks)) if has_lesions else "an unknown number of"
-        logger.warning("data.split=official: %s lesions have images in both train and test", count)
+    def share_out(rows: list[Row]) -> tuple[ClientSplit, ...]:
+        return clients_of_sites(
+            np.array([row.center for row in rows]),
+            _client,
+            is_test=np.array([row.fold == "test" for row in rows]),
+            groups=np.array([row.lesion for row in rows]),
+            split=split,
+            validation_fraction=validation_fraction,
+            max_train=max_train,
+            seed=seed,
+            where=f"data.split_csv: {table}",
+        )
 
-    clients = clients_of_sites(
-        np.array([row.center for row in rows]),
-        lambda center: f"centre_{center}",
-        is_test=np.array([row.fold == "test" for row in rows]),
-        groups=np.array([row.lesion for row in rows]),
-        split=split,
-        validation_fraction=validation_fraction,
-        max_train=max_train,
-        seed=seed,
-        where=f"data.split_csv: {table}",
-    )
+    # Before thousands of images are decoded, since it may be refused.
+    clients = share_out(rows)
     names = [files[row.image_id] for row in rows]
     # Masks first, since missing ones are found sooner than images are decoded.
     mask_names = _find_masks(rows, source, table) if masks else []
+    where = f"data.dir: {source}"
+    labels = np.array([row.target for row in rows], np.int32)
     if masks:
-        stored = load_masks(source, mask_names, cache_dir=cache_dir)
-        labels = class_masks(stored, LESION, mask_names, f"data.dir: {source}")
-    else:
-        labels = np.array([row.target for row in rows], np.int32)
-    decoded = load_images(source, names, image_size, cache_dir=cache_dir)
+        labels = load_masks(source, mask_names, cache_dir=cache_dir, bad=bad)
+    decoded = load_images(source, names, image_size, cache_dir=cache_dir, bad=bad)
     if masks:
-        check_aspects(decoded.sides, labels.shape[1:], names, mask_names, f"data.dir: {source}")
+        check_aspects(decoded.sides, labels.shape[1:], names, mask_names, where, bad)
+        labels = class_masks(labels, LESION, mask_names, where, bad)
+    bad.check(len(rows), where)
+
+    def describe(place: int) -> BadExample:
+        row, read = rows[place], [names[place], *mask_names[place : place + 1]]
+        return BadExample(row.fold, _client(row.center), row.image_id, " ".join(read))
+
+    left_out, left_out_images = bad.listed(describe), bad.dropped(decoded.images)
+    if left_out:
+        rows = bad.drop(rows)
+        clients = share_out(rows)
+    tested = {row.lesion for row in rows if row.fold == "test"}
+    leaks = {row.lesion for row in rows if row.fold == "train"} & tested
+    if split == "official":
+        count = str(len(leaks)) if has_lesions else "an unknown number of"
+        logger.warning("data.split=official: %s lesions have images in both train and test", count)
     return FederatedDataset(
         name="fed_isic2019",
         synthetic=False,
-        images=decoded.images,
-        labels=labels,
+        images=bad.drop(decoded.images),
+        labels=bad.drop(labels),
         label_names=LESION if masks else LABEL_NAMES,
         clients=clients,
+        left_out=left_out,
+        left_out_images=left_out_images,
     )
+
+
+def _client(center: int) -> str:
+    return f"centre_{center}"
 
 
 def read_split(table: Path) -> tuple[list[Row], bool]:

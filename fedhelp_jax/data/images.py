@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple, overload
 import numpy as np
 from PIL import Image
 
+from fedhelp_jax.data.bad import Bad, Unread
 from fedhelp_jax.data.cache import Arrays, cached
 from fedhelp_jax.data.files import Files
 from fedhelp_jax.data.masks import decode_mask
@@ -71,7 +73,7 @@ def resize_arrays(images: np.ndarray, size: int) -> np.ndarray:
 
 
 class Decoded(NamedTuple):
-    """Images as they were decoded.
+    """Images as they were decoded; those of bad examples are blank.
 
     Attributes:
         images: uint8 [n, size, size, 3], resized.
@@ -92,6 +94,7 @@ def load_images(
     hashed: bool = False,
     cache_dir: str | None = None,
     key: str = "data.dir",
+    bad: Bad | None = None,
 ) -> Decoded:
     """Returns the images called `names`, decoded and resized, from the cache where possible.
 
@@ -103,12 +106,14 @@ def load_images(
         cache_dir: Folder of the cache; None takes the environment's `FEDHELP_CACHE_DIR`, or
             else `fedhelp_jax` in the user's cache folder.
         key: The configuration key that names `source`, for messages.
+        bad: Is told of images that cannot be decoded; None refuses the first.
 
     Raises:
         UserError: An image cannot be decoded.
     """
+    bad = bad or Bad()
 
-    def make() -> Arrays:
+    def make(bad: Bad) -> Arrays:
         sides, sha256 = np.zeros((len(names), 2), np.int32), np.zeros(len(names), "U64")
 
         def decode(image: Image.Image, index: int) -> np.ndarray:
@@ -117,7 +122,7 @@ def load_images(
                 sha256[index] = image_sha256(native(image))
             return _resized(image, size)
 
-        images = _decode_all(source, names, "image", decode, key)
+        images = _decode_all(source, names, "image", decode, key, bad)
         return {"images": images, "sides": sides} | ({"sha256": sha256} if hashed else {})
 
     count = len(names)
@@ -125,13 +130,18 @@ def load_images(
     if hashed:
         kinds["sha256"] = ("U64", (count,))
     what = f"{size} sha256" if hashed else str(size)
-    arrays = cached(source, names, what, kinds, make, cache_dir)
+    arrays = cached(source, names, what, kinds, make, cache_dir, bad)
     sha256 = arrays["sha256"].tolist() if hashed else ()
     return Decoded(arrays["images"], arrays["sides"], tuple(sha256))
 
 
 def load_masks(
-    source: Path, names: Sequence[str], *, cache_dir: str | None = None, key: str = "data.dir"
+    source: Path,
+    names: Sequence[str],
+    *,
+    cache_dir: str | None = None,
+    key: str = "data.dir",
+    bad: Bad | None = None,
 ) -> np.ndarray:
     """Returns the masks called `names` at their own size, from the cache where possible.
 
@@ -140,24 +150,27 @@ def load_masks(
         names: Names inside `source`, as `find_masks` gives them.
         cache_dir: As of `load_images`.
         key: The configuration key that names `source`, for messages.
+        bad: Is told of masks that are none, or not of the size that most have; None refuses the
+            first.
 
     Returns:
-        uint8 [len(names), H, W], 1 where there is foreground.
+        uint8 [len(names), H, W], 1 where there is foreground; empty at the places of bad ones.
 
     Raises:
         UserError: A mask cannot be decoded, is no mask, or has another size than the first.
     """
+    bad = bad or Bad()
 
     def decode(image: Image.Image, index: int) -> np.ndarray:
         return decode_mask(image, names[index], f"{key}: {source}")
 
-    def make() -> Arrays:
-        masks = _decode_all(source, names, "mask", decode, key)
+    def make(bad: Bad) -> Arrays:
+        masks = _decode_all(source, names, "mask", decode, key, bad)
         # Eight pixels to a byte: the masks of HAM10000 take 38 MB and not 300.
         return {"bits": np.packbits(masks, axis=-1), "width": np.array(masks.shape[-1:])}
 
     kinds = {"bits": ("uint8", (len(names), None, None)), "width": ("int64", (1,))}
-    arrays = cached(source, names, "masks", kinds, make, cache_dir)
+    arrays = cached(source, names, "masks", kinds, make, cache_dir, bad)
     return np.unpackbits(arrays["bits"], axis=-1, count=int(arrays["width"][0]))
 
 
@@ -219,36 +232,74 @@ def _read(files: Files, name: str, where: str) -> Image.Image:
     try:
         data = files.read(name)
     except DECODE_ERRORS as error:
-        raise UserError(f"{where} cannot be read: {error}") from error
+        kind = Unread if isinstance(error, OSError) else UserError
+        raise kind(f"{where} cannot be read: {error}") from error
     return decode_picture(data, where)
 
 
 def _decode_all(
-    source: Path, names: Sequence[str], what: str, decode: Decode, key: str
+    source: Path, names: Sequence[str], what: str, decode: Decode, key: str, bad: Bad
 ) -> np.ndarray:
-    """Returns what `decode` makes of each file, one array; all must be of the first's shape."""
+    """Returns what `decode` makes of each file, one array, blank where it is bad.
 
-    def one(index: int) -> np.ndarray:
+    All must be of the first's shape; where bad ones are skipped, of the shape that most have.
+    """
+
+    def one(index: int) -> np.ndarray | None:
         where = f"{key}: {what} {names[index]} in {source}"
-        array = decode(_read(files, names[index], where), index)
-        if index:
-            if array.shape != first.shape:
-                sizes = [f"{shape[1]}x{shape[0]}" for shape in (array.shape, first.shape)]
-                raise UserError(f"{where} is {sizes[0]}, but {names[0]} is {sizes[1]}")
-            arrays[index] = array
-        return array
+        try:
+            return decode(_read(files, names[index], where), index)
+        except UserError as error:
+            bad.found(index, error)
+            return None
+
+    def other_shape(index: int, shape: tuple[int, ...], usual: tuple[int, ...], like: str) -> None:
+        sizes = [f"{shape[1]}x{shape[0]}" for shape in (shape, usual)]
+        where = f"{key}: {what} {names[index]} in {source}"
+        bad.found(index, UserError(f"{where} is {sizes[0]}, but {like} is {sizes[1]}"))
 
     with Files(source, key) as files:
-        first = one(0)
+        first, start = one(0), 0
+        while first is None:
+            start += 1
+            bad.check(len(names), f"{key}: {source}")
+            first = one(start)
         arrays = np.zeros((len(names), *first.shape), first.dtype)
-        arrays[0] = first
+        arrays[start] = first
+        others: dict[int, np.ndarray] = {}
+
+        def next_one(index: int) -> None:
+            array = one(index)
+            if array is None:
+                return
+            if array.shape == arrays.shape[1:]:
+                arrays[index] = array
+                return
+            if not bad.skip:
+                other_shape(index, array.shape, arrays.shape[1:], names[start])
+            others[index] = array
+
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
-            rest = (None for _ in pool.map(one, range(1, len(names))))
-            for _ in _progress(rest, f"Decoding {what}s", len(names) - 1):
+            rest = (None for _ in pool.map(next_one, range(start + 1, len(names))))
+            for _ in _progress(rest, f"Decoding {what}s", len(names) - start - 1):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
+    if not others:
+        return arrays
+    good = [place for place in range(len(names)) if place not in bad.reasons]
+    shapes = {place: others[place].shape if place in others else first.shape for place in good}
+    usual = Counter(shapes.values()).most_common(1)[0][0]
+    like = names[next(place for place in good if shapes[place] == usual)]
+    if usual != first.shape:
+        arrays = np.zeros((len(names), *usual), first.dtype)
+        for place, array in others.items():
+            if array.shape == usual:
+                arrays[place] = array
+    for place, shape in shapes.items():
+        if shape != usual:
+            other_shape(place, shape, usual, like)
     return arrays
 
 

@@ -1,5 +1,9 @@
 """The private and the public data set that a configuration names."""
 
+import logging
+from collections.abc import Sequence
+
+from fedhelp_jax.data.bad import Bad, BadExample
 from fedhelp_jax.data.clients import Splitting
 from fedhelp_jax.data.fed_isic2019 import load_fed_isic2019
 from fedhelp_jax.data.mask_folder import load_folder_public
@@ -15,6 +19,8 @@ from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federa
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.memory import check_fits
 from fedhelp_jax.schema import PREPARED, DataConfig, PublicConfig
+
+logger = logging.getLogger(__name__)
 
 
 def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> FederatedDataset:
@@ -43,6 +49,7 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
         max_train=config.max_train,
         seed=seed,
     )
+    bad = Bad(config.on_bad_example == "skip")
     if config.name in ("phantoms", "phantom_volumes"):
         sides = config.volume_size if config.name == "phantom_volumes" else (config.image_size,) * 2
         _check_drawn(config.num_examples, sides, "data.num_examples", "private")
@@ -80,6 +87,7 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
                 max_train=config.max_train,
                 scanner_shift=config.scanner_shift,
                 seed=seed,
+                bad=bad,
             )
         case "fed_isic2019":
             dataset = load_fed_isic2019(
@@ -92,10 +100,15 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
                 seed=seed,
                 cache_dir=config.cache_dir,
                 masks=masks,
+                bad=bad,
             )
         case "medmnist":
             dataset = load_medmnist(
-                config.dir, image_size=config.image_size, sharing=sharing, splitting=splitting
+                config.dir,
+                image_size=config.image_size,
+                sharing=sharing,
+                splitting=splitting,
+                bad=bad,
             )
         case name if name.startswith(PREPARED):
             dataset = load_prepared(
@@ -107,9 +120,14 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
                 sharing=sharing,
                 splitting=splitting,
                 cache_dir=config.cache_dir,
+                bad=bad,
             )
         case name:
             raise UserError(f"data.name: {name!r} is not known")
+    _tell_left_out(dataset.left_out, len(dataset.images), "private")
+    gone = {bad.client for bad in dataset.left_out if bad.client}
+    if gone := sorted(gone - {client.name for client in dataset.clients}):
+        logger.warning("data %s: no example is left of %s", dataset.name, ", ".join(gone))
     return check_federated(dataset)
 
 
@@ -121,6 +139,7 @@ def load_public(
     masks: bool = False,
     volume_size: tuple[int, ...] = (24, 32, 24),
     cache_dir: str | None = None,
+    skip_bad: bool = False,
 ) -> PublicDataset:
     """Returns the public images.
 
@@ -131,6 +150,7 @@ def load_public(
         masks: Whether labels are masks rather than classes of whole images.
         volume_size: Sides of volumes, as of the private ones.
         cache_dir: Folder of the image cache; None takes the default.
+        skip_bad: Whether examples that cannot be used are left out rather than refused.
 
     Raises:
         UserError: The name is unknown, or the file or a value is unusable.
@@ -138,21 +158,32 @@ def load_public(
     if config.name in ("phantoms", "phantom_volumes"):
         sides = volume_size if config.name == "phantom_volumes" else (image_size,) * 2
         _check_drawn(config.num_examples or 1, sides, "public.num_examples", "public")
+    bad = Bad(skip_bad)
     match config.name:
         case "phantoms":
-            return load_phantom_public(config.num_examples, image_size, seed, masks=masks)
+            public = load_phantom_public(config.num_examples, image_size, seed, masks=masks)
         case "phantom_volumes":
-            return load_phantom_volume_public(config.num_examples, volume_size, seed)
+            public = load_phantom_volume_public(config.num_examples, volume_size, seed)
         case "npz":
-            return load_npz_public(
-                config.path, config.num_examples, image_size, masks=masks, volume_size=volume_size
+            public = load_npz_public(
+                config.path,
+                config.num_examples,
+                image_size,
+                masks=masks,
+                volume_size=volume_size,
+                bad=bad,
             )
         case "folder":
-            return load_folder_public(
-                config.path, config.num_examples, image_size, masks=masks, cache_dir=cache_dir
+            public = load_folder_public(
+                config.path,
+                config.num_examples,
+                image_size,
+                masks=masks,
+                cache_dir=cache_dir,
+                bad=bad,
             )
         case name if name.startswith(PREPARED):
-            return load_prepared_public(
+            public = load_prepared_public(
                 name.removeprefix(PREPARED),
                 config.path,
                 config.num_examples,
@@ -160,9 +191,24 @@ def load_public(
                 image_size=image_size,
                 volume_size=volume_size,
                 cache_dir=cache_dir,
+                bad=bad,
             )
         case name:
             raise UserError(f"public.name: {name!r} is not known")
+    _tell_left_out(public.left_out, len(public.images), "public")
+    return public
+
+
+def _tell_left_out(left_out: Sequence[BadExample], used: int, whose: str) -> None:
+    if left_out:
+        logger.warning(
+            "data.on_bad_example = skip: %d %s examples cannot be used and are left out, beside %d "
+            "that are used; the first: %s",
+            len(left_out),
+            whose,
+            used,
+            left_out[0].reason,
+        )
 
 
 def _check_drawn(count: int, sides: tuple[int, ...], key: str, whose: str) -> None:

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 
+from fedhelp_jax.data.bad import Bad, BadExample
 from fedhelp_jax.data.files import find_images, find_masks, image_ids
 from fedhelp_jax.data.images import existing_path, load_images, load_masks, native_images
 from fedhelp_jax.data.masks import check_aspects, class_masks
@@ -25,6 +26,7 @@ def load_folder_public(
     *,
     masks: bool,
     cache_dir: str | None,
+    bad: Bad | None = None,
 ) -> PublicDataset:
     """Returns a public data set from a folder or zip file.
 
@@ -41,10 +43,13 @@ def load_folder_public(
         masks: Take the images that have a mask, and the masks as labels; else all images and no
             labels.
         cache_dir: Folder of the image cache; None takes the default.
+        bad: Is told of images and masks that cannot be used; None refuses the first. Where they
+            are skipped, all images are decoded, so that a subset is one of those that can be used.
 
     Raises:
         UserError: The folder is missing, or an image or mask is unusable, or there are too few.
     """
+    bad = bad or Bad()
     source = existing_path(path, _KEY, "a folder or zip file with images/ and masks/")
     ids = image_ids(source, _KEY)
     if not ids:
@@ -60,24 +65,39 @@ def load_folder_public(
         logger.warning("%s: %d of %d images have no mask: left out", _KEY, count, len(ids))
         ids = [image_id for image_id in ids if image_id in found]
 
-    ids = [ids[place] for place in public_subset(len(ids), num_examples, source)]
-    labels: np.ndarray | None = None
-    files: list[str] = []
-    if masks:
-        files = [found[image_id] for image_id in ids]
-        stored = load_masks(source, files, cache_dir=cache_dir, key=_KEY)
-        labels = class_masks(stored, FOREGROUND, files, f"{_KEY}: {source}")
+    if not bad.skip:
+        ids = [ids[place] for place in public_subset(len(ids), num_examples, source)]
     where = find_images(source, ids, _KEY)
     names = [where[image_id] for image_id in ids]
-    decoded = load_images(source, names, image_size, hashed=True, cache_dir=cache_dir, key=_KEY)
+    files = [found[image_id] for image_id in ids] if masks else []
+    labels: np.ndarray | None = None
+    if masks:
+        labels = load_masks(source, files, cache_dir=cache_dir, key=_KEY, bad=bad)
+    decoded = load_images(
+        source, names, image_size, hashed=True, cache_dir=cache_dir, key=_KEY, bad=bad
+    )
     if labels is not None:
-        check_aspects(decoded.sides, labels.shape[1:], names, files, f"{_KEY}: {source}")
+        check_aspects(decoded.sides, labels.shape[1:], names, files, f"{_KEY}: {source}", bad)
+        labels = class_masks(labels, FOREGROUND, files, f"{_KEY}: {source}", bad)
+    bad.check(len(ids), f"{_KEY}: {source}")
+
+    def describe(place: int) -> BadExample:
+        return BadExample("", "", ids[place], " ".join([names[place], *files[place : place + 1]]))
+
+    left_out = bad.listed(describe)
+    kept, sha256, images = bad.drop(names), bad.drop(decoded.sha256), bad.drop(decoded.images)
+    labels = None if labels is None else bad.drop(labels)
+    if bad.skip and num_examples is not None:
+        chosen = public_subset(len(kept), num_examples, source)
+        kept, sha256 = [kept[i] for i in chosen], tuple(sha256[i] for i in chosen)
+        images, labels = images[chosen], None if labels is None else labels[chosen]
     return PublicDataset(
         name=source.stem,
         synthetic=False,
-        images=decoded.images,
+        images=images,
         labels=labels,
         label_names=FOREGROUND if masks else None,
-        sha256=decoded.sha256,
-        originals=native_images(source, names, _KEY),
+        sha256=sha256,
+        originals=native_images(source, kept, _KEY),
+        left_out=left_out,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fedhelp_jax.data.bad import Bad
 from fedhelp_jax.errors import UserError
 
 # A binary mask that was resized has greys along its border only. Of the 10,015 masks of HAM10000
@@ -51,7 +52,11 @@ def stored_values(stored: np.ndarray, where: str) -> list[int]:
 
 
 def class_masks(
-    stored: np.ndarray, label_names: Sequence[str], names: Sequence[str], where: str
+    stored: np.ndarray,
+    label_names: Sequence[str],
+    names: Sequence[str],
+    where: str,
+    bad: Bad | None = None,
 ) -> np.ndarray:
     """Returns the class of each pixel, uint8 [N, *mask].
 
@@ -61,12 +66,15 @@ def class_masks(
         label_names: One name for one foreground class; else a name per class.
         names: [N] name of each mask, for messages.
         where: Key, file and maybe array, for messages.
+        bad: Is told of masks that hold another value; None refuses the first. What it knows
+            already does not count.
 
     Raises:
         UserError: The type, the number of masks or a value is another, or no mask has any
             foreground. Some masks without any are warned about.
     """
-    values = stored_values(stored, where)
+    bad = bad or Bad()
+    values = stored_values(bad.drop(stored), where)
     if stored.ndim < 2 or len(stored) != len(names) or not stored.size:
         raise UserError(f"{where}: expected {len(names)} masks, got the shape {stored.shape}")
     if len(label_names) > 1:
@@ -74,33 +82,51 @@ def class_masks(
         allowed = range(min(len(label_names), 256))
         right = f"0..{allowed[-1]}"
     else:
-        allowed, right = ((0, 255), "0 and 255") if 255 in values else ((0, 1), "0 and 1")
-    bad = [value for value in values if value not in allowed]
-    if bad:
-        first = next(i for i, mask in enumerate(stored) if np.isin(mask, bad).any())
-        value = stored[first][np.isin(stored[first], bad)][0]
+        allowed = _foreground_values(bad.drop(stored), values, bad)
+        right = f"0 and {allowed[-1]}"
+    others = [value for value in values if value not in allowed]
+    if others:
         kind = "one foreground class" if len(label_names) == 1 else f"{len(label_names)} classes"
-        raise UserError(
-            f"{where}: mask {names[first]} holds {int(value)}; masks of {kind} hold {right}"
-        )
+        for place, mask in enumerate(stored):
+            held = mask[np.isin(mask, others)]
+            if held.size and place not in bad.reasons:
+                said = f"{where}: mask {names[place]} holds {int(held[0])}"
+                bad.found(place, UserError(f"{said}; masks of {kind} hold {right}"))
+        bad.check(len(stored), where)
+        values = stored_values(bad.drop(stored), where)
     unseen = [label_names[c] for c in range(len(label_names)) if c not in values]
     if len(label_names) > 1 and unseen:
         logger.warning("%s: no mask shows %s", where, ", ".join(unseen))
     masks = stored.astype(np.uint8, copy=False)
     if len(label_names) == 1 and 255 in values:
         masks = (masks != 0).view(np.uint8)
-    empty = np.flatnonzero(masks.reshape(len(masks), -1).max(axis=1) == 0)
-    if len(empty) == len(masks):
-        raise UserError(f"{where}: all {len(masks)} masks are empty")
-    if len(empty):
+    empty = masks.reshape(len(masks), -1).max(axis=1) == 0
+    empty[list(bad.reasons)] = False
+    used, number = len(masks) - len(bad.reasons), np.count_nonzero(empty)
+    if number == used:
+        raise UserError(f"{where}: all {used} masks are empty")
+    if number:
         logger.warning(
             "%s: %d of %d masks are empty, the first is %s",
             where,
-            len(empty),
-            len(masks),
-            names[empty[0]],
+            number,
+            used,
+            names[int(empty.argmax())],
         )
     return masks
+
+
+def _foreground_values(stored: np.ndarray, values: Sequence[int], bad: Bad) -> tuple[int, int]:
+    """Returns background and foreground of masks of one class: 0 and 255, or 0 and 1.
+
+    The first where any mask holds 255; where bad ones are skipped, what fits more masks.
+    """
+    ways = (0, 255), (0, 1)
+    if 255 not in values:
+        return ways[1]
+    if not bad.skip or set(values) <= set(ways[0]):
+        return ways[0]
+    return max(ways, key=lambda way: sum(bool(np.isin(mask, way).all()) for mask in stored))
 
 
 def same_aspect(one: Sequence[int], other: Sequence[int]) -> bool:
@@ -121,7 +147,12 @@ def same_aspect(one: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def check_aspects(
-    sides: np.ndarray, mask: Sequence[int], names: Sequence[str], masks: Sequence[str], where: str
+    sides: np.ndarray,
+    mask: Sequence[int],
+    names: Sequence[str],
+    masks: Sequence[str],
+    where: str,
+    bad: Bad,
 ) -> None:
     """Checks that no image is of another aspect than its mask.
 
@@ -133,16 +164,20 @@ def check_aspects(
         names: [n] names of the images.
         masks: [n] names of the masks.
         where: Key and source, for messages.
+        bad: Is told of those that are.
 
     Raises:
-        UserError: One is.
+        UserError: One is, if that is not to be skipped.
     """
-    for image, name, mask_name in zip(sides.tolist(), names, masks, strict=True):
-        if not same_aspect(image, mask):
-            raise UserError(
+    for place, (image, name, mask_name) in enumerate(
+        zip(sides.tolist(), names, masks, strict=True)
+    ):
+        if place not in bad.reasons and not same_aspect(image, mask):
+            said = (
                 f"{where}: mask {mask_name} is {mask[1]}x{mask[0]}, but its image {name} is "
                 f"{image[1]}x{image[0]}, of another aspect"
             )
+            bad.found(place, UserError(said))
 
 
 def unnamed_classes(
@@ -171,7 +206,7 @@ def unnamed_classes(
 
 
 def take_masks(
-    arrays: dict[str, np.ndarray], path: Path, count: int, *, volumes: bool, where: str
+    arrays: dict[str, np.ndarray], path: Path, count: int, *, volumes: bool, where: str, bad: Bad
 ) -> tuple[np.ndarray, tuple[str, ...]] | None:
     """Returns the `masks` or `labels`, uint8 [N, *mask], and the classes' names.
 
@@ -184,6 +219,7 @@ def take_masks(
         count: Number of images or volumes.
         volumes: Whether they are volumes.
         where: Key and file, for messages.
+        bad: As of `class_masks`.
 
     Returns:
         None where the file has no masks, or only one label per image.
@@ -219,7 +255,7 @@ def take_masks(
         names = tuple(f"of example {number}" for number in range(count))
     elif len(names) != count:
         raise UserError(f"{where}: names must be {count} names, got {len(names)}")
-    return class_masks(stored, label_names, names, f"{where}: {name}"), label_names
+    return class_masks(stored, label_names, names, f"{where}: {name}", bad), label_names
 
 
 def stored_names(arrays: dict[str, np.ndarray], name: str, where: str) -> tuple[str, ...] | None:

@@ -2,11 +2,12 @@
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fedhelp_jax.data.bad import Bad, BadExample
 from fedhelp_jax.data.images import existing_path, resize_arrays
 from fedhelp_jax.data.masks import stored_names, take_masks
 from fedhelp_jax.data.partition import rng_for
@@ -86,7 +87,9 @@ def take_images(arrays: dict[str, np.ndarray], name: str, where: str) -> np.ndar
     return images
 
 
-def take_labels(arrays: dict[str, np.ndarray], name: str, count: int, where: str) -> np.ndarray:
+def take_labels(
+    arrays: dict[str, np.ndarray], name: str, count: int, where: str, bad: Bad | None = None
+) -> np.ndarray:
     """Returns the labels stored as `name`: int32 [count], from integers [count] or [count, 1].
 
     Args:
@@ -94,6 +97,8 @@ def take_labels(arrays: dict[str, np.ndarray], name: str, count: int, where: str
         name: Which of them.
         count: Number of images.
         where: Key and file, for messages.
+        bad: Is told of labels that are negative or past 32 bits, which are 0 in the result; None
+            refuses the first.
 
     Raises:
         UserError: The array is missing, of another type or shape, or holds a negative number.
@@ -109,14 +114,20 @@ def take_labels(arrays: dict[str, np.ndarray], name: str, count: int, where: str
             f"got {labels.shape}"
         )
     labels = labels.reshape(-1)
-    if labels.min() < 0 or labels.max() > np.iinfo(np.int32).max:
-        bad = labels.min() if labels.min() < 0 else labels.max()
-        raise UserError(f"{where}: {name} holds {bad}; labels count from 0")
-    return labels.astype(np.int32)
+    wrong = (labels < 0) | (labels > np.iinfo(np.int32).max)
+    bad = bad or Bad()
+    for place in np.flatnonzero(wrong).tolist():
+        said = f"{where}: {name} holds {labels[place]}; labels count from 0"
+        bad.found(place, UserError(said))
+    return np.where(wrong, 0, labels).astype(np.int32)
 
 
 def name_labels(
-    path: Path, labels: np.ndarray, where: str, stored: Sequence[str] | None = None
+    path: Path,
+    labels: np.ndarray,
+    where: str,
+    stored: Sequence[str] | None = None,
+    bad: Bad | None = None,
 ) -> tuple[str, ...]:
     """Returns the classes' names: those stored, those known for the file, or "0", "1", ...
 
@@ -125,19 +136,18 @@ def name_labels(
         labels: int [N], not negative.
         where: Key and file, for messages.
         stored: Names the file holds itself.
+        bad: Is told of labels without a name; None refuses the first.
 
     Raises:
         UserError: A label has no name.
     """
     names = stored or LABEL_NAMES.get(path.stem.lower().split("_")[0])
-    highest = int(labels.max())
+    bad = bad or Bad()
     if names is None:
-        return tuple(str(number) for number in range(highest + 1))
-    if highest >= len(names):
-        raise UserError(
-            f"{where}: label {highest} is out of range; "
-            f"the {len(names)} classes are 0..{len(names) - 1}"
-        )
+        return tuple(str(number) for number in range(bad.drop(labels).max(initial=0) + 1))
+    for place in np.flatnonzero(labels >= len(names)).tolist():
+        said = f"{where}: label {labels[place]} is out of range"
+        bad.found(place, UserError(f"{said}; the {len(names)} classes are 0..{len(names) - 1}"))
     return tuple(str(name) for name in names)
 
 
@@ -196,6 +206,7 @@ def load_npz_public(
     *,
     masks: bool = False,
     volume_size: tuple[int, ...] | None = None,
+    bad: Bad | None = None,
 ) -> PublicDataset:
     """Returns a public data set from an .npz file.
 
@@ -210,23 +221,28 @@ def load_npz_public(
         image_size: Height and width of the result.
         masks: Whether labels are masks.
         volume_size: Sides of the result where it is volumes; None keeps theirs.
+        bad: Is told of labels and masks that cannot be used; None refuses the first.
 
     Raises:
         UserError: The file is missing or not as described, or has too few images.
     """
+    bad = bad or Bad()
     file = existing_path(path, "public.path", "an .npz file with images")
     where = f"public.path: {file}"
     arrays = read_npz(file, "public.path", WITH_MASKS if masks else _IMAGES_AND_LABELS)
     volumes, label_names = False, None
     if masks:
         images, volumes = take_pictures(arrays, where)
-        taken = take_masks(arrays, file, len(images), volumes=volumes, where=where)
+        taken = take_masks(arrays, file, len(images), volumes=volumes, where=where, bad=bad)
         labels, label_names = taken or (None, None)
     else:
-        images, labels = _take_all(arrays, where)
+        images, labels = _take_all(arrays, where, bad)
         if labels is not None:
             key = "label_names" if "label_names" in arrays else "fine_label_names"
-            label_names = name_labels(file, labels, where, stored_names(arrays, key, where))
+            label_names = name_labels(file, labels, where, stored_names(arrays, key, where), bad)
+    bad.check(len(images), where)
+    left_out = bad.listed(lambda i: BadExample("", "", f"example {i}", file.name))
+    images, labels = bad.drop(images), None if labels is None else bad.drop(labels)
 
     if num_examples is not None:
         chosen = public_subset(len(images), num_examples, file)
@@ -244,10 +260,13 @@ def load_npz_public(
         label_names=label_names,
         sha256=tuple(image_sha256(image) for image in images),
         originals=images,
+        left_out=left_out,
     )
 
 
-def _take_all(arrays: dict[str, np.ndarray], where: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _take_all(
+    arrays: dict[str, np.ndarray], where: str, bad: Bad
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns images and, if there are any, labels; of MedMNIST those of all splits."""
     splits = [part for part in ("train", "val", "test") if f"{part}_images" in arrays]
     prefixes = [f"{part}_" for part in splits] if splits and "images" not in arrays else [""]
@@ -257,8 +276,25 @@ def _take_all(arrays: dict[str, np.ndarray], where: str) -> tuple[np.ndarray, np
     images = np.concatenate(parts)
     if not any(f"{prefix}labels" in arrays for prefix in prefixes):
         return images, None
-    labels = [
-        take_labels(arrays, f"{prefix}labels", len(part), where)
-        for prefix, part in zip(prefixes, parts, strict=True)
-    ]
-    return images, np.concatenate(labels)
+    counts = {f"{prefix}labels": len(part) for prefix, part in zip(prefixes, parts, strict=True)}
+    return images, take_all_labels(arrays, counts, where, bad)
+
+
+def take_all_labels(
+    arrays: dict[str, np.ndarray], counts: Mapping[str, int], where: str, bad: Bad
+) -> np.ndarray:
+    """Returns several arrays of labels, each as `take_labels`, one after the other.
+
+    Args:
+        arrays: The file's arrays.
+        counts: The number of images of each of them, by name.
+        where: Key and file, for messages.
+        bad: As of `take_labels`.
+    """
+    labels, first = [], 0
+    for name, count in counts.items():
+        part = Bad(bad.skip)
+        labels.append(take_labels(arrays, name, count, where, part))
+        bad.add(part, first)
+        first += count
+    return np.concatenate(labels)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedhelp_jax.data.bad import Bad, BadExample
 from fedhelp_jax.data.images import existing_path, resize_arrays
 from fedhelp_jax.data.masks import stored_names, take_masks
 from fedhelp_jax.data.npz import (
@@ -31,6 +32,7 @@ def load_npz_masks(
     max_train: int | None,
     scanner_shift: bool,
     seed: int,
+    bad: Bad | None = None,
 ) -> FederatedDataset:
     """Returns images or volumes with masks, over clients.
 
@@ -51,6 +53,7 @@ def load_npz_masks(
         max_train: At most so many training examples per client; None keeps all.
         scanner_shift: Give each client a SIMULATED scanner of its own; volumes only.
         seed: The run's seed.
+        bad: Is told of masks that cannot be used; None refuses the first.
 
     Raises:
         UserError: The file is missing or not as described, or a value is not usable.
@@ -58,19 +61,34 @@ def load_npz_masks(
     Notes:
         Files hold no patients' ids, so splits go by example: one with several of a patient leaks.
     """
+    bad = bad or Bad()
     file = existing_path(path, "data.dir", "an .npz file with images or volumes and masks")
     where = f"data.dir: {file}"
     arrays = read_npz(file, "data.dir", WITH_MASKS)
     pictures, volumes = take_pictures(arrays, where)
     if scanner_shift and not volumes:
         raise UserError(f"data.scanner_shift is for volumes; {file} has images")
-    taken = take_masks(arrays, file, len(pictures), volumes=volumes, where=where)
+    taken = take_masks(arrays, file, len(pictures), volumes=volumes, where=where, bad=bad)
     if taken is None:
         raise UserError(f"{where} has no masks; it must have one per example, as masks or labels")
     masks, label_names = taken
     split_by = split_by or ("site" if "site" in arrays else "fractions")
+    owners: list[str] = []
     if split_by == "site":
-        members = _by_site(arrays, len(pictures), where)
+        site, site_names = _sites(arrays, len(pictures), where)
+        owners = [site_names[number] for number in site.tolist()]
+    bad.check(len(pictures), where)
+    examples = stored_names(arrays, "names", where)
+
+    def describe(place: int) -> BadExample:
+        example = f"example {place}" if examples is None else examples[place]
+        return BadExample("", owners[place] if owners else "", example, file.name)
+
+    left_out = bad.listed(describe)
+    left_out_pictures = bad.dropped(pictures)
+    pictures, masks = bad.drop(pictures), bad.drop(masks)
+    if split_by == "site":
+        members = _by_site(bad.drop(site), site_names, where)
     elif split_by == "fractions":
         members = _by_fractions(len(pictures), fractions, seed)
     else:
@@ -92,16 +110,22 @@ def load_npz_masks(
         for number, (_, indices) in members.items():
             shifted[indices] = shift_scanner(pictures[indices], seed, number)
         pictures = shifted
+
+    def resized(pictures: np.ndarray) -> np.ndarray:
+        if volumes:
+            return resize_volumes(pictures, volume_size)
+        return resize_arrays(pictures, image_size)
+
     return FederatedDataset(
         # Simulated differences are called that wherever the data's name appears.
         name=f"{file.stem}_simulated_scanners" if scanner_shift else file.stem,
         synthetic=False,
-        images=resize_volumes(pictures, volume_size)
-        if volumes
-        else resize_arrays(pictures, image_size),
+        images=resized(pictures),
         labels=masks,
         label_names=label_names,
         clients=clients,
+        left_out=left_out,
+        left_out_images=None if left_out_pictures is None else resized(left_out_pictures),
     )
 
 
@@ -114,10 +138,10 @@ def _by_fractions(
     return {number: (f"client_{number}", part) for number, part in enumerate(parts)}
 
 
-def _by_site(
+def _sites(
     arrays: dict[str, np.ndarray], total: int, where: str
-) -> dict[int, tuple[str, np.ndarray]]:
-    """Returns name and sorted examples of each client, by its site's number."""
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns the number of each example's site, and the sites' names."""
     if "site" not in arrays:
         raise UserError(f"{where} has no array site, which data.split_by=site needs")
     site = take_labels(arrays, "site", total, where)
@@ -128,6 +152,13 @@ def _by_site(
         raise UserError(
             f"{where}: site_names must be different names of the sites 0..{site.max()}, got {names}"
         )
+    return site, names
+
+
+def _by_site(
+    site: np.ndarray, names: Sequence[str], where: str
+) -> dict[int, tuple[str, np.ndarray]]:
+    """Returns name and sorted examples of each client, by its site's number."""
     members = {}
     for number in np.unique(site).tolist():
         members[number] = (names[number], np.flatnonzero(site == number))

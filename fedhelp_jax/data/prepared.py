@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fedhelp_jax.data.bad import Bad, BadExample
 from fedhelp_jax.data.cache import Arrays, cached
 from fedhelp_jax.data.clients import GROUP, SITE, Examples, Splitting, make_clients, make_column
 from fedhelp_jax.data.images import LazyImages, native, resize
@@ -43,6 +44,7 @@ def load_prepared(
     sharing: Sharing,
     splitting: Splitting,
     cache_dir: str | None,
+    bad: Bad | None = None,
 ) -> FederatedDataset:
     """Returns a prepared data set as clients' private data.
 
@@ -59,10 +61,12 @@ def load_prepared(
         sharing: Which client has which.
         splitting: How each client's are split.
         cache_dir: Folder of the image cache; None takes the default.
+        bad: Is told of examples that cannot be used; None refuses the first.
 
     Raises:
         UserError: The set is unknown, not prepared or damaged, or lacks what is asked of it.
     """
+    bad = bad or Bad()
     stored = _Stored(name, data_dir, "data.name", masks, image_size, volume_size)
     if stored.target is None:
         raise UserError(
@@ -71,13 +75,14 @@ def load_prepared(
         )
     columns = stored.columns()
 
-    def make() -> Arrays:
-        rows = list(stored.rows(stored.all(), hashed=False))
+    def make(bad: Bad) -> Arrays:
+        rows = list(stored.rows(stored.all(), hashed=False, skip=bad.skip))
         # By names, so that nothing depends on the order in the files.
         rows.sort(key=_order)
+        stored.tell(rows, bad)
         arrays = {
-            "images": np.stack([row["image"] for row in rows]),
-            "targets": np.stack([row["target"] for row in rows]),
+            "images": _stacked(rows, "image"),
+            "targets": _stacked(rows, "target"),
             "ids": np.array([row["id"] for row in rows]),
             "is_test": np.array([row["split"] == "test" for row in rows]),
         }
@@ -92,15 +97,32 @@ def load_prepared(
     }
     for column, names in columns.items():
         kinds[f"column {column}"] = ("U" if names is None else "int64", (stored.count,))
-    arrays = cached(stored.folder, stored.files, stored.what, kinds, make, cache_dir)
-    ids = arrays["ids"].tolist()
+    arrays = cached(stored.folder, stored.files, stored.what, kinds, make, cache_dir, bad)
+    where, ids = f"data.name: {name}", arrays["ids"].tolist()
+    labels, label_names = stored.labels(arrays["targets"], arrays["ids"], where, bad)
+    if not masks:
+        for place in np.flatnonzero((labels < 0) | (labels >= len(label_names))).tolist():
+            said = f"{where}: label {labels[place]} of example {ids[place]}"
+            bad.found(place, UserError(f"{said} is not in 0..{len(label_names) - 1}"))
+    bad.check(stored.count, where)
+    sites = None
+    if SITE in columns and sharing.by in (None, SITE):
+        sites = make_column(SITE, arrays[f"column {SITE}"], columns[SITE], ids)
+
+    def describe(place: int) -> BadExample:
+        split = ("test" if arrays["is_test"][place] else "train") if "test" in stored.splits else ""
+        site = -1 if sites is None else int(sites.codes[place])
+        client = "" if sites is None or site < 0 else str(sites.names[site])
+        return BadExample(split, client, ids[place], stored.name)
+
+    left_out, left_out_images = bad.listed(describe), bad.dropped(arrays["images"])
+    arrays = {name: bad.drop(array) for name, array in arrays.items()}
+    labels, ids = bad.drop(labels), bad.drop(ids)
     found = {
         column: make_column(column, arrays[f"column {column}"], names, ids)
         for column, names in columns.items()
     }
-    where = f"data.name: {name}"
-    groups = found[GROUP].codes if GROUP in found else np.arange(stored.count)
-    labels, label_names = stored.labels(arrays["targets"], arrays["ids"], where)
+    groups = found[GROUP].codes if GROUP in found else np.arange(len(ids))
     examples = Examples(
         images=arrays["images"],
         labels=None if masks else labels,
@@ -116,6 +138,8 @@ def load_prepared(
         labels=labels,
         label_names=label_names,
         clients=make_clients(examples, sharing, splitting, name=_base(name), where=where),
+        left_out=left_out,
+        left_out_images=left_out_images,
     )
 
 
@@ -128,6 +152,7 @@ def load_prepared_public(
     image_size: int,
     volume_size: tuple[int, ...],
     cache_dir: str | None,
+    bad: Bad | None = None,
 ) -> PublicDataset:
     """Returns a prepared data set as public data: all its splits, labelled or not.
 
@@ -142,41 +167,53 @@ def load_prepared_public(
         image_size: Height and width of the result.
         volume_size: Sides of volumes.
         cache_dir: Folder of the image cache.
+        bad: Is told of examples that cannot be used; None refuses the first. Where they are
+            skipped, the whole set is read, so that a subset is one of those that can be used.
 
     Raises:
         UserError: As of `load_prepared`, or there are too few examples.
     """
+    bad = bad or Bad()
     stored = _Stored(name, data_dir, "public.name", masks, image_size, volume_size)
     places = stored.all()
-    chosen = public_subset(stored.count, num_examples, stored.folder)
     # Which classes there are must not depend on how many examples are used.
     whole = masks and stored.target is not None and stored.mask_names is None
+    whole = whole or (bad.skip and num_examples is not None)
     if not whole:
+        chosen = public_subset(stored.count, num_examples, stored.folder)
         places = [places[i] for i in chosen.tolist()]
 
-    def make() -> Arrays:
-        rows = list(stored.rows(places, hashed=True))
+    def make(bad: Bad) -> Arrays:
+        rows = list(stored.rows(places, hashed=True, skip=bad.skip))
+        stored.tell(rows, bad)
         arrays = {
-            "images": np.stack([row["image"] for row in rows]),
-            "sha256": np.array([row["sha256"] for row in rows]),
+            "images": _stacked(rows, "image"),
+            "sha256": np.array([row.get("sha256", "") for row in rows], "U64"),
             "ids": np.array([row["id"] for row in rows]),
         }
         if stored.target is not None:
-            arrays["targets"] = np.stack([row["target"] for row in rows])
+            arrays["targets"] = _stacked(rows, "target")
         return arrays
 
     count = len(places)
     kinds = {**stored.kinds(count), "sha256": ("U64", (count,)), "ids": ("U", (count,))}
     what = f"{stored.what} public {None if whole else num_examples}"
-    arrays = cached(stored.folder, stored.files, what, kinds, make, cache_dir)
+    arrays = cached(stored.folder, stored.files, what, kinds, make, cache_dir, bad)
     labels = names = None
+    where = f"public.name: {name}"
     if stored.target is not None:
-        where = f"public.name: {name}"
-        labels, names = stored.labels(arrays["targets"], arrays["ids"], where)
+        labels, names = stored.labels(arrays["targets"], arrays["ids"], where, bad)
+    bad.check(count, where)
+    left_out = bad.listed(lambda i: BadExample("", "", str(arrays["ids"][i]), stored.name))
+    arrays = {name: bad.drop(array) for name, array in arrays.items()}
+    places = bad.drop(places)
+    if labels is not None:
+        labels = bad.drop(labels)
         if not masks and labels.min() < 0:  # as TFDS marks what nobody has labelled
             logger.warning("%s: some images have no label: none is used", where)
             labels = names = None
     if whole:
+        chosen = public_subset(len(places), num_examples, stored.folder)
         arrays = {name: array[chosen] for name, array in arrays.items()}
         labels = None if labels is None else labels[chosen]
         places = [places[i] for i in chosen.tolist()]
@@ -188,6 +225,7 @@ def load_prepared_public(
         label_names=names,
         sha256=tuple(arrays["sha256"].tolist()),
         originals=LazyImages(len(places), lambda place: stored.original(places[place])),
+        left_out=left_out,
     )
 
 
@@ -300,8 +338,13 @@ class _Stored:
         """Split and place in it of all examples."""
         return [(split, i) for split in self.splits for i in range(self._counts[split])]
 
-    def rows(self, places: Sequence[tuple[str, int]], *, hashed: bool) -> Iterator[dict[str, Any]]:
-        """The examples at these places, decoded and resized."""
+    def rows(
+        self, places: Sequence[tuple[str, int]], *, hashed: bool, skip: bool
+    ) -> Iterator[dict[str, Any]]:
+        """The examples at these places, decoded and resized.
+
+        Where bad ones are to be skipped, they have an `error` instead of what it concerns.
+        """
         columns = self.columns()
 
         def row(one: tuple[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
@@ -309,16 +352,21 @@ class _Stored:
             identity = _identity(split, i, example)
             found: dict[str, Any] = {"split": split, "id": identity}
             where = f"{self.key}: example {identity} of {self.name}"
-            picture = self._native(example, where)
-            found["image"] = self._resized(picture)
-            if hashed:
-                found["sha256"] = image_sha256(picture)
-            if self.target is not None:
-                found["target"] = self._target(example, picture.shape, where)
             found["columns"] = {
                 column: _text(example[column]) if names is None else int(example[column])
                 for column, names in columns.items()
             }
+            try:
+                picture = self._native(example, where)
+                found["image"] = self._resized(picture)
+                if hashed:
+                    found["sha256"] = image_sha256(picture)
+                if self.target is not None:
+                    found["target"] = self._target(example, picture.shape, where)
+            except UserError as error:
+                if not skip:
+                    raise
+                found["error"] = error
             return found
 
         with ThreadPoolExecutor(os.cpu_count()) as pool, self._undamaged():
@@ -326,6 +374,13 @@ class _Stored:
                 while some := list(itertools.islice(part, _AT_ONCE)):
                     examples = self._sources[split].__getitems__([i for _, i in some])
                     yield from pool.map(row, zip(some, examples, strict=True))
+
+    def tell(self, rows: Sequence[dict[str, Any]], bad: Bad) -> None:
+        """Tells of the rows that have an error."""
+        for place, row in enumerate(rows):
+            if "error" in row:
+                bad.found(place, row["error"])
+        bad.check(len(rows), f"{self.key}: {self.name}")
 
     def original(self, place: tuple[str, int]) -> np.ndarray:
         """A picture at its native size."""
@@ -347,16 +402,16 @@ class _Stored:
             ) from error
 
     def labels(
-        self, targets: np.ndarray, ids: np.ndarray, where: str
+        self, targets: np.ndarray, ids: np.ndarray, where: str, bad: Bad
     ) -> tuple[np.ndarray, tuple[str, ...]]:
         """Classes or masks, checked, and the classes' names."""
         if not self.masks:
             return targets, tuple(self.features["label"].names)
         names = self.mask_names
         if names is None:
-            values = stored_values(targets, where)
+            values = stored_values(bad.drop(targets), where)
             names = unnamed_classes(values, ("foreground",), f"{where}: masks", "metadata")
-        return class_masks(targets, names, ids.tolist(), where), names
+        return class_masks(targets, names, ids.tolist(), where, bad), names
 
     @property
     def mask_names(self) -> tuple[str, ...] | None:
@@ -397,6 +452,12 @@ class _Stored:
             sides = [" x ".join(map(str, sides)) for sides in (mask.shape, shape)]
             raise UserError(f"{where} has a mask of {sides[0]}, of another aspect than {sides[1]}")
         return resize_mask(mask, self._size)
+
+
+def _stacked(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    """What rows hold by that name, blank where they do not."""
+    blank = np.zeros_like(next(row[name] for row in rows if name in row))
+    return np.stack([row.get(name, blank) for row in rows])
 
 
 def _opened(name: str, data_dir: str | None, key: str) -> Any:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedhelp_jax.data.bad import BadExample
 from fedhelp_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ class FederatedDataset(NamedTuple):
             masks hold 0 and 1); of several the first is the background's.
         clients: The clients' splits.
         content_sha256: `content_sha256` of what was read, before anything is harmonised.
+        left_out: Examples of the source that cannot be used; nothing above holds any of them.
+        left_out_images: Images of those of them whose image could be decoded, as `images`: they
+            are private all the same. None where there are none.
     """
 
     name: str
@@ -46,6 +50,8 @@ class FederatedDataset(NamedTuple):
     label_names: tuple[str, ...]
     clients: tuple[ClientSplit, ...]
     content_sha256: str = ""
+    left_out: tuple[BadExample, ...] = ()
+    left_out_images: np.ndarray | None = None
 
 
 class PublicDataset(NamedTuple):
@@ -62,6 +68,7 @@ class PublicDataset(NamedTuple):
         originals: Those images themselves, [H, W], [H, W, channels] or, of volumes, [D, H, W] or
             [D, H, W, modalities] each; may be lazy.
         content_sha256: As of the private data.
+        left_out: As of the private data.
     """
 
     name: str
@@ -72,6 +79,7 @@ class PublicDataset(NamedTuple):
     sha256: tuple[str, ...]
     originals: Sequence[np.ndarray] | np.ndarray
     content_sha256: str = ""
+    left_out: tuple[BadExample, ...] = ()
 
 
 def image_sha256(image: np.ndarray) -> str:

@@ -163,6 +163,9 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     groups.add_row("clients diverged", _diverged(summary))
     if summary.get("stopped_after") is not None:
         groups.add_row("stopped after round", _whole(summary["stopped_after"]))
+    for source, count in (summary.get("left_out") or {}).items():
+        if count:
+            groups.add_row(f"{source} examples left out", _whole(count))
     console.print(groups)
 
 
@@ -196,6 +199,9 @@ def print_comparison(
     add("algorithm", [str(s.get("algorithm", "-")) for s in summaries])
     add("data", [_dataset(s) for s in summaries])
     add("teacher", [_teacher(s) for s in summaries])
+    left_out = [sum((s.get("left_out") or {}).values()) for s in summaries]
+    if any(left_out):
+        add("examples left out", [_whole(count) for count in left_out])
     add("seed, rounds", [f"{_whole(s.get('seed'))}, {_whole(s.get('rounds'))}" for s in summaries])
     add("metric", [_metric(s) for s in summaries], last=True)
     for key, label in _GROUP_ROWS:

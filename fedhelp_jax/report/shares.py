@@ -1,12 +1,17 @@
-"""Who has what: examples of each class, by client and split, as a table and a picture."""
+"""Who has what: examples of each class, by client and split, as a table and a picture.
 
+And what nobody has, since it cannot be used.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedhelp_jax.data.types import FederatedDataset
+from fedhelp_jax.data.bad import QUARANTINE, BadExample
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset
 from fedhelp_jax.report import files
 
 SHARES = ("shares.csv", "shares.png")
@@ -31,16 +36,38 @@ def write_shares(folder: Path, dataset: FederatedDataset, roles: Sequence[str]) 
 
 
 def share_rows(dataset: FederatedDataset, roles: Sequence[str]) -> list[dict[str, Any]]:
-    """A row per client and split: ``client``, ``role``, ``split``, ``examples``, and each class."""
+    """A row per client and split: ``client``, ``role``, ``split``, ``examples``, and each class.
+
+    ``left_out`` counts the examples of that client and official split that cannot be used. Those
+    of no client or split here have rows of their own, with no examples.
+    """
+    left_out = Counter((bad.client, bad.split) for bad in dataset.left_out)
     rows = []
     for client, role in zip(dataset.clients, roles, strict=True):
         for split, members in zip(_SPLITS, client[1:], strict=True):
             counts = _counts(dataset, members)
             row = {"client": client.name, "role": role, "split": split, "examples": len(members)}
+            row["left_out"] = left_out.pop((client.name, split), 0)
             for name, count in zip(dataset.label_names, counts.tolist(), strict=True):
                 row[f"class {name}" if name in row else name] = count
             rows.append(row)
+    for (name, split), count in sorted(left_out.items()):
+        row = {"client": name, "role": "", "split": split, "left_out": count}
+        rows.append(dict.fromkeys(rows[0], 0) | row)
     return rows
+
+
+def write_left_out(folder: Path, dataset: FederatedDataset, public: PublicDataset | None) -> None:
+    """Writes `QUARANTINE`, the examples that cannot be used, where there are any."""
+    sources = {"private": dataset.left_out, "public": () if public is None else public.left_out}
+    rows = [
+        {"source": source, **bad._asdict()}
+        for source, left_out in sources.items()
+        for bad in left_out
+    ]
+    (folder / QUARANTINE).unlink(missing_ok=True)
+    if rows:
+        files.write_csv(folder / QUARANTINE, ("source", *BadExample._fields), rows)
 
 
 def _counts(dataset: FederatedDataset, members: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ one, from a data set declared public that shares no image with any client.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -166,9 +167,9 @@ def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImag
     Images are compared by the SHA-256 of their pixels as RGB at the size of the run
     (``data.image_size``), to which both sides are resized alike: equal pictures are found at equal
     native sizes, and after resizing. Every image of the private pool counts, training, validation,
-    test or unused. A private picture that was saved anew with loss, cropped, or resized otherwise
-    is another picture by any hash, and is not found; nor is a volume that
-    ``data.scanner_shift`` changed.
+    test or unused, and those of examples that were left out because their mask cannot be used. A
+    private picture that was saved anew with loss, cropped, or resized otherwise is another picture
+    by any hash, and is not found; nor is a volume that ``data.scanner_shift`` changed.
 
     Raises:
       TypeError: If ``public`` was not declared public.
@@ -179,7 +180,9 @@ def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImag
             "clear_public takes a PublicDataset and a FederatedDataset, got "
             f"{type(public).__name__} and {type(private).__name__}"
         )
-    pool = {image_sha256(image): row for row, image in enumerate(private.images)}
+    left_out = () if private.left_out_images is None else private.left_out_images
+    images = itertools.chain(private.images, left_out)
+    pool = {image_sha256(image): row for row, image in enumerate(images)}
     shared = [
         (number, pool[sha])
         for number, (image, native) in enumerate(zip(public.images, public.sha256, strict=True))
@@ -211,4 +214,6 @@ def _whose(private: FederatedDataset, row: int) -> str:
                     f"private: {part} image {places[0]} of client {client.name} "
                     f"(row {row} of {private.name})"
                 )
+    if row >= len(private.images):
+        return f"private: an image of {private.name}, left out by data.on_bad_example = skip"
     return f"private: row {row} of {private.name}, which no client uses in this run"

@@ -43,7 +43,7 @@ def write_set(folder, name, features, splits, metadata=None):
                     for key, kind in features.items()
                     if isinstance(kind, tfds.features.Image)
                 }
-                yield number, example | pictures
+                yield example.get("id", number), example | pictures
 
     Toy.name = name
     Toy(data_dir=str(folder), file_format="array_record").download_and_prepare(

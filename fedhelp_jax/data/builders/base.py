@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from fedhelp_jax.data.bad import QUARANTINE, BadExample, refuse_too_many
 from fedhelp_jax.data.builders.fetch import Remote
 from fedhelp_jax.data.downloads import KEY, Download
 from fedhelp_jax.data.parts import SIZE, Example, made
@@ -58,19 +59,8 @@ class Item(NamedTuple):
     fields: Mapping[str, Any]
 
 
-class BadExample(NamedTuple):
-    """An example that was left out, and why; fields are the columns of quarantine.csv."""
-
-    split: str
-    example: str
-    files: str
-    reason: str
-
-
 # The only feature of an example that could not be made: why.
 _BAD = "bad"
-# Lists them, beside the prepared set.
-QUARANTINE = "quarantine.csv"
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -222,16 +212,16 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if _BAD in example:
                 if not self.skip_bad:  # an earlier attempt left it out
                     raise UserError(example[_BAD])
-                self.bad.append(BadExample(split, item.key, " ".join(item.files), example[_BAD]))
+                site = self.features().get("site")
+                client = "" if site is None else site.names[item.fields["site"]]
+                files = " ".join(item.files)
+                self.bad.append(BadExample(split, client, item.key, files, example[_BAD]))
                 continue
             encoded = {name: io.BytesIO(example[name]) for name in images}
             yield item.key, {"id": item.key, **item.fields, **example, **encoded}
         bad = self.bad[before:]
-        if len(bad) > len(items) / 2:
-            raise UserError(
-                f"{len(bad)} of {len(items)} {split} examples cannot be used: too many to be left "
-                f"out; the first: {bad[0].reason}"
-            )
+        if bad:
+            refuse_too_many(len(bad), len(items), "", f"{split} ", bad[0].reason)
 
 
 def png(image: np.ndarray) -> bytes:

@@ -291,6 +291,7 @@ def test_unusable_examples_are_left_out_and_listed_where_asked(ham, monkeypatch)
         ("train", IDS[1]),
         ("train", IDS[4]),
     ]
+    assert all(row["client"] for row in rows)
     assert all(f"{row['example']}_segmentation.png" in row["files"] for row in rows)
     assert "holds 100" in rows[0]["reason"] and "cannot be decoded" in rows[1]["reason"]
     examples = builder("skin_masks/ham10000", str(ham.data_dir)).as_data_source(split="train")
