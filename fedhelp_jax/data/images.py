@@ -262,7 +262,8 @@ def _decode_all(
         first, start = one(0), 0
         while first is None:
             start += 1
-            bad.check(len(names), f"{key}: {source}")
+            if start == len(names):
+                bad.check(len(names), f"{key}: {source}")
             first = one(start)
         arrays = np.zeros((len(names), *first.shape), first.dtype)
         arrays[start] = first

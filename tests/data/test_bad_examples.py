@@ -361,7 +361,7 @@ def test_more_than_half_is_refused(tmp_path):
         lambda: load("skip")
     )
     write_pictures(tmp_path, {f"images/i{n:02}.png": b"-" for n in range(COUNT)}, masks=False)
-    assert "of 20 examples cannot be used: too many" in refused(lambda: load("skip"))
+    assert "20 of 20 examples cannot be used: too many" in refused(lambda: load("skip"))
 
 
 def test_a_client_without_any_example_left_is_named(tmp_path, caplog):
