@@ -17,11 +17,12 @@ from toy_sets import write_set
 
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.data import images as images_module
-from fedhelp_jax.data import prepared as prepared_module
+from fedhelp_jax.data import stored_set
 from fedhelp_jax.data.files import Files
 from fedhelp_jax.data.load import load_federated, load_public
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, of_federated, of_public
 from fedhelp_jax.errors import UserError
+from fedhelp_jax.report.shares import share_rows
 from fedhelp_jax.schema import DataConfig, PublicConfig
 from fedhelp_jax.teachers.foundation import clear_public
 from fedhelp_jax.unused import needed_for
@@ -337,7 +338,7 @@ def test_what_is_left_is_as_if_the_bad_example_had_never_been_there(
             raise AssertionError("decoded again")
 
         patch.setattr(images_module, "decode_picture", decode)
-        patch.setattr(prepared_module, "decode_picture", decode)
+        patch.setattr(stored_set, "decode_picture", decode)
         again = load("skip")
     assert again.left_out == left.left_out
     assert_equal(again, without)
@@ -351,6 +352,17 @@ def assert_equal(one, two):
     assert isinstance(two, FederatedDataset) and one.label_names == two.label_names
     assert [client.name for client in one.clients] == [client.name for client in two.clients]
     assert of_federated(one) == of_federated(two)
+
+
+def test_left_out_examples_of_nobody_have_a_row_of_their_own(tmp_path):
+    data = KINDS["prepared, shared out"][0](tmp_path, True)("skip")
+    assert isinstance(data, FederatedDataset)
+    *rows, last = share_rows(data, ["small"] * 3)
+    assert len(rows) == 9 and not any(row["left_out"] for row in rows)
+    assert last == {
+        **{"client": "", "role": "", "split": "train", "examples": 0, "left_out": 1},
+        **{"no": 0, "yes": 0},
+    }
 
 
 def test_more_than_half_is_refused(tmp_path):
