@@ -15,7 +15,7 @@ from fedhelp_jax.data.phantom_volumes import load_phantom_volume_public, load_ph
 from fedhelp_jax.data.phantoms import load_phantoms
 from fedhelp_jax.data.prepared import load_prepared, load_prepared_public
 from fedhelp_jax.data.sharing import Sharing
-from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated, check_public
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.memory import check_fits
 from fedhelp_jax.schema import PREPARED, DataConfig, PublicConfig
@@ -196,7 +196,7 @@ def load_public(
         case name:
             raise UserError(f"public.name: {name!r} is not known")
     _tell_left_out(public.left_out, len(public.images), "public")
-    return public
+    return check_public(public)
 
 
 def _tell_left_out(left_out: Sequence[BadExample], used: int, whose: str) -> None:

@@ -181,12 +181,27 @@ def check_federated(dataset: FederatedDataset) -> FederatedDataset:
             )
         owner[indices] = number
     if labels.ndim == 1:
-        unseen = np.bincount(labels[owner >= 0], minlength=num_classes) == 0
-        if unseen.any():
-            names = ", ".join(dataset.label_names[c] for c in np.flatnonzero(unseen))
-            logger.warning("data %s: no client has an example of %s", dataset.name, names)
+        used = labels[owner >= 0]
+        _tell_of_unseen(used, dataset.label_names, f"data {dataset.name}: no client has an example")
     _tell_of_copies(dataset)
     return dataset
+
+
+def check_public(public: PublicDataset) -> PublicDataset:
+    """Returns `public` unchanged; classes of which it has no image are told in a warning.
+
+    Masks and data that were drawn are not looked at.
+    """
+    labels, names = public.labels, public.label_names
+    if labels is not None and names is not None and labels.ndim == 1 and not public.synthetic:
+        _tell_of_unseen(labels, names, f"public {public.name}: there is no image")
+    return public
+
+
+def _tell_of_unseen(labels: np.ndarray, names: Sequence[str], start: str) -> None:
+    unseen = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if len(unseen):
+        logger.warning("%s of %s", start, ", ".join(names[c] for c in unseen.tolist()))
 
 
 def _tell_of_copies(dataset: FederatedDataset) -> None:

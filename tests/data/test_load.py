@@ -83,3 +83,12 @@ def test_real_public(real, name, count, classes):
     public = load_public(PublicConfig(name="npz", path=str(real / f"{name}.npz")), 32, 0)
     assert public.images.shape == (count, 32, 32, 3)
     assert public.label_names is not None and len(public.label_names) == classes
+
+
+def test_public_classes_that_no_image_shows_are_told(tmp_path, caplog):
+    names, images = np.array(["a", "b", "c"]), np.zeros((4, 8, 8), np.uint8)
+    images[:, 0, 0] = range(4)
+    file = tmp_path / "shown.npz"
+    np.savez(file, images=images, labels=np.array([0, 2, 0, 2]), label_names=names)
+    load_public(PublicConfig(name="npz", path=str(file)), 8, 0)
+    assert caplog.messages == ["public shown: there is no image of b"]
