@@ -28,11 +28,17 @@ def float64():
         yield
 
 
+@pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory):
+    """The folder of programs that modules compile again and again."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture(scope="module")
-def compilation_cache_of_the_module(tmp_path_factory):
-    """For modules that compile the same run many times."""
+def kept_programs(compiled_programs):
+    """For modules that compile the same run many times, or one that other modules compile too."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(compiled_programs),
         "jax_compilation_cache_max_size": -1,  # a command may have set it: here as in subprocesses
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

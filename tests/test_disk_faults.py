@@ -91,7 +91,7 @@ def test_other_errors_are_left_alone(error):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compilation_cache_of_the_module):
+def finished(tmp_path_factory, kept_programs):
     """A run to its end; not to be changed."""
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_networks(patch)
@@ -139,12 +139,12 @@ def test_sums_that_find_no_room_leave_no_checkpoint(finished, tmp_path, capsys, 
     assert list((workdir / "checkpoints").iterdir()) == []
 
 
-def test_a_run_goes_on_without_its_terminal(finished, tmp_path, compilation_cache_of_the_module):
+def test_a_run_goes_on_without_its_terminal(finished, tmp_path, kept_programs):
     """A hangup, a reader of stdout that is gone, and a closed stderr."""
     workdir = tmp_path / "run"
     script = [sys.executable, str(TESTS / "tiny_fedhelp.py"), "SIGHUP", "after-row", "2"]
     command = [*script, *shlex.split(train_command(workdir, SMALL))]
-    environment = {k.upper(): str(v) for k, v in compilation_cache_of_the_module.items()}
+    environment = {k.upper(): str(v) for k, v in kept_programs.items()}
     ours, theirs = os.pipe()
     os.close(ours)
     done = subprocess.run(

@@ -34,7 +34,7 @@ from fedhelp_jax.experiment import load, make_phases
 from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.simulation import Simulation
 
-pytestmark = pytest.mark.usefixtures("float64", "compilation_cache_of_the_module")
+pytestmark = pytest.mark.usefixtures("float64", "kept_programs")
 
 TESTS = Path(__file__).parent
 ROUNDS = 6
@@ -65,9 +65,9 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def two_processes(compilation_cache_of_the_module):
+def two_processes(kept_programs):
     """:func:`in_two_processes` with what is compiled kept."""
-    kept = {name.upper(): str(value) for name, value in compilation_cache_of_the_module.items()}
+    kept = {name.upper(): str(value) for name, value in kept_programs.items()}
     return functools.partial(in_two_processes, kept)
 
 

@@ -16,7 +16,7 @@ from fedhelp_jax.config_files import load_config
 from fedhelp_jax.study import Failed, compare, tune
 from fedhelp_jax.sweep import Run, sweep
 
-pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 TOO_MUCH = 1e30
 SGD = f"--config.optimizer=sgd --config.learning_rate={TOO_MUCH}"

@@ -54,7 +54,7 @@ from fedhelp_jax.task import segmentation
 ROUNDS = 3
 WIDTH = 4
 WHO = pytest.mark.parametrize("half", [False, True], ids=["all", "half"])
-pytestmark = pytest.mark.usefixtures("float64", "compilation_cache_of_the_module")
+pytestmark = pytest.mark.usefixtures("float64", "kept_programs")
 
 
 def one_width(**changes):

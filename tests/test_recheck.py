@@ -17,7 +17,7 @@ from fedhelp_jax.simulation import Simulation
 
 MASKS = Path(__file__).parent / "mask_config.py"
 
-pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 
 @pytest.fixture
@@ -63,8 +63,9 @@ def test_another_program_measures_the_same(tmp_path, monkeypatch, measured, rest
 
 
 def test_so_it_is_of_masks(tmp_path, measured):
-    devices = f"--config.mapping.cpu_devices={jax.device_count()}"
-    assert fedhelp(f"train --config={MASKS}:2d --workdir={tmp_path / 'run'} {devices}") == 0
+    flags = f"--config.mapping.cpu_devices={jax.device_count()} --workdir={tmp_path / 'run'}"
+    flags += " --config.model.small_widths=(2,) --config.model.large_widths=(3,)"
+    assert fedhelp(f"train --config={MASKS}:2d {flags}") == 0
     assert len(measured) >= 2
     for own, again, row in measured:
         np.testing.assert_allclose(own["dice"][row], again["dice"][0], atol=1e-5)

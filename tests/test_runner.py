@@ -31,7 +31,7 @@ from fedhelp_jax.phases import federation_arrays
 from fedhelp_jax.schema import MappingConfig
 from fedhelp_jax.sweep import numbers, with_numbers
 
-pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 TESTS = Path(__file__).parent
 ROUNDS = 6
@@ -204,11 +204,12 @@ def test_what_one_image_cannot_tell_is_null(finished):
     assert metrics["balanced_accuracy"] in (0.0, 1.0) and metrics["loss"] > 0
     with (finished / "clients.csv").open(newline="") as file:
         values = {
-            row["value"]
+            row["metric"]: row["value"]
             for row in csv.DictReader(file)
             if (row["client"], row["split"]) == ("client_3", "validation")
         }
-    assert values == {""}
+    assert values.pop("non_finite") == "0.0"  # of no image none
+    assert set(values.values()) == {""}
 
 
 def test_config_json_holds_the_settings(finished):
@@ -244,13 +245,13 @@ def test_show_prints_it(finished, capsys):
     ("where", "round", "saved"), [("after-row", 3, ["2"]), ("before-sums", 4, ["2", "4"])]
 )
 def test_a_killed_run_goes_on_to_the_same_end(
-    finished, tmp_path, caplog, compilation_cache_of_the_module, where, round, saved
+    finished, tmp_path, caplog, kept_programs, where, round, saved
 ):
     """Killed between two checkpoints, and compiled anew; killed in the middle of saving one."""
     workdir = tmp_path / "run"
     environment = {}
     if where == "before-sums":
-        environment = {k.upper(): str(v) for k, v in compilation_cache_of_the_module.items()}
+        environment = {k.upper(): str(v) for k, v in kept_programs.items()}
     result = stopped_run(workdir, "SIGKILL", where, round, environment)
     assert result.returncode == -9, result.stderr
     folders = sorted(p.name for p in (workdir / "checkpoints").iterdir())
@@ -263,11 +264,9 @@ def test_a_killed_run_goes_on_to_the_same_end(
     assert_same_run(workdir, finished)
 
 
-def test_an_interrupted_run_is_saved_and_goes_on(
-    finished, tmp_path, capsys, caplog, compilation_cache_of_the_module
-):
+def test_an_interrupted_run_is_saved_and_goes_on(finished, tmp_path, capsys, caplog, kept_programs):
     workdir = tmp_path / "run"
-    environment = {k.upper(): str(v) for k, v in compilation_cache_of_the_module.items()}
+    environment = {k.upper(): str(v) for k, v in kept_programs.items()}
     result = stopped_run(workdir, "SIGINT", "after-row", 3, environment)
     assert result.returncode == 130, result.stderr
     assert f"stopped after round 3 of {ROUNDS}, saved in {workdir}" in result.stderr

@@ -26,7 +26,7 @@ from fedhelp_jax.errors import UserError
 from fedhelp_jax.simulation import Simulation
 from fedhelp_jax.study import Failed, compare, grid_points, tune
 
-pytestmark = pytest.mark.usefixtures("compilation_cache_of_the_module")
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 TESTS = Path(__file__).parent
 FOLDERS = [
@@ -318,7 +318,7 @@ def test_a_failure_of_one_run_does_not_end_the_study(tmp_path, monkeypatch):
 
 def test_runs_take_the_settings_that_were_chosen(tmp_path, monkeypatch):
     # The worst on validation, which nothing but a choice of it would take.
-    monkeypatch.setattr(studies, "_score", lambda summary: -float(summary["small_mean"]))
+    monkeypatch.setattr(studies, "mean_of_roles", lambda summary: -float(summary["small_mean"]))
     chosen, failures = tune(study("tuned"), tmp_path)
     assert not failures
     compare(study("tuned"), tmp_path)
