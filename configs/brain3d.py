@@ -12,8 +12,7 @@ network trained on those stands for a foundation model.
     fedhelp train --config=configs/brain3d.py --workdir=runs/brain_paper        # a GPU
 
 `:cpu` trains at 24x32x24 on U-Nets of three levels; Dice is taken at 48x64x48 all the same.
-Measured: 16 to 19 minutes on one core, Dice of the whole hippocampus 0.842 for the small client
-(docs/results.md). The public phantoms follow the seed, so teach once for each.
+The public phantoms follow the seed, so teach once for each.
 
 File, under FEDHELP_DATA_DIR or by --config.data.dir: `hippocampus_3d_48x64x48.npz`.
 """

@@ -16,9 +16,7 @@ Files, under FEDHELP_DATA_DIR or by --config.data.dir and so on: `ham10000_200x1
 `fed_isic2019_ham_split.csv` (official split), `pathmnist_1000_clip.npz` (public images),
 `models/mobilenet_v2_1.0_224_quant.tflite` and `models/imagenet_labels.txt` (foundation model).
 
-Measured, `:cpu` on two cores of a busy machine, one seed: FedHelp 20 minutes, balanced accuracy of
-small clients 0.302 (FedAvg 0.347, local 0.301), of large ones 0.319 (0.266, 0.326); see
-docs/results.md. The paper's scale: not measured.
+What has been measured with it stands in docs/results.md. The paper's scale: not measured.
 """
 
 import os

@@ -10,8 +10,7 @@ for the paper's foundation model, and is called self-trained.
     fedhelp train --config=configs/lung_masks.py --workdir=runs/lungs_paper         # a GPU
 
 `:cpu` trains at 64x64 on U-Nets of 8..64 and 16..128 channels; Dice is taken at 128x128 all the
-same. Measured: 12 to 20 minutes on one core, mean Dice 0.952 (docs/results.md). By real site, with
-one client each: --config.data.split_by=site --config.roles.top_n=1.
+same. By real site, with one client each: --config.data.split_by=site --config.roles.top_n=1.
 
 Files, under FEDHELP_DATA_DIR or by --config.data.dir and --config.public.path:
 `lung_cxr_seg_128.npz` (images, masks, site) and `ham10000_200x150.zip` (images/ and masks/).

@@ -17,8 +17,7 @@ Files, under FEDHELP_DATA_DIR or by --config.data.dir and --config.public.path:
 (public images), and `models/mobilenet_v2_1.0_224_quant.tflite` and `models/imagenet_labels.txt`
 (foundation model).
 
-Measured, `:cpu` on two cores of a busy machine, one seed: FedHelp 4.5 minutes, balanced accuracy
-0.847 of small clients (worst 0.750), 0.801 of large ones. The paper's scale: not measured.
+What has been measured with it stands in docs/results.md. The paper's scale: not measured.
 """
 
 import os

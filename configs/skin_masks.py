@@ -10,8 +10,7 @@ chest X-rays with lung masks, and a network trained on those stands for a founda
     fedhelp train --config=configs/skin_masks.py --workdir=runs/skin_paper         # a GPU
 
 `:cpu` trains at 64x64 on U-Nets of 8..64 and 16..128 channels, on at most 150 images a client; Dice
-is taken at 200x150 all the same. Measured: 14 to 20 minutes on one core, mean Dice 0.894
-(docs/results.md).
+is taken at 200x150 all the same.
 
 Files, under FEDHELP_DATA_DIR or by --config.data.dir and so on: `ham10000_200x150.zip` (images/ and
 masks/), `fed_isic2019_ham_split.csv` (official split), `lung_cxr_seg_128.npz` (public).
