@@ -132,12 +132,13 @@ class Divergence:
                 counts = np.asarray(metrics[NON_FINITE]).tolist()
                 bad = [name for name, count in zip(names, counts, strict=True) if count]
                 new = [name for name in bad if name not in self.clients[role]]
-                lines += [f"{role} {name} ({model})" for name in new]
+                found = [f"{role} {name} ({model})" for name in new]
                 if number == 0:  # the one it deploys
                     self._set(role, {*self.clients[role], *new})
-        # Of a model that is not deployed once is enough: its clients have not diverged.
-        lines = [line for line in lines if line not in self._told]
-        self._told.update(lines)
+                else:  # once is enough, since its clients have not diverged
+                    found = [line for line in found if line not in self._told]
+                    self._told.update(found)
+                lines += found
         self._warn(f"{when}: logits that are not finite of", lines)
 
     @property

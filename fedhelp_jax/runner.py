@@ -115,7 +115,7 @@ def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dic
             files.cut_metrics(workdir / _METRICS, done)
         if done:
             _log.warning("going on after round %d of %d", done, config.rounds)
-        health = _health(experiment, workdir)
+        health = _health(experiment, workdir, done)
         with _StopRequest() as stop:
             done, state = _run_rounds(experiment, checkpointer, workdir, state, done, stop, health)
         summary = _finish(experiment, workdir, state, done, split, health)
@@ -158,7 +158,7 @@ def _evaluate(config: RunConfig, workdir: Path) -> dict[str, Any]:
         done, state, meta = _restore(experiment, checkpointer, workdir, same_program=False)
     finally:
         checkpointer.close()
-    health = _health(experiment, workdir)
+    health = _health(experiment, workdir, done)
     if done < config.rounds and not _must_stop(config, health):
         raise UserError(
             f"--workdir={workdir}: the run stopped after round {done} of {config.rounds}; "
@@ -227,12 +227,17 @@ def _run_rounds(
     return done, state
 
 
-def _health(experiment: Experiment, workdir: Path) -> Divergence:
-    """Which clients had diverged by the last round that is written down."""
-    rows = files.read_metrics(workdir / _METRICS) if processes.first() else []
+def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
+    """Which clients had diverged after a round."""
+    rows = _rows(workdir, done) if processes.first() else []
     before = processes.share(json.dumps(rows[-1].get("diverged") if rows else None))[0]
     names = {group.role: group.names for group in experiment.simulation.groups}
     return Divergence(names, json.loads(before), warns=processes.first())
+
+
+def _rows(workdir: Path, done: int) -> list[dict[str, Any]]:
+    """What is written down of the first rounds: a killed run may have told more than it saved."""
+    return [row for row in files.read_metrics(workdir / _METRICS) if row["round"] <= done]
 
 
 def _must_stop(config: RunConfig, health: Divergence) -> bool:
@@ -299,7 +304,7 @@ def _write_results(
         return {}
     names = {group.role: group.names for group in simulation.groups}
     files.write_csv(workdir / _CLIENTS, files.CLIENT_COLUMNS, client_rows(names, results))
-    rows = files.read_metrics(workdir / _METRICS)
+    rows = _rows(workdir, done)
     metric = experiment.task.headline
     sizes = {
         g.role: tuple(np.asarray(table.size).tolist() for table in (g.train, g.test))

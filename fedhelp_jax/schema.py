@@ -272,6 +272,7 @@ class DataConfig:
         "list them (quarantine.csv)",
         one_of(*ON_BAD_EXAMPLE),
         only=either(where("data.name", *_FILES), where("public.name", *_PUBLIC_FILES)),
+        identity=False,  # what is read is compared by its content
     )
     cache_dir: str | None = setting(
         None, "where decoded images are kept between runs", LOCAL, identity=False

@@ -397,6 +397,8 @@ def _is_done(cell: Cell) -> bool:
     if not summary.exists():
         return False
     found = files.read_summary(cell.folder)
+    if found.get("stopped_after") is not None and cell.config.on_divergence == "continue":
+        return False
     # A trial counts only by validation images, whatever was done in its folder since.
     return found.get("rounds") == cell.config.rounds and (
         cell.trial is None or found.get("split") == "validation"

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -99,6 +100,16 @@ def test_evaluate_measures_it_again(run, capfd):
     assert read(run / "summary.json")["per_client"] == before["per_client"]
 
 
+def test_evaluate_looks_at_no_round_after_the_one_it_measures(run, capfd):
+    """A killed run may have written down more rounds than it saved."""
+    rows = read(run / "metrics.jsonl")
+    later = {**rows[-1], "round": len(rows) + 1, "diverged": {"small": [], "large": []}}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(later) + "\n")
+    assert fedhelp(f"evaluate --workdir={run}") == 1
+    assert f"has diverged by round {len(rows)}" in capfd.readouterr().err
+
+
 def test_the_first_round_is_told_with_role_and_client(tmp_path, caplog):
     """Of a method whose uploads count: they are left out, and the server keeps its model."""
     workdir = tmp_path / "run"
@@ -149,6 +160,10 @@ def test_a_comparison_tells_it_and_gives_it_no_score(tmp_path, capfd):
     capfd.readouterr()
     compare(a_study(), tmp_path)
     assert "2 of 2 runs are finished" in capfd.readouterr().out
+    # But where it is told to go on, it does.
+    compare(a_study(budgets={"": {"rounds": 4, "on_divergence": "continue"}}), tmp_path)
+    assert "1 of 2 runs are finished" in capfd.readouterr().out
+    assert read(tmp_path / "tiny/wild/seed0/summary.json")["stopped_after"] is None
 
 
 def test_a_trial_that_diverged_is_never_chosen(tmp_path):

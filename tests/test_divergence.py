@@ -281,3 +281,13 @@ def test_a_role_of_which_all_diverged_has_no_scores():
     scores = health.scores({"small": [0.1, 0.0, 0.3], "large": [0.5, 0.5]})
     assert scores["small"] == [0.1, 0.0, 0.3]
     assert np.isnan(scores["large"]).all()
+
+
+def test_a_relapse_is_told_again(caplog):
+    health = Divergence(NAMES)
+    bad = {"small": {"personal": {NON_FINITE: [0, 4, 0]}}}
+    with caplog.at_level(logging.WARNING):
+        for round in (1, 2):
+            health.measured(f"round {round}", bad)
+            health.trained(round + 1, ALL, found())  # well again
+    assert ["round 1" in caplog.messages[0], "round 2" in caplog.messages[1]] == [True, True]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL
 
 from fedhelp_jax.data.bad import Bad
 from fedhelp_jax.memory import check_fits
@@ -17,7 +18,7 @@ from fedhelp_jax.storage import StorageError, replaced, storage_errors
 # What a damaged .npz file raises.
 NPZ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
 # Part of the cache key: raise it when decoding or resizing changes.
-_VERSION = "2 bicubic, upright"
+_VERSION = f"3 bicubic, upright, bad ones listed, Pillow {PIL.__version__}"
 
 # Arrays by name, and the type and shape that each must have; None stands for any length, and "U"
 # for strings of any.

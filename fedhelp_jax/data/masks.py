@@ -74,6 +74,7 @@ def class_masks(
             foreground. Some masks without any are warned about.
     """
     bad = bad or Bad()
+    bad.check(len(stored), where)
     values = stored_values(bad.drop(stored), where)
     if stored.ndim < 2 or len(stored) != len(names) or not stored.size:
         raise UserError(f"{where}: expected {len(names)} masks, got the shape {stored.shape}")

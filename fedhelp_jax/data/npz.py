@@ -144,7 +144,7 @@ def name_labels(
     names = stored or LABEL_NAMES.get(path.stem.lower().split("_")[0])
     bad = bad or Bad()
     if names is None:
-        return tuple(str(number) for number in range(bad.drop(labels).max(initial=0) + 1))
+        return tuple(str(number) for number in range(int(bad.drop(labels).max(initial=0)) + 1))
     for place in np.flatnonzero(labels >= len(names)).tolist():
         said = f"{where}: label {labels[place]} is out of range"
         bad.found(place, UserError(f"{said}; the {len(names)} classes are 0..{len(names) - 1}"))

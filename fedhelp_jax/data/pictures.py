@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from pathlib import PurePosixPath
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fedhelp_jax.errors import UserError
 
@@ -32,6 +32,16 @@ _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM", "AVI
 # Of 8 bits a channel or fewer.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
 
+# What brings a picture upright, by its EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _JPEG2000_SIZE = b"\xff\x4f\xff\x51"  # the start of a code stream, and of its sizes
 
@@ -70,9 +80,9 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
     except DECODE_ERRORS as error:
         said = " ".join(str(error).split())
         raise UserError(f"{where} cannot be decoded: {said}") from error
-    if _orientation(image) in range(2, 9):
-        return ImageOps.exif_transpose(image)
-    return image
+    # Pillow's own function writes the other tags anew, and fails where one of them is odd.
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _check(image: Image.Image, data: bytes, where: str) -> None:

@@ -85,11 +85,7 @@ def load_prepared(
         kinds[f"column {column}"] = ("U" if names is None else "int64", (stored.count,))
     arrays = cached(stored.folder, stored.files, stored.what, kinds, make, cache_dir, bad)
     where, ids = f"data.name: {name}", arrays["ids"].tolist()
-    labels, label_names = stored.labels(arrays["targets"], arrays["ids"], where, bad)
-    if not masks:
-        for place in np.flatnonzero((labels < 0) | (labels >= len(label_names))).tolist():
-            said = f"{where}: label {labels[place]} of example {ids[place]}"
-            bad.found(place, UserError(f"{said} is not in 0..{len(label_names) - 1}"))
+    labels, label_names = stored.labels(arrays["targets"], ids, where, bad)
     bad.check(stored.count, where)
     sites = None
     if SITE in columns and sharing.by in (None, SITE):
@@ -188,7 +184,8 @@ def load_prepared_public(
     labels = names = None
     where = f"public.name: {name}"
     if stored.target is not None:
-        labels, names = stored.labels(arrays["targets"], arrays["ids"], where, bad)
+        ids = arrays["ids"].tolist()
+        labels, names = stored.labels(arrays["targets"], ids, where, bad, least=-1)
     bad.check(count, where)
     left_out = bad.listed(lambda i: BadExample("", "", str(arrays["ids"][i]), stored.name))
     arrays = {name: bad.drop(array) for name, array in arrays.items()}

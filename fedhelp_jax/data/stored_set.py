@@ -213,16 +213,20 @@ class StoredSet:
             ) from error
 
     def labels(
-        self, targets: np.ndarray, ids: np.ndarray, where: str, bad: Bad
+        self, targets: np.ndarray, ids: Sequence[str], where: str, bad: Bad, *, least: int = 0
     ) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Classes or masks, checked, and the classes' names."""
+        """Classes from ``least`` on, or masks, checked, and the classes' names."""
         if not self.masks:
-            return targets, tuple(self.features["label"].names)
+            names = tuple(self.features["label"].names)
+            for place in np.flatnonzero((targets < least) | (targets >= len(names))).tolist():
+                said = f"{where}: label {targets[place]} of example {ids[place]}"
+                bad.found(place, UserError(f"{said} is not in 0..{len(names) - 1}"))
+            return targets, names
         names = self.mask_names
         if names is None:
             values = stored_values(bad.drop(targets), where)
             names = unnamed_classes(values, ("foreground",), f"{where}: masks", "metadata")
-        return class_masks(targets, names, ids.tolist(), where, bad), names
+        return class_masks(targets, names, ids, where, bad), names
 
     @property
     def mask_names(self) -> tuple[str, ...] | None:

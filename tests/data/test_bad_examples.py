@@ -2,6 +2,7 @@
 
 import csv
 import io
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from toy_sets import write_set
 from fedhelp_jax.config import RunConfig
 from fedhelp_jax.data import images as images_module
 from fedhelp_jax.data import stored_set
+from fedhelp_jax.data.bad import Bad
 from fedhelp_jax.data.files import Files
 from fedhelp_jax.data.load import load_federated, load_public
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, of_federated, of_public
@@ -456,7 +458,19 @@ def test_a_run_tells_what_it_left_out(tmp_path, capsys, caplog):
     with (folder / "shares.csv").open(newline="") as file:
         counts = {(r["client"], r["split"]): int(r["left_out"]) for r in csv.DictReader(file)}
     assert counts.pop(("centre_1", "train")) == 1 and not any(counts.values())
-    # Which examples are skipped is part of what a run is.
-    assert "data.on_bad_example: 'skip' -> 'refuse'" in refusal(capsys, fedhelp(command))
+    assert "images/i03.png" in refusal(capsys, fedhelp(command))
     assert "images/i03.png" in refusal(capsys, fedhelp(f"{command} --overwrite"))
     assert not (folder / "quarantine.csv").exists()
+
+
+@pytest.mark.parametrize(("least", "wrong"), [(0, [0, 3]), (-1, [3])])
+def test_labels_outside_the_classes_of_a_prepared_set(least, wrong):
+    """TFDS does not write them; of public ones -1 stands for no label."""
+    features = {"label": types.SimpleNamespace(names=["no", "yes"])}
+    made: Any = types.SimpleNamespace(masks=False, features=features)
+    bad, targets = Bad(skip=True), np.array([-1, 0, 1, 2])
+    _, names = stored_set.StoredSet.labels(
+        made, targets, list("abcd"), "public.name: x", bad, least=least
+    )
+    assert names == ("no", "yes") and sorted(bad.reasons) == wrong
+    assert bad.reasons[3] == "public.name: x: label 2 of example d is not in 0..1"

@@ -85,6 +85,16 @@ def test_every_orientation_is_turned_once(kind, orientation):
     assert image.format == kind or orientation > 1
 
 
+@pytest.mark.parametrize("tag", [0xA005, 0x0100, 0x011A])
+def test_a_picture_is_turned_whatever_its_other_tags_hold(tag):
+    """Text stands where a number or a place in the file should."""
+    orientation = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    odd = struct.pack("<HHI4s", tag, 2, 4, b"odd\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + odd + bytes(4)
+    image = decode_picture(encoded(COLOURS, "PNG", exif=exif), "x")
+    np.testing.assert_array_equal(np.asarray(image), np.rot90(COLOURS, -1))
+
+
 def test_a_broken_orientation_is_none():
     data = encoded(COLOURS, "PNG", exif=b"Exif\0\0no such thing")
     assert np.array_equal(np.asarray(decode_picture(data, "x")), COLOURS)
