@@ -13,6 +13,8 @@ from fedhelp_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_MOST_NAMED = 10  # classes in a warning
+
 
 class ClientSplit(NamedTuple):
     """One client's examples: int32 [n] indices into the pool, disjoint between the three."""
@@ -201,7 +203,9 @@ def check_public(public: PublicDataset) -> PublicDataset:
 def _tell_of_unseen(labels: np.ndarray, names: Sequence[str], start: str) -> None:
     unseen = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(unseen):
-        logger.warning("%s of %s", start, ", ".join(names[c] for c in unseen.tolist()))
+        named = ", ".join(names[c] for c in unseen[:_MOST_NAMED].tolist())
+        more = f" and {len(unseen) - _MOST_NAMED} more" if len(unseen) > _MOST_NAMED else ""
+        logger.warning("%s of %s%s", start, named, more)
 
 
 def _tell_of_copies(dataset: FederatedDataset) -> None:
