@@ -203,7 +203,7 @@ def check_public(public: PublicDataset) -> PublicDataset:
 def _tell_of_unseen(labels: np.ndarray, names: Sequence[str], start: str) -> None:
     unseen = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(unseen):
-        named = ", ".join(names[c] for c in unseen[:_MOST_NAMED].tolist())
+        named = ", ".join(names[int(c)] for c in unseen[:_MOST_NAMED])
         more = f" and {len(unseen) - _MOST_NAMED} more" if len(unseen) > _MOST_NAMED else ""
         logger.warning("%s of %s%s", start, named, more)
 
