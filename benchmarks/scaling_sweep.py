@@ -11,9 +11,10 @@ import numpy as np
 from benchmarks.alternate import peak_gib, serve
 from fedhelp_jax import sweep as sweeps
 from fedhelp_jax.config import default_config, validate
+from fedhelp_jax.sweep_blocks import Run, blocks
 
 
-def runs(count: int) -> list[sweeps.Run]:
+def runs(count: int) -> list[Run]:
     """Runs that differ in the learning rate."""
     found = []
     for rate in np.geomspace(1e-4, 1e-2, count).tolist():
@@ -21,7 +22,7 @@ def runs(count: int) -> list[sweeps.Run]:
         config.algorithm.name, config.learning_rate = "fedavg", rate
         config.model.small = config.model.large = "cnn_large"
         config.rounds, config.checkpoint_every, config.batch_size = 10, 10, 16
-        found.append(sweeps.Run({"learning_rate": rate}, validate(config)))
+        found.append(Run({"learning_rate": rate}, validate(config)))
     return found
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     if jax.config.jax_platforms in (None, "cpu"):  # as the command line does
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    (block,) = sweeps.blocks(runs(options["runs"]))
+    (block,) = blocks(runs(options["runs"]))
     program = sweeps.Program(block, "validation")
     list(program.results())  # compiles the evaluation
 

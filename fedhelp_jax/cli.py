@@ -268,7 +268,8 @@ def _sweep(arguments: list[str]) -> int:
     files.prepare_folder(workdir)
     _prepare_jax(base)
     from fedhelp_jax import processes
-    from fedhelp_jax.sweep import Run, sweep
+    from fedhelp_jax.sweep import sweep
+    from fedhelp_jax.sweep_blocks import Run
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
     with processes.joined(_address(own), _complain):

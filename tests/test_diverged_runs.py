@@ -15,7 +15,8 @@ from tiny_study import get_study
 
 from fedhelp_jax.config_files import load_config
 from fedhelp_jax.study import Failed, compare, tune
-from fedhelp_jax.sweep import Run, sweep
+from fedhelp_jax.sweep import sweep
+from fedhelp_jax.sweep_blocks import Run
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

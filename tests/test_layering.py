@@ -50,6 +50,7 @@ LAYERS: tuple[str, ...] = (
     "runner",
     "study",
     "sweep_folder",
+    "sweep_blocks",
     "sweep",
     "config_files",
     "usage",

@@ -14,6 +14,7 @@ from fedhelp_jax import sweep as sweeps
 from fedhelp_jax.config_files import load_config
 from fedhelp_jax.errors import Failure
 from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.sweep_blocks import Run
 
 MASKS = Path(__file__).parent / "mask_config.py"
 
@@ -96,7 +97,7 @@ def test_wrong_results_stop_the_run_in_one_line(tmp_path, monkeypatch, capsys):
 def runs_of(method):
     flags = (f"--config.algorithm.name={method}", "--config.rounds=2")
     settings = [load_config(str(CONFIG), [*flags, f"--config.seed={seed}"]) for seed in (3, 4)]
-    return [sweeps.Run({"seed": config.seed}, config) for config in settings]
+    return [Run({"seed": config.seed}, config) for config in settings]
 
 
 @pytest.mark.parametrize("method", ["fedhelp", "per_fedavg"])

@@ -29,7 +29,7 @@ from fedhelp_jax.experiment import build_experiment
 from fedhelp_jax.models.resnet import resnet
 from fedhelp_jax.phases import federation_arrays
 from fedhelp_jax.schema import MappingConfig
-from fedhelp_jax.sweep import numbers, with_numbers
+from fedhelp_jax.sweep_blocks import numbers, with_numbers
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

@@ -21,7 +21,8 @@ from fedhelp_jax.experiment import build_experiment, load, make_phases
 from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.phases import federation_arrays
 from fedhelp_jax.report.summary import group_summary, headline
-from fedhelp_jax.sweep import Run, numbers, sweep, with_numbers
+from fedhelp_jax.sweep import sweep
+from fedhelp_jax.sweep_blocks import Run, blocks, numbers, with_numbers
 from fedhelp_jax.unused import needed_for
 
 ROUNDS = 2
@@ -137,10 +138,10 @@ def test_as_many_programs_as_shapes(tmp_path):
     """Runs of two batch sizes make two blocks; the second chunk of one compiles nothing."""
     points = [(1e-3, 0.0, 0), (2e-3, 0.0, 0), (3e-3, 0.0, 0)]
     runs = runs_of(points) + runs_of(points, batch_size=8)
-    blocks = sweeps.blocks(runs)
-    assert [len(block.runs) for block in blocks] == [3, 3]
-    assert [block.traced for block in blocks] == [("learning_rate",)] * 2
-    program = sweeps.Program(blocks[0], "validation")
+    found = blocks(runs)
+    assert [len(block.runs) for block in found] == [3, 3]
+    assert [block.traced for block in found] == [("learning_rate",)] * 2
+    program = sweeps.Program(found[0], "validation")
     assert program.slots == min(2, jax.device_count())
     results = program.results()
     next(results)
