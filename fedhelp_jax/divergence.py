@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedhelp_jax.errors import Failure
+from fedhelp_jax.errors import Failure, first_of
 from fedhelp_jax.tree import all_finite, choose, zeros_of
 
 _log = logging.getLogger(__name__)
-_MOST_NAMED = 10
 
 # Beside the task's metrics: how many examples of the split have logits that are not all finite.
 NON_FINITE = "non_finite"
@@ -174,5 +173,4 @@ class Divergence:
 
     def _warn(self, head: str, lines: Sequence[str], tail: str = "") -> None:
         if lines and self._warns:
-            more = f" and {len(lines) - _MOST_NAMED} more" if len(lines) > _MOST_NAMED else ""
-            _log.warning("%s %s%s%s", head, ", ".join(lines[:_MOST_NAMED]), more, tail)
+            _log.warning("%s %s%s", head, first_of(lines), tail)

@@ -1,6 +1,6 @@
-"""Exceptions that the command line tells in one line."""
+"""Exceptions that the command line tells in one line, and words for such lines."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -22,3 +22,14 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """Returns ``; did you mean ...?`` with the closest known name, or nothing if none is close."""
     close = get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def first_of(names: Sequence[str], most: int = 10) -> str:
+    """Returns names, separated by commas, and how many more there are than ``most``.
+
+    Example:
+      >>> first_of(["a", "b", "c"], most=2)
+      'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -19,6 +19,11 @@ _ECE_BINS = 15
 NO_CLASS = 255
 
 
+def finite_examples(logits: jax.Array) -> jax.Array:
+    """Which examples have only finite logits, boolean ``[n]``, of logits ``[n, ..., C]``."""
+    return jnp.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
+
+
 def classification_metrics(
     logits: jax.Array, labels: jax.Array, mask: jax.Array
 ) -> dict[str, jax.Array]:
@@ -45,7 +50,7 @@ def classification_metrics(
       of its own class, and the precision of none. ``auroc``, ``ece`` and ``loss`` are NaN then.
     """
     num_classes = logits.shape[-1]
-    finite = jnp.isfinite(logits).all(axis=-1)
+    finite = finite_examples(logits)
     defined = jnp.all(finite | ~mask)
     usable = (mask & finite)[:, None]
     logits = jnp.where(usable, logits, 0).astype(jnp.float32)
@@ -115,7 +120,7 @@ def segmentation_metrics(
     both, true, called = (
         jnp.concatenate([x, w], axis=1) for x, w in zip((both, true, called), whole, strict=True)
     )
-    finite = jnp.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))[:, None]
+    finite = finite_examples(logits)[:, None]
     present = ((true + called > 0) | ~finite) & mask[:, None]
     results = {}
     for name, values in (

@@ -17,6 +17,7 @@ from fedhelp_jax.divergence import NON_FINITE, NonFinite, quarantine
 from fedhelp_jax.federation import ClientData, Federation, Pool, Table
 from fedhelp_jax.mapping import Mapping as ClientMapping
 from fedhelp_jax.mapping import fill, of_one_client, over_clients, sum_over_clients
+from fedhelp_jax.metrics import finite_examples
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.task import Task
@@ -410,9 +411,8 @@ class Phases:
 
                 def measure(variables: Any, model: Model = model) -> Rows:
                     logits = predict(model, variables, pool, index, size, self.eval_batch_size)
-                    finite = jnp.isfinite(logits).reshape(len(logits), -1).all(axis=-1)
                     metrics = self.task.metrics(logits, pool.targets[index], mask)
-                    return {**metrics, NON_FINITE: jnp.sum(mask & ~finite)}
+                    return {**metrics, NON_FINITE: jnp.sum(mask & ~finite_examples(logits))}
 
                 rows = lax.map(measure, stacked)
                 for i, name in enumerate(names):

@@ -119,6 +119,8 @@ def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dic
         with _StopRequest() as stop:
             done, state = _run_rounds(experiment, checkpointer, workdir, state, done, stop, health)
         summary = _finish(experiment, workdir, state, done, split, health)
+        if _must_stop(experiment.config, health):
+            raise Diverged(health.message(done, workdir), summary)
         if processes.any_of(stop.requested):
             raise Interrupted(f"asked to stop in the last round; the run in {workdir} is finished")
         return summary
@@ -167,7 +169,10 @@ def _evaluate(config: RunConfig, workdir: Path) -> dict[str, Any]:
     # A run that tuned without the test images is not to be judged by them afterwards.
     before = files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
     split = before.get("split", "test")
-    return _finish(experiment, workdir, state, done, split, health, meta["program"])
+    summary = _finish(experiment, workdir, state, done, split, health, meta["program"])
+    if _must_stop(config, health):
+        raise Diverged(health.message(done, workdir), summary)
+    return summary
 
 
 def _run_rounds(
@@ -259,26 +264,7 @@ def _finish(
     health: Divergence,
     trained_by: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measures the last state and writes the results.
-
-    Raises:
-      Diverged: If every client of a role has diverged, unless the run goes on regardless.
-    """
-    summary = _write_results(experiment, workdir, state, done, split, health, trained_by)
-    if _must_stop(experiment.config, health):
-        raise Diverged(health.message(done, workdir), summary)
-    return summary
-
-
-def _write_results(
-    experiment: Experiment,
-    workdir: Path,
-    state: RunState,
-    done: int,
-    split: str,
-    health: Divergence,
-    trained_by: Mapping[str, Any] | None,
-) -> dict[str, Any]:
+    """Measures the last state and writes the results."""
     started, compiled = time.perf_counter(), compile_totals()
     simulation, config = experiment.simulation, experiment.config
     results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}

@@ -21,13 +21,13 @@ from helpers import (
     tiny_model,
     tiny_public,
     tiny_setup,
+    two_devices,
 )
 
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.divergence import NON_FINITE, Divergence, NonFinite
 from fedhelp_jax.phases import server_part
 
-two_devices = pytest.mark.skipif(len(jax.devices()) < 2, reason="there is only one device")
 NAMES = {"small": ("village", "coast", "north"), "large": ("big", "town")}
 # Who sends nothing, so that nothing can be left out.
 SILENT = ("centralized", "local")

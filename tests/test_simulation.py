@@ -22,6 +22,7 @@ from helpers import (
     tiny_federation,
     tiny_public,
     tiny_setup,
+    two_devices,
 )
 
 from fedhelp_jax.algorithms.base import Averaged
@@ -35,8 +36,6 @@ from fedhelp_jax.tree import weighted_mean
 
 ROUNDS = 2
 FLOAT32 = 1e-5  # metrics are computed in float32
-
-two_devices = pytest.mark.skipif(len(jax.devices()) < 2, reason="there is only one device")
 
 
 # In float32 runs that compute the same drift apart.

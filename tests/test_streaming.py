@@ -19,6 +19,7 @@ from helpers import (
     tiny_federation,
     tiny_public,
     tiny_setup,
+    two_devices,
     use_tiny_networks,
 )
 from helpers import refusal as refused
@@ -45,8 +46,6 @@ CLIENTS = (
     ("i", 8, 0, 2),
 )
 POOL_BYTES = 2 * LARGEST * EXAMPLE
-
-two_devices = pytest.mark.skipif(len(jax.devices()) < 2, reason="there is only one device")
 
 
 @functools.cache

@@ -9,11 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fedhelp_jax.data.bad import BadExample
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.errors import UserError, first_of
 
 logger = logging.getLogger(__name__)
-
-_MOST_NAMED = 10  # classes in a warning
 
 
 class ClientSplit(NamedTuple):
@@ -203,9 +201,7 @@ def check_public(public: PublicDataset) -> PublicDataset:
 def _tell_of_unseen(labels: np.ndarray, names: Sequence[str], start: str) -> None:
     unseen = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(unseen):
-        named = ", ".join(names[int(c)] for c in unseen[:_MOST_NAMED])
-        more = f" and {len(unseen) - _MOST_NAMED} more" if len(unseen) > _MOST_NAMED else ""
-        logger.warning("%s of %s%s", start, named, more)
+        logger.warning("%s of %s", start, first_of([names[int(c)] for c in unseen]))
 
 
 def _tell_of_copies(dataset: FederatedDataset) -> None:

@@ -19,9 +19,6 @@ from fedhelp_jax.divergence import NON_FINITE
 from fedhelp_jax.errors import UserError
 from fedhelp_jax.report import files
 
-# How many examples had no finite logits, which the number of diverged clients says in brief.
-_NOT_SHOWN = (NON_FINITE,)
-
 # More of them are too narrow to be read beside each other.
 _MOST_METRICS = 6
 
@@ -246,7 +243,8 @@ def print_line(console: Console, text: str) -> None:
 
 def _metric_names(clients: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for c in clients for name in (c.get("metrics") or {}))
-    return [name for name in names if name not in _NOT_SHOWN]
+    # The number of diverged clients says that one in brief.
+    return [name for name in names if name != NON_FINITE]
 
 
 def _shown_metrics(headline: str, names: Sequence[str]) -> list[str]:
