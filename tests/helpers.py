@@ -30,9 +30,6 @@ from fedhelp_jax.streaming import StreamedSimulation
 from fedhelp_jax.task import classification
 from fedhelp_jax.teachers.foundation import PublicImages, clear_public
 
-# Tests run on two CPU devices, see conftest.py; an accelerator may be alone.
-two_devices = pytest.mark.skipif(len(jax.devices()) < 2, reason="there is only one device")
-
 SIZE, CLASSES, PUBLIC_CLASSES, ANSWERS = 8, 4, 5, 6
 BATCH, PUBLIC_BATCH = 4, 3
 

@@ -21,8 +21,8 @@ from helpers import (
     tiny_model,
     tiny_public,
     tiny_setup,
-    two_devices,
 )
+from marks import two_devices
 
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.divergence import NON_FINITE, Divergence, NonFinite

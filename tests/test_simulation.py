@@ -22,8 +22,8 @@ from helpers import (
     tiny_federation,
     tiny_public,
     tiny_setup,
-    two_devices,
 )
+from marks import two_devices
 
 from fedhelp_jax.algorithms.base import Averaged
 from fedhelp_jax.client import ClientData, adam_l2

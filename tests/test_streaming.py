@@ -19,10 +19,10 @@ from helpers import (
     tiny_federation,
     tiny_public,
     tiny_setup,
-    two_devices,
     use_tiny_networks,
 )
 from helpers import refusal as refused
+from marks import two_devices
 
 from fedhelp_jax import streaming
 from fedhelp_jax.compilation import compile_totals
