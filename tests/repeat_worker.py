@@ -8,10 +8,12 @@ keys of the argument are those of `DEFAULTS`.
 """
 
 import concurrent.futures
+import contextlib
 import json
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -57,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "float64": False,
     "safe": True,  # with the compiler options of the package
     "busy": "ours",  # the program that runs beside all this in the process: ours, others or none
+    "loops": 0,  # how many busy loops run beside all this, each a process
 }
 
 
@@ -129,26 +132,54 @@ def simulation_of(options: dict[str, Any], federation: Federation, **streaming: 
     )
 
 
-def outcomes(times: int, compute: Callable[[], Any]) -> int:
-    """How many different results there are, bit for bit."""
+class OtherWork:
+    """Keeps the machine and the threads of XLA busy while it is entered.
+
+    It starts only after what is measured was compiled, which takes most of the time and is not
+    what other work disturbs.
+    """
+
+    def __init__(self, program: str, loops: int) -> None:
+        self._loops = loops
+        self._compute: Callable[[], Any] | None = None
+        if program != "none":
+            jitted = (compilation.jit if program == "ours" else jax.jit)(_long_loop)
+            self._compute = lambda: jax.block_until_ready(jitted(jnp.ones((512, 512))))
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Both kinds of work, for as long as the context lasts."""
+        command, stop = [sys.executable, "-c", "while True: pass"], threading.Event()
+        loops = [subprocess.Popen(command) for _ in range(self._loops)]
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            program = threads.submit(self._until, stop)
+            try:
+                yield
+            finally:
+                stop.set()
+                for loop in loops:
+                    loop.kill()
+                    loop.wait()
+                program.result()
+
+    def _until(self, stop: threading.Event) -> None:
+        while self._compute is not None and not stop.is_set():
+            self._compute()
+
+
+def _long_loop(x: jax.Array) -> jax.Array:
+    return lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x * 1.01 + 0.1), x)
+
+
+def outcomes(times: int, compute: Callable[[], Any], other_work: OtherWork) -> int:
+    """How many different results there are, bit for bit; the first is made without other work."""
 
     def bits() -> bytes:
         return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(compute()))
 
-    return len({bits() for _ in range(times)})
-
-
-def beside(kind: str, stop: threading.Event) -> None:
-    """Keeps the threads of XLA busy with a long loop until told to stop."""
-    if kind == "none":
-        return
-
-    def loop(x: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x * 1.01 + 0.1), x)
-
-    program = (compilation.jit if kind == "ours" else jax.jit)(loop)
-    while not stop.is_set():
-        jax.block_until_ready(program(jnp.ones((512, 512))))
+    seen = {bits()}
+    with other_work():
+        return len(seen.union(bits() for _ in range(times)))
 
 
 def error_of_evaluation(simulation: Simulation, federation: Federation, state: Any) -> float:
@@ -207,40 +238,35 @@ def distance(ours: Any, theirs: Any) -> float:
 
 def repeat(options: dict[str, Any]) -> dict[str, Any]:
     """How many outcomes each phase has, and how far it is from loops in Python."""
+    other_work = OtherWork(options["busy"], options["loops"])
     dataset, public, answers = datasets(options)
     roles = ["large" if i < options["clients"] // 2 else "small" for i in range(options["clients"])]
     federation = make_federation(dataset, roles, public, answers)
     simulation = simulation_of(options, federation)
     state, found = simulation.init(), {}
     if options["direct"]:
-        found["evaluation_error"] = error_of_evaluation(simulation, federation, state)
-        found["training_error"] = error_of_training(simulation, federation, state)
-    if options["rounds"]:
-        found["rounds"] = outcomes(
-            options["rounds"], lambda: simulation.round(jax.tree.map(jnp.copy, state), 0)
-        )
-    if options["evaluations"]:
-        found["evaluations"] = outcomes(
-            options["evaluations"], lambda: simulation.evaluate(state, "test")
-        )
-    if options["predictions"]:
-        group = simulation.groups[0]
-        found["predictions"] = outcomes(
-            options["predictions"], lambda: simulation.predictions(state, group, 0, "test")
-        )
+        with other_work():
+            found["evaluation_error"] = error_of_evaluation(simulation, federation, state)
+            found["training_error"] = error_of_training(simulation, federation, state)
+
+    phases: dict[str, Callable[[], Any]] = {
+        "rounds": lambda: simulation.round(jax.tree.map(jnp.copy, state), 0),
+        "evaluations": lambda: simulation.evaluate(state, "test"),
+        "predictions": lambda: simulation.predictions(state, simulation.groups[0], 0, "test"),
+    }
     if options["streams"]:
         on_host = make_federation(dataset, roles, public, answers, on_host=True)
         example = sum(leaf.nbytes // len(leaf) for leaf in on_host.pool)
         most = 2 * example * max(options["train"], options["test"])
         streamed = simulation_of(options, on_host, pool_bytes=most)
         start = streamed.init()
-        found["streams"] = outcomes(
-            options["streams"],
-            lambda: (
-                streamed.round(jax.tree.map(jnp.copy, start), 0),
-                streamed.evaluate(start, "test"),
-            ),
+        phases["streams"] = lambda: (
+            streamed.round(jax.tree.map(jnp.copy, start), 0),
+            streamed.evaluate(start, "test"),
         )
+    for name, compute in phases.items():
+        if options[name]:
+            found[name] = outcomes(options[name], compute, other_work)
     return found
 
 
@@ -253,14 +279,7 @@ def main() -> None:
     jax.config.update("jax_enable_x64", options["float64"])
     if not options["safe"]:
         compilation.compiler_options = lambda *_, **__: {}
-    stop = threading.Event()
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        busy = threads.submit(beside, options["busy"], stop)
-        try:
-            print(json.dumps(repeat(options)))
-        finally:
-            stop.set()
-            busy.result()
+    print(json.dumps(repeat(options)))
 
 
 if __name__ == "__main__":

@@ -19,20 +19,10 @@ from fedhelp_jax.algorithms import ALGORITHMS
 TESTS = Path(__file__).parent
 RACE = TESTS.parent / "docs" / "xla_race.py"
 DEVICES = (1, 2, 4)
+CORES = os.cpu_count() or 1
 # Wide products on purpose: how wide one must be to go wrong depends on the processor's caches.
 WIDE = {"test": 128, "eval_batch": 128}
 UNET = {"network": "unet_small_cpu", "task": "segmentation"}
-
-
-@pytest.fixture
-def busy_cores():
-    """A busy loop on every core."""
-    loop = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(loop) for _ in range(os.cpu_count() or 1)]
-    yield
-    for process in processes:
-        process.kill()
-        process.wait()
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -106,8 +96,13 @@ thorough = pytest.mark.thorough
     ],
     ids=["evaluation", "training", "segmentation"],
 )
-def test_phases_repeat_beside_other_work(busy_cores, options):
-    assert_repeats(**options)
+def test_phases_repeat_beside_other_work(options):
+    assert_repeats(**options, loops=CORES)
+
+
+def everywhere(devices: int) -> dict[str, int]:
+    """Clients on every device, and a busy loop on every core."""
+    return {"clients": max(4, 2 * devices), "devices": devices, "loops": CORES}
 
 
 NETWORKS = {
@@ -120,8 +115,8 @@ NETWORKS = {
 @thorough
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_fifty_evaluations_repeat(busy_cores, name, devices):
-    own = {"clients": 2 * devices if devices > 1 else 4, "devices": devices}
+def test_fifty_evaluations_repeat(name, devices):
+    own = everywhere(devices)
     more = {"predictions": 5, "streams": 3} if name == "unet" else {"streams": 3}
     assert_repeats(evaluations=50, train=16, test=64, **own, **more, **NETWORKS[name])
 
@@ -130,30 +125,30 @@ def test_fifty_evaluations_repeat(busy_cores, name, devices):
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("batch", [4, 16, 64])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_twenty_rounds_repeat(busy_cores, name, batch, devices):
-    own = {"clients": 2 * devices if devices > 1 else 4, "devices": devices}
+def test_twenty_rounds_repeat(name, batch, devices):
+    own = everywhere(devices)
     assert_repeats(rounds=20, batch=batch, train=max(16, batch), test=8, **own, **NETWORKS[name])
 
 
 @thorough
 @pytest.mark.parametrize("devices", DEVICES)
-def test_a_very_deep_network_repeats(busy_cores, devices):
-    own = {"clients": 2 * devices if devices > 1 else 4, "devices": devices}
+def test_a_very_deep_network_repeats(devices):
+    own = everywhere(devices)
     assert_repeats(network="resnet110", evaluations=50, rounds=1, train=16, test=16, **own)
     assert_repeats(network="resnet110", rounds=2, batch=64, train=64, test=8, **own)
 
 
 @thorough
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_every_method_repeats(busy_cores, name):
-    assert_repeats(method=name, evaluations=5, rounds=5, batch=16, train=32, test=64)
+def test_every_method_repeats(name):
+    assert_repeats(method=name, evaluations=5, rounds=5, batch=16, train=32, test=64, loops=CORES)
 
 
 @thorough
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_equals_loops_in_python(busy_cores, name, devices):
-    own = {"clients": 4, "devices": devices, "direct": True, "float64": True}
+def test_every_network_equals_loops_in_python(name, devices):
+    own = everywhere(devices) | {"clients": 4, "direct": True, "float64": True}
     assert_repeats(train=64, test=64, batch=64, **own, **NETWORKS[name])
 
 
