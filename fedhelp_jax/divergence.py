@@ -67,6 +67,7 @@ class Divergence:
         before: Mapping[str, Sequence[str]] | None = None,
         *,
         warns: bool = True,
+        run: str = "",
     ):
         """Starts with the clients that had diverged before.
 
@@ -74,8 +75,9 @@ class Divergence:
           names: By role, all clients.
           before: `clients` of the same run, when it stopped.
           warns: Whether what is found is logged.
+          run: Which of several runs it is, for the log.
         """
-        self._names, self._warns = names, warns
+        self._names, self._warns, self._run = names, warns, f"{run}: " if run else ""
         self._told: set[str] = set()
         self.clients = {role: list((before or {}).get(role, ())) for role in names}
 
@@ -173,4 +175,4 @@ class Divergence:
 
     def _warn(self, head: str, lines: Sequence[str], tail: str = "") -> None:
         if lines and self._warns:
-            _log.warning("%s %s%s", head, first_of(lines), tail)
+            _log.warning("%s%s %s%s", self._run, head, first_of(lines), tail)

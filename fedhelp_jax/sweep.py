@@ -129,6 +129,7 @@ def _made(
                     "fingerprint": run.fingerprint,
                     "split": split,
                     "sources": block.sources[run.config.seed],
+                    "left_out": block.left_out[run.config.seed],
                     **run.swept,
                     **row,
                 }
@@ -149,7 +150,7 @@ def _made(
 
 def _measures(line: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: line[name] for name in ("split", "metric", *group_summary({}))}
-    return {**found, "diverged": line.get("diverged")}
+    return found | {name: line.get(name) for name in ("diverged", "left_out")}
 
 
 # --- the program --------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ class Program:
             point = self._points(part)
             state = self._init(self.shared, point, ())
             names = {group.role: group.names for group in self.block.loaded.federation.groups}
-            health = [Divergence(names, warns=False) for _ in part]
+            health = [Divergence(names, run=run.name) for run in part]
             every = self._most_rounds
             for done in range(0, self.config.rounds, every):
                 last = min(done + every, self.config.rounds)

@@ -27,6 +27,11 @@ class Run(NamedTuple):
     config: RunConfig
 
     @property
+    def name(self) -> str:
+        """What tells it from the others."""
+        return ", ".join(f"{name} {value}" for name, value in self.swept.items())
+
+    @property
     def fingerprint(self) -> str:
         """Of the settings that make it the run it is."""
         text = json.dumps(identity(self.config), sort_keys=True)
@@ -74,6 +79,7 @@ class Block(NamedTuple):
       structure: Of the leaves.
       seeds: The seeds along that axis.
       sources: What was read, by seed.
+      left_out: How many examples could not be read, private and public, by seed.
     """
 
     runs: list[Run]
@@ -84,6 +90,7 @@ class Block(NamedTuple):
     structure: Any
     seeds: list[int]
     sources: dict[int, dict[str, Any]]
+    left_out: dict[int, int]
 
 
 def blocks(runs: Sequence[Run]) -> list[Block]:
@@ -109,6 +116,10 @@ def _by_shape(runs: list[Run]) -> list[Block]:
     width = jax.tree.map(lambda *sizes: max(sizes), *widths)
     read = {
         seed: sources(by_seed[seed], found.dataset, found.public, found.answers)
+        for seed, found in loaded.items()
+    }
+    left_out = {
+        seed: sum(len(data.left_out) for data in (found.dataset, found.public) if data is not None)
         for seed, found in loaded.items()
     }
     for seed, found in loaded.items():
@@ -141,7 +152,9 @@ def _by_shape(runs: list[Run]) -> list[Block]:
         own = [run for run in runs if run.config.seed in found]
         structure = jax.tree.structure(found[seeds[0]])
         first_loaded = loaded[seeds[0]]
-        blocks.append(Block(own, traced, first_loaded, stacked, apart, structure, seeds, read))
+        blocks.append(
+            Block(own, traced, first_loaded, stacked, apart, structure, seeds, read, left_out)
+        )
     return blocks
 
 

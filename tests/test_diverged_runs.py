@@ -187,13 +187,16 @@ def test_a_method_all_of_whose_trials_diverged_is_not_compared(tmp_path):
     assert "fedhelp" in (tmp_path / "comparison.md").read_text()
 
 
-def test_in_a_sweep_the_others_go_on(tmp_path):
+def test_in_a_sweep_the_others_go_on(tmp_path, caplog):
     runs = []
     for rate in (TOO_MUCH, 1e-3):
         settings = {"algorithm.name": "local", "optimizer": "sgd", "rounds": 4}
         flags = [f"--config.{k}={v}" for k, v in (settings | {"learning_rate": rate}).items()]
         runs.append(Run({"learning_rate": rate}, load_config(str(CONFIG), flags)))
     wild, calm = sweep(runs, tmp_path, say=lambda text: None)
+    (line, *_) = caplog.messages
+    assert line.startswith(f"learning_rate {TOO_MUCH}: round 1: NaN or infinity in the training of")
+    assert not any("learning_rate 0.001" in line for line in caplog.messages)
     assert wild["diverged"] > 0
     assert wild["large_mean"] is None
     assert calm["diverged"] == 0

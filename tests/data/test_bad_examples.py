@@ -458,6 +458,10 @@ def test_a_run_tells_what_it_left_out(tmp_path, capsys, caplog):
     with (folder / "shares.csv").open(newline="") as file:
         counts = {(r["client"], r["split"]): int(r["left_out"]) for r in csv.DictReader(file)}
     assert counts.pop(("centre_1", "train")) == 1 and not any(counts.values())
+    swept = command.replace("train", "sweep", 1).replace(str(folder), str(tmp_path / "sweep"))
+    assert fedhelp(f"{swept} --config.data.on_bad_example=skip --sweep=learning_rate=0.01,0.1") == 0
+    with (tmp_path / "sweep/runs.csv").open(newline="") as file:
+        assert [row["left_out"] for row in csv.DictReader(file)] == ["2", "2"]
     assert "images/i03.png" in refusal(capsys, fedhelp(command))
     assert "images/i03.png" in refusal(capsys, fedhelp(f"{command} --overwrite"))
     assert not (folder / "quarantine.csv").exists()
