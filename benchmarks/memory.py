@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks.alternate import peak_gib
-from fedhelp_jax.client import adam_l2, gradient_step
-from fedhelp_jax.compilation import jit
-from fedhelp_jax.mask_losses import mask_loss
+from fedhelp_jax.algorithms.client import adam_l2, gradient_step
+from fedhelp_jax.core.compilation import jit
+from fedhelp_jax.losses.segmentation import mask_loss
 from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.models.unet import UNETS, unet
 

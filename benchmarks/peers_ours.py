@@ -14,19 +14,19 @@ import numpy as np
 from benchmarks.alternate import peak_gib, serve
 from benchmarks.peers_workload import CLASSES, SIDE, Weights, load_workload
 from fedhelp_jax.algorithms.base import Setup
+from fedhelp_jax.algorithms.client import sgd_l2
 from fedhelp_jax.algorithms.fedavg import FedAvgSettings, fedavg
-from fedhelp_jax.client import sgd_l2
-from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.core.compilation import compile_totals
+from fedhelp_jax.data.federation import make_federation
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset
-from fedhelp_jax.federation import make_federation
-from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.models.conv import conv, max_pool
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model
-from fedhelp_jax.phases import Phases, num_clients
-from fedhelp_jax.simulation import Simulation
-from fedhelp_jax.streaming import StreamedSimulation
-from fedhelp_jax.task import classification
+from fedhelp_jax.simulation.round import Phases, num_clients
+from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.streaming import StreamedSimulation
+from fedhelp_jax.simulation.vectorize import make_mapping
+from fedhelp_jax.tasks import classification
 
 # In the order of the network; convolutions' and dense layers' kernels by their rank.
 LAYERS = ("0", "2", "6", "8")

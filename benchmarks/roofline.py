@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from fedhelp_jax.compilation import jit
-from fedhelp_jax.mapping import make_mapping, over_clients
+from fedhelp_jax.core.compilation import jit
 from fedhelp_jax.models.resnet import Stage, Stem
+from fedhelp_jax.simulation.vectorize import make_mapping, over_clients
 
 _CLIENTS = flags.DEFINE_integer("clients", 8, "clients")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "images a step")

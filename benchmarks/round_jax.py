@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.alternate import serve
-from fedhelp_jax import compilation
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
+from fedhelp_jax.algorithms.client import adam_l2, shuffled
 from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp
-from fedhelp_jax.client import adam_l2, shuffled
+from fedhelp_jax.core import compilation
+from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose
+from fedhelp_jax.data.federation import make_federation
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
-from fedhelp_jax.federation import make_federation
-from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.models.resnet import resnet
-from fedhelp_jax.phases import Phases, num_clients
-from fedhelp_jax.random import Purpose, client_round_key, for_purpose
-from fedhelp_jax.simulation import Simulation
-from fedhelp_jax.task import classification
+from fedhelp_jax.simulation.round import Phases, num_clients
+from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.vectorize import make_mapping
+from fedhelp_jax.tasks import classification
 
 OPTIONS = json.loads(sys.argv[1])
 CLASSES, PUBLIC, ANSWERS = 8, 256, 10

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from benchmarks.alternate import peak_gib, serve
-from fedhelp_jax import sweep as sweeps
-from fedhelp_jax.config import default_config, validate
-from fedhelp_jax.sweep_blocks import Run, blocks
+from fedhelp_jax.experiments import sweep as sweeps
+from fedhelp_jax.experiments.config import default_config, validate
+from fedhelp_jax.experiments.sweep_blocks import Run, blocks
 
 
 def runs(count: int) -> list[Run]:

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from fedhelp_jax.client import adam_l2, gradient_step
-from fedhelp_jax.compilation import jit
+from fedhelp_jax.algorithms.client import adam_l2, gradient_step
+from fedhelp_jax.core.compilation import jit
 from fedhelp_jax.losses import cross_entropy_loss, masked_mean
 from fedhelp_jax.models.model import apply_model, with_compute_dtype
 from fedhelp_jax.models.resnet import resnet

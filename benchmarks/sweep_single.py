@@ -8,10 +8,10 @@ import time
 import jax
 
 from benchmarks.alternate import serve
-from fedhelp_jax.compilation import keep_programs
-from fedhelp_jax.config_files import load_config
+from fedhelp_jax.core.compilation import keep_programs
 from fedhelp_jax.data.cache import cache_folder
-from fedhelp_jax.experiment import build_experiment
+from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.experiment import build_experiment
 from fedhelp_jax.report.summary import group_summary, headline
 
 

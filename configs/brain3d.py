@@ -21,7 +21,7 @@ import os
 
 from ml_collections import config_dict
 
-from fedhelp_jax.config import default_config
+from fedhelp_jax.experiments.config import default_config
 
 
 def get_config(scale: str = "paper") -> config_dict.ConfigDict:

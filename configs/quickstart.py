@@ -11,7 +11,7 @@ largest with the large model). Its images and its foundation model are replaced 
 
 from ml_collections import config_dict
 
-from fedhelp_jax.config import default_config
+from fedhelp_jax.experiments.config import default_config
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
-from fedhelp_jax.compilation import jit
+from fedhelp_jax.core.compilation import jit
 
 AUGMENTATIONS = ("flip", "flip_all", "affine", "brightness")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fedhelp_jax.cli import main
+from fedhelp_jax.cli.main import main
 
 CONFIG = Path(__file__).parent / "tiny_config.py"
 

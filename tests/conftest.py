@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from fedhelp_jax.compilation import protect_process
+from fedhelp_jax.core.compilation import protect_process
 
 jax.config.update("jax_num_cpu_devices", 2)
 

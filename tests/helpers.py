@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from fedhelp_jax import experiment
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, PublicSpec, Setup
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.federation import Federation, assign_roles, make_federation
 from fedhelp_jax.data.types import (
     ClientSplit,
     FederatedDataset,
@@ -19,16 +20,15 @@ from fedhelp_jax.data.types import (
     check_federated,
     image_sha256,
 )
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.federation import Federation, assign_roles, make_federation
-from fedhelp_jax.mapping import make_mapping
+from fedhelp_jax.experiments import experiment
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model, Variables
-from fedhelp_jax.phases import Phases, num_clients
-from fedhelp_jax.simulation import Simulation
-from fedhelp_jax.streaming import StreamedSimulation
-from fedhelp_jax.task import classification
-from fedhelp_jax.teachers.foundation import PublicImages, clear_public
+from fedhelp_jax.simulation.round import Phases, num_clients
+from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.streaming import StreamedSimulation
+from fedhelp_jax.simulation.vectorize import make_mapping
+from fedhelp_jax.tasks import classification
+from fedhelp_jax.teachers.base import PublicImages, clear_public
 
 SIZE, CLASSES, PUBLIC_CLASSES, ANSWERS = 8, 4, 5, 6
 BATCH, PUBLIC_BATCH = 4, 3

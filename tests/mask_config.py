@@ -2,7 +2,7 @@
 
 from ml_collections import config_dict
 
-from fedhelp_jax.config import default_config
+from fedhelp_jax.experiments.config import default_config
 
 
 def get_config(rank: str) -> config_dict.ConfigDict:

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from helpers import CLASSES, SIZE, build, on_host, row, simulate, tiny_federation, tiny_setup
 
-from fedhelp_jax.client import shuffled
+from fedhelp_jax.algorithms.client import shuffled
+from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model
-from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
 
 Tree = dict[str, Any]
 INPUTS = SIZE * SIZE * 3

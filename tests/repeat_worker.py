@@ -22,21 +22,21 @@ import numpy as np
 import optax
 from jax import lax
 
-from fedhelp_jax import compilation
-from fedhelp_jax import task as tasks
+from fedhelp_jax import tasks
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
-from fedhelp_jax.client import adam_l2
+from fedhelp_jax.algorithms.client import adam_l2
+from fedhelp_jax.core import compilation
+from fedhelp_jax.core.random import client_round_key
+from fedhelp_jax.data.federation import ClientData, Federation, make_federation, normalize_images
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
-from fedhelp_jax.federation import ClientData, Federation, make_federation, normalize_images
-from fedhelp_jax.mapping import make_mapping
 from fedhelp_jax.models.model import Model, apply_model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
-from fedhelp_jax.phases import Phases, num_clients
-from fedhelp_jax.random import client_round_key
-from fedhelp_jax.simulation import Simulation
-from fedhelp_jax.streaming import StreamedSimulation
+from fedhelp_jax.simulation.round import Phases, num_clients
+from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.streaming import StreamedSimulation
+from fedhelp_jax.simulation.vectorize import make_mapping
 
 CLASSES, PUBLIC, ANSWERS = 8, 32, 6
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import tiny_study
 
-from fedhelp_jax.study import Study
+from fedhelp_jax.experiments.study import Study
 
 
 def get_study() -> Study:

@@ -26,7 +26,7 @@ import resource, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if limit := int(sys.argv.pop(1)):  # bytes that no file may grow beyond
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-from fedhelp_jax.cli import main_entry
+from fedhelp_jax.cli.main import main_entry
 main_entry()
 """
 

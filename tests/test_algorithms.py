@@ -25,14 +25,13 @@ from helpers import (
     tiny_setup,
 )
 
-from fedhelp_jax import client
-from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.checkpoint import Checkpointer
-from fedhelp_jax.client import adam_l2
-from fedhelp_jax.compilation import compile_totals
-from fedhelp_jax.federation import ClientData
+from fedhelp_jax.algorithms import ALGORITHMS, client
+from fedhelp_jax.algorithms.client import adam_l2
+from fedhelp_jax.core.compilation import compile_totals
+from fedhelp_jax.core.tree import num_bytes
+from fedhelp_jax.data.federation import ClientData
+from fedhelp_jax.experiments.checkpoint import Checkpointer
 from fedhelp_jax.models.model import apply_model
-from fedhelp_jax.tree import num_bytes
 
 ROUNDS, RESUMED = 4, 2
 ONE_WIDTH = ("fedproto", "fedgh")  # their architectures share features, or a head

@@ -13,12 +13,13 @@ from commands import fedhelp, read, refusal, train
 from helpers import use_tiny_networks
 from PIL import Image
 
-from fedhelp_jax import memory, runner
+from fedhelp_jax.core import memory
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.load import load_public
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import PublicConfig
+from fedhelp_jax.experiments import runner
+from fedhelp_jax.settings.schema import PublicConfig
 from fedhelp_jax.teachers.answers import Answers, save_answers
-from fedhelp_jax.teachers.simulated import simulate_answers
+from fedhelp_jax.teachers.backends.simulated import simulate_answers
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedhelp_jax.checkpoint import Checkpointer
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.experiments.checkpoint import Checkpointer
 
 
 class State(NamedTuple):

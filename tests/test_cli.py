@@ -11,10 +11,10 @@ import jax
 import pytest
 
 import fedhelp_jax
-from fedhelp_jax.cli import main
-from fedhelp_jax.config import default_config, to_dict, validate
-from fedhelp_jax.config_files import load_config
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.cli.main import main
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.experiments.config import default_config, to_dict, validate
+from fedhelp_jax.experiments.config_files import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -26,7 +26,7 @@ class Interrupted(Exception):
 @pytest.fixture
 def runner(monkeypatch):
     """A runner that remembers its calls and does nothing."""
-    fake = types.ModuleType("fedhelp_jax.runner")
+    fake = types.ModuleType("fedhelp_jax.experiments.runner")
     calls = []
 
     def train(config, workdir, overwrite):
@@ -38,7 +38,7 @@ def runner(monkeypatch):
         return {"algorithm": "fedhelp", "per_client": []}
 
     fake.__dict__.update(train=train, evaluate=evaluate, Interrupted=Interrupted, calls=calls)
-    monkeypatch.setitem(sys.modules, "fedhelp_jax.runner", fake)
+    monkeypatch.setitem(sys.modules, "fedhelp_jax.experiments.runner", fake)
     monkeypatch.setattr(fedhelp_jax, "runner", fake, raising=False)
     return fake
 
@@ -218,7 +218,7 @@ def test_a_config_file_imports_what_lies_beside_it(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "shared_settings.py").write_text(f"ROUNDS = {rounds}\n")
         (tmp_path / folder / "config.py").write_text(
-            "from fedhelp_jax.config import default_config\n"
+            "from fedhelp_jax.experiments.config import default_config\n"
             "def get_config():\n"
             "    from shared_settings import ROUNDS\n"
             "    config = default_config()\n"
@@ -327,7 +327,7 @@ def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys
         ("def get_config(): return None", ["default_config"]),
         (
             """
-            from fedhelp_jax.config import default_config
+            from fedhelp_jax.experiments.config import default_config
             def get_config():
                 config = default_config()
                 config.roundz = 3
@@ -337,7 +337,7 @@ def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys
         ),
         (
             """
-            from fedhelp_jax.config import default_config
+            from fedhelp_jax.experiments.config import default_config
             def get_config():
                 config = default_config()
                 config.rounds = "many"

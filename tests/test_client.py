@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedhelp_jax.client import public_batches, run_epochs, shuffled
-from fedhelp_jax.federation import ClientData, Pool, PublicPool
+from fedhelp_jax.algorithms.client import public_batches, run_epochs, shuffled
+from fedhelp_jax.data.federation import ClientData, Pool, PublicPool
 
 
 @pytest.mark.parametrize("seed", range(5))

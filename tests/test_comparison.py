@@ -12,14 +12,14 @@ from scipy import stats
 
 from fedhelp_jax.report import comparison
 from fedhelp_jax.report.comparison import Result, compare_methods, rank_methods
-from fedhelp_jax.report.significance import (
+from fedhelp_jax.report.statistics import (
     average_ranks,
     critical_difference,
     friedman_p_value,
     holm,
     paired_p_value,
 )
-from fedhelp_jax.report.typeset import Cell, Grid, latex, markdown, print_grid
+from fedhelp_jax.report.tables import Cell, Grid, latex, markdown, print_grid
 
 # Small means by method and seed.
 SMALL = {

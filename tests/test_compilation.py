@@ -16,8 +16,8 @@ from jax._src import compiler
 from test_repeatability import python
 
 import fedhelp_jax
-from fedhelp_jax import compilation
-from fedhelp_jax.compilation import compiler_options, jit, traced_once
+from fedhelp_jax.core import compilation
+from fedhelp_jax.core.compilation import compiler_options, jit, traced_once
 
 PACKAGE = Path(fedhelp_jax.__file__).parent
 FILES = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("benchmarks/*.py")])
@@ -43,7 +43,7 @@ def test_the_reading_of_modules():
         "import jax\n@functools.partial(jax.jit, static_argnums=0)\ndef f(): ..."
     )
     assert compiles_by_itself("from jax import jit as compiled")
-    assert not compiles_by_itself("from fedhelp_jax.compilation import jit\njit(f)")
+    assert not compiles_by_itself("from fedhelp_jax.core.compilation import jit\njit(f)")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE.parent)))
@@ -134,9 +134,9 @@ def test_what_is_traced_once_runs_inside_a_program():
 EXPOSURE = """
 import warnings
 import jax, jax.numpy as jnp, numpy as np
-from fedhelp_jax import compilation
-from fedhelp_jax.client import predict
-from fedhelp_jax.federation import Pool
+from fedhelp_jax.core import compilation
+from fedhelp_jax.algorithms.client import predict
+from fedhelp_jax.data.federation import Pool
 from fedhelp_jax.models.cnn import CNNS, cnn
 
 if "protect" in sys.argv:

@@ -4,9 +4,10 @@ import json
 import pytest
 from ml_collections import config_dict
 
-from fedhelp_jax import config as config_lib
 from fedhelp_jax.algorithms import SETTINGS
-from fedhelp_jax.config import (
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.experiments import config as config_lib
+from fedhelp_jax.experiments.config import (
     RunConfig,
     default_config,
     flat,
@@ -14,10 +15,9 @@ from fedhelp_jax.config import (
     to_dict,
     validate,
 )
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.identity import differences
-from fedhelp_jax.schema import SETTING_CHECKS, SETTING_USES
-from fedhelp_jax.unused import warn_unused
+from fedhelp_jax.experiments.identity import differences
+from fedhelp_jax.experiments.unused import warn_unused
+from fedhelp_jax.settings.schema import SETTING_CHECKS, SETTING_USES
 
 
 def changed(**changes):

@@ -17,13 +17,14 @@ import pytest
 from commands import fedhelp, read, refusal, train, train_command
 from helpers import use_tiny_networks
 
-from fedhelp_jax import runner, storage
-from fedhelp_jax.compilation import keep_programs
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.report import files
-from fedhelp_jax.storage import StorageError, append_line, replaced, storage_errors
-from fedhelp_jax.sweep_folder import finished_runs
-from fedhelp_jax.teachers.foundation import Fingerprint
+from fedhelp_jax.core import storage
+from fedhelp_jax.core.compilation import keep_programs
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.storage import StorageError, append_line, replaced, storage_errors
+from fedhelp_jax.experiments import runner
+from fedhelp_jax.experiments.sweep_folder import finished_runs
+from fedhelp_jax.report import run_files
+from fedhelp_jax.teachers.base import Fingerprint
 from fedhelp_jax.teachers.store import AnswerStore, Precision
 
 TESTS = Path(__file__).parent
@@ -118,7 +119,7 @@ def test_a_run_that_the_disk_stops_goes_on_to_the_same_end(
             if json.loads(line)["round"] == round:
                 stack.enter_context(file_size_limit(2000))
 
-        patch.setattr(files, "append_line", append_then_limit)
+        patch.setattr(run_files, "append_line", append_then_limit)
         if not round:
             stack.enter_context(file_size_limit(100))
         code = train(workdir, SMALL)
@@ -132,7 +133,7 @@ def test_a_run_that_the_disk_stops_goes_on_to_the_same_end(
 def test_sums_that_find_no_room_leave_no_checkpoint(finished, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("fedhelp_jax.checkpoint._write_sums", full)
+        patch.setattr("fedhelp_jax.experiments.checkpoint._write_sums", full)
         assert f"{workdir / 'checkpoints' / '1'}: No space left" in refusal(
             capsys, train(workdir, SMALL)
         )

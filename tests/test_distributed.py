@@ -27,12 +27,13 @@ from helpers import (
     use_tiny_networks,
 )
 
-from fedhelp_jax import config as config_lib
-from fedhelp_jax import processes, runner
-from fedhelp_jax.checkpoint import Checkpointer
-from fedhelp_jax.experiment import load, make_phases
-from fedhelp_jax.mapping import make_mapping
-from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.core import distributed
+from fedhelp_jax.experiments import config as config_lib
+from fedhelp_jax.experiments import runner
+from fedhelp_jax.experiments.checkpoint import Checkpointer
+from fedhelp_jax.experiments.experiment import load, make_phases
+from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.vectorize import make_mapping
 
 pytestmark = pytest.mark.usefixtures("float64", "kept_programs")
 
@@ -218,11 +219,11 @@ def test_stopped_and_killed_they_go_on_as_if_nothing_had_been(two_processes, fin
         assert ended.last.startswith("fedhelp: stopped after round 1 of 6, saved in")
     lost_second, killed = two_processes(workdir, ON, "SIGKILL after-rounds 4")
     assert killed.code == -9
-    assert lost_second.code == processes.LOST, lost_second.err
+    assert lost_second.code == distributed.LOST, lost_second.err
     assert lost_second.last.startswith(f"fedhelp: process 1 {LOST}")
     killed, lost_first = two_processes(workdir, "SIGKILL after-rounds 5", ON)
     assert killed.code == -9
-    assert lost_first.code == processes.LOST, lost_first.err
+    assert lost_first.code == distributed.LOST, lost_first.err
     assert lost_first.last.startswith(f"fedhelp: process 0 {LOST}")
     first, second = two_processes(workdir, ON, ON)
     assert (first.code, second.code) == (0, 0), first.err + second.err
@@ -252,7 +253,7 @@ def test_two_processes_share_out_the_runs_of_a_sweep(two_processes, tmp_path):
     both = tmp_path / "both"
     lost, killed = two_processes(both, ON, "SIGKILL after-program -", command=sweep_command)
     assert killed.code == -9
-    assert lost.code == processes.LOST and f"process 1 {LOST}" in lost.last, lost.err
+    assert lost.code == distributed.LOST and f"process 1 {LOST}" in lost.last, lost.err
     assert len(read(both / "runs.1.jsonl")) == 1
     assert not (both / "runs.csv").exists()
 
@@ -305,7 +306,7 @@ def test_what_needs_all_data_in_one_place_is_refused(monkeypatch, tmp_path, fini
     values = json.loads((finished / "config.json").read_text())
     values["algorithm"] = {"name": "centralized", "settings": {}}
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(processes.Agreed, match="algorithm.name: centralized"):
+    with pytest.raises(distributed.Agreed, match="algorithm.name: centralized"):
         runner.train(config_lib.from_dict(values), tmp_path)
 
 

@@ -13,10 +13,10 @@ from commands import CONFIG, fedhelp, read, train
 from helpers import use_tiny_networks
 from tiny_study import get_study
 
-from fedhelp_jax.config_files import load_config
-from fedhelp_jax.study import Failed, compare, tune
-from fedhelp_jax.sweep import sweep
-from fedhelp_jax.sweep_blocks import Run
+from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.study import Failed, compare, tune
+from fedhelp_jax.experiments.sweep import sweep
+from fedhelp_jax.experiments.sweep_blocks import Run
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

@@ -25,8 +25,8 @@ from helpers import (
 from marks import two_devices
 
 from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.divergence import NON_FINITE, Divergence, NonFinite
-from fedhelp_jax.phases import server_part
+from fedhelp_jax.simulation.divergence import NON_FINITE, Divergence, NonFinite
+from fedhelp_jax.simulation.round import server_part
 
 NAMES = {"small": ("village", "coast", "north"), "large": ("big", "town")}
 # Who sends nothing, so that nothing can be left out.

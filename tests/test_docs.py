@@ -7,7 +7,7 @@ import jax
 import pytest
 from commands import fedhelp, refusal
 
-from fedhelp_jax.config import default_config, validate
+from fedhelp_jax.experiments.config import default_config, validate
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,7 +56,7 @@ def test_the_commands_of_the_papers_tasks_go_as_far_as_the_data(tmp_path, monkey
 
 def test_every_data_set_has_a_section():
     """With where to get it, a command that names what there is, and the licence."""
-    from fedhelp_jax.data.prepare import names
+    from fedhelp_jax.data.builders.prepare import names
 
     sections = dict(
         re.findall(

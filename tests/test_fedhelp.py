@@ -27,6 +27,7 @@ from helpers import (
 )
 
 from fedhelp_jax.algorithms.base import PublicSpec
+from fedhelp_jax.algorithms.client import Batch, PublicBatch, adam_l2
 from fedhelp_jax.algorithms.fedhelp import (
     init_large_carry,
     init_public_heads,
@@ -35,8 +36,7 @@ from fedhelp_jax.algorithms.fedhelp import (
     small_step,
 )
 from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings
-from fedhelp_jax.client import Batch, PublicBatch, adam_l2
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.models.model import apply_model
 
 ROUNDS = 3

@@ -24,6 +24,7 @@ from helpers import (
     tiny_setup,
 )
 
+from fedhelp_jax.algorithms.client import Batch, PublicBatch
 from fedhelp_jax.algorithms.fedhelp import (
     init_large_carry,
     init_public_heads,
@@ -32,13 +33,12 @@ from fedhelp_jax.algorithms.fedhelp import (
     small_step,
 )
 from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings, with_released_code
-from fedhelp_jax.client import Batch, PublicBatch
-from fedhelp_jax.config import default_config, validate
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.federation import ClientData
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.federation import ClientData
+from fedhelp_jax.experiments.config import default_config, validate
 from fedhelp_jax.models.model import apply_model
-from fedhelp_jax.schema import RELEASED_CODE
-from fedhelp_jax.task import segmentation
+from fedhelp_jax.settings.schema import RELEASED_CODE
+from fedhelp_jax.tasks import segmentation
 
 RATE, T, K = 0.1, 2.0, 2
 LAMBDA_FM, LAMBDA_F, LAMBDA_B = 0.7, 0.6, 0.3

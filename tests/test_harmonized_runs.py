@@ -23,13 +23,15 @@ from helpers import (
     use_tiny_networks,
 )
 
-from fedhelp_jax import experiment, schema, transforms
+from fedhelp_jax import transforms
 from fedhelp_jax.algorithms.base import local_epochs
-from fedhelp_jax.config import default_config, validate
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.experiment import load_data
-from fedhelp_jax.federation import ClientData, normalize_images
-from fedhelp_jax.random import Purpose, for_purpose
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.random import Purpose, for_purpose
+from fedhelp_jax.data.federation import ClientData, normalize_images
+from fedhelp_jax.experiments import experiment
+from fedhelp_jax.experiments.config import default_config, validate
+from fedhelp_jax.experiments.experiment import load_data
+from fedhelp_jax.settings import schema
 
 MASKS = Path(__file__).parent / "mask_config.py"
 

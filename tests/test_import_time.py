@@ -27,7 +27,7 @@ def probe() -> dict:
 def test_losses_bring_nothing_else_of_ours_and_nothing_heavy():
     loaded = set(probe()["modules"])
     ours = {name for name in loaded if name.split(".")[0] == "fedhelp_jax"}
-    assert ours == {"fedhelp_jax", "fedhelp_jax.losses"}
+    assert {".".join(name.split(".")[:2]) for name in ours} == {"fedhelp_jax", "fedhelp_jax.losses"}
     roots = {name.split(".")[0] for name in loaded}
     assert not roots & {
         "tensorflow_datasets",

@@ -8,52 +8,19 @@ import pytest
 import fedhelp_jax
 
 LAYERS: tuple[str, ...] = (
-    "errors",
-    "storage",
-    "terminal",
-    "memory",
-    "compilation",
-    "processes",
-    "locks",
-    "checks",
-    "schema",
-    "values",
-    "tree",
-    "random",
+    "core",
+    "settings",
     "losses",
-    "mask_losses",
     "transforms",
-    "released",
     "metrics",
-    "surface",
     "models",
-    "task",
+    "tasks",
     "data",
-    "federation",
-    "client",
-    "divergence",
-    "mapping",
     "algorithms",
-    "teachers",
-    "phases",
-    "placement",
     "simulation",
-    "streaming",
-    "recheck",
-    "config",
-    "unused",
-    "checkpoint",
-    "experiment",
+    "teachers",
     "report",
-    "identity",
-    "teach",
-    "runner",
-    "study",
-    "sweep_folder",
-    "sweep_blocks",
-    "sweep",
-    "config_files",
-    "usage",
+    "experiments",
     "cli",
 )
 PACKAGE = Path(fedhelp_jax.__file__).parent
@@ -88,14 +55,15 @@ def test_the_reading_of_imports():
     source = """
 import numpy.random
 import fedhelp_jax.losses as l
-from fedhelp_jax import tree, __version__
+from fedhelp_jax.core import tree
+from fedhelp_jax import __version__
 from . import types
 from ..models.model import Model
 def lazily():
-    from fedhelp_jax.runner import train
+    from fedhelp_jax.experiments.runner import train
 """
     package = ("fedhelp_jax", "data")
-    assert ours_in(source, package) == {"losses", "tree", "data", "models", "runner"}
+    assert ours_in(source, package) == {"losses", "core", "data", "models", "experiments"}
 
 
 def test_every_module_has_a_layer():

@@ -15,13 +15,13 @@ from commands import fedhelp, train_command
 from commands import refusal as refused_command
 from helpers import refusal
 
-from fedhelp_jax import locks
-from fedhelp_jax.locks import exclusive_lock, folder_lock
+from fedhelp_jax.core import locks
+from fedhelp_jax.core.locks import exclusive_lock, folder_lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fedhelp_jax.locks import exclusive_lock
+from fedhelp_jax.core.locks import exclusive_lock
 with exclusive_lock(Path(sys.argv[1]) / ".lock", "folder"):
     print("held", flush=True)
     sys.stdin.read()
@@ -155,7 +155,7 @@ def test_each_command_that_writes_refuses_a_folder_in_use(tmp_path, capsys, othe
 
 def fedhelp_config(folder: Path) -> None:
     """A run that another process has begun."""
-    from fedhelp_jax import config as config_lib
-    from fedhelp_jax.report import files
+    from fedhelp_jax.experiments import config as config_lib
+    from fedhelp_jax.report import run_files
 
-    files.write_json(folder / "config.json", config_lib.to_dict(config_lib.RunConfig()))
+    run_files.write_json(folder / "config.json", config_lib.to_dict(config_lib.RunConfig()))

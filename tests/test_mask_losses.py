@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from fedhelp_jax import losses, mask_losses
+from fedhelp_jax import losses
+from fedhelp_jax.losses import segmentation as mask_losses
 
 B = 4
 MAPS = [(7,), (4, 5), (3, 2, 4)]

@@ -34,7 +34,7 @@ from numpy_network import (
 )
 
 from fedhelp_jax.algorithms.fedbn import is_normalisation
-from fedhelp_jax.federation import ClientData
+from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.models.resnet import resnet

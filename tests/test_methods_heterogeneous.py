@@ -41,15 +41,15 @@ from numpy_network import (
 )
 
 from fedhelp_jax import losses
+from fedhelp_jax.algorithms.client import Batch, shuffled
 from fedhelp_jax.algorithms.fedmd import Consensus
 from fedhelp_jax.algorithms.on_public import learn_answers, public_logits
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, members_of
-from fedhelp_jax.client import Batch, shuffled
-from fedhelp_jax.federation import ClientData, Pool, PublicPool
+from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose, server_round_key
+from fedhelp_jax.data.federation import ClientData, Pool, PublicPool
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model
-from fedhelp_jax.random import Purpose, client_round_key, for_purpose, server_round_key
-from fedhelp_jax.task import segmentation
+from fedhelp_jax.tasks import segmentation
 
 ROUNDS = 3
 WIDTH = 4

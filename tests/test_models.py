@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fedhelp_jax import schema
-from fedhelp_jax.compilation import compiler_options
+from fedhelp_jax.core.compilation import compiler_options
 from fedhelp_jax.models import conv as convolutions
 from fedhelp_jax.models import layers
 from fedhelp_jax.models.cnn import CNNS, cnn
@@ -17,6 +16,7 @@ from fedhelp_jax.models.conv import conv, conv_transpose, max_pool
 from fedhelp_jax.models.model import apply_model, with_compute_dtype
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNetSize, unet
+from fedhelp_jax.settings import schema
 
 
 def xla_conv(x, kernel, stride, pad):

@@ -8,13 +8,13 @@ import pytest
 from commands import CONFIG, fedhelp, read, train
 from helpers import use_tiny_networks
 
-from fedhelp_jax import recheck as rechecks
-from fedhelp_jax import runner
-from fedhelp_jax import sweep as sweeps
-from fedhelp_jax.config_files import load_config
-from fedhelp_jax.errors import Failure
-from fedhelp_jax.simulation import Simulation
-from fedhelp_jax.sweep_blocks import Run
+from fedhelp_jax.core.errors import Failure
+from fedhelp_jax.experiments import runner
+from fedhelp_jax.experiments import sweep as sweeps
+from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.sweep_blocks import Run
+from fedhelp_jax.simulation import recheck as rechecks
+from fedhelp_jax.simulation.simulation import Simulation
 
 MASKS = Path(__file__).parent / "mask_config.py"
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from fedhelp_jax import losses, released
+from fedhelp_jax import losses
+from fedhelp_jax.losses import reference_code
 
 B, C, K, T = 6, 8, 5, 2.0
 FLOAT32_RTOL = 2e-5
@@ -46,17 +47,17 @@ def ref_stored(student, stored):
 
 LOSSES = {
     "ranking": (
-        lambda s, t, where=None: released.released_ranking_loss(s, t, k=K, where=where),
+        lambda s, t, where=None: reference_code.released_ranking_loss(s, t, k=K, where=where),
         lambda s, t: ref_ranking(s, t, K),
     ),
     "distillation": (
-        lambda s, t, where=None: released.released_distillation_loss(
+        lambda s, t, where=None: reference_code.released_distillation_loss(
             s, t, temperature=T, where=where
         ),
         lambda s, t: ref_distillation(s, t, T),
     ),
     "stored_logits": (
-        lambda s, t, where=None: released.released_stored_logits_loss(s, t, where=where),
+        lambda s, t, where=None: reference_code.released_stored_logits_loss(s, t, where=where),
         ref_stored,
     ),
 }
@@ -142,9 +143,9 @@ def test_extreme_logits(name, magnitude):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: released.released_ranking_loss(x, x, k=0), "k must be"),
-        (lambda x: released.released_ranking_loss(x, x, k=C), "k must be"),
-        (lambda x: released.released_distillation_loss(x, x, temperature=0), "temperature"),
+        (lambda x: reference_code.released_ranking_loss(x, x, k=0), "k must be"),
+        (lambda x: reference_code.released_ranking_loss(x, x, k=C), "k must be"),
+        (lambda x: reference_code.released_distillation_loss(x, x, temperature=0), "temperature"),
     ],
 )
 def test_bad_values_are_refused(call, message):
@@ -155,10 +156,10 @@ def test_bad_values_are_refused(call, message):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x, y: released.released_ranking_loss(x, y, k=2),
-        released.released_distillation_loss,
-        released.released_stored_logits_loss,
-        lambda x, y: released.released_large_loss(x, x, y, jnp.zeros(B, int), k=2),
+        lambda x, y: reference_code.released_ranking_loss(x, y, k=2),
+        reference_code.released_distillation_loss,
+        reference_code.released_stored_logits_loss,
+        lambda x, y: reference_code.released_large_loss(x, x, y, jnp.zeros(B, int), k=2),
     ],
 )
 def test_shapes_that_do_not_match_are_refused(call):
@@ -173,7 +174,7 @@ def test_ranking_punishes_agreement():
     teacher = jnp.array([3.0, 1.0, 2.0, 0.0])
     agreeing, opposing = teacher, -teacher
     ours = [losses.ranking_distillation_loss(s, teacher, k=2) for s in (agreeing, opposing)]
-    theirs = [released.released_ranking_loss(s, teacher, k=2) for s in (agreeing, opposing)]
+    theirs = [reference_code.released_ranking_loss(s, teacher, k=2) for s in (agreeing, opposing)]
     # Pairs (0, 1), (0, 3), (2, 1), (2, 3) differ by 2, 3, 1, 2: 8 in all. k (C-k) = 2 k = 4.
     np.testing.assert_allclose(ours, [0.0, 2.0])
     np.testing.assert_allclose(theirs, [2.0, 0.0])
@@ -183,15 +184,15 @@ def test_ranking_punishes_agreement():
 def test_distillation_is_weaker_by_classes_and_temperature(temperature):
     student, teacher = example(6)
     ours = losses.distillation_loss(student, teacher, temperature=temperature)
-    theirs = released.released_distillation_loss(student, teacher, temperature=temperature)
+    theirs = reference_code.released_distillation_loss(student, teacher, temperature=temperature)
     np.testing.assert_allclose(theirs, ours / (C * temperature**2), rtol=FLOAT32_RTOL)
 
 
 def test_stored_probabilities_need_no_softmax_only_where_they_are_probabilities():
     student, teacher = example(7)
     probabilities = jax.nn.softmax(teacher)
-    got = released.released_stored_logits_loss(student, probabilities)
-    expected = released.released_distillation_loss(student, teacher)
+    got = reference_code.released_stored_logits_loss(student, probabilities)
+    expected = reference_code.released_distillation_loss(student, teacher)
     np.testing.assert_allclose(got, expected, rtol=FLOAT32_RTOL, atol=1e-6)
 
 
@@ -208,7 +209,9 @@ def test_no_part_of_the_large_loss_asks_for_the_label():
     @jax.jit
     @jax.grad
     def gradient(logits, labels):
-        return sum(map(jnp.sum, released.released_large_loss(logits, logits, proxy, labels, k=K)))
+        return sum(
+            map(jnp.sum, reference_code.released_large_loss(logits, logits, proxy, labels, k=K))
+        )
 
     got = gradient(large, jnp.zeros(B, int))
     assert np.any(got)
@@ -256,7 +259,7 @@ def test_distillation_is_kl_div_loss(torch, kl_div_loss, temperature):
     expected.backward()
 
     def loss(s, t):
-        return jnp.mean(released.released_distillation_loss(s, t, temperature=temperature))
+        return jnp.mean(reference_code.released_distillation_loss(s, t, temperature=temperature))
 
     with jax.enable_x64(True):
         value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(student, teacher)
@@ -274,7 +277,9 @@ def test_stored_logits_are_kl_div_loss(torch, kl_div_loss, sign):
     expected.backward()
     with jax.enable_x64(True):
         value, grad = jax.jit(
-            jax.value_and_grad(lambda s: jnp.mean(released.released_stored_logits_loss(s, stored)))
+            jax.value_and_grad(
+                lambda s: jnp.mean(reference_code.released_stored_logits_loss(s, stored))
+            )
         )(student)
         assert_same(grad, leaf.grad)
         if sign == "positive":
@@ -296,7 +301,9 @@ def test_large_loss_is_the_release_s(torch, kl_div_loss):
     expected.backward()
 
     def loss(logits):
-        parts = released.released_large_loss(large_eval, logits, proxy, labels, k=K, temperature=T)
+        parts = reference_code.released_large_loss(
+            large_eval, logits, proxy, labels, k=K, temperature=T
+        )
         return (
             jnp.mean(parts.cross_entropy)
             + jnp.mean(parts.distillation)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.report import console, files
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.report import console, run_files
 
 
 def capture(*, terminal: bool = False) -> Console:
@@ -55,7 +55,7 @@ def test_no_nan_ever_stands_in_json(tmp_path):
         "c": (np.arange(2), np.bool_(True)),
         3: "x",
     }
-    files.write_json(tmp_path / "a.json", value)
+    run_files.write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == {"a": None, "b": None, "c": [[0, 1], True], "3": "x"}
     assert "NaN" not in text and "Infinity" not in text
@@ -63,9 +63,9 @@ def test_no_nan_ever_stands_in_json(tmp_path):
 
 def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"old": 1})
+    run_files.write_json(path, {"old": 1})
     with pytest.raises(TypeError):
-        files.write_json(path, {"new": object()})
+        run_files.write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -73,17 +73,17 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
 def test_metrics_are_cut_back_to_a_round(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for round in range(1, 6):
-        files.append_metrics(path, {"round": round, "loss": np.float32("nan")})
+        run_files.append_metrics(path, {"round": round, "loss": np.float32("nan")})
     with path.open("a") as file:
         file.write('{"round": 6, "lo')  # killed while writing
-    files.cut_metrics(path, 3)
-    files.append_metrics(path, {"round": 4, "loss": 1.0})
-    assert [row["round"] for row in files.read_metrics(path)] == [1, 2, 3, 4]
-    assert files.read_metrics(path)[0] == {"round": 1, "loss": None}
+    run_files.cut_metrics(path, 3)
+    run_files.append_metrics(path, {"round": 4, "loss": 1.0})
+    assert [row["round"] for row in run_files.read_metrics(path)] == [1, 2, 3, 4]
+    assert run_files.read_metrics(path)[0] == {"round": 1, "loss": None}
 
 
 def test_no_metrics_yet_is_nothing_to_cut(tmp_path):
-    files.cut_metrics(tmp_path / "metrics.jsonl", 3)
+    run_files.cut_metrics(tmp_path / "metrics.jsonl", 3)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -91,7 +91,7 @@ def test_a_broken_line_in_the_middle_of_metrics_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"round": 1}\n{"roun\n{"round": 3}\n')
     with pytest.raises(UserError, match="line 2"):
-        files.cut_metrics(path, 3)
+        run_files.cut_metrics(path, 3)
 
 
 def test_clients_csv_has_a_row_per_value(tmp_path):
@@ -101,19 +101,19 @@ def test_clients_csv_has_a_row_per_value(tmp_path):
         row | {"metric": "accuracy", "value": np.float32(0.5)},
         row | {"metric": "auroc", "value": float("nan")},
     ]
-    files.write_csv(path, files.CLIENT_COLUMNS, rows)
+    run_files.write_csv(path, run_files.CLIENT_COLUMNS, rows)
     with path.open(newline="") as file:
         read = list(csv.DictReader(file))
     assert [r["client"] for r in read] == ["a, b"] * 2
     assert [r["value"] for r in read] == ["0.5", ""]
-    assert tuple(read[0]) == files.CLIENT_COLUMNS
+    assert tuple(read[0]) == run_files.CLIENT_COLUMNS
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run"):
-        files.prepare_folder(tmp_path / "file" / "run")
-    files.prepare_folder(tmp_path / "a" / "run")
+        run_files.prepare_folder(tmp_path / "file" / "run")
+    run_files.prepare_folder(tmp_path / "a" / "run")
     assert list((tmp_path / "a" / "run").iterdir()) == []
 
 
@@ -184,8 +184,8 @@ def test_runs_of_other_data_are_not_held_against_local():
 
 def test_show_reads_run_folders(tmp_path):
     for name in ("fedhelp", "local"):
-        files.prepare_folder(tmp_path / name)
-        files.write_json(tmp_path / name / "summary.json", make_summary(name, worst_small=None))
+        run_files.prepare_folder(tmp_path / name)
+        run_files.write_json(tmp_path / name / "summary.json", make_summary(name, worst_small=None))
     out = capture()
     console.show([tmp_path / "fedhelp", tmp_path / "local"], out)
     assert "fedhelp" in text_of(out) and "local" in text_of(out)

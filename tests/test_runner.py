@@ -20,16 +20,17 @@ from commands import fedhelp, read, refusal, train, train_command
 from helpers import assert_trees_close, assert_trees_equal, on_host, use_tiny_networks
 from tiny_config import get_config
 
-from fedhelp_jax import config as config_lib
-from fedhelp_jax import experiment, identity, mapping, runner
 from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.checkpoint import Checkpointer
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.experiment import build_experiment
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.experiments import config as config_lib
+from fedhelp_jax.experiments import experiment, identity, runner
+from fedhelp_jax.experiments.checkpoint import Checkpointer
+from fedhelp_jax.experiments.experiment import build_experiment
+from fedhelp_jax.experiments.sweep_blocks import numbers, with_numbers
 from fedhelp_jax.models.resnet import resnet
-from fedhelp_jax.phases import federation_arrays
-from fedhelp_jax.schema import MappingConfig
-from fedhelp_jax.sweep_blocks import numbers, with_numbers
+from fedhelp_jax.settings.schema import MappingConfig
+from fedhelp_jax.simulation import vectorize
+from fedhelp_jax.simulation.round import federation_arrays
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -468,7 +469,7 @@ def test_each_method_says_whether_it_has_a_schedule_over_rounds(name, monkeypatc
 
     def program(rounds):
         asked = dataclasses.replace(settings, rounds=rounds)
-        phases = experiment.make_phases(asked, loaded, mapping.make_mapping(1, 1))
+        phases = experiment.make_phases(asked, loaded, vectorize.make_mapping(1, 1))
         arrays = federation_arrays(loaded.federation)
         key = jax.random.key(0)
         state = jax.eval_shape(phases.init, key, arrays)

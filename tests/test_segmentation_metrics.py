@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedhelp_jax import mask_losses, metrics, task
+from fedhelp_jax import metrics, tasks
+from fedhelp_jax.losses import segmentation as mask_losses
 
 NAMES = {
     1: ("lung",),
@@ -15,7 +16,7 @@ NAMES = {
     3: ("background", "front", "back"),
     4: ("background", "front", "back", "middle"),
 }
-TASKS = {num_classes: task.segmentation(names) for num_classes, names in NAMES.items()}
+TASKS = {num_classes: tasks.segmentation(names) for num_classes, names in NAMES.items()}
 METRICS = {num_classes: jax.jit(t.metrics) for num_classes, t in TASKS.items()}
 PREDICT = {num_classes: jax.jit(t.predict) for num_classes, t in TASKS.items() if t.predict}
 # Sizes of logits and of masks: larger, smaller, mixed, three axes.
@@ -197,7 +198,7 @@ def test_absent_classes():
 def test_pairs_of_many_classes_are_more_than_a_byte_can_count():
     names = tuple(f"c{i}" for i in range(20))
     truth = np.arange(20, dtype=np.uint8).reshape(1, 4, 5)
-    got = jax.jit(task.segmentation(names).metrics)(certain(truth, 20), truth, np.ones(1, bool))
+    got = jax.jit(tasks.segmentation(names).metrics)(certain(truth, 20), truth, np.ones(1, bool))
     assert len(got) == 2 * (1 + 19 + 1)
     assert all(value == 1.0 for value in got.values())
 

@@ -10,13 +10,13 @@ from commands import fedhelp, read, refusal
 from helpers import assert_trees_equal, on_host
 from PIL import Image
 
-from fedhelp_jax import config as configs
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.data.types import PublicDataset, image_sha256
-from fedhelp_jax.experiment import build_experiment, load_data
-from fedhelp_jax.surface import surface_metrics
+from fedhelp_jax.experiments import config as configs
+from fedhelp_jax.experiments.experiment import build_experiment, load_data
+from fedhelp_jax.metrics.surface_distance import surface_metrics
 from fedhelp_jax.teachers.answers import Answers, save_answers
-from fedhelp_jax.teachers.simulated import simulate_answers
+from fedhelp_jax.teachers.backends.simulated import simulate_answers
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

@@ -26,13 +26,13 @@ from helpers import (
 from marks import two_devices
 
 from fedhelp_jax.algorithms.base import Averaged
-from fedhelp_jax.client import ClientData, adam_l2
-from fedhelp_jax.compilation import compile_totals
-from fedhelp_jax.federation import Table
+from fedhelp_jax.algorithms.client import ClientData, adam_l2
+from fedhelp_jax.core.compilation import compile_totals
+from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose
+from fedhelp_jax.core.tree import weighted_mean
+from fedhelp_jax.data.federation import Table
 from fedhelp_jax.losses import cross_entropy_loss
 from fedhelp_jax.models.model import apply_model
-from fedhelp_jax.random import Purpose, client_round_key, for_purpose
-from fedhelp_jax.tree import weighted_mean
 
 ROUNDS = 2
 FLOAT32 = 1e-5  # metrics are computed in float32

@@ -24,10 +24,10 @@ from helpers import (
 from helpers import refusal as refused
 from marks import two_devices
 
-from fedhelp_jax import streaming
-from fedhelp_jax.compilation import compile_totals
-from fedhelp_jax.config_files import load_config
-from fedhelp_jax.experiment import build_experiment
+from fedhelp_jax.core.compilation import compile_totals
+from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.experiment import build_experiment
+from fedhelp_jax.simulation import streaming
 
 ROUNDS = 2
 MASK_CONFIG = Path(__file__).parent / "mask_config.py"

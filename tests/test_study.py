@@ -17,14 +17,14 @@ from helpers import refusal as refused
 from helpers import use_tiny_networks
 from tiny_study import get_study
 
-from fedhelp_jax import config as config_lib
-from fedhelp_jax import identity, runner
-from fedhelp_jax import study as studies
 from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.config_files import load_study
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.simulation import Simulation
-from fedhelp_jax.study import Failed, compare, grid_points, tune
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.experiments import config as config_lib
+from fedhelp_jax.experiments import identity, runner
+from fedhelp_jax.experiments import study as studies
+from fedhelp_jax.experiments.config_files import load_study
+from fedhelp_jax.experiments.study import Failed, compare, grid_points, tune
+from fedhelp_jax.simulation.simulation import Simulation
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -292,7 +292,9 @@ def test_what_is_missing_for_many_runs_is_said_once_with_the_command_that_gets_i
     assert said.count("lacks 12 of the 12 answers") == 2
     assert said.endswith(f"fedhelp teach --study={path}")
     asked = []
-    monkeypatch.setattr("fedhelp_jax.study.teach_run", lambda config, dry_run: asked.append(config))
+    monkeypatch.setattr(
+        "fedhelp_jax.experiments.study.teach_run", lambda config, dry_run: asked.append(config)
+    )
     assert fedhelp(f"teach --study={path} --dry-run") == 0
     assert sorted(config.seed for config in asked) == [0, 1]
 
@@ -439,7 +441,11 @@ def test_an_unsound_study_is_refused_before_anything_runs(changes, said, tmp_pat
     ("source", "text", "said"),
     [
         ("compare", "", "there is no get_study() in it"),
-        ("compare", "def get_study(): return 3", "must return a fedhelp_jax.study.Study"),
+        (
+            "compare",
+            "def get_study(): return 3",
+            "must return a fedhelp_jax.experiments.study",
+        ),
         ("compare", None, "there is no file"),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedhelp_jax.metrics import NO_CLASS
-from fedhelp_jax.surface import hd95, surface_metrics
+from fedhelp_jax.metrics.surface_distance import hd95, surface_metrics
 
 
 def border_of(mask: np.ndarray) -> list[tuple[int, ...]]:

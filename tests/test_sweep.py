@@ -12,18 +12,18 @@ from commands import CONFIG, fedhelp, refusal
 from helpers import use_tiny_networks
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from fedhelp_jax import sweep as sweeps
 from fedhelp_jax.algorithms import ALGORITHMS, SETTINGS
-from fedhelp_jax.compilation import compile_totals
-from fedhelp_jax.config_files import load_config
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.experiment import build_experiment, load, make_phases
-from fedhelp_jax.mapping import make_mapping
-from fedhelp_jax.phases import federation_arrays
+from fedhelp_jax.core.compilation import compile_totals
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.experiments import sweep as sweeps
+from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.experiment import build_experiment, load, make_phases
+from fedhelp_jax.experiments.sweep import sweep
+from fedhelp_jax.experiments.sweep_blocks import Run, blocks, numbers, with_numbers
+from fedhelp_jax.experiments.unused import needed_for
 from fedhelp_jax.report.summary import group_summary, headline
-from fedhelp_jax.sweep import sweep
-from fedhelp_jax.sweep_blocks import Run, blocks, numbers, with_numbers
-from fedhelp_jax.unused import needed_for
+from fedhelp_jax.simulation.round import federation_arrays
+from fedhelp_jax.simulation.vectorize import make_mapping
 
 ROUNDS = 2
 FINE = "loss"  # shares of a few images are equal too easily

@@ -29,7 +29,7 @@ from foundation_server import (
 )
 from teaching import BATCH, DISTINCT, Study, stored
 
-from fedhelp_jax import runner
+from fedhelp_jax.experiments import runner
 
 KEY = "sk-Zq8Xw3Lr7Tn5Vb2Kd9Hf4"
 

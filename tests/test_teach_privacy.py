@@ -7,12 +7,12 @@ from foundation_server import FoundationServer, status
 from teach_config import get_config
 from teaching import Study
 
-from fedhelp_jax.data.images import resize_arrays
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.load import load_federated
+from fedhelp_jax.data.readers.images import resize_arrays
 from fedhelp_jax.data.types import PublicDataset, image_sha256
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import DataConfig
-from fedhelp_jax.teachers.foundation import PublicImages, clear_public
+from fedhelp_jax.settings.schema import DataConfig
+from fedhelp_jax.teachers.base import PublicImages, clear_public
 
 SIZE = 16  # of the run's images
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from helpers import PUBLIC_CLASSES, tiny_public
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.types import image_sha256
-from fedhelp_jax.errors import UserError
 from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers, save_answers
-from fedhelp_jax.teachers.simulated import simulate_answers
+from fedhelp_jax.teachers.backends.simulated import simulate_answers
 
 COUNT, CLASSES = 10, 7
 SUFFIXES = (".npz", ".safetensors", ".npy")

@@ -10,7 +10,7 @@ import pytest
 # Prints before and after something happens to its terminal, and writes a file as a run does.
 _SCRIPT = """
 import contextlib, os, signal, sys
-from fedhelp_jax.terminal import dispensable_terminal, is_output_lost
+from fedhelp_jax.core.terminal import dispensable_terminal, is_output_lost
 with dispensable_terminal():
     print("before", flush=True)
     sys.stdin and sys.stdin.readline()
@@ -101,7 +101,7 @@ def test_letters_that_the_terminal_lacks_are_spelled_out(tmp_path):
 )
 def test_a_command_that_only_prints(redirection, code, lines):
     """It fails if what was printed is lost, but not if nobody wanted to read it."""
-    script = "from fedhelp_jax.cli import main_entry; main_entry()"
+    script = "from fedhelp_jax.cli.main import main_entry; main_entry()"
     command = f'"$@" {redirection}; exit "${{PIPESTATUS[0]}}"'
     arguments = ["bash", "-c", command, "bash", sys.executable, "-c", script, "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)

@@ -12,7 +12,7 @@ import pytest
 from helpers import CLASSES, SIZE, row, tiny_federation, tiny_model
 from numpy_network import RATE, batches, clients_of, rounds_of, setup
 
-from fedhelp_jax.client import adam_l2
+from fedhelp_jax.algorithms.client import adam_l2
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
 nn = torch.nn

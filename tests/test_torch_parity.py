@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
+from fedhelp_jax.algorithms.client import Batch, PublicBatch, adam_l2
 from fedhelp_jax.algorithms.fedhelp import (
     init_large_carry,
     init_small_carry,
@@ -21,12 +22,11 @@ from fedhelp_jax.algorithms.fedhelp import (
     small_step,
 )
 from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings
-from fedhelp_jax.client import Batch, PublicBatch, adam_l2
 from fedhelp_jax.losses import cross_entropy_loss, masked_mean
 from fedhelp_jax.models.layers import init_linear
 from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.models.resnet import resnet
-from fedhelp_jax.task import classification
+from fedhelp_jax.tasks import classification
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
 reference = pytest.importorskip("torch_reference", reason="PyTorch is not installed")

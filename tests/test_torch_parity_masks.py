@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
+from fedhelp_jax.algorithms.client import Batch, PublicBatch, adam_l2
 from fedhelp_jax.algorithms.fedhelp import (
     init_large_carry,
     init_small_carry,
@@ -17,12 +18,11 @@ from fedhelp_jax.algorithms.fedhelp import (
     small_step,
 )
 from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings
-from fedhelp_jax.client import Batch, PublicBatch, adam_l2
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.layers import init_linear
 from fedhelp_jax.models.model import Model, apply_model
 from fedhelp_jax.models.unet import UNetSize, unet
-from fedhelp_jax.task import segmentation
+from fedhelp_jax.tasks import segmentation
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
 reference = pytest.importorskip("torch_unet", reason="PyTorch is not installed")

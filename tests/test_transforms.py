@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from fedhelp_jax import transforms
-from fedhelp_jax.compilation import compile_totals
+from fedhelp_jax.core.compilation import compile_totals
 
 PLANES, VOLUMES = (5, 12, 10, 3), (3, 6, 9, 8, 1)
 AUGMENTATIONS = transforms.AUGMENTATIONS

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedhelp_jax import schema
 from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.models.unet import UNETS, UNetSize, unet
+from fedhelp_jax.settings import schema
 
 TINY = UNetSize((2, 3, 4), 2)
 IMAGES = {2: (10, 7, 3), 3: (6, 5, 9, 1)}  # four divides no side

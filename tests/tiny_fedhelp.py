@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from helpers import use_tiny_networks
 
-from fedhelp_jax import checkpoint, cli, sweep
-from fedhelp_jax.report import files
-from fedhelp_jax.simulation import Simulation
+from fedhelp_jax.cli import main as cli
+from fedhelp_jax.experiments import checkpoint, sweep
+from fedhelp_jax.report import run_files
+from fedhelp_jax.simulation.simulation import Simulation
 
 
 def main() -> int:
@@ -38,7 +39,7 @@ def main() -> int:
 
             patch.setattr(Simulation, "__init__", init_then_write)
         elif where == "after-row":
-            append = files.append_metrics
+            append = run_files.append_metrics
 
             def append_then_stop(path, row):
                 append(path, row)
@@ -46,7 +47,7 @@ def main() -> int:
                 if row["round"] == int(round) and folder in str(path):
                     os.kill(os.getpid(), number)
 
-            patch.setattr(files, "append_metrics", append_then_stop)
+            patch.setattr(run_files, "append_metrics", append_then_stop)
         elif where == "after-rounds":
             rounds = Simulation.rounds
 

@@ -1,6 +1,6 @@
 """A study that takes seconds: two methods, two seeds, two budgets, the tiny run."""
 
-from fedhelp_jax.study import Study
+from fedhelp_jax.experiments.study import Study
 
 
 def get_study(tuned: str = "") -> Study:

@@ -9,7 +9,7 @@ without it. Nothing is tuned: all rows have FedHelp's settings. docs/method.md, 
 
 from pathlib import Path
 
-from fedhelp_jax.study import Study
+from fedhelp_jax.experiments.study import Study
 
 _FEDHELP = {"algorithm.name": "fedhelp"}
 

@@ -16,7 +16,7 @@ Per data set these are 119 runs: hours on an accelerator, days on two cores. For
 from pathlib import Path
 
 from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.study import Study
+from fedhelp_jax.experiments.study import Study
 
 _RATES = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2)}
 _SGD_RATES = {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1)}

@@ -7,8 +7,8 @@ synthetic and the foundation model is simulated.
 """
 
 from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.config import default_config
-from fedhelp_jax.study import Study
+from fedhelp_jax.experiments.config import default_config
+from fedhelp_jax.experiments.study import Study
 
 
 def get_study() -> Study:

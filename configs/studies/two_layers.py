@@ -11,7 +11,7 @@ that take plain SGD keep its default of 1e-2. Nothing is tuned; results are in d
 """
 
 from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.study import Study
+from fedhelp_jax.experiments.study import Study
 
 
 def get_study() -> Study:

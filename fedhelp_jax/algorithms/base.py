@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedhelp_jax.client import Batch, Info, gradient_step, run_epochs, sgd_l2
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.federation import ROLES, ClientData, PublicPool
+from fedhelp_jax.algorithms.client import Batch, Info, gradient_step, run_epochs, sgd_l2
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.random import Purpose, for_purpose
+from fedhelp_jax.core.tree import weighted_mean
+from fedhelp_jax.data.federation import ROLES, ClientData, PublicPool
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
-from fedhelp_jax.random import Purpose, for_purpose
-from fedhelp_jax.task import Task
+from fedhelp_jax.tasks import Task
 from fedhelp_jax.transforms import augment
-from fedhelp_jax.tree import weighted_mean
 
 
 class PublicSpec(NamedTuple):
@@ -232,7 +232,7 @@ def local_epochs(
       data: The client's data.
 
     Returns:
-      ``(carry, info)``, as :func:`~fedhelp_jax.client.run_epochs`.
+      ``(carry, info)``, as :func:`~fedhelp_jax.algorithms.client.run_epochs`.
     """
     augmentation = for_purpose(key, Purpose.AUGMENTATION)
 

@@ -23,10 +23,10 @@ from fedhelp_jax.algorithms.base import (
     supervised_loss,
     train_locally,
 )
-from fedhelp_jax.client import Batch, Info, run_epochs
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.algorithms.client import Batch, Info, run_epochs
+from fedhelp_jax.core.random import Purpose, for_purpose
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
-from fedhelp_jax.random import Purpose, for_purpose
 
 
 class CentralizedSettings(NamedTuple):

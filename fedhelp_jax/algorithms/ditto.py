@@ -25,7 +25,7 @@ from fedhelp_jax.algorithms.base import (
     proximal,
     train_locally,
 )
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
 
 

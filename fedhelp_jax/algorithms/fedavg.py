@@ -23,7 +23,7 @@ from fedhelp_jax.algorithms.base import (
     train_locally,
     training_client,
 )
-from fedhelp_jax.federation import ROLES
+from fedhelp_jax.data.federation import ROLES
 
 
 class FedAvgSettings(NamedTuple):

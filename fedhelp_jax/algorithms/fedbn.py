@@ -24,9 +24,9 @@ from fedhelp_jax.algorithms.base import (
     init_shared,
     train_locally,
 )
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.core.tree import merge, select
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
-from fedhelp_jax.tree import merge, select
 
 _NORMALISATION = re.compile(r".*norm.*|(.*_)?bn\d*", re.IGNORECASE)
 

@@ -34,9 +34,9 @@ from fedhelp_jax.algorithms.base import (
     training_client,
 )
 from fedhelp_jax.algorithms.on_public import check_public, learn_answers, public_logits
-from fedhelp_jax.federation import ROLES, PublicPool
+from fedhelp_jax.core.tree import choose, weighted_mean
+from fedhelp_jax.data.federation import ROLES, PublicPool
 from fedhelp_jax.models.model import Variables
-from fedhelp_jax.tree import choose, weighted_mean
 
 
 class FedDFSettings(NamedTuple):

@@ -31,9 +31,9 @@ from fedhelp_jax.algorithms.base import (
     private_client,
     train_locally,
 )
+from fedhelp_jax.algorithms.client import descend, sgd_l2
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
-from fedhelp_jax.client import descend, sgd_l2
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import cross_entropy_loss
 from fedhelp_jax.models.model import Variables
 

@@ -28,7 +28,7 @@ Notes, where this departs from the authors' released code or the paper is silent
 * No distillation in the first ``kd_warmup_rounds``: a fresh deep network in evaluation mode, with
   initial running statistics, emits logits of order 1e8 and teaches garbage.
 * The backward ranking punishes disagreement and is averaged over pairs; the released code's sign is
-  inverted (see ``fedhelp_jax.released``).
+  inverted (see ``fedhelp_jax.losses.reference_code``).
 * Optimizer states start anew each round.
 """
 
@@ -53,6 +53,7 @@ from fedhelp_jax.algorithms.base import (
     local_epochs,
     supervised_loss,
 )
+from fedhelp_jax.algorithms.client import Batch, Info, PublicBatch, gradient_step, public_batches
 from fedhelp_jax.algorithms.fedhelp_losses import (
     FedHelpSettings,
     answers_loss,
@@ -60,12 +61,11 @@ from fedhelp_jax.algorithms.fedhelp_losses import (
     forward_loss,
     with_released_code,
 )
-from fedhelp_jax.client import Batch, Info, PublicBatch, gradient_step, public_batches
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.federation import ClientData
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.random import Purpose, for_purpose
+from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Variables, apply_model
-from fedhelp_jax.random import Purpose, for_purpose
 
 
 class Server(NamedTuple):

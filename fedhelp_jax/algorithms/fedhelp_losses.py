@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.base import Setup
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.released import (
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.losses.reference_code import (
     released_distillation_loss,
     released_ranking_loss,
     released_stored_logits_loss,
 )
-from fedhelp_jax.schema import RELEASED_CODE
+from fedhelp_jax.settings.schema import RELEASED_CODE
 
 
 class FedHelpSettings(NamedTuple):

@@ -46,13 +46,13 @@ from fedhelp_jax.algorithms.base import (
     init_shared,
     local_epochs,
 )
-from fedhelp_jax.client import Batch, Info, gradient_step
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.core.random import Purpose, for_purpose
+from fedhelp_jax.core.tree import num_bytes
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.layers import he_normal
 from fedhelp_jax.models.model import Model, Variables
-from fedhelp_jax.random import Purpose, for_purpose
-from fedhelp_jax.tree import num_bytes
 
 
 class FedKDSettings(NamedTuple):

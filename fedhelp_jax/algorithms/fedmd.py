@@ -39,9 +39,9 @@ from fedhelp_jax.algorithms.on_public import (
     no_logits,
     public_logits,
 )
-from fedhelp_jax.federation import ROLES, ClientData, PublicPool
+from fedhelp_jax.core.tree import weighted_mean
+from fedhelp_jax.data.federation import ROLES, ClientData, PublicPool
 from fedhelp_jax.models.model import Variables
-from fedhelp_jax.tree import weighted_mean
 
 
 class FedMDSettings(NamedTuple):

@@ -37,6 +37,7 @@ from fedhelp_jax.algorithms.base import (
     private_client,
     train_locally,
 )
+from fedhelp_jax.algorithms.client import Batch
 from fedhelp_jax.algorithms.prototypes import (
     Prototypes,
     class_means,
@@ -44,8 +45,7 @@ from fedhelp_jax.algorithms.prototypes import (
     members_of,
     no_prototypes,
 )
-from fedhelp_jax.client import Batch
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables
 

@@ -24,8 +24,8 @@ from fedhelp_jax.algorithms.base import (
     train_locally,
     training_client,
 )
-from fedhelp_jax.client import Info
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.algorithms.client import Info
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
 
 

@@ -21,12 +21,12 @@ deploys; the proxy is reported beside it (``global``).
 
 Notes, where the authors' code differs: in the code that runs, the ranking is taken of the proxy's
 logits, which are made without gradient, so it trains nothing; besides, it has the sign inverted (as
-FedHelp's, see ``fedhelp_jax.released``) and is divided by the batch size twice. Here it is taken of
-W_i's, as in the paper. Step B follows step A on each batch, not after the whole epoch; scores are
-neither randomised nor is p rescaled by a fitted temperature; they are counted in 2,048 bins. The
-penalty of the proxy stays as it is: the code adapts it, but no training uses the outcome. Masks:
-each pixel is an example, of the class that covers most of it. ``miscoverage = 0`` puts all classes
-into S, which leaves W_i as trained alone.
+FedHelp's, see ``fedhelp_jax.losses.reference_code``) and is divided by the batch size twice. Here
+it is taken of W_i's, as in the paper. Step B follows step A on each batch, not after the whole
+epoch; scores are neither randomised nor is p rescaled by a fitted temperature; they are counted in
+2,048 bins. The penalty of the proxy stays as it is: the code adapts it, but no training uses the
+outcome. Masks: each pixel is an example, of the class that covers most of it. ``miscoverage = 0``
+puts all classes into S, which leaves W_i as trained alone.
 """
 
 import functools
@@ -45,8 +45,8 @@ from fedhelp_jax.algorithms.base import (
     private_client,
     supervised_loss,
 )
-from fedhelp_jax.client import Batch, Info, gradient_step
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean, set_ranking_loss
 from fedhelp_jax.models.model import Model, Variables, apply_model
 

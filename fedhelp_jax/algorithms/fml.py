@@ -25,8 +25,8 @@ from fedhelp_jax.algorithms.base import (
     private_client,
     supervised_loss,
 )
-from fedhelp_jax.client import Batch, Info, gradient_step
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
 

@@ -15,7 +15,7 @@ from fedhelp_jax.algorithms.base import (
     private_client,
     train_locally,
 )
-from fedhelp_jax.federation import ClientData
+from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.models.model import Variables
 
 

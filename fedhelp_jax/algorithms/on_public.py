@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
-from fedhelp_jax.client import gradient_step, predict, public_batches
-from fedhelp_jax.compilation import traced_once
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.federation import Pool, PublicPool
+from fedhelp_jax.algorithms.client import gradient_step, predict, public_batches
+from fedhelp_jax.core.compilation import traced_once
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.random import Purpose, for_purpose
+from fedhelp_jax.data.federation import Pool, PublicPool
 from fedhelp_jax.models.model import Model, Variables, apply_model
-from fedhelp_jax.random import Purpose, for_purpose
 
 
 def check_public(setup: Setup, name: str) -> PublicSpec:

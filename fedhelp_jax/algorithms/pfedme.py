@@ -30,8 +30,8 @@ from fedhelp_jax.algorithms.base import (
     proximal,
     supervised_loss,
 )
-from fedhelp_jax.client import Batch, Info, descend
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.algorithms.client import Batch, Info, descend
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.base import Setup, feature_width, one_pass
-from fedhelp_jax.client import Batch, Info
-from fedhelp_jax.federation import ClientData
+from fedhelp_jax.algorithms.client import Batch, Info
+from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.models.model import Model, Variables
 
 

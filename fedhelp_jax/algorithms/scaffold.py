@@ -32,9 +32,9 @@ from fedhelp_jax.algorithms.base import (
     init_shared,
     train_locally,
 )
-from fedhelp_jax.federation import ROLES, ClientData
+from fedhelp_jax.core.tree import weighted_mean
+from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
-from fedhelp_jax.tree import weighted_mean
 
 
 class ScaffoldSettings(NamedTuple):

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from fedhelp_jax.data.bad import Bad
-from fedhelp_jax.memory import check_fits
-from fedhelp_jax.storage import StorageError, replaced, storage_errors
+from fedhelp_jax.core.memory import check_fits
+from fedhelp_jax.core.storage import StorageError, replaced, storage_errors
+from fedhelp_jax.data.bad_examples import Bad
 
 # What a damaged .npz file raises.
 NPZ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)

@@ -3,22 +3,25 @@
 import logging
 from collections.abc import Sequence
 
-from fedhelp_jax.data.bad import Bad, BadExample
-from fedhelp_jax.data.clients import Splitting
-from fedhelp_jax.data.fed_isic2019 import load_fed_isic2019
-from fedhelp_jax.data.mask_folder import load_folder_public
-from fedhelp_jax.data.medmnist import load_medmnist
-from fedhelp_jax.data.npz import load_npz_public
-from fedhelp_jax.data.npz_masks import load_npz_masks
-from fedhelp_jax.data.phantom_tiles import load_phantom_public
-from fedhelp_jax.data.phantom_volumes import load_phantom_volume_public, load_phantom_volumes
-from fedhelp_jax.data.phantoms import load_phantoms
-from fedhelp_jax.data.prepared import load_prepared, load_prepared_public
-from fedhelp_jax.data.sharing import Sharing
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.memory import check_fits
+from fedhelp_jax.data.bad_examples import Bad, BadExample
+from fedhelp_jax.data.partition.clients import Splitting
+from fedhelp_jax.data.partition.sharing import Sharing
+from fedhelp_jax.data.readers.fed_isic2019 import load_fed_isic2019
+from fedhelp_jax.data.readers.mask_folder import load_folder_public
+from fedhelp_jax.data.readers.medmnist import load_medmnist
+from fedhelp_jax.data.readers.npz import load_npz_public
+from fedhelp_jax.data.readers.npz_masks import load_npz_masks
+from fedhelp_jax.data.readers.tfds import load_prepared, load_prepared_public
+from fedhelp_jax.data.synthetic.phantom_tiles import load_phantom_public
+from fedhelp_jax.data.synthetic.phantom_volumes import (
+    load_phantom_volume_public,
+    load_phantom_volumes,
+)
+from fedhelp_jax.data.synthetic.phantoms import load_phantoms
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated, check_public
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.memory import check_fits
-from fedhelp_jax.schema import PREPARED, DataConfig, PublicConfig
+from fedhelp_jax.settings.schema import PREPARED, DataConfig, PublicConfig
 
 logger = logging.getLogger(__name__)
 

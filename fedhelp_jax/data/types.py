@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedhelp_jax.data.bad import BadExample
-from fedhelp_jax.errors import UserError, first_of
+from fedhelp_jax.core.errors import UserError, first_of
+from fedhelp_jax.data.bad_examples import BadExample
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedhelp_jax.report import console as consoles
-from fedhelp_jax.report import files
-from fedhelp_jax.report.ranks import critical_difference_diagram
-from fedhelp_jax.report.significance import (
+from fedhelp_jax.report import run_files
+from fedhelp_jax.report.critical_difference import critical_difference_diagram
+from fedhelp_jax.report.statistics import (
     average_ranks,
     critical_difference,
     friedman_p_value,
@@ -19,7 +19,7 @@ from fedhelp_jax.report.significance import (
     paired_p_value,
 )
 from fedhelp_jax.report.summary import has_diverged
-from fedhelp_jax.report.typeset import BEST, SECOND, Cell, Grid, latex, markdown, print_grid
+from fedhelp_jax.report.tables import BEST, SECOND, Cell, Grid, latex, markdown, print_grid
 
 # Of the metrics, what the columns are called and whether larger is better; a gap is neither.
 _SCORES = (
@@ -120,10 +120,10 @@ def write_comparison(
             grids.append(_rank_grid(names, ranks, ranked, budget, distance))
             for picture in pictures:
                 critical_difference_diagram(picture, names, ranks, distance)
-    files.write_csv(folder / "runs.csv", *_run_lines(results))
-    files.write_csv(folder / "comparison.csv", *_comparison_lines(tables))
-    files.write_text(folder / "comparison.md", "\n".join(markdown(grid) for grid in grids))
-    files.write_text(folder / "comparison.tex", "\n".join(latex(grid) for grid in grids))
+    run_files.write_csv(folder / "runs.csv", *_run_lines(results))
+    run_files.write_csv(folder / "comparison.csv", *_comparison_lines(tables))
+    run_files.write_text(folder / "comparison.md", "\n".join(markdown(grid) for grid in grids))
+    run_files.write_text(folder / "comparison.tex", "\n".join(latex(grid) for grid in grids))
     for grid in grids:
         print_grid(grid)
 

@@ -15,9 +15,9 @@ from rich import box, progress
 from rich.console import Console
 from rich.table import Table
 
-from fedhelp_jax.divergence import NON_FINITE
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.report import files
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.report import run_files
+from fedhelp_jax.simulation.divergence import NON_FINITE
 
 # More of them are too narrow to be read beside each other.
 _MOST_METRICS = 6
@@ -172,7 +172,7 @@ def show(folders: Sequence[Path], console: Console | None = None) -> None:
     Raises:
         UserError: A folder holds no finished run.
     """
-    summaries = [files.read_summary(folder) for folder in folders]
+    summaries = [run_files.read_summary(folder) for folder in folders]
     for folder, summary in zip(folders, summaries, strict=True):
         if "algorithm" not in summary or not isinstance(summary.get("per_client"), list):
             raise UserError(f"{folder / 'summary.json'}: must hold algorithm and per_client")

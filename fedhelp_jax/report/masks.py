@@ -7,10 +7,10 @@ import numpy as np
 
 from fedhelp_jax.data.types import FederatedDataset
 from fedhelp_jax.metrics import NO_CLASS
-from fedhelp_jax.phases import RunState
+from fedhelp_jax.metrics.surface_distance import surface_metrics
 from fedhelp_jax.report.pictures import Row, segmentation_panel
-from fedhelp_jax.simulation import Simulation
-from fedhelp_jax.surface import surface_metrics
+from fedhelp_jax.simulation.round import RunState
+from fedhelp_jax.simulation.simulation import Simulation
 
 _SHOWN_CLIENTS = 3
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from fedhelp_jax.storage import replaced
+from fedhelp_jax.core.storage import replaced
 
 COLUMNS = ("image", "truth", "prediction", "error")
 

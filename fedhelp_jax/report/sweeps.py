@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fedhelp_jax.report import files
-from fedhelp_jax.storage import replaced
+from fedhelp_jax.core.storage import replaced
+from fedhelp_jax.report import run_files
 
 _MEASURES = ("small_mean", "large_mean", "worst_small", "gap")
 _MOST_TICKS = 8
@@ -27,12 +27,12 @@ def write_sweep(
       split: What was measured on, for the pictures.
     """
     columns = list(dict.fromkeys(name for row in table for name in row))
-    files.write_csv(folder / "runs.csv", columns, table)
+    run_files.write_csv(folder / "runs.csv", columns, table)
     if find_spec("pyarrow") is not None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = [files.plain(row) for row in table]
+        rows = [run_files.plain(row) for row in table]
         with replaced(folder / "runs.parquet") as beside:
             pq.write_table(pa.Table.from_pylist(rows), beside)
     for name in swept:
@@ -78,4 +78,4 @@ def draw(path: Path, name: str, table: Sequence[Mapping[str, Any]], split: str) 
     metric = str(table[0]["metric"]).replace("_", " ")
     figure.supxlabel(name, fontsize=9)
     figure.supylabel(f"{split} {metric}", fontsize=8)
-    files.write_figure(path, figure)
+    run_files.write_figure(path, figure)

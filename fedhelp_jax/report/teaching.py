@@ -9,9 +9,9 @@ from rich import progress
 from rich.console import Console
 
 from fedhelp_jax.report.console import duration
-from fedhelp_jax.schema import FoundationConfig
-from fedhelp_jax.teachers.ask import Plan
-from fedhelp_jax.teachers.foundation import Fingerprint
+from fedhelp_jax.settings.schema import FoundationConfig
+from fedhelp_jax.teachers.base import Fingerprint
+from fedhelp_jax.teachers.query import Plan
 
 _SECONDS_A_LINE = 5.0
 

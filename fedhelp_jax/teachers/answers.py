@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import log_softmax
 
-from fedhelp_jax.data.npz import take_images
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.readers.npz import take_images
 from fedhelp_jax.data.types import PublicDataset, image_sha256
-from fedhelp_jax.errors import UserError
 
 _READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 _NOT_ANSWERS = ("sha256", "images", "label_names", "fingerprint")

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedhelp_jax.data.images import resize_arrays
-from fedhelp_jax.schema import PIXEL_LAYOUTS, PIXEL_SCALES
+from fedhelp_jax.data.readers.images import resize_arrays
+from fedhelp_jax.settings.schema import PIXEL_LAYOUTS, PIXEL_SCALES
 
 # Mean and standard deviation per channel, of pixels in [0, 1]; None leaves pixels as they are.
 _STATISTICS = {

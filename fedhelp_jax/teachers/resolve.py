@@ -4,22 +4,22 @@ from pathlib import Path
 
 import numpy as np
 
-from fedhelp_jax.data.npz import read_npz
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.readers.npz import read_npz
 from fedhelp_jax.data.types import PublicDataset, content_sha256
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import FoundationConfig, TeacherConfig
+from fedhelp_jax.settings.schema import FoundationConfig, TeacherConfig
 from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers, log_probabilities
-from fedhelp_jax.teachers.foundation import FoundationModel
+from fedhelp_jax.teachers.backends.hf_zero_shot import HuggingFaceZeroShot
+from fedhelp_jax.teachers.backends.litert import LiteRTModel
+from fedhelp_jax.teachers.backends.onnx import OnnxModel
+from fedhelp_jax.teachers.backends.open_inference import OpenInferenceModel
+from fedhelp_jax.teachers.backends.self_trained import SelfTrained
+from fedhelp_jax.teachers.backends.simulated import simulate_answers
+from fedhelp_jax.teachers.base import FoundationModel
 from fedhelp_jax.teachers.heads import class_vector_logits, linear_probe_logits
-from fedhelp_jax.teachers.hf_zero_shot import HuggingFaceZeroShot
-from fedhelp_jax.teachers.litert import LiteRTModel
-from fedhelp_jax.teachers.onnx import OnnxModel
-from fedhelp_jax.teachers.open_inference import OpenInferenceModel
+from fedhelp_jax.teachers.http import Transport
 from fedhelp_jax.teachers.preprocessing import Preprocessing
-from fedhelp_jax.teachers.self_trained import SelfTrained
-from fedhelp_jax.teachers.simulated import simulate_answers
 from fedhelp_jax.teachers.store import AnswerStore, Precision
-from fedhelp_jax.teachers.transport import Transport
 
 
 class AnswersMissing(UserError):

@@ -3,8 +3,8 @@
 import re
 from urllib.parse import urlsplit
 
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import FoundationConfig, TeacherConfig
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.settings.schema import FoundationConfig, TeacherConfig
 
 
 def check_teacher(teacher: TeacherConfig) -> None:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.locks import exclusive_lock
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.locks import exclusive_lock
 from fedhelp_jax.teachers.answers import log_probabilities
-from fedhelp_jax.teachers.foundation import Fingerprint
+from fedhelp_jax.teachers.base import Fingerprint
 
 if TYPE_CHECKING:
     import lmdb

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from fedhelp_jax.data.fed_isic2019 import load_fed_isic2019
+from fedhelp_jax.data.readers.fed_isic2019 import load_fed_isic2019
 
 COLUMNS = ("image_id", "target", "center", "fold", "lesion_id")
 

@@ -13,13 +13,12 @@ from commands import fedhelp, refusal
 from PIL import Image
 from tensorflow_datasets.core import file_adapters
 
-from fedhelp_jax.data import downloads, parts
-from fedhelp_jax.data.builders import BUILDERS
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.locks import exclusive_lock
+from fedhelp_jax.data.builders import BUILDERS, downloads, resumable_map
 from fedhelp_jax.data.builders.base import decoded
-from fedhelp_jax.data.images import load_images
-from fedhelp_jax.data.prepare import builder, names
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.locks import exclusive_lock
+from fedhelp_jax.data.builders.prepare import builder, names
+from fedhelp_jax.data.readers.images import load_images
 
 # A configuration of each builder.
 NAMES = [next(full for full in names() if full.partition("/")[0] == name) for name in BUILDERS]
@@ -148,7 +147,7 @@ def no_space_for_records(path, iterator):
 @pytest.mark.parametrize(
     ("where", "name", "full"),
     [
-        (parts, "write_npz", no_space),
+        (resumable_map, "write_npz", no_space),
         (file_adapters.ArrayRecordFileAdapter, "write_examples", no_space_for_records),
     ],
 )

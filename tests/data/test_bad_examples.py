@@ -16,18 +16,18 @@ from helpers import refusal as refused
 from PIL import Image
 from toy_sets import write_set
 
-from fedhelp_jax.config import RunConfig
-from fedhelp_jax.data import images as images_module
-from fedhelp_jax.data import stored_set
-from fedhelp_jax.data.bad import Bad
-from fedhelp_jax.data.files import Files
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.bad_examples import Bad
 from fedhelp_jax.data.load import load_federated, load_public
+from fedhelp_jax.data.readers import images as images_module
+from fedhelp_jax.data.readers import stored_set
+from fedhelp_jax.data.readers.files import Files
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, of_federated, of_public
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.report.shares import share_rows
-from fedhelp_jax.schema import DataConfig, PublicConfig
-from fedhelp_jax.teachers.foundation import clear_public
-from fedhelp_jax.unused import needed_for
+from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.experiments.unused import needed_for
+from fedhelp_jax.report.client_distribution import share_rows
+from fedhelp_jax.settings.schema import DataConfig, PublicConfig
+from fedhelp_jax.teachers.base import clear_public
 
 COUNT, BAD = 20, 3
 Load = Callable[[str], FederatedDataset | PublicDataset]

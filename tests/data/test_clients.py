@@ -5,10 +5,10 @@ import logging
 import numpy as np
 import pytest
 
-from fedhelp_jax.data.clients import Column, Examples, Splitting, make_clients
-from fedhelp_jax.data.sharing import Sharing
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import SHARINGS
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.partition.clients import Column, Examples, Splitting, make_clients
+from fedhelp_jax.data.partition.sharing import Sharing
+from fedhelp_jax.settings.schema import SHARINGS
 
 # 240 images of 80 patients, three each, at three hospitals.
 PATIENT = np.repeat(np.arange(80), 3)

@@ -9,7 +9,7 @@ import pytest
 from helpers import refusal
 from PIL import Image
 
-from fedhelp_jax.data.pictures import decode_picture, picture_stem
+from fedhelp_jax.data.decode import decode_picture, picture_stem
 
 GREYS = np.random.default_rng(0).integers(0, 4096, (6, 9)).astype(np.uint16)
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)

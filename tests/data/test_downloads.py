@@ -6,9 +6,9 @@ import zipfile
 
 import pytest
 
-from fedhelp_jax.data import downloads
-from fedhelp_jax.data.downloads import Download, check_present, check_unique
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.builders import downloads
+from fedhelp_jax.data.builders.downloads import Download, check_present, check_unique
 
 FILES = {"Set/images/a.png": b"A", "Set/images/b.png": b"B" * 1000, "Set/table.csv": b"id\na\n"}
 LITTER = {"__MACOSX/Set/images/._a.png": b"x", "Set/.DS_Store": b"x", "Set/images/._b.png": b"x"}

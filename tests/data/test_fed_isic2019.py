@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from isic_files import COLUMNS, IsicFiles, jpeg
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.types import check_federated
-from fedhelp_jax.errors import UserError
 
 
 @pytest.fixture

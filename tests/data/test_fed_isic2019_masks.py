@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from isic_files import IsicFiles, mask_of, png
 
-from fedhelp_jax.data import fed_isic2019, images
-from fedhelp_jax.data.fed_isic2019 import load_fed_isic2019
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.readers import fed_isic2019, images
+from fedhelp_jax.data.readers.fed_isic2019 import load_fed_isic2019
 from fedhelp_jax.data.types import check_federated
-from fedhelp_jax.errors import UserError
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedhelp_jax.data import images as module
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.cache import cache_folder
-from fedhelp_jax.data.files import find_images
-from fedhelp_jax.data.images import existing_path, load_images, resize_arrays
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.readers import images as module
+from fedhelp_jax.data.readers.files import find_images
+from fedhelp_jax.data.readers.images import existing_path, load_images, resize_arrays
 
 NAMES = ["images/a.jpg", "images/b.png", "c.jpeg"]
 

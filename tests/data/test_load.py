@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedhelp_jax.data import fed_isic2019
-from fedhelp_jax.data.images import Decoded
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.load import load_federated, load_public
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import DataConfig, PublicConfig
+from fedhelp_jax.data.readers import fed_isic2019
+from fedhelp_jax.data.readers.images import Decoded
+from fedhelp_jax.settings.schema import DataConfig, PublicConfig
 
 
 @pytest.fixture

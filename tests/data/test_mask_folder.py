@@ -10,9 +10,9 @@ import pytest
 from helpers import refusal
 from PIL import Image
 
-from fedhelp_jax.data import images as module
-from fedhelp_jax.data.images import load_images
-from fedhelp_jax.data.mask_folder import load_folder_public
+from fedhelp_jax.data.readers import images as module
+from fedhelp_jax.data.readers.images import load_images
+from fedhelp_jax.data.readers.mask_folder import load_folder_public
 from fedhelp_jax.data.types import image_sha256
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 from helpers import refusal
 from PIL import Image
 
-from fedhelp_jax.data.masks import class_masks, decode_mask, stored_values
+from fedhelp_jax.data.readers.masks import class_masks, decode_mask, stored_values
 
 RNG = np.random.default_rng(0)
 BINARY = RNG.integers(0, 2, (4, 6, 5), dtype=np.uint8)

@@ -8,7 +8,7 @@ nibabel = pytest.importorskip("nibabel")
 
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform  # noqa: E402
 
-from fedhelp_jax.data.nifti import read_pair  # noqa: E402
+from fedhelp_jax.data.builders.nifti import read_pair  # noqa: E402
 
 RNG = np.random.default_rng(0)
 VOLUME = RNG.normal(size=(5, 6, 7)).astype(np.float32)

@@ -3,13 +3,13 @@ import hashlib
 import numpy as np
 import pytest
 
-from fedhelp_jax.data.clients import Splitting
-from fedhelp_jax.data.medmnist import load_medmnist
-from fedhelp_jax.data.npz import load_npz_public
-from fedhelp_jax.data.sharing import Sharing
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.partition.clients import Splitting
+from fedhelp_jax.data.partition.sharing import Sharing
+from fedhelp_jax.data.readers.medmnist import load_medmnist
+from fedhelp_jax.data.readers.npz import load_npz_public
+from fedhelp_jax.data.readers.volumes import resize_volumes
 from fedhelp_jax.data.types import check_federated
-from fedhelp_jax.data.volumes import resize_volumes
-from fedhelp_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (30, 10, 12), dtype=np.uint8)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from helpers import refusal
 
-from fedhelp_jax.data.images import resize_arrays
-from fedhelp_jax.data.npz_masks import load_npz_masks
+from fedhelp_jax.data.readers.images import resize_arrays
+from fedhelp_jax.data.readers.npz_masks import load_npz_masks
+from fedhelp_jax.data.readers.volumes import resize_volumes, scanner_shift
 from fedhelp_jax.data.types import check_federated
-from fedhelp_jax.data.volumes import resize_volumes, scanner_shift
 
 RNG = np.random.default_rng(0)
 N = 40

@@ -4,14 +4,14 @@ import sys
 import numpy as np
 import pytest
 
-from fedhelp_jax.data.partition import (
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.partition.fractions import (
     grouped_holdout,
     partition,
     rng_for,
     split_sizes,
     split_validation,
 )
-from fedhelp_jax.errors import UserError
 
 FRACTIONS = (0.60, 0.20, 0.08, 0.06, 0.04, 0.02)
 
@@ -29,7 +29,8 @@ def test_draws_depend_on_seed_purpose_and_client_alone():
 
 def test_draws_are_the_same_in_every_process():
     # `hash` of a string is not.
-    code = "from fedhelp_jax.data.partition import rng_for; print(rng_for(0, 'word', 1).random())"
+    module = "fedhelp_jax.data.partition.fractions"
+    code = f"from {module} import rng_for; print(rng_for(0, 'word', 1).random())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert float(result.stdout) == rng_for(0, "word", 1).random()
 

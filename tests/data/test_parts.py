@@ -6,9 +6,9 @@ import threading
 import numpy as np
 import pytest
 
-from fedhelp_jax.data import parts
+from fedhelp_jax.data.builders import resumable_map
 
-made = functools.partial(parts.made, size=4)
+made = functools.partial(resumable_map.made, size=4)
 
 
 def example(i):
@@ -32,7 +32,7 @@ def assert_equal(found, numbers):
 def test_examples_come_in_order_from_several_threads_and_again_from_what_is_kept(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(parts.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(resumable_map.os, "cpu_count", lambda: 2)
     told, both = [], threading.Barrier(2, timeout=60)
 
     def make(i):

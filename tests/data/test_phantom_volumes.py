@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from fedhelp_jax.data import phantom_volumes
-from fedhelp_jax.data.phantom_volumes import (
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.synthetic import phantom_volumes
+from fedhelp_jax.data.synthetic.phantom_volumes import (
     load_phantom_volume_public,
     load_phantom_volumes,
     phantom_organs,
     phantom_scanner,
 )
-from fedhelp_jax.data.procedural import blurred_3d, grid_3d, waves_3d
+from fedhelp_jax.data.synthetic.procedural import blurred_3d, grid_3d, waves_3d
 from fedhelp_jax.data.types import check_federated, image_sha256
-from fedhelp_jax.errors import UserError
 
 SIZE = (24, 32, 24)
 

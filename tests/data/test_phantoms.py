@@ -3,13 +3,13 @@ import time
 import numpy as np
 import pytest
 
-from fedhelp_jax.data import phantoms
-from fedhelp_jax.data.phantom_tiles import LABEL_NAMES as TILE_NAMES
-from fedhelp_jax.data.phantom_tiles import MASK_NAMES as NUCLEI_NAMES
-from fedhelp_jax.data.phantom_tiles import load_phantom_public, phantom_tiles
-from fedhelp_jax.data.phantoms import load_phantoms, phantom_camera, phantom_images
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.synthetic import phantoms
+from fedhelp_jax.data.synthetic.phantom_tiles import LABEL_NAMES as TILE_NAMES
+from fedhelp_jax.data.synthetic.phantom_tiles import MASK_NAMES as NUCLEI_NAMES
+from fedhelp_jax.data.synthetic.phantom_tiles import load_phantom_public, phantom_tiles
+from fedhelp_jax.data.synthetic.phantoms import load_phantoms, phantom_camera, phantom_images
 from fedhelp_jax.data.types import check_federated, image_sha256
-from fedhelp_jax.errors import UserError
 
 
 def load(num_examples=100, fractions=(0.6, 0.3, 0.1), seed=0, **changes):

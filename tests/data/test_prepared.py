@@ -6,10 +6,10 @@ from commands import CONFIG, fedhelp, read, refusal, train
 from helpers import use_tiny_networks
 from isic_files import IsicFiles
 
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.builders.prepare import prepare
 from fedhelp_jax.data.load import load_federated
-from fedhelp_jax.data.prepare import prepare
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import DataConfig
+from fedhelp_jax.settings.schema import DataConfig
 
 
 @pytest.fixture

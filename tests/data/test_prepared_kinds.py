@@ -7,12 +7,12 @@ import pytest
 import tensorflow_datasets as tfds
 from toy_sets import write_set
 
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.builders.prepare import prepare
 from fedhelp_jax.data.load import load_federated, load_public
-from fedhelp_jax.data.prepare import prepare
+from fedhelp_jax.data.readers.volumes import resize_mask, resize_volume, resize_volumes
 from fedhelp_jax.data.types import image_sha256
-from fedhelp_jax.data.volumes import resize_mask, resize_volume, resize_volumes
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import DataConfig, PublicConfig
+from fedhelp_jax.settings.schema import DataConfig, PublicConfig
 
 FRACTIONS = (0.5, 0.3, 0.2)
 

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from fedhelp_jax.data.builders.lung_masks import LungMasks
+from fedhelp_jax.data.builders.prepare import prepare
 from fedhelp_jax.data.load import load_federated
-from fedhelp_jax.data.prepare import prepare
-from fedhelp_jax.schema import DataConfig
+from fedhelp_jax.settings.schema import DataConfig
 
 
 def write_png(path, pixels):

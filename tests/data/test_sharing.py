@@ -8,9 +8,10 @@ import pytest
 from commands import refusal, train
 from helpers import use_tiny_networks
 
-from fedhelp_jax.data import sharing as sharings
-from fedhelp_jax.data.partition import partition, rng_for
-from fedhelp_jax.data.sharing import (
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.partition import sharing as sharings
+from fedhelp_jax.data.partition.fractions import partition, rng_for
+from fedhelp_jax.data.partition.sharing import (
     Sharing,
     looks,
     share_out,
@@ -18,8 +19,7 @@ from fedhelp_jax.data.sharing import (
     share_out_by_looks,
     units_of,
 )
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.schema import SHARINGS
+from fedhelp_jax.settings.schema import SHARINGS
 
 LABELS = np.repeat(np.arange(5), [400, 300, 200, 60, 40])
 EQUAL = Sharing(fractions=(0.25,) * 4, num_clients=4)

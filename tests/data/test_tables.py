@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers import refusal
 
-from fedhelp_jax.data.tables import group_of, is_unknown, read_table
+from fedhelp_jax.data.readers.tables import group_of, is_unknown, read_table
 
 UNKNOWN = ("", "  ", "nan", "NaN", "NA", "N/A", "None", "null", "<NA>", "#N/A", " nan ", "unknown")
 

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data import types
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset, check_federated, image_sha256
-from fedhelp_jax.errors import UserError
 
 
 def split(name="a", train=(0,), validation=(), test=(1,)):

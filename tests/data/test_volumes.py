@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedhelp_jax.data import volumes as module
-from fedhelp_jax.data.volumes import resize_volumes, scanner_shift
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.readers import volumes as module
+from fedhelp_jax.data.readers.volumes import resize_volumes, scanner_shift
 
 VOLUMES = np.random.default_rng(0).integers(0, 256, (3, 8, 9, 10), dtype=np.uint8)
 

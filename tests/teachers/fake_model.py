@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedhelp_jax.teachers.foundation import Fingerprint, PublicImages
+from fedhelp_jax.teachers.base import Fingerprint, PublicImages
 
 
 class FakeModel:

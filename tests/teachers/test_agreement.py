@@ -9,10 +9,10 @@ import pytest
 from helpers import PUBLIC_CLASSES, tiny_public
 from scipy.special import softmax
 
-from fedhelp_jax import teach as teach_lib
+from fedhelp_jax.experiments import teach as teach_lib
+from fedhelp_jax.experiments.teach import agreement
 from fedhelp_jax.metrics import classification_metrics
 from fedhelp_jax.report import teaching as report
-from fedhelp_jax.teach import agreement
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.heads import linear_probe_logits
 

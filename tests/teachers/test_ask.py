@@ -7,10 +7,10 @@ import pytest
 from fake_model import FakeModel
 from helpers import public_images, refusal, tiny_public
 
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.teachers import ask
-from fedhelp_jax.teachers.ask import Pace, carry_out, make_plan
-from fedhelp_jax.teachers.foundation import TransientError
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.teachers import query
+from fedhelp_jax.teachers.base import TransientError
+from fedhelp_jax.teachers.query import Pace, carry_out, make_plan
 from fedhelp_jax.teachers.store import AnswerStore, Precision
 
 COUNT, BATCH = 22, 4
@@ -31,7 +31,7 @@ def images():
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(ask, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(query, "_FIRST_PAUSE", 0.001)
 
 
 class Asking:
@@ -232,7 +232,7 @@ def test_what_may_pass_is_tried_again(asking):
 
 def test_pauses_double_up_to_the_longest(asking, monkeypatch):
     """Up to a random part, which is left out here."""
-    monkeypatch.setattr(ask, "_FIRST_PAUSE", 0.04)
+    monkeypatch.setattr(query, "_FIRST_PAUSE", 0.04)
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     times = []
 
@@ -248,7 +248,7 @@ def test_pauses_double_up_to_the_longest(asking, monkeypatch):
 
 def test_pauses_differ(asking, monkeypatch):
     """Or else all who were sent away would come back at once."""
-    monkeypatch.setattr(ask, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(query, "_FIRST_PAUSE", 0.02)
     drawn, uniform = [], random.uniform
 
     def draw(low, high):

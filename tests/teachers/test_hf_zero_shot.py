@@ -10,12 +10,12 @@ from helpers import public_images
 from PIL import Image
 from scipy.special import softmax
 
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.teachers.ask import Pace, carry_out, make_plan
-from fedhelp_jax.teachers.foundation import FoundationModel, TransientError
-from fedhelp_jax.teachers.hf_zero_shot import HuggingFaceZeroShot
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.teachers.backends.hf_zero_shot import HuggingFaceZeroShot
+from fedhelp_jax.teachers.base import FoundationModel, TransientError
+from fedhelp_jax.teachers.http import Transport
+from fedhelp_jax.teachers.query import Pace, carry_out, make_plan
 from fedhelp_jax.teachers.store import AnswerStore, Precision
-from fedhelp_jax.teachers.transport import Transport
 
 LABELS = ("naevus", "mélanome", "benign keratosis", "other")
 PATH = "/models/clip"

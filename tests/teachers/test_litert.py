@@ -12,8 +12,8 @@ import pytest
 from helpers import public_images
 from PIL import Image
 
-from fedhelp_jax.teachers.foundation import FoundationModel
-from fedhelp_jax.teachers.litert import LiteRTModel
+from fedhelp_jax.teachers.backends.litert import LiteRTModel
+from fedhelp_jax.teachers.base import FoundationModel
 from fedhelp_jax.teachers.preprocessing import Preprocessing
 
 litert = pytest.importorskip("ai_edge_litert.interpreter", reason="ai-edge-litert is absent")

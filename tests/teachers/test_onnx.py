@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from helpers import public_images
 
-from fedhelp_jax.teachers.foundation import FoundationModel
-from fedhelp_jax.teachers.onnx import OnnxModel
+from fedhelp_jax.teachers.backends.onnx import OnnxModel
+from fedhelp_jax.teachers.base import FoundationModel
 from fedhelp_jax.teachers.preprocessing import Preprocessing
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is absent")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedhelp_jax.schema import PIXEL_LAYOUTS, PIXEL_SCALES
+from fedhelp_jax.settings.schema import PIXEL_LAYOUTS, PIXEL_SCALES
 from fedhelp_jax.teachers.preprocessing import Preprocessing
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (4, 10, 12, 3), dtype=np.uint8)

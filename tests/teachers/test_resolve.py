@@ -6,9 +6,9 @@ from fake_model import FakeModel
 from helpers import PUBLIC_CLASSES, refusal, tiny_dataset, tiny_public
 from scipy.special import expit, softmax
 
-from fedhelp_jax import teach as teach_lib
-from fedhelp_jax.config import RunConfig
-from fedhelp_jax.schema import FoundationConfig, PublicConfig, TeacherConfig
+from fedhelp_jax.experiments import teach as teach_lib
+from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.settings.schema import FoundationConfig, PublicConfig, TeacherConfig
 from fedhelp_jax.teachers import resolve
 from fedhelp_jax.teachers.answers import Answers, save_answers
 from fedhelp_jax.teachers.heads import linear_probe_logits

@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 from helpers import public_images, tiny_model, tiny_public
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.types import PublicDataset, image_sha256
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.teachers import self_trained
-from fedhelp_jax.teachers.foundation import FoundationModel
-from fedhelp_jax.teachers.self_trained import SelfTrained
+from fedhelp_jax.teachers.backends import self_trained
+from fedhelp_jax.teachers.backends.self_trained import SelfTrained
+from fedhelp_jax.teachers.base import FoundationModel
 
 COUNT, CLASSES, EPOCHS = 90, 3, 300
 

@@ -12,7 +12,7 @@ from helpers import refusal
 from scipy.special import softmax
 
 from fedhelp_jax.teachers import store as store_lib
-from fedhelp_jax.teachers.foundation import Fingerprint
+from fedhelp_jax.teachers.base import Fingerprint
 from fedhelp_jax.teachers.store import AnswerStore, Precision, decode, encode
 
 CLASSES = 9
@@ -406,7 +406,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from fedhelp_jax.teachers import store
-from fedhelp_jax.teachers.foundation import Fingerprint
+from fedhelp_jax.teachers.base import Fingerprint
 folder, free, first, last, *fingerprint = sys.argv[1:]
 store._FREE_BYTES = int(free)
 names = tuple(fingerprint[3].split("|"))
@@ -570,8 +570,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path, content, write):
 _READER = """\
 import sys
 from pathlib import Path
-from fedhelp_jax.errors import UserError
-from fedhelp_jax.teachers.foundation import Fingerprint
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.teachers.base import Fingerprint
 from fedhelp_jax.teachers.store import AnswerStore, Precision
 fingerprint = Fingerprint("tiny", "1", "none", ())
 try:

@@ -8,10 +8,10 @@ from commands import fedhelp
 from commands import refusal as refusal_of_command
 from helpers import refusal
 
-from fedhelp_jax import config as config_lib
-from fedhelp_jax.config import default_config, from_dict, to_dict, validate
-from fedhelp_jax.identity import differences
-from fedhelp_jax.schema import FoundationConfig
+from fedhelp_jax.experiments import config as config_lib
+from fedhelp_jax.experiments.config import default_config, from_dict, to_dict, validate
+from fedhelp_jax.experiments.identity import differences
+from fedhelp_jax.settings.schema import FoundationConfig
 
 # --- settings that do not go together ---
 
@@ -164,7 +164,7 @@ def test_a_key_that_no_member_takes_over_is_refused_too():
 
 def test_a_key_on_the_command_line_is_not_shown(tmp_path, capsys):
     file = tmp_path / "config.py"
-    file.write_text("from fedhelp_jax.config import default_config as get_config\n")
+    file.write_text("from fedhelp_jax.experiments.config import default_config as get_config\n")
     command = f"teach --config={file} --config.teacher.api_key_env={KEY}"
     for rest in ("", "--config.rounds=x", "--config.teacher.members=x", "--config.nothing=1"):
         line = refusal_of_command(capsys, fedhelp(f"{command} {rest}"))

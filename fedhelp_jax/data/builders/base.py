@@ -17,12 +17,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from fedhelp_jax.data.bad import QUARANTINE, BadExample, refuse_too_many
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.bad_examples import QUARANTINE, BadExample, refuse_too_many
+from fedhelp_jax.data.builders.downloads import KEY, Download
 from fedhelp_jax.data.builders.fetch import Remote
-from fedhelp_jax.data.downloads import KEY, Download
-from fedhelp_jax.data.parts import SIZE, Example, made
-from fedhelp_jax.data.pictures import decode_picture
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.resumable_map import SIZE, Example, made
+from fedhelp_jax.data.decode import decode_picture
 
 
 class About(NamedTuple):

@@ -12,9 +12,9 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.util import DownloadError
 
+from fedhelp_jax.core.errors import UserError, suggest
+from fedhelp_jax.core.storage import storage_fault
 from fedhelp_jax.data.builders.base import About
-from fedhelp_jax.errors import UserError, suggest
-from fedhelp_jax.storage import storage_fault
 
 # TFDS waits twice as long before each, from 0.2 s; its own 10 take minutes without a network.
 _RETRIES = 4

@@ -9,12 +9,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, upright
-from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
-from fedhelp_jax.data.fed_isic2019 import LABEL_NAMES
-from fedhelp_jax.data.parts import Example
-from fedhelp_jax.data.tables import group_of
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.downloads import KEY, Download, check_present, check_unique
+from fedhelp_jax.data.builders.resumable_map import Example
+from fedhelp_jax.data.readers.fed_isic2019 import LABEL_NAMES
+from fedhelp_jax.data.readers.tables import group_of
 
 _RAW = "ISIC_2019_Training_Input"
 _PREPROCESSED = ("ISIC_2019_Training_Input_preprocessed", "images")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from fedhelp_jax.data.downloads import KEY, md5_of
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.builders.downloads import KEY, md5_of
 
 _TIMEOUT = 30.0  # seconds without a byte
 _BLOCK = 2**20

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.base import About, Builder, Item, png
-from fedhelp_jax.data.builders.greys import grey, grey_png
-from fedhelp_jax.data.downloads import KEY, Download, check_present
-from fedhelp_jax.data.parts import Example
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.downloads import KEY, Download, check_present
+from fedhelp_jax.data.builders.radiographs import grey, grey_png
+from fedhelp_jax.data.builders.resumable_map import Example
 
 _SITES = {"CHNCXR": "shenzhen", "MCUCXR": "montgomery"}
 _NAME = re.compile(r"(CHNCXR|MCUCXR)_\d{4}_([01])")

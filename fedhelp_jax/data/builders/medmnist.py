@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.base import About, Builder, Item, png
+from fedhelp_jax.data.builders.downloads import KEY, Download, check_size, md5_of
 from fedhelp_jax.data.builders.fetch import Remote
+from fedhelp_jax.data.builders.resumable_map import Example
 from fedhelp_jax.data.cache import NPZ_ERRORS
-from fedhelp_jax.data.downloads import KEY, Download, check_size, md5_of
-from fedhelp_jax.data.parts import Example
-from fedhelp_jax.errors import UserError
 
 # By name: source, task, licence, dimensions, channels, official counts, labels, and md5 by size.
 SUBSETS: dict[str, dict[str, Any]] = json.loads(

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fedhelp_jax.data import nifti
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.builders import nifti
 from fedhelp_jax.data.builders.base import About, Builder, Item
-from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique, md5_of
-from fedhelp_jax.data.parts import Example
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.downloads import KEY, Download, check_present, check_unique, md5_of
+from fedhelp_jax.data.builders.resumable_map import Example
 
 _LIST = "dataset.json"
 

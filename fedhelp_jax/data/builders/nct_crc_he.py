@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, png
-from fedhelp_jax.data.downloads import KEY, Download
-from fedhelp_jax.data.parts import Example
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.downloads import KEY, Download
+from fedhelp_jax.data.builders.resumable_map import Example
 
 _FOLDERS = {"train": "NCT-CRC-HE-100K", "test": "CRC-VAL-HE-7K"}
 _SPLITS = {

@@ -8,11 +8,11 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.base import About, Builder, Item
-from fedhelp_jax.data.builders.greys import grey_png
-from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
-from fedhelp_jax.data.parts import Example
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.downloads import KEY, Download, check_present, check_unique
+from fedhelp_jax.data.builders.radiographs import grey_png
+from fedhelp_jax.data.builders.resumable_map import Example
 
 _TABLE = "Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv"
 _PATTERN = "Data_Entry_2017*.csv"

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, png, upright
-from fedhelp_jax.data.downloads import KEY, Download, check_present, check_unique
-from fedhelp_jax.data.masks import decode_mask
-from fedhelp_jax.data.parts import Example
-from fedhelp_jax.data.tables import group_of
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.downloads import KEY, Download, check_present, check_unique
+from fedhelp_jax.data.builders.resumable_map import Example
+from fedhelp_jax.data.readers.masks import decode_mask
+from fedhelp_jax.data.readers.tables import group_of
 
 _METADATA = ("HAM10000_metadata", "HAM10000_metadata.csv", "HAM10000_metadata.tab")
 # Of the column `dataset`, which the oldest release of the table lacks.

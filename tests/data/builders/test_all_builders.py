@@ -3,7 +3,7 @@
 import pytest
 
 from fedhelp_jax.data.builders import BUILDERS
-from fedhelp_jax.data.prepare import builder, names
+from fedhelp_jax.data.builders.prepare import builder, names
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))

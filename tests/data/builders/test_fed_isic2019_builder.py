@@ -10,11 +10,11 @@ import pytest
 from commands import fedhelp, refusal
 from PIL import Image
 
-from fedhelp_jax.data import prepare as preparing
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders import base
+from fedhelp_jax.data.builders import prepare as preparing
 from fedhelp_jax.data.builders.fed_isic2019 import FedIsic2019, preprocess
-from fedhelp_jax.data.prepare import builder, names, prepare
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.prepare import builder, names, prepare
 
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
 # Image, diagnosis, centre, fold, lesion.

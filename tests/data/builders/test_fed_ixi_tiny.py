@@ -10,9 +10,9 @@ import nibabel
 import numpy as np
 import pytest
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.fed_ixi_tiny import FedIxiTiny, area_resize, normalise
-from fedhelp_jax.data.prepare import prepare
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.prepare import prepare
 
 # As the publisher names them; the last one is not in the table.
 SUBJECTS = ("IXI002-Guys-0828", "IXI012-HH-1211", "IXI035-IOP-0873", "IXI013-HH-1212")

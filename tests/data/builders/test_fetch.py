@@ -9,7 +9,7 @@ import pytest
 from commands import fedhelp, refusal
 
 from fedhelp_jax.data.builders import fetch, medmnist
-from fedhelp_jax.data.prepare import builder, describe, prepare
+from fedhelp_jax.data.builders.prepare import builder, describe, prepare
 
 NAME, FILE = "medmnist/breastmnist_28", "breastmnist.npz"
 

@@ -7,9 +7,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders import BUILDERS
-from fedhelp_jax.data.prepare import builder, describe, prepare
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.prepare import builder, describe, prepare
 
 NAME = "lung_masks"
 SHENZHEN = ("CHNCXR_0001_0", "CHNCXR_0025_0", "CHNCXR_0340_1", "CHNCXR_0662_1")

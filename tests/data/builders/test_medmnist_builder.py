@@ -8,9 +8,9 @@ import zipfile
 import numpy as np
 import pytest
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.medmnist import SUBSETS
-from fedhelp_jax.data.prepare import builder, describe, prepare
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.prepare import builder, describe, prepare
 
 COUNTS = {"train": 5, "val": 3, "test": 4}
 
@@ -116,7 +116,7 @@ def test_an_exchanged_file_is_not_mixed_with_an_earlier_attempt(files, monkeypat
     """Labels and places are the same in both files: only the images differ."""
     arrays = arrays_of()
     files.write("breastmnist.npz", arrays)
-    module = sys.modules["fedhelp_jax.data.prepare"]
+    module = sys.modules["fedhelp_jax.data.builders.prepare"]
     with monkeypatch.context() as stopped:
         stopped.setattr(module.shutil, "rmtree", lambda folder: None)  # what is made stays
         folder = files.prepare("breastmnist_28")

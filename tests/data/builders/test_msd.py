@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from fedhelp_jax.data import parts
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.builders import resumable_map
 from fedhelp_jax.data.builders.msd import Msd
-from fedhelp_jax.data.prepare import describe, prepare
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.prepare import describe, prepare
 
 CASES = ("hippocampus_367", "hippocampus_304", "hippocampus_204", "hippocampus_003")
 # As published, with its spelling of licence and release.
@@ -219,13 +219,13 @@ def test_archives_are_closed(manual, monkeypatch, fails):
 
 
 def test_only_a_few_cases_lie_in_memory(manual, monkeypatch):
-    sizes, write = [], parts._write
+    sizes, write = [], resumable_map._write
 
     def spy(path, examples):
         sizes.append(len(examples))
         write(path, examples)
 
-    monkeypatch.setattr(parts, "_write", spy)
+    monkeypatch.setattr(resumable_map, "_write", spy)
     manual.write().prepare()
     assert sizes == [2, 2]
 

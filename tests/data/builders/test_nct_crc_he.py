@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders import BUILDERS
-from fedhelp_jax.data.prepare import builder, describe, prepare
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.prepare import builder, describe, prepare
 
 NAME = "nct_crc_he"
 TRAIN, TEST = "NCT-CRC-HE-100K", "CRC-VAL-HE-7K"

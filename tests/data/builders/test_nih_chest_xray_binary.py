@@ -8,9 +8,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders import BUILDERS
-from fedhelp_jax.data.prepare import builder, describe, prepare
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.data.builders.prepare import builder, describe, prepare
 
 NAME = "nih_chest_xray_binary"
 V2020 = (

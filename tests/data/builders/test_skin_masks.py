@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedhelp_jax.data.prepare import builder, prepare
-from fedhelp_jax.errors import UserError
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.builders.prepare import builder, prepare
 
 COLUMNS = (
     "lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization", "dataset",

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from fedhelp_jax.cli.main import main_entry
+
+__all__ = ["main_entry"]

@@ -1,0 +1,1 @@
+"""What all rooms stand on: errors, trees, random keys, compilation, files, other processes."""

@@ -1,0 +1,356 @@
+"""Many processes as one run: joining them, what all must agree on, and the loss of one of them.
+
+Every process runs the same program on its own devices; those of all make up one mesh. Besides that
+they tell each other they are alive, through the key-value store of JAX's coordination service, and
+why they end if they do. JAX itself would end a process that misses another by an abort with a stack
+trace, and leave one that waits in a collective of an idle network waiting.
+"""
+
+import collections
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.storage import storage_errors
+
+LOST = 3  # the exit code where another process is lost
+
+_START_TIMEOUT = 290  # seconds; JAX's own is 300
+
+_LONGEST_WAIT = 30 * 24 * 3600  # seconds, for the one with the most to do
+
+_ALIVE, _ENDED = "fedhelp/alive", "fedhelp/ended"
+
+
+class Address(NamedTuple):
+    """Where the processes meet; None is what JAX detects (SLURM, GKE, TPU pods, Open MPI).
+
+    Attributes:
+      coordinator_address: ``HOST:PORT`` of process 0.
+      num_processes: How many there are.
+      process_id: Which this one is, from 0.
+      heartbeat_timeout: Seconds without a sign of life after which a process counts as lost; less
+        than the 100 after which JAX aborts.
+    """
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    heartbeat_timeout: int = 60
+
+
+class Agreed(UserError):
+    """What all processes refuse alike, so that they can end together."""
+
+
+@contextlib.contextmanager
+def joined(address: Address | None, complain: Callable[[str], None]) -> Iterator[None]:
+    """This process as one of many; alone if there is no address.
+
+    A process whose part fails tells the others, and does not return: the usual end would wait for
+    them. Nor does it where another is lost.
+
+    Args:
+      address: Where the processes meet; nothing that uses a device may come before.
+      complain: Tells the user in one line.
+
+    Raises:
+      UserError: If the processes do not find each other, or all refuse the same.
+    """
+    if address is None:
+        yield
+        return
+    watch = _join(address, complain)
+    if watch is None:
+        try:
+            yield
+        finally:
+            jax.distributed.shutdown()
+        return
+    try:
+        try:
+            _check_devices()
+            with storage_errors():
+                yield
+            share("end")  # as long as another is at work, the watch goes on
+        except Agreed:
+            watch.part()
+            raise
+        watch.part()
+    except Agreed:
+        raise
+    except UserError as error:
+        complain(str(error))
+        watch.end(2, str(error))
+    except KeyboardInterrupt:
+        complain("interrupted")
+        watch.end(130, "interrupted")
+    except Exception as error:
+        # Most likely it comes of another's end: that one is to be named, and no trace be shown.
+        watch.wait()
+        traceback.print_exc()
+        watch.end(1, f"{type(error).__name__}: {error}")
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def share(text: str) -> list[str]:
+    """What each process has to say, by process; all must ask."""
+    if jax.process_count() == 1:
+        return [text]
+    data = text.encode()
+    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+    # A power of two, so that few programs are compiled.
+    padded = np.zeros(1 << int(max(sizes.max() - 1, 0)).bit_length(), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:n].tobytes().decode() for row, n in zip(rows, sizes, strict=True)]
+
+
+def any_of(wish: bool) -> bool:
+    """Whether any process has the wish; all must ask."""
+    if jax.process_count() == 1:
+        return wish
+    return bool(multihost_utils.process_allgather(np.array([wish])).any())
+
+
+def together(do: Callable[[], Any]) -> Any:
+    """What ``do`` gives; refused in all processes if it is refused in one.
+
+    Raises:
+      UserError: If it is.
+    """
+    try:
+        result, said = do(), ""
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        result, said = None, str(error)
+    for number, message in enumerate(share(said)):
+        if message:
+            raise Agreed(message if said == message else f"process {number}: {message}")
+    return result
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until all processes have come here, once; a collective would give up sooner."""
+    if jax.process_count() > 1:
+        _client().wait_at_barrier(f"fedhelp/{what}", _LONGEST_WAIT * 1000)
+
+
+def _client() -> Any:
+    from jax._src import distributed  # the store has no public name; Orbax takes it here too
+
+    return distributed.global_state.client
+
+
+def check_same(what: str, ours: str, differences: Callable[[str], str]) -> None:
+    """Refuses, in all processes, what is not as it is in process 0.
+
+    Args:
+      what: What it is, for the message.
+      ours: What this process has.
+      differences: From what process 0 has to what is different here, in words.
+
+    Raises:
+      UserError: If any process has something else.
+    """
+
+    def check() -> None:
+        if ours != theirs:
+            raise UserError(
+                f"{what} must be the same in all processes; process {jax.process_index()} differs "
+                f"from process 0 in {differences(theirs)}"
+            )
+
+    theirs = share(ours if first() else "")[0]
+    together(check)
+
+
+class _Watch:
+    """Says that this process is alive, and sees that the others are, in threads of its own."""
+
+    def __init__(self, timeout: float, complain: Callable[[str], None]):
+        from jax._src import distributed
+
+        self._client = _client()
+        self._coordinator = str(distributed.global_state.coordinator_address)
+        self._timeout = timeout
+        self._pause = min(1.0, timeout / 10)
+        self._complain = complain
+        self._ending = threading.Lock()
+        self._parted = threading.Event()
+        self._answered = time.monotonic()
+        _delay_abort()
+        for target in (self._beat, self._guard):
+            threading.Thread(target=target, daemon=True).start()
+
+    def part(self) -> None:
+        """Parts from the others, who have come to the same end; all must ask."""
+        self._parted.set()
+        with contextlib.suppress(Exception):  # the coordinator may be quicker; all is done
+            jax.distributed.shutdown()
+
+    def end(self, code: int, message: str) -> None:
+        """Ends this process at once, and tells the others why."""
+        with self._ending:  # never released: nobody else is to say anything
+            key = f"{_ENDED}/{jax.process_index()}"
+            with contextlib.suppress(Exception):  # nobody may be left to be told
+                self._client.key_value_set(key, " ".join(message.split())[:500])
+            if first():
+                time.sleep(3 * self._pause)  # the store goes with this process
+            _exit(code)
+
+    def wait(self) -> None:
+        """Waits until another's loss would have shown, which ends this process."""
+        time.sleep(self._timeout + 3 * self._pause)
+
+    def _beat(self) -> None:
+        me, beats = str(jax.process_index()), 0
+        seen: dict[str, tuple[str, float]] = {}
+        while not self._parted.wait(self._pause):
+            beats += 1
+            try:
+                self._client.key_value_set(f"{_ALIVE}/{me}", str(beats), allow_overwrite=True)
+                ended = self._client.key_value_dir_get(_ENDED)
+                alive = self._client.key_value_dir_get(_ALIVE)
+            except Exception:  # whatever the store raises, process 0 does not answer
+                self._lose("process 0 is lost")
+                return
+            now = self._answered = time.monotonic()
+            for key, message in ended:
+                self._lose(f"process {key.rsplit('/', 1)[-1]} has ended ({message})")
+            for key, value in alive:
+                number = key.rsplit("/", 1)[-1]
+                if number not in seen or seen[number][0] != value:
+                    seen[number] = value, now
+                elif now - seen[number][1] > self._timeout:
+                    self._lose(f"process {number} is lost")
+
+    def _guard(self) -> None:
+        """Process 0 may also not answer at all, and an abort under way keeps its answers back."""
+        while not self._parted.wait(self._pause):
+            silence = time.monotonic() - self._answered
+            gone = silence > 2 * self._pause and not _listens(self._coordinator)
+            if gone or silence > self._timeout + 2 * self._pause:
+                self._lose("process 0 is lost")
+
+    def _lose(self, what: str) -> None:
+        with self._ending:
+            if self._parted.is_set():
+                return
+            self._complain(
+                f"{what}, so this process stops; the same command in all processes goes on from "
+                "what is saved"
+            )
+            _exit(LOST)
+
+
+def _join(address: Address, complain: Callable[[str], None]) -> _Watch | None:
+    found = address[:3]
+    if any(value is not None for value in found):
+        _check(address)
+    if jax.config.values["jax_cpu_collectives_implementation"] in (None, "none"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if "jax_enable_preemption_service" in jax.config.values:  # signals are the run's own
+        jax.config.update("jax_enable_preemption_service", False)
+    # JAX would give up by an abort, with a stack trace.
+    timer = threading.Timer(_START_TIMEOUT, _give_up, [found, complain])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            *found,
+            cluster_detection_method=None if None in found else "deactivate",
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--distributed: {_first_line(error)}") from None
+    finally:
+        timer.cancel()
+    if jax.process_index() > 0:
+        logging.getLogger("fedhelp_jax").setLevel(logging.ERROR)
+    return None if jax.process_count() == 1 else _Watch(address.heartbeat_timeout, complain)
+
+
+def _give_up(found: tuple[Any, ...], complain: Callable[[str], None]) -> None:
+    where = f"is process 0 at {found[0]}, and " if found[0] else ""
+    complain(
+        f"--distributed: not all processes came within {_START_TIMEOUT} seconds; {where}did all "
+        "start?"
+    )
+    _exit(2)
+
+
+def _check_devices() -> None:
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        found = ", ".join(str(counts[i]) for i in sorted(counts))
+        raise Agreed(f"--distributed: all processes need equally many devices; there are {found}")
+
+
+def _listens(address: str) -> bool:
+    """Whether nobody there says that nobody listens."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True  # no answer is not yet a verdict
+    return True
+
+
+def _delay_abort() -> None:
+    """Lets the watch speak before JAX aborts.
+
+    JAX's client aborts the process as soon as process 0 is gone, and takes no callback from Python.
+    ``sleep`` as the signal's handler holds that thread for as many seconds as the signal's number,
+    6, and then the abort goes on.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what usually comes at the end would wait for the others
+
+
+def _check(address: Address) -> None:
+    where, processes, number = address[:3]
+    if where is None or processes is None or number is None:
+        raise UserError(
+            "--coordinator_address, --num_processes and --process_id go together: give all three, "
+            "or none where JAX finds them itself (SLURM, Open MPI, GKE, TPU pods)"
+        )
+    host, _, port = where.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator_address={where}: must be HOST:PORT; e.g. 10.0.0.1:1234")
+    if not 0 <= number < processes:
+        raise UserError(
+            f"--process_id={number}: must be one of 0 to --num_processes - 1 = {processes - 1}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

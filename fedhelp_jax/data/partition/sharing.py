@@ -1,0 +1,331 @@
+"""How examples that come from no known hospitals are shared out among clients.
+
+Alike (``fractions``, ``iid``), or unlike each other as papers make them: in classes (``dirichlet``,
+``shards``), in size (``quantity``) or in looks (``clusters``). Groups, such as a patient's images,
+stay together. Peers draw until every client has enough, which for a small alpha is for ever; here
+the tries are counted.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.partition.fractions import split_sizes
+from fedhelp_jax.settings.schema import SHARINGS
+
+ALIKE = ("fractions", "iid")
+BY_CLASS = ("dirichlet", "shards")
+_TRIES = 100
+_CLUSTER_TRIES = 20
+_CLUSTER_STEPS = 50  # of Lloyd's algorithm
+_GRID = 8  # cells a side of what clusters are made by
+_BLOCK_BYTES = 2**26
+
+
+class Sharing(NamedTuple):
+    """What decides which client has which examples.
+
+    Attributes:
+        by: One of `SHARINGS`, "site", or "column:NAME"; None is "site" where sites are known,
+            else "fractions".
+        fractions: With "fractions", each client's share; positive, with sum 1.
+        num_clients: Otherwise, how many clients there are.
+        alpha: With "dirichlet" and "quantity", the concentration: the smaller, the more unlike.
+        min_examples: The least a client has, validation examples too.
+        shards: With "shards", how many a client has: about as many classes.
+    """
+
+    by: str | None = "fractions"
+    fractions: tuple[float, ...] = ()
+    num_clients: int = 6
+    alpha: float = 0.5
+    min_examples: int = 1
+    shards: int = 2
+
+
+class Units(NamedTuple):
+    """What is dealt out: groups of examples.
+
+    Attributes:
+        of: int [n] unit of each example, numbered as they first appear.
+        sizes: int [u] examples in each.
+        labels: int [u] the most frequent class of each, the first of equals.
+    """
+
+    of: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+
+
+def units_of(groups: np.ndarray, labels: np.ndarray) -> Units:
+    """Returns groups as what is dealt out.
+
+    Args:
+        groups: [n] group of each example.
+        labels: int [n] class of each.
+
+    >>> units_of(np.array(["b", "a", "b"]), np.array([1, 0, 1]))
+    Units(of=array([0, 1, 0]), sizes=array([2, 1]), labels=array([1, 0]))
+    """
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    place = np.empty(len(first), int)
+    place[np.argsort(first)] = np.arange(len(first))
+    of = place[inverse]
+    sizes = np.bincount(of)
+    if len(sizes) == len(of):
+        return Units(of, sizes, labels)
+    # By unit, then the most frequent class first.
+    pairs, counts = np.unique(np.stack([of, labels]), axis=1, return_counts=True)
+    order = np.lexsort((-counts, pairs[0]))
+    _, starts = np.unique(pairs[0][order], return_index=True)
+    return Units(of, sizes, pairs[1][order][starts])
+
+
+def share_out(
+    labels: np.ndarray,
+    sharing: Sharing,
+    rng: np.random.Generator,
+    groups: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Returns each client's examples, sorted int32 indices, together all of them.
+
+    - "fractions": at random, in the given sizes; "iid": in equal ones.
+    - "quantity": at random, in sizes ``p n`` with ``p ~ Dirichlet(alpha 1_K)``.
+    - "dirichlet": of each class ``c`` client ``k`` gets the part ``p_ck``, with
+      ``p_c ~ Dirichlet(alpha 1_K)``, drawn until every client has enough, 100 times at most.
+    - "shards": sorted by class and cut into ``K shards`` equal pieces, dealt out at random.
+
+    Groups stay whole: sizes then are as near as that lets them be.
+
+    Args:
+        labels: int [n] classes.
+        sharing: How; "clusters" has `share_out_by_looks`.
+        rng: Source of all draws.
+        groups: [n] group of each example; None: each is its own.
+
+    Raises:
+        UserError: If there are too few examples, or no draw gives every client enough.
+
+    References:
+        McMahan et al., AISTATS 2017, arXiv:1602.05629 (shards); Yurochkin et al., ICML 2019,
+        arXiv:1905.12022 (a Dirichlet a class); Li et al., ICDE 2022, arXiv:2102.02079 (quantity).
+    """
+    total, clients, least = len(labels), sharing.num_clients, sharing.min_examples
+    units = units_of(np.arange(total) if groups is None else groups, labels)
+    if sharing.by == "fractions":
+        clients, sizes = len(sharing.fractions), split_sizes(total, sharing.fractions, least)
+        dealt = _cut(rng.permutation(len(units.sizes)), units.sizes, np.cumsum(sizes)[:-1])
+        return _checked(dealt, units, least, "data.fractions")
+    if total < clients * least:
+        raise UserError(
+            f"data.num_clients: {total} examples are too few for {clients} clients of at least "
+            f"{least}"
+        )
+    match sharing.by:
+        case "iid" | "quantity":
+            shares = np.full(clients, 1.0)
+            if sharing.by == "quantity":
+                # A draw may round to 0, which is no share.
+                shares = np.maximum(_dirichlet(sharing.alpha, clients, rng), 1e-9)
+            sizes = split_sizes(total, (shares / shares.sum()).tolist(), least)
+            dealt = _cut(rng.permutation(len(units.sizes)), units.sizes, np.cumsum(sizes)[:-1])
+            return _checked(dealt, units, least, "data.num_clients")
+        case "shards":
+            if total < clients * sharing.shards:
+                raise UserError(
+                    f"data.shards = {sharing.shards}: {total} examples are too few for {clients} "
+                    "clients of so many pieces each"
+                )
+            # A random order of equals, then one that keeps it.
+            order = rng.permutation(len(units.sizes))
+            order = order[np.argsort(units.labels[order], kind="stable")]
+            count = clients * sharing.shards
+            ends = np.cumsum([len(piece) for piece in np.array_split(np.arange(total), count)])
+            pieces = _cut(order, units.sizes, ends[:-1])
+            places = rng.permutation(count).reshape(clients, sharing.shards)
+            dealt = [np.concatenate([pieces[i] for i in own]) for own in places]
+            return _checked(
+                dealt, units, least, f"data.shards: pieces of {sharing.shards} a client"
+            )
+        case "dirichlet":
+            return _by_dirichlet(units, sharing, rng)
+    raise UserError(f"data.split_by must be one of {', '.join(SHARINGS)}, got {sharing.by!r}")
+
+
+def _by_dirichlet(units: Units, sharing: Sharing, rng: np.random.Generator) -> list[np.ndarray]:
+    clients, least = sharing.num_clients, sharing.min_examples
+    for _ in range(_TRIES):
+        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for label in np.unique(units.labels):
+            members = rng.permutation(np.flatnonzero(units.labels == label))
+            shares = np.cumsum(_dirichlet(sharing.alpha, clients, rng))[:-1]
+            places = np.rint(shares * units.sizes[members].sum()).astype(int)
+            for own, cut in zip(parts, _cut(members, units.sizes, places), strict=True):
+                own.append(cut)
+        dealt = [np.concatenate(own) for own in parts]
+        if min(units.sizes[own].sum() for own in dealt) >= least:
+            return _examples(dealt, units)
+    raise UserError(
+        f"data.alpha = {sharing.alpha:g}: in {_TRIES} draws some of {clients} clients always had "
+        f"fewer than data.min_examples = {least} of {units.sizes.sum()} examples; a larger alpha, "
+        "fewer clients or a smaller minimum would do"
+    )
+
+
+def share_out_alike(
+    like: Sequence[np.ndarray],
+    labels: np.ndarray,
+    rng: np.random.Generator,
+    groups: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Returns each client's part of other examples, in which its classes are as in its own.
+
+    Of each class a client gets as many as its part of that class is there; of a class that nobody
+    has, all the same. Everyone gets one at least. Groups stay whole.
+
+    Args:
+        like: The classes of each client's own examples.
+        labels: int [n] classes of the others, at least one a client.
+        rng: Decides which.
+        groups: [n] group of each of the others; None: each is its own.
+
+    Returns:
+        Sorted int32 indices, together all of them.
+
+    Raises:
+        UserError: If there are fewer examples, or groups, than clients.
+    """
+    units = units_of(np.arange(len(labels)) if groups is None else groups, labels)
+    if len(units.sizes) < len(like):
+        raise UserError(
+            f"data.num_clients: {len(units.sizes)} test examples are too few for {len(like)} "
+            "clients"
+        )
+    parts: list[list[int]] = [[] for _ in like]
+    for label in np.unique(units.labels):
+        counts = np.array([np.count_nonzero(own == label) for own in like], float)
+        counts = counts if counts.any() else np.ones(len(like))
+        members = rng.permutation(np.flatnonzero(units.labels == label))
+        total = units.sizes[members].sum()
+        places = np.rint(np.cumsum(counts / counts.sum())[:-1] * total).astype(int)
+        for own, cut in zip(parts, _cut(members, units.sizes, places), strict=True):
+            own.extend(cut.tolist())
+    for own in parts:
+        if not own:
+            own.append(max(parts, key=len).pop())
+    return _examples([np.array(own) for own in parts], units)
+
+
+def share_out_by_looks(
+    images: np.ndarray,
+    is_test: np.ndarray,
+    sharing: Sharing,
+    rng: np.random.Generator,
+    groups: np.ndarray,
+) -> np.ndarray:
+    """Returns whose each example is, int [n]: clients are clusters of images that look alike.
+
+    k-means on images of 8 cells a side (see `looks`), each number less its mean and over its
+    deviation; groups are clustered by their means. Test examples are of the client whose centre is
+    nearest. The largest client is the first.
+
+    Args:
+        images: [n, *spatial, C].
+        is_test: bool [n]; centres are those of the others.
+        sharing: `num_clients` and `min_examples`.
+        rng: Draws the first centres, 20 times at most.
+        groups: [n] group of each example.
+
+    Raises:
+        UserError: If no draw leaves every client enough training examples, and a test example
+            where there are any.
+    """
+    # Here, since few runs need it.
+    from scipy.cluster.vq import ClusterError, kmeans2, vq
+
+    clients, least = sharing.num_clients, sharing.min_examples
+    seen = looks(images)
+    mean, deviation = seen[~is_test].mean(0), seen[~is_test].std(0)
+    seen = (seen - mean) / np.where(deviation > 0, deviation, 1)
+    units = units_of(groups, np.zeros(len(groups), int))
+    centred = np.zeros((len(units.sizes), seen.shape[1]))
+    np.add.at(centred, units.of, seen)
+    centred /= units.sizes[:, None]
+    trained = np.zeros(len(units.sizes), bool)
+    trained[units.of[~is_test]] = True
+    for _ in range(_CLUSTER_TRIES if trained.sum() >= clients else 0):
+        first = rng.choice(np.flatnonzero(trained), clients, replace=False)
+        try:
+            centres, _ = kmeans2(
+                centred[trained], centred[first], _CLUSTER_STEPS, minit="matrix", missing="raise"
+            )
+        except ClusterError:
+            continue  # a cluster was left empty
+        owner = vq(centred, centres)[0][units.of]
+        counts = np.bincount(owner[~is_test], minlength=clients)
+        tests = np.bincount(owner[is_test], minlength=clients)
+        if counts.min() >= least and (tests.min() > 0 or not is_test.any()):
+            place = np.empty(clients, int)
+            place[np.argsort(-counts, kind="stable")] = np.arange(clients)
+            return place[owner]
+    raise UserError(
+        f"data.num_clients: in {_CLUSTER_TRIES} draws some of {clients} clusters always had fewer "
+        f"than data.min_examples = {least} training examples, or no test example; fewer clients "
+        "or a smaller minimum would do"
+    )
+
+
+def looks(images: np.ndarray) -> np.ndarray:
+    """Returns images as the means of their cells, float64 [n, cells].
+
+    Each axis is cut into 8 nearly equal parts, or as many as it is long; channels are kept.
+
+    Args:
+        images: [n, *spatial, C].
+    """
+    block = max(1, _BLOCK_BYTES // (8 * max(1, images[0].size))) if len(images) else 1
+    found = []
+    for start in range(0, len(images), block):
+        cells = images[start : start + block].astype(np.float64)
+        for axis in range(1, images.ndim - 1):
+            length = cells.shape[axis]
+            starts = np.arange(min(_GRID, length)) * length // min(_GRID, length)
+            widths = np.diff([*starts, length])
+            sums = np.add.reduceat(cells, starts, axis)
+            cells = sums / widths.reshape(-1, *[1] * (cells.ndim - axis - 1))
+        found.append(cells.reshape(len(cells), -1))
+    return np.concatenate(found)
+
+
+def _dirichlet(alpha: float, count: int, rng: np.random.Generator) -> np.ndarray:
+    """A draw of ``Dirichlet(alpha 1)``; of so small an alpha that all round to 0, a corner."""
+    shares = rng.dirichlet(np.full(count, alpha))
+    return shares if shares.sum() > 0.5 else np.eye(count)[rng.integers(count)]
+
+
+def _cut(order: np.ndarray, sizes: np.ndarray, places: np.ndarray) -> list[np.ndarray]:
+    """Units in order, cut after so many examples, or as near as no unit is cut."""
+    ends = np.concatenate([[0], np.cumsum(sizes[order])])
+    before = np.searchsorted(ends, places, side="right") - 1
+    after = np.minimum(before + 1, len(order))
+    return np.split(order, np.where(ends[after] - places < places - ends[before], after, before))
+
+
+def _examples(dealt: Sequence[np.ndarray], units: Units) -> list[np.ndarray]:
+    owner = np.empty(len(units.sizes), int)
+    for client, own in enumerate(dealt):
+        owner[own] = client
+    whose = owner[units.of]
+    return [np.flatnonzero(whose == client).astype(np.int32) for client in range(len(dealt))]
+
+
+def _checked(dealt: Sequence[np.ndarray], units: Units, least: int, where: str) -> list[np.ndarray]:
+    if min(units.sizes[own].sum() for own in dealt) < least:
+        total, groups = units.sizes.sum(), len(units.sizes)
+        said = f"{total} examples" + (f" in {groups} groups" if groups < total else "")
+        raise UserError(
+            f"{where}: {said} leave one of {len(dealt)} clients with fewer than {least}"
+        )
+    return _examples(dealt, units)

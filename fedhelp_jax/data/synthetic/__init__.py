@@ -1,0 +1,1 @@
+"""Generated images and volumes for demonstrations and tests; **synthetic, not medical data**."""

@@ -1,0 +1,1 @@
+"""Runs with their files: settings, orchestration, checkpoints, studies and sweeps."""

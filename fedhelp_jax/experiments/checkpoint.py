@@ -1,0 +1,281 @@
+"""Checkpoints of the whole run state: what is loaded is bit for bit what was saved, or refused.
+
+Orbax writes a checkpoint beside its place and renames it, so that a killed run leaves a whole one
+or none. Damage on the disk it may not see (a byte that flips in a stored array can load without an
+error), or tell of from threads of its own. So the digests of a checkpoint's files are written into
+it, in the format of ``sha256sum -c``, and compared before Orbax reads it.
+
+Where there are many processes, all write and read their part of the arrays in one folder that they
+share; the first one does the rest and says what is found there.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fedhelp_jax.core import distributed
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.storage import replaced, storage_errors
+
+_log = logging.getLogger(__name__)
+
+_KEEP = 2  # the newest, and the one before in case the newest cannot be read
+_SUMS = "SHA256SUMS"
+
+
+class Checkpointer:
+    """Saves a run's state by round in a folder and restores the newest that can be read.
+
+    Args:
+        folder: where they stand, usually ``workdir/checkpoints``; made if it does not exist.
+        read_only: nothing in the folder is changed, and nothing can be saved.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool = False):
+        _drop_traces_of_threads()
+        self._folder, self._read_only = folder.absolute(), read_only
+        self._manager = self._open()
+        self._unreadable: list[int] = []
+
+    def save(self, round: int, state: Any, meta: dict[str, Any]) -> None:
+        """Saves `state` and returns once it is on disk; only the last two checkpoints are kept.
+
+        Args:
+            round: completed rounds; more than in any checkpoint that `restore_latest` could read.
+            state: any pytree of arrays.
+            meta: JSON-able; given back as it is.
+
+        Raises:
+            StorageError: If the disk takes no more; nothing is left of this checkpoint then.
+        """
+        self._set_unreadable_aside()
+        leaves = _leaves(state)
+        # An array without elements has no bytes to keep, and Orbax refuses it.
+        arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
+        envelope = {"meta": meta, "leaves": _describe(leaves)}
+        place = self._folder / str(round)
+        with storage_errors(place):
+            try:
+                self._manager.save(
+                    round,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(arrays), envelope=ocp.args.JsonSave(envelope)
+                    ),
+                    force=True,
+                )
+                if distributed.first():
+                    _write_sums(place)
+            except Exception:
+                # A full disk has no room for what is of no use.
+                for part in (place, *self._folder.glob(f"{round}.*")):
+                    shutil.rmtree(part, ignore_errors=True)
+                raise
+        distributed.share("saved")
+
+    def restore_latest(
+        self, template: Any, check: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """Returns (round, state, meta) of the newest readable checkpoint; None if none exists.
+
+        One that cannot be read is passed over with a warning in favour of the one before.
+
+        Args:
+            template: a pytree like the saved state; leaves need `shape` and `dtype` only, so that
+                `jax.eval_shape` makes one; where there are many processes, `sharding` too.
+            check: refuses what the template need not fit, by raising a UserError.
+
+        Returns:
+            The state has the template's structure, with NumPy arrays as leaves; where there are
+            many processes, arrays on their devices.
+
+        Raises:
+            UserError: There are checkpoints, but none can be read or fits the template.
+        """
+        found = sorted(self._manager.all_steps(), reverse=True)
+        # Another process's view of a shared folder may be older.
+        rounds = json.loads(distributed.share(json.dumps(found))[0])
+        reasons: list[str] = []
+        for round in rounds:
+            restored, reason = None, self._check(round)
+            if not reason:
+                try:
+                    restored = self._restore(round, template, check)
+                except UserError:
+                    raise
+                except Exception as error:  # Orbax and TensorStore raise whatever damage leads to
+                    reason = _first_line(error)
+                reason = next(filter(None, distributed.share(reason)), "")
+            if restored is None or reason:
+                reasons.append(f"{self._folder / str(round)} ({reason})")
+                continue
+            state, meta = restored
+            if reasons:
+                self._unreadable = rounds[: len(reasons)]
+                _log.warning(
+                    "checkpoint %s cannot be read; going on from the one before, %s",
+                    " and ".join(reasons),
+                    self._folder / str(round),
+                )
+            return round, state, meta
+        if reasons:
+            raise distributed.Agreed(
+                f"no checkpoint can be read: {' and '.join(reasons)}; "
+                "--overwrite begins the run anew"
+            )
+        return None
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._manager.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._read_only:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True,
+                create=False,
+                save_interval_steps=0,
+                enable_async_checkpointing=False,
+            )
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=_KEEP,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,  # what a killed run was writing
+            )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def _check(self, round: int) -> str:
+        """Returns what is wrong with a checkpoint's files, or nothing."""
+        reason = ""
+        if distributed.first():
+            try:
+                _check_sums(self._folder / str(round))
+            except (OSError, ValueError) as error:
+                reason = _first_line(error)
+        return distributed.share(reason)[0]
+
+    def _restore(
+        self, round: int, template: Any, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[Any, dict[str, Any]]:
+        restored = self._manager.restore(
+            round, args=ocp.args.Composite(envelope=ocp.args.JsonRestore())
+        )
+        envelope = restored["envelope"]
+        check(envelope["meta"])
+        shapes = _leaves(template, shapes_only=True)
+        wanted = _describe(shapes)
+        _check_fit(envelope["leaves"], wanted)
+        leaves = {name: np.zeros(shape, dtype) for name, (dtype, shape) in wanted.items()}
+        if jax.process_count() > 1:  # each reads what its devices hold
+            leaves |= {name: leaf for name, leaf in shapes.items() if leaf.size}
+        arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
+        restored = self._manager.restore(
+            round, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays))
+        )
+        leaves |= restored["state"]
+        return jax.tree.unflatten(jax.tree.structure(template), leaves.values()), envelope["meta"]
+
+    def _set_unreadable_aside(self) -> None:
+        """Renames checkpoints that were passed over, so that their rounds can be saved again."""
+        if not self._unreadable:
+            return
+        self._manager.close()
+        for round in self._unreadable if distributed.first() else ():
+            aside = self._folder / f"unreadable_{round}"
+            number = 1
+            while aside.exists():
+                number += 1
+                aside = self._folder / f"unreadable_{round}_{number}"
+            (self._folder / str(round)).rename(aside)
+        self._unreadable = []
+        distributed.share("set aside")
+        self._manager = self._open()
+
+
+@functools.cache
+def _drop_traces_of_threads() -> None:
+    """Lets a checkpoint that cannot be written be told once, by what Orbax raises.
+
+    Its threads log the same error, and those of TensorStore print that nobody waits for them any
+    more.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in str(record.msg))
+    show = sys.unraisablehook
+
+    def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+
+
+def _leaves(state: Any, *, shapes_only: bool = False) -> dict[str, Any]:
+    """Returns the leaves by their path, in the order of the tree."""
+    paths, _ = jax.tree.flatten_with_path(state)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        if shapes_only or not getattr(leaf, "is_fully_addressable", True)
+        else np.asarray(leaf)
+        for path, leaf in paths
+    }
+    assert len(named) == len(paths), "two leaves of the state have the same path"
+    return named
+
+
+def _describe(leaves: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: [np.dtype(x.dtype).name, list(x.shape)] for name, x in leaves.items()}
+
+
+def _check_fit(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in [*saved, *(name for name in wanted if name not in saved)]:
+        if saved.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{name} is {saved.get(name, 'not there')}, this run needs "
+                f"{wanted.get(name, 'no such leaf')}"
+            )
+
+
+def _sums(checkpoint: Path) -> dict[str, str]:
+    """Returns the digest of each file by its path inside the checkpoint."""
+    return {
+        file.relative_to(checkpoint).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(checkpoint.rglob("*"))
+        if file.is_file() and file.name != _SUMS
+    }
+
+
+def _write_sums(checkpoint: Path) -> None:
+    lines = [f"{sha}  {name}\n" for name, sha in _sums(checkpoint).items()]
+    with replaced(checkpoint / _SUMS) as beside:
+        beside.write_text("".join(lines))
+
+
+def _check_sums(checkpoint: Path) -> None:
+    """Raises ValueError if a file is not as it was saved; one killed before its end has no sums."""
+    try:
+        lines = (checkpoint / _SUMS).read_text().splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"it was not saved to the end: {_SUMS} is missing") from None
+    saved = {name: sha for sha, _, name in (line.partition("  ") for line in lines)}
+    found = _sums(checkpoint)
+    for name in saved | found:
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if found[name] != saved.get(name):
+            raise ValueError(f"{name} is not as it was saved")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

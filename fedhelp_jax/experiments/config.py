@@ -1,0 +1,473 @@
+"""The settings of a run: from config files and flags to one checked, frozen `RunConfig`.
+
+`default_config` turns the schema (`fedhelp_jax.settings.schema`) into the `ConfigDict` that config
+files and ``--config.a.b=...`` change, and `validate` turns that back into a `RunConfig`, which is
+all that the rest of the package sees: no other module reads a `ConfigDict`.
+
+A method's own settings live with the method (`fedhelp_jax.algorithms.SETTINGS`). A config declares
+those of all methods, as None (the method's default), because ml_collections refuses to override a
+key that is not there; one that is set but that the chosen method does not have is refused.
+"""
+
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from ml_collections import config_dict
+
+from fedhelp_jax.algorithms import ALGORITHMS, SETTINGS
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.settings.checks import at_least, more_than, one_of, unless
+from fedhelp_jax.settings.schema import (
+    CNNS,
+    COUNT,
+    FRACTION,
+    PREPARED,
+    RESNETS,
+    SEED,
+    SETTING_CHECKS,
+    SHARINGS,
+    UNETS,
+    DataConfig,
+    FoundationConfig,
+    MappingConfig,
+    ModelConfig,
+    PublicConfig,
+    RolesConfig,
+    ServerConfig,
+    TeacherConfig,
+    part,
+    setting,
+)
+from fedhelp_jax.settings.values import as_dict, refuse_unknown, value_as
+from fedhelp_jax.teachers.settings import check_teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+    """The method, and its own settings with the defaults filled in."""
+
+    name: str = setting("fedhelp", "the method", one_of(*SETTINGS))
+    settings: Any = dataclasses.field(default_factory=lambda: SETTINGS["fedhelp"]())
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run.
+
+    `validate` and `from_dict` fill in the optimizer and the learning rates that None stands for,
+    so that the settings of a run always hold them.
+    """
+
+    task: str = setting(
+        "classification",
+        "classification of images, or segmentation: of their pixels",
+        one_of("classification", "segmentation"),
+    )
+    seed: int = setting(0, "all randomness of the run follows from it", SEED)
+    rounds: int = setting(50, "communication rounds", COUNT)
+    batch_size: int = setting(4, "private images a step", COUNT)
+    public_batch_size: int = setting(
+        4, "public images a step", COUNT, only=unless("public.name", "none")
+    )
+    local_epochs: int = setting(1, "passes over its images a client makes in a round", COUNT)
+    optimizer: str | None = setting(
+        None,
+        "the clients': adam, or (plain) sgd; if None adam, but sgd for scaffold, per_fedavg and "
+        "pfedme, which take no other",
+        one_of("adam", "sgd"),
+    )
+    learning_rate: float | None = setting(
+        None, "the clients'; 1e-3 for adam, 1e-2 for sgd if None", more_than(0)
+    )
+    learning_rate_schedule: str = setting(
+        "constant",
+        "constant, or cosine: falls over the rounds, to nearly 0 in the last",
+        one_of("constant", "cosine"),
+    )
+    weight_decay: float = setting(1e-4, "L2: added to the gradient, before Adam", at_least(0))
+    client_weights: str = setting(
+        "uniform",
+        "a client's weight in the server's mean: uniform, or its number of examples",
+        one_of("uniform", "examples"),
+    )
+    participation: float = setting(1.0, "part of each group that takes part in a round", FRACTION)
+    evaluate_every: int = setting(1, "rounds from one evaluation to the next", COUNT)
+    checkpoint_every: int = setting(5, "rounds from one checkpoint to the next", COUNT)
+    on_divergence: str = setting(
+        "stop",
+        "where every client of a role has diverged (NaN or infinity): stop with exit code 1, or "
+        "continue",
+        one_of("stop", "continue"),
+        identity=False,
+    )
+    data: DataConfig = part(DataConfig)
+    public: PublicConfig = part(PublicConfig)
+    teacher: TeacherConfig = part(TeacherConfig, only=unless("public.name", "none"))
+    roles: RolesConfig = part(RolesConfig)
+    model: ModelConfig = part(ModelConfig)
+    server: ServerConfig = part(ServerConfig)
+    mapping: MappingConfig = part(MappingConfig)
+    algorithm: AlgorithmConfig = part(AlgorithmConfig)
+
+
+# --- config files and their values --------------------------------------------------------------
+
+
+# Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
+def default_config() -> Any:
+    """Returns a locked `ConfigDict` of all settings at their defaults, for config files to change.
+
+    Example:
+        >>> config = default_config()
+        >>> config.data.name, config.rounds, config.algorithm.lambda_b
+        ('phantoms', 50, None)
+    """
+    return config_dict.ConfigDict(_declare(RunConfig)).lock()
+
+
+def validate(config: config_dict.ConfigDict) -> RunConfig:
+    """Returns the settings as a `RunConfig`, checked one by one and together.
+
+    Args:
+        config: made by `default_config`, then changed.
+
+    Raises:
+        UserError: A key is unknown or missing, a value has the wrong type or is out of range, or
+            the chosen method does not have a setting that is set. The message names the key.
+    """
+    values = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
+    values = as_dict(values, "config")
+    algorithm = as_dict(values.get("algorithm", {}), "config.algorithm")
+    refuse_unknown(algorithm, _algorithm_keys(), "config.algorithm")
+    chosen = {key: v for key, v in algorithm.items() if key != "name" and v is not None}
+    name = algorithm.get("name")
+    if isinstance(name, str) and name in SETTINGS:
+        for key in chosen:
+            if key not in SETTINGS[name]._fields:
+                having = [method for method, cls in SETTINGS.items() if key in cls._fields]
+                raise UserError(
+                    f"config.algorithm.{key} is set, but {name} has no such setting "
+                    f"({' and '.join(having)} has)"
+                )
+        chosen = SETTINGS[name]()._asdict() | chosen
+    return _run_config({**values, "algorithm": {"name": name, "settings": chosen}})
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings as plain dicts, lists, numbers and strings, which JSON keeps exactly."""
+    values = dataclasses.asdict(config)
+    values["algorithm"]["settings"] = config.algorithm.settings._asdict()
+    return _listed(values)
+
+
+def from_dict(values: Any) -> RunConfig:
+    """Returns the `RunConfig` that `to_dict` was given; the inverse of `to_dict`.
+
+    Raises:
+        UserError: A key is unknown or missing, or a value is not one that `validate` lets pass.
+    """
+    return _run_config(as_dict(values, "config"))
+
+
+def load(path: Path) -> RunConfig:
+    """Returns the settings in the ``config.json`` at `path`.
+
+    Raises:
+        UserError: There is no such file, it is not JSON, or `from_dict` refuses it.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); is this a run folder?"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); was it edited by hand?") from None
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(
+            f"{path}: {error}. If the run is of another version of fedhelp_jax, go on with that, "
+            "or train anew in another folder"
+        ) from None
+
+
+def to_config_dict(config: RunConfig) -> Any:
+    """Returns the `ConfigDict` that `validate` turns into `config`, for flags to change."""
+    values = dataclasses.asdict(config)
+    settings = config.algorithm.settings._asdict()
+    changed = default_config()
+    changed.update({**values, "algorithm": {"name": config.algorithm.name, **settings}})
+    return changed
+
+
+def kinds() -> dict[str, Any]:
+    """Returns the type of each setting by its key.
+
+    Example:
+        >>> kinds()["roles.large"]
+        tuple[str, ...]
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(RunConfig):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            inner = dataclasses.fields(field.type)
+            found |= {f"{field.name}.{own.name}": own.type for own in inner}
+        else:
+            found[field.name] = field.type
+    for cls in SETTINGS.values():
+        found |= {f"algorithm.{key}": kind for key, kind in typing.get_type_hints(cls).items()}
+    return found
+
+
+def describe() -> list[tuple[str, Any, str]]:
+    """Returns (key, default, help) of each setting, in the order of the schema.
+
+    A method's settings are told by the "Attributes" of its settings' docstring.
+    """
+    rows: list[tuple[str, Any, str]] = []
+    for field in dataclasses.fields(RunConfig):
+        if field.name == "algorithm":
+            continue
+        if not dataclasses.is_dataclass(field.type):
+            rows.append((field.name, field.default, field.metadata["about"]))
+            continue
+        for inner in dataclasses.fields(field.type):
+            rows.append((f"{field.name}.{inner.name}", inner.default, inner.metadata["about"]))
+    rows.append(("algorithm.name", "fedhelp", f"the method: {', '.join(SETTINGS)}"))
+    for method, cls in SETTINGS.items():
+        # A name, and its text with the further lines of it, which are indented more.
+        found = re.findall(r"^( +)(\w+): (.+(?:\n\1 +.+)*)", cls.__doc__ or "", re.MULTILINE)
+        abouts = {key: " ".join(text.split()) for _, key, text in found}
+        for key, default in cls()._asdict().items():
+            rows.append((f"algorithm.{key}", default, f"{method}: {abouts.get(key, '')}"))
+    return rows
+
+
+# --- how it is done -----------------------------------------------------------------------------
+
+
+def _declare(cls: type) -> dict[str, Any]:
+    """Returns what a `ConfigDict` declares for a dataclass of the schema."""
+    declared: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if cls is AlgorithmConfig and field.name == "settings":
+            for key in _algorithm_keys():
+                if key != "name":
+                    declared[key] = config_dict.placeholder(object)
+        elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            declared[field.name] = _declare(field.type)
+        elif field.default is None:
+            # `object` for numbers, so that the command line can say None again; `str` for names, so
+            # that a folder called 2019 stays a string.
+            is_text = str in typing.get_args(field.type)
+            declared[field.name] = config_dict.placeholder(str if is_text else object)
+        else:
+            declared[field.name] = field.default
+    return declared
+
+
+def _algorithm_keys() -> list[str]:
+    keys = {"name": None}
+    for cls in SETTINGS.values():
+        keys.update(dict.fromkeys(cls._fields))
+    return list(keys)
+
+
+def _run_config(values: Mapping[str, Any]) -> RunConfig:
+    config = cast(RunConfig, _build(RunConfig, values, "config"))
+    _check_together(config)
+    return _filled_in(config)
+
+
+_LEARNING_RATES = {"adam": 1e-3, "sgd": 1e-2}
+_SERVER_LEARNING_RATES = {"sgd": 1.0, "adam": 0.01, "yogi": 0.01}
+
+
+def _filled_in(config: RunConfig) -> RunConfig:
+    """Returns the settings with the optimizer and the learning rates that None stands for."""
+    name, server = config.algorithm.name, config.server
+    plain_sgd = ALGORITHMS[name].plain_sgd
+    optimizer = config.optimizer or ("sgd" if plain_sgd else "adam")
+    if plain_sgd and optimizer != "sgd":
+        raise UserError(
+            f"config.optimizer = {optimizer!r}, but {name} always takes plain SGD: leave it None"
+        )
+    rate, server_rate = config.learning_rate, server.learning_rate
+    if rate is None:
+        rate = _LEARNING_RATES[optimizer]
+    if server_rate is None:
+        server_rate = _SERVER_LEARNING_RATES.get(server.optimizer)
+    server = dataclasses.replace(server, learning_rate=server_rate)
+    return dataclasses.replace(config, optimizer=optimizer, learning_rate=rate, server=server)
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    """Returns a dataclass of the schema from a dict with exactly its keys."""
+    values = as_dict(values, path)
+    fields = dataclasses.fields(cls)
+    refuse_unknown(values, [field.name for field in fields], path)
+    built: dict[str, Any] = {}
+    for field in fields:
+        key = f"{path}.{field.name}"
+        if field.name not in values:
+            raise UserError(
+                f"{key} is missing; start from fedhelp_jax.experiments.config.default_config()"
+            )
+        value = values[field.name]
+        if cls is AlgorithmConfig and field.name == "settings":
+            built["settings"] = _build_settings(SETTINGS[built["name"]], value, path)
+        elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            built[field.name] = _build(field.type, value, key)
+        elif field.name == "members":
+            built[field.name] = _build_members(value, values, key)
+        else:
+            built[field.name] = value_as(value, field.type, field.metadata["check"], key)
+    return cls(**built)
+
+
+_KEY_SETTINGS = ("api_key_env", "api_key_file")
+
+
+def _build_members(
+    values: Any, teacher: Mapping[str, Any], path: str
+) -> tuple[FoundationConfig, ...]:
+    """Returns the members of an ensemble; what one leaves out is as in the teacher itself."""
+    if not isinstance(values, tuple | list):
+        # Without the value, here and below: a key may stand in it by mistake.
+        raise UserError(f"{path} must be a tuple of dicts, one for each member")
+    names = {field.name for field in dataclasses.fields(FoundationConfig)} - {"name"}
+    shared = {name: value for name, value in teacher.items() if name in names}
+    # A key is for one host, and written in one way.
+    no_key = dict.fromkeys(_KEY_SETTINGS)
+    built = []
+    for i, item in enumerate(values):
+        if not isinstance(item, Mapping):
+            raise UserError(f"{path}[{i}] must be a dict of settings")
+        own = shared | no_key if {"url", *_KEY_SETTINGS} & set(item) else shared
+        built.append(_build(FoundationConfig, {**own, **item}, f"{path}[{i}]"))
+    return tuple(built)
+
+
+def _build_settings(cls: Any, values: Any, path: str) -> Any:
+    values = as_dict(values, f"{path}.settings")
+    refuse_unknown(values, cls._fields, path)
+    for key in cls._fields:
+        if key not in values:
+            raise UserError(f"{path}.{key} is missing; the method has this setting")
+    hints = typing.get_type_hints(cls)
+    return cls(
+        **{
+            key: value_as(values[key], hints[key], SETTING_CHECKS.get(key), f"{path}.{key}")
+            for key in cls._fields
+        }
+    )
+
+
+# How clients may be made of what a data set knows; of a prepared one only its files tell.
+_SPLIT_BY = {
+    "fed_isic2019": ("site",),
+    "npz_masks": ("fractions", "site"),
+    "medmnist": SHARINGS,
+}
+
+
+def _check_together(config: RunConfig) -> None:
+    """Refuses settings of which each is right but which do not go together."""
+    needed = []
+    if config.data.name == "fed_isic2019":
+        needed = [
+            ("data.dir", config.data.dir, "the folder or zip of its images"),
+            ("data.split_csv", config.data.split_csv, "the CSV file of its official split"),
+        ]
+    if config.data.name in ("medmnist", "npz_masks"):
+        needed = [("data.dir", config.data.dir, "its .npz file")]
+    if config.public.name == "npz":
+        needed.append(("public.path", config.public.path, "its .npz file"))
+    if config.public.name == "folder":
+        needed.append(("public.path", config.public.path, "the folder or zip of its images"))
+    by, right = config.data.split_by, _SPLIT_BY.get(config.data.name, ("fractions",))
+    if by is not None and by not in right and not config.data.name.startswith(PREPARED):
+        raise UserError(
+            f"config.data.split_by = {by!r} is not for data {config.data.name}: "
+            f"it must be {' or '.join(right)}"
+        )
+    if config.data.scanner_shift and config.data.name != "npz_masks":
+        raise UserError(
+            f"config.data.scanner_shift = True is for data npz_masks, not {config.data.name}"
+        )
+    for key, value, what in needed:
+        if not value:
+            owner = key.split(".")[0]
+            name = getattr(config, owner).name
+            raise UserError(
+                f"config.{key} is not set, but {owner} {name} needs {what}: give --config.{key}=..."
+            )
+    if "z_score" in config.data.harmonize[:-1]:
+        raise UserError(
+            "config.data.harmonize: z_score must be the last, since it leaves no pixels"
+        )
+    _check_task(config)
+    check_teacher(config.teacher)
+
+
+# What a task cannot be learned from: data without masks, or with nothing but masks.
+_WITHOUT_MASKS = ("medmnist",)
+_MASKS_ONLY = ("phantom_volumes", "npz_masks")
+
+
+def _check_task(config: RunConfig) -> None:
+    segmentation = config.task == "segmentation"
+    for key, name in (("data", config.data.name), ("public", config.public.name)):
+        if name in (_WITHOUT_MASKS if segmentation else _MASKS_ONLY):
+            other = "classification" if segmentation else "segmentation"
+            raise UserError(
+                f"config.{key}.name = {name!r} has no {'masks' if segmentation else 'labels'} for "
+                f"config.task = {config.task!r}; it is for {other}"
+            )
+    models = config.model
+    right = UNETS if segmentation else (*CNNS, *RESNETS)
+    roles = (
+        ("small", models.small, models.small_widths),
+        ("large", models.large, models.large_widths),
+    )
+    for role, name, widths in roles:
+        if name not in right:
+            raise UserError(
+                f"config.model.{role} = {name!r} cannot learn config.task = {config.task!r}; it "
+                f"must be one of {', '.join(right)}"
+            )
+        if widths and not segmentation:
+            raise UserError(f"config.model.{role}_widths is for U-Nets; {name} has its own")
+        if models.norm == "group" and any(width > 8 and width % 8 for width in widths):
+            raise UserError(
+                f"config.model.{role}_widths = {widths} must be at most 8 or multiples of 8 for "
+                "config.model.norm = 'group'"
+            )
+    if not segmentation and (models.norm != "batch" or models.remat):
+        raise UserError(
+            "config.model.norm and remat are for U-Nets; other networks have batch and False"
+        )
+
+
+def _listed(value: Any) -> Any:
+    """Returns `value` with its tuples as the lists that JSON makes of them."""
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_listed(item) for item in value]
+    return value
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Gives dotted key and value of each setting of what `to_dict` returns."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,349 @@
+"""From settings to what runs: data, roles, teacher, models and method put together."""
+
+import dataclasses
+import logging
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedhelp_jax import tasks
+from fedhelp_jax.algorithms import ALGORITHMS
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, PublicSpec, Setup
+from fedhelp_jax.algorithms.client import adam_l2, sgd_l2
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.memory import check_fits
+from fedhelp_jax.data.federation import Federation, assign_roles, make_federation
+from fedhelp_jax.data.load import load_federated, load_public
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset, of_federated, of_public
+from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.models.cnn import CNNS, cnn
+from fedhelp_jax.models.model import Model, with_compute_dtype
+from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
+from fedhelp_jax.models.unet import UNETS, unet
+from fedhelp_jax.settings.schema import ModelConfig, ServerConfig
+from fedhelp_jax.simulation.round import Phases, num_clients
+from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.streaming import StreamedSimulation
+from fedhelp_jax.simulation.vectorize import Mapping, make_mapping
+from fedhelp_jax.tasks import Task
+from fedhelp_jax.teachers.answers import Answers
+from fedhelp_jax.teachers.resolve import resolve_answers
+from fedhelp_jax.transforms import harmonize
+
+MOST_ROUNDS = 1000
+# Floats past this are no normalised images.
+_LARGE = 100
+
+_log = logging.getLogger(__name__)
+
+_Data = TypeVar("_Data", FederatedDataset, PublicDataset)
+
+
+class Loaded(NamedTuple):
+    """A run's data, and what follows from them."""
+
+    task: Task
+    dataset: FederatedDataset
+    roles: tuple[str, ...]
+    public: PublicDataset | None
+    answers: Answers | None
+    federation: Federation
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run ready to start, and what its report says of it."""
+
+    config: RunConfig
+    task: Task
+    dataset: FederatedDataset
+    roles: tuple[str, ...]
+    public: PublicDataset | None
+    answers: Answers | None
+    simulation: Simulation
+
+
+def build_experiment(config: RunConfig) -> Experiment:
+    """Loads the data and puts the run together.
+
+    Raises:
+      UserError: If the data cannot be read or do not fit the settings.
+    """
+    pool_bytes = config.mapping.pool_bytes
+    if pool_bytes and ALGORITHMS[config.algorithm.name].pools_data:
+        raise UserError(
+            f"config.mapping.pool_bytes = {pool_bytes}, but {config.algorithm.name} needs all "
+            "clients' data on the device at once: it must be 0"
+        )
+    loaded = load(config)
+    # The process may have more CPU devices, if another caller has chosen them.
+    alone = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    mapping = make_mapping(config.mapping.chunk_size, config.mapping.cpu_devices if alone else None)
+    phases = make_phases(config, loaded, mapping)
+    if pool_bytes:
+        simulation = StreamedSimulation(
+            phases, loaded.federation, seed=config.seed, pool_bytes=pool_bytes
+        )
+    else:
+        simulation = Simulation(
+            phases,
+            loaded.federation,
+            seed=config.seed,
+            rounds_at_once=rounds_at_once(config),
+        )
+    return Experiment(config, *loaded[:5], simulation)
+
+
+def rounds_at_once(config: RunConfig) -> int:
+    """The most rounds that are made in one dispatch, whose reports lie on the device together."""
+    return min(config.evaluate_every, config.checkpoint_every, config.rounds, MOST_ROUNDS)
+
+
+def load(config: RunConfig) -> Loaded:
+    """Loads what a run learns from.
+
+    Raises:
+      UserError: If it cannot be read or does not fit the settings.
+    """
+    dataset, public, answers = load_sources(config)
+    task = task_of(config, dataset)
+    roles = assign_roles(dataset, top_n=config.roles.top_n, large=config.roles.large)
+    logits = None if answers is None else answers.logits
+    # Where there are other processes, no device is given what is not its own.
+    on_host = jax.process_count() > 1 or config.mapping.pool_bytes > 0
+    federation = make_federation(dataset, roles, public, logits, on_host=on_host)
+    return Loaded(task, dataset, roles, public, answers, federation)
+
+
+def load_sources(
+    config: RunConfig,
+) -> tuple[FederatedDataset, PublicDataset | None, Answers | None]:
+    """Loads the data and the teacher's answers, each where the method needs it.
+
+    Raises:
+      UserError: If they cannot be read or do not fit the settings.
+    """
+    method = ALGORITHMS[config.algorithm.name]
+    with_public = method.uses_public and config.public.name != "none"
+    dataset, public = load_data(config, with_public=with_public)
+    if public is None or not method.uses_teacher:
+        return dataset, public, None
+    answers = resolve_answers(config.teacher, public)
+    if answers is None:
+        if public.labels is None:
+            raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
+    # A mask has an axis for each of the image's; a label has none.
+    elif answers.logits.ndim != dataset.labels.ndim + 1:
+        needed = "one row of logits" if dataset.labels.ndim == 1 else "a map of logits"
+        raise UserError(
+            f"teacher: its answers about {public.name} are of shape "
+            f"{list(answers.logits.shape[1:])} an image, but config.task = {config.task!r} needs "
+            f"{needed}"
+        )
+    return dataset, public, answers
+
+
+def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> Phases:
+    """The method over the clients of the loaded data.
+
+    Args:
+      config: The settings; numbers that no shape depends on may be traced.
+      loaded: The data.
+      mapping: How clients run.
+
+    Returns:
+      The phases of a round.
+    """
+    method, dataset = ALGORITHMS[config.algorithm.name], loaded.dataset
+    num_classes, sample_shape = len(dataset.label_names), dataset.images.shape[1:]
+    batches = {"batch_size": config.batch_size}
+    if loaded.public is not None:
+        batches["public_batch_size"] = config.public_batch_size
+    for key, size in batches.items():
+        check_fits((size, *sample_shape), "float32", key, "the images of one step")
+    setup = Setup(
+        task=loaded.task,
+        num_classes=num_classes,
+        sample_shape=sample_shape,
+        models={
+            "small": build_model(
+                config.model.small, config.model.small_widths, config.model, num_classes
+            ),
+            "large": build_model(
+                config.model.large, config.model.large_widths, config.model, num_classes
+            ),
+        },
+        **_client_optimizers(config, 1.0),
+        batch_size=config.batch_size,
+        public_batch_size=config.public_batch_size,
+        local_epochs=config.local_epochs,
+        augment=config.data.augment,
+        rounds=config.rounds,
+        public=_public_spec(loaded.public, loaded.answers),
+        server_tx=_server_optimizer(config.server),
+    )
+
+    def algorithm_at(round: jax.Array) -> FederatedAlgorithm:
+        done = round.astype(float) / config.rounds
+        factor = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        scheduled = setup._replace(**_client_optimizers(config, factor))
+        return method.build(scheduled, config.algorithm.settings)
+
+    return Phases(
+        method.build(setup, config.algorithm.settings),
+        loaded.task,
+        num_clients(loaded.federation),
+        mapping,
+        participation=config.participation,
+        client_weights=config.client_weights,
+        eval_batch_size=_eval_batch_size(sample_shape[:-1]),
+        algorithm_at=algorithm_at if config.learning_rate_schedule == "cosine" else None,
+    )
+
+
+def load_data(
+    config: RunConfig, *, with_public: bool
+) -> tuple[FederatedDataset, PublicDataset | None]:
+    """The private data, and the public where wanted, harmonised as ``data.harmonize`` says.
+
+    Raises:
+      UserError: If they cannot be read or harmonised, or are not images of one kind.
+    """
+    names = config.data.harmonize
+    dataset, public = read_data(config, with_public=with_public)
+    dataset = harmonized(dataset, names)
+    if "z_score" not in names and np.issubdtype(dataset.images.dtype, np.floating):
+        low, high = float(dataset.images.min()), float(dataset.images.max())
+        if max(abs(low), abs(high)) > _LARGE:
+            _log.warning(
+                "data %s holds values from %g to %g, which networks learn badly from: "
+                "data.harmonize=('percentile_clip','z_score') would bring images to one scale",
+                dataset.name,
+                low,
+                high,
+            )
+    if public is None:
+        return dataset, None
+    public = harmonized(public, names)
+    if public.images.dtype != dataset.images.dtype:
+        raise UserError(
+            f"public.name: {public.name} holds {public.images.dtype} values, {dataset.name} "
+            f"{dataset.images.dtype}; config.data.harmonize=z_score brings both to one scale"
+        )
+    return dataset, public
+
+
+def read_data(
+    config: RunConfig, *, with_public: bool
+) -> tuple[FederatedDataset, PublicDataset | None]:
+    """The same before anything is harmonised, so that equal images are equal, and others are not.
+
+    Raises:
+      UserError: If they cannot be read, or are not images of one shape.
+    """
+    masks = config.task == "segmentation"
+    dataset = load_federated(config.data, config.seed, masks=masks)
+    dataset = dataset._replace(content_sha256=of_federated(dataset))
+    if not with_public:
+        return dataset, None
+    public = load_public(
+        config.public,
+        config.data.image_size,
+        config.seed,
+        masks=masks,
+        volume_size=config.data.volume_size,
+        cache_dir=config.data.cache_dir,
+        skip_bad=config.data.on_bad_example == "skip",
+    )
+    if public.images.shape[1:] != dataset.images.shape[1:]:
+        raise UserError(
+            f"public.name: {public.name} holds images {list(public.images.shape[1:])}, but those "
+            f"of {dataset.name} are {list(dataset.images.shape[1:])}; one network sees both"
+        )
+    return dataset, public._replace(content_sha256=of_public(public))
+
+
+def harmonized(data: _Data, names: tuple[str, ...]) -> _Data:
+    """Data with their images harmonised, which their name then tells.
+
+    Raises:
+      UserError: If the images are not what a method needs.
+    """
+    if not names:
+        return data
+    try:
+        images = harmonize(data.images, names)
+    except ValueError as error:
+        raise UserError(f"config.data.harmonize: {data.name}: {error}") from None
+    # What was done is told wherever the data's name appears; answers may depend on it.
+    return data._replace(name="_".join((data.name, *names)), images=images)
+
+
+def task_of(config: RunConfig, dataset: FederatedDataset) -> Task:
+    """The task of a run; masks are named by the data's classes."""
+    if config.task == "segmentation":
+        return tasks.segmentation(dataset.label_names)
+    return tasks.classification
+
+
+def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_classes: int) -> Model:
+    """The network of that name, with ``num_classes`` outputs; ``widths`` replace a U-Net's own."""
+    if name in RESNET_DEPTHS:
+        model = resnet(RESNET_DEPTHS[name], num_classes)
+    elif name in CNNS:
+        model = cnn(CNNS[name], num_classes)
+    else:
+        size = UNETS[name]
+        size = size._replace(widths=widths or size.widths)
+        model = unet(size, num_classes, norm=config.norm, remat=config.remat)
+    # "float32" leaves the networks alone: they compute in their parameters' dtype.
+    return model if config.compute_dtype == "float32" else with_compute_dtype(model, "bfloat16")
+
+
+def _client_optimizers(config: RunConfig, factor: float | jax.Array) -> dict[str, Any]:
+    """Fields of `Setup`, every learning rate times ``factor``."""
+    assert config.learning_rate is not None, "not validated"
+    rate, decay = config.learning_rate * factor, config.weight_decay
+    optimizer = {"adam": adam_l2, "sgd": sgd_l2}[str(config.optimizer)]
+    return {
+        "tx": optimizer(rate, decay),
+        "learning_rate": rate,
+        "weight_decay": decay,
+        "schedule": factor,
+    }
+
+
+def _server_optimizer(config: ServerConfig) -> optax.GradientTransformation | None:
+    """The optimizers of Reddi et al., arXiv:2003.00295, as optax has them; None for the mean."""
+    if config.optimizer == "none":
+        return None
+    assert config.learning_rate is not None, "not validated"
+    if config.optimizer == "sgd":
+        return optax.sgd(config.learning_rate, momentum=config.momentum)
+    adaptive = {"adam": optax.adam, "yogi": optax.yogi}[config.optimizer]
+    return adaptive(
+        config.learning_rate, b1=config.momentum, b2=config.beta2, eps=config.adaptivity
+    )
+
+
+def _eval_batch_size(spatial: tuple[int, ...]) -> int:
+    """64, or as many large images as have the pixels of 64 of 64x64; changes memory only."""
+    return max(1, min(64, 2**18 // math.prod(spatial)))
+
+
+def _public_spec(public: PublicDataset | None, answers: Answers | None) -> PublicSpec | None:
+    if public is None:
+        return None
+    labels = None if public.label_names is None else len(public.label_names)
+    return PublicSpec(
+        num_images=len(public.images),
+        num_labels=labels,
+        num_answers=None if answers is None else len(answers.label_names),
+        shared=answers is not None
+        and labels is not None
+        and answers.label_names == public.label_names,
+    )

@@ -1,0 +1,300 @@
+"""What makes a run the run it is: its settings, what it read, and the program that computed it.
+
+Which settings count is said in the schema, beside each (`fedhelp_jax.settings.schema.setting`).
+Where data lie does not count, but their content does: ``provenance.json`` in a run folder, and each
+checkpoint, hold its hash. They also hold what else decides the last bits of a result: the back
+end, the devices and how clients are vectorised on them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fedhelp_jax.algorithms import ALGORITHMS
+from fedhelp_jax.core import distributed
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset
+from fedhelp_jax.experiments import config as configs
+from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.experiments.experiment import Experiment
+from fedhelp_jax.report import run_files
+from fedhelp_jax.settings.schema import MappingConfig
+from fedhelp_jax.teachers.answers import Answers
+from fedhelp_jax.teachers.resolve import is_asked, members
+
+_log = logging.getLogger(__name__)
+
+PROVENANCE = "provenance.json"
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings that make a run the run it is, as dicts, lists, numbers and strings."""
+    return {**_identity(config), "algorithm": configs.to_dict(config)["algorithm"]}
+
+
+def identity_sha256(config: RunConfig) -> str:
+    """Returns the hash of the settings with which a run goes on from a checkpoint.
+
+    The number of rounds is one of them only where a schedule depends on it.
+    """
+    values = identity(config)
+    if not schedule_over_rounds(config):
+        del values["rounds"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
+    """Returns one ``key: value -> value`` for each setting that makes them different runs.
+
+    Example:
+        >>> differences(RunConfig(), RunConfig(rounds=12))
+        ('rounds: 50 -> 12',)
+    """
+    return changes(identity(ours), identity(theirs))
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the same of the dicts that `identity` gives."""
+    old, new = dict(configs.flat(before)), dict(configs.flat(after))
+    keys = [*old, *(key for key in new if key not in old)]
+    return tuple(
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    )
+
+
+def schedule_over_rounds(config: RunConfig) -> str:
+    """Returns what depends on the number of rounds, which must then stay as it is, or nothing."""
+    if config.learning_rate_schedule != "constant":
+        return f"learning_rate_schedule = {config.learning_rate_schedule!r}"
+    if ALGORITHMS[config.algorithm.name].schedules(config.algorithm.settings):
+        return f"the schedule of {config.algorithm.name}"
+    return ""
+
+
+def refuse_other_settings(before: RunConfig, config: RunConfig, where: str) -> None:
+    """Refuses settings with which the run of a folder cannot be gone on with.
+
+    Args:
+      before: Those of the folder.
+      config: Those asked for. Another number of rounds is fine where no schedule depends on it.
+      where: The flag and the folder, for the message.
+
+    Raises:
+      UserError: If others make another run.
+    """
+    schedule = schedule_over_rounds(config)
+    if not schedule:
+        before = dataclasses.replace(before, rounds=config.rounds)
+    changed = differences(before, config)
+    if changed:
+        why = ""
+        if schedule and before.rounds != config.rounds:
+            why = f"; {schedule} depends on the number of rounds"
+        raise UserError(
+            f"{where}: holds a run of another configuration ({'; '.join(changed)}{why}); name "
+            "another folder, or --overwrite"
+        )
+
+
+def _identity(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _identity(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.metadata.get("identity", True)
+        }
+    if isinstance(value, tuple):
+        return [_identity(item) for item in value]
+    return value
+
+
+# --- what was read ------------------------------------------------------------------------------
+
+
+def sources(
+    config: RunConfig,
+    dataset: FederatedDataset,
+    public: PublicDataset | None,
+    answers: Answers | None,
+) -> dict[str, dict[str, Any]]:
+    """Returns path, bytes of the file, number of examples and their hash, of each source."""
+    asked = [m.store if is_asked(m) else m.path for m in members(config.teacher)]
+    found: dict[str, tuple[list[str | None], int, str]] = {
+        "data": ([config.data.dir], len(dataset.images), dataset.content_sha256)
+    }
+    if public is not None:
+        found["public"] = [config.public.path], len(public.images), public.content_sha256
+    if answers is not None:
+        found["teacher"] = asked, len(answers.logits), answers.content_sha256
+    return {
+        name: {**_place(paths), "examples": count, "sha256": sha}
+        for name, (paths, count, sha) in found.items()
+    }
+
+
+def refuse_other_sources(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Refuses to go on with other examples or answers than a run was started with.
+
+    Args:
+      before: What `sources` gave then.
+      now: What it gives now.
+      where: The flag and the folder of the run, for the message.
+
+    Raises:
+      UserError: If a source has other content.
+    """
+    for name in now:
+        old, new = before.get(name, {}).get("sha256", ""), now[name]["sha256"]
+        if old != new:
+            place = f" at {now[name]['path']}" if now[name]["path"] else ""
+            raise UserError(
+                f"{where}: {name}{place}: other content than this was started with (sha256 of what "
+                f"was read: {old[:16]}, now {new[:16]}); put it back, or name another folder"
+            )
+
+
+def _place(paths: list[str | None]) -> dict[str, Any]:
+    known = [Path(path).expanduser().resolve() for path in paths if path]
+    size = sum(path.stat().st_size for path in known if path.is_file())
+    return {"path": ", ".join(map(str, known)) or None, "bytes": size or None}
+
+
+# --- the program --------------------------------------------------------------------------------
+
+
+def program(experiment: Experiment) -> dict[str, Any]:
+    """Returns what decides the last bits of a result besides settings and data."""
+    mapping, count = experiment.simulation.mapping, jax.process_count()
+    pool_bytes = experiment.config.mapping.pool_bytes
+    return {
+        "platform": mapping.mesh.devices.flat[0].platform,
+        "devices": mapping.num_devices,
+        "chunk_size": mapping.chunk_size,
+        **({"processes": count} if count > 1 else {}),
+        **({"pool_bytes": pool_bytes} if pool_bytes else {}),
+    }
+
+
+def provenance(experiment: Experiment) -> dict[str, Any]:
+    """Returns what ``provenance.json`` holds: the program, and what was read."""
+    read = experiment.dataset, experiment.public, experiment.answers
+    return {"program": program(experiment), "sources": sources(experiment.config, *read)}
+
+
+def write_provenance(workdir: Path, value: Mapping[str, Any]) -> None:
+    """Writes ``provenance.json``."""
+    run_files.write_json(workdir / PROVENANCE, value)
+
+
+def read_provenance(workdir: Path) -> dict[str, Any] | None:
+    """Returns the content of ``provenance.json``; None where there is none.
+
+    Raises:
+      UserError: It is not as it was written.
+    """
+    path = workdir / PROVENANCE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        _ = found["program"]["devices"], found["sources"]["data"]["sha256"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: cannot be used ({type(error).__name__}: {error}); was it edited by hand?"
+        ) from None
+    return found
+
+
+def as_started(config: RunConfig, workdir: Path, cpu_devices: int | None = None) -> RunConfig:
+    """Returns settings with the mapping of the run in a folder, and warns where it is another one.
+
+    Otherwise the run would not end with the same bits.
+
+    Args:
+      config: The settings asked for.
+      workdir: The run folder. Where it holds no checkpoint, the settings stay as they are.
+      cpu_devices: How many devices the CPU would be by itself, where JAX has not started yet.
+
+    Raises:
+      UserError: If ``provenance.json`` is not as it was written.
+    """
+    recorded = read_provenance(workdir)
+    checkpoints = workdir / "checkpoints"
+    if recorded is None or not (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        return config
+    before, asked = recorded["program"], config.mapping
+    on_cpu = before["platform"] == "cpu"
+    devices = before["devices"] // before.get("processes", 1) if on_cpu else asked.cpu_devices
+    pool_bytes = before.get("pool_bytes", 0)
+    # All clients at once, as accelerators do by themselves, have no number among the settings.
+    kept = MappingConfig(devices, before["chunk_size"] or None, pool_bytes)
+    wanted = MappingConfig(
+        (asked.cpu_devices or cpu_devices or devices) if on_cpu else devices,
+        asked.chunk_size or kept.chunk_size,
+        asked.pool_bytes,
+    )
+    for name, value in vars(wanted).items():
+        if value != vars(kept)[name]:
+            _log.warning(
+                "going on with mapping.%s = %s, with which the run in %s was started, and not %s",
+                name,
+                vars(kept)[name],
+                workdir,
+                value,
+            )
+    return dataclasses.replace(config, mapping=kept)
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def of_checkpoint(experiment: Experiment) -> dict[str, Any]:
+    """Returns what each checkpoint holds beside the state, for `refuse_other_checkpoint`."""
+    return {
+        **provenance(experiment),
+        "identity_sha256": identity_sha256(experiment.config),
+    }
+
+
+def refuse_other_checkpoint(
+    meta: Mapping[str, Any], ours: Mapping[str, Any], where: str, *, same_program: bool
+) -> None:
+    """Refuses a checkpoint of another run.
+
+    Args:
+      meta: What `of_checkpoint` gave when it was saved.
+      ours: What it gives now.
+      where: The flag and the folder of the run, for the message.
+      same_program: Whether the results must have the same bits as if the run had never stopped.
+        The state of many processes fits no other program in any case.
+
+    Raises:
+      UserError: If settings, data or program are others.
+    """
+    if "identity_sha256" not in meta:
+        raise distributed.Agreed(
+            f"{where}: its checkpoints are of an earlier version of fedhelp_jax, which did not "
+            "record what a run reads; go on with that version, or name another folder"
+        )
+    if meta["identity_sha256"] != ours["identity_sha256"]:
+        raise distributed.Agreed(
+            f"{where}: config.json is not the one this run was started with; was it edited by "
+            "hand? Put it back, or remove the folder"
+        )
+    refuse_other_sources(meta["sources"], ours["sources"], where)
+    before, now = meta["program"], ours["program"]
+    if before != now and (same_program or "processes" in before or "processes" in now):
+        raise distributed.Agreed(
+            f"{where}: the run was started with {before}, this is {now}: it would not end with the "
+            "same bits; use the same back end and processes, or name another folder"
+        )

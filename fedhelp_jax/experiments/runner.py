@@ -1,0 +1,483 @@
+"""The orchestrator: rounds, evaluation, checkpoints and the run folder.
+
+A run folder holds ``config.json``, ``metrics.jsonl`` (a line a round), ``checkpoints/`` and, at the
+end, ``clients.csv`` and ``summary.json``; of masks also ``pictures/``. The same command on the same
+folder goes on where it stopped, and ends with the same bits as if it had never stopped.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedhelp_jax.algorithms import ALGORITHMS
+from fedhelp_jax.core import distributed
+from fedhelp_jax.core.compilation import compile_totals
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.locks import folder_lock
+from fedhelp_jax.data.bad_examples import QUARANTINE
+from fedhelp_jax.experiments import config as configs
+from fedhelp_jax.experiments import identity
+from fedhelp_jax.experiments.checkpoint import Checkpointer
+from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.experiments.experiment import Experiment, build_experiment, rounds_at_once
+from fedhelp_jax.report import run_files
+from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write_shares
+from fedhelp_jax.report.console import Progress
+from fedhelp_jax.report.masks import final_masks, merged
+from fedhelp_jax.report.summary import (
+    client_rows,
+    group_summary,
+    headline,
+    per_client,
+    versions,
+)
+from fedhelp_jax.simulation.divergence import Diverged, Divergence
+from fedhelp_jax.simulation.recheck import recheck
+from fedhelp_jax.simulation.round import RoundInfo, RunState
+
+_log = logging.getLogger(__name__)
+
+_CONFIG, _METRICS, _CLIENTS, _SUMMARY = (
+    "config.json",
+    "metrics.jsonl",
+    "clients.csv",
+    "summary.json",
+)
+_CHECKPOINTS = "checkpoints"
+# What a client sends to the server, and what it receives; keys of its info where a method has them.
+_TRAFFIC = ("bytes_up", "bytes_down")
+_PICTURES = "pictures"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+
+def train(
+    config: RunConfig, workdir: Path, overwrite: bool = False, *, split: str = "test"
+) -> dict[str, Any]:
+    """Runs, or goes on with, a run in a folder.
+
+    Args:
+      config: The settings.
+      workdir: The run folder.
+      overwrite: Begin anew, removing what an earlier run left there.
+      split: What the last models are measured on; with "validation" no test image is looked at.
+
+    Returns:
+      The content of ``summary.json``; nothing in other processes than the first.
+
+    Raises:
+      UserError: If the settings, the data or the folder do not allow the run.
+      Diverged: If every client of a role has diverged, once the state is saved and the results are
+        written; the same command on the folder then ends so again.
+      Interrupted: After SIGINT or SIGTERM, once the state is saved.
+    """
+    _check_together(config, workdir)
+    with folder_lock(workdir):
+        return _train(config, workdir, overwrite, split)
+
+
+def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dict[str, Any]:
+    if overwrite and distributed.first():
+        _remove_run(workdir)
+    distributed.share("removed")
+
+    def prepare() -> Experiment:
+        _check_same_config(config, workdir)
+        return build_experiment(identity.as_started(config, workdir))
+
+    experiment = distributed.together(prepare)
+    _check_same_sources(experiment)
+    checkpointer = Checkpointer(workdir / _CHECKPOINTS)
+    try:
+        done, state, _ = _restore(experiment, checkpointer, workdir, same_program=True)
+        if done > config.rounds:
+            raise distributed.Agreed(
+                f"config.rounds = {config.rounds}, but the run in {workdir} has done {done}: give "
+                "at least as many, or name another folder"
+            )
+        if distributed.first():
+            run_files.write_json(workdir / _CONFIG, configs.to_dict(experiment.config))
+            identity.write_provenance(workdir, identity.provenance(experiment))
+            write_shares(workdir, experiment.dataset, experiment.roles)
+            write_left_out(workdir, experiment.dataset, experiment.public)
+            run_files.cut_metrics(workdir / _METRICS, done)
+        if done:
+            _log.warning("going on after round %d of %d", done, config.rounds)
+        health = _health(experiment, workdir, done)
+        with _StopRequest() as stop:
+            done, state = _run_rounds(experiment, checkpointer, workdir, state, done, stop, health)
+        summary = _finish(experiment, workdir, state, done, split, health)
+        if _must_stop(experiment.config, health):
+            raise Diverged(health.message(done, workdir), summary)
+        if distributed.any_of(stop.requested):
+            raise Interrupted(f"asked to stop in the last round; the run in {workdir} is finished")
+        return summary
+    finally:
+        checkpointer.close()
+
+
+def evaluate(workdir: Path, config: RunConfig | None = None) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run folder anew and rewrites its ``summary.json``.
+
+    Args:
+      workdir: The run folder.
+      config: Its settings, but for where data lie and the like; None takes those of the folder.
+
+    Returns:
+      The content of ``summary.json``; nothing in other processes than the first.
+
+    Raises:
+      UserError: If the folder holds no checkpoint or is not as the run left it.
+      Diverged: As in `train`.
+    """
+    found: RunConfig = config or distributed.together(lambda: configs.load(workdir / _CONFIG))
+    _check_together(found, workdir)
+    with folder_lock(workdir):
+        return _evaluate(found, workdir)
+
+
+def _evaluate(config: RunConfig, workdir: Path) -> dict[str, Any]:
+    def prepare() -> Experiment:
+        if not (workdir / _CHECKPOINTS).is_dir():
+            raise UserError(f"--workdir={workdir}: there is no checkpoint; train first")
+        return build_experiment(config)
+
+    experiment = distributed.together(prepare)
+    checkpointer = Checkpointer(workdir / _CHECKPOINTS, read_only=True)
+    try:
+        done, state, meta = _restore(experiment, checkpointer, workdir, same_program=False)
+    finally:
+        checkpointer.close()
+    health = _health(experiment, workdir, done)
+    if done < config.rounds and not _must_stop(config, health):
+        raise UserError(
+            f"--workdir={workdir}: the run stopped after round {done} of {config.rounds}; "
+            "the same train command goes on with it"
+        )
+    # A run that tuned without the test images is not to be judged by them afterwards.
+    before = run_files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
+    split = before.get("split", "test")
+    summary = _finish(experiment, workdir, state, done, split, health, meta["program"])
+    if _must_stop(config, health):
+        raise Diverged(health.message(done, workdir), summary)
+    return summary
+
+
+def _run_rounds(
+    experiment: Experiment,
+    checkpointer: Checkpointer,
+    workdir: Path,
+    state: RunState,
+    done: int,
+    stop: "_StopRequest",
+    health: Divergence,
+) -> tuple[int, RunState]:
+    """Makes the rounds that are missing; returns how many are done, and the state after them."""
+    config, simulation = experiment.config, experiment.simulation
+    metric, payload = experiment.task.headline, None
+    shown = (
+        Progress(config.rounds, first_round=done, metric=metric) if distributed.first() else None
+    )
+    with shown or contextlib.nullcontext():
+        while done < config.rounds and not _must_stop(config, health):
+            started, compiled = time.perf_counter(), compile_totals()
+            first, done = done, _next_stop(config, done)
+            state, infos = simulation.rounds(state, first, done)
+            payload = payload or simulation.payload_bytes()
+            rows: list[dict[str, Any]] = [
+                {
+                    "round": round,
+                    **_round_losses(experiment, i),
+                    **_traffic(experiment, i, payload),
+                    "quarantined": health.trained(round, i.participants, i.non_finite),
+                    "diverged": health.clients,
+                }
+                for round, i in enumerate(infos, start=first + 1)
+            ]
+            last = done == config.rounds
+            if last or done % config.evaluate_every == 0:
+                results = simulation.evaluate(state, "validation")
+                health.measured(f"round {done}, validation", results)
+                rows[-1] |= {"split": "validation", "metric": metric, "diverged": health.clients}
+                rows[-1] |= group_summary(health.scores(headline(results, metric)))
+            jax.block_until_ready(state)
+            wall_s = (time.perf_counter() - started) / len(rows)
+            compile_s = (compile_totals().seconds - compiled.seconds) / len(rows)
+            for row in rows:
+                if shown is None:
+                    continue
+                row |= {"wall_s": wall_s, "compile_s": compile_s}
+                run_files.append_metrics(workdir / _METRICS, row)
+                shown.update(run_files.plain(row) | {"seconds": wall_s - compile_s})
+            # Whichever process was asked: all stop after the same round.
+            stopping = distributed.any_of(stop.requested)
+            last = last or _must_stop(config, health)
+            if last or stopping or done % config.checkpoint_every == 0:
+                checkpointer.save(done, state, identity.of_checkpoint(experiment))
+            if stopping and not last:
+                raise Interrupted(
+                    f"stopped after round {done} of {config.rounds}, saved in {workdir}; "
+                    "the same command goes on from there"
+                )
+    return done, state
+
+
+def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
+    """Which clients had diverged after a round."""
+    rows = _rows(workdir, done) if distributed.first() else []
+    before = distributed.share(json.dumps(rows[-1].get("diverged") if rows else None))[0]
+    names = {group.role: group.names for group in experiment.simulation.groups}
+    return Divergence(names, json.loads(before), warns=distributed.first())
+
+
+def _rows(workdir: Path, done: int) -> list[dict[str, Any]]:
+    """What is written down of the first rounds: a killed run may have told more than it saved."""
+    return [row for row in run_files.read_metrics(workdir / _METRICS) if row["round"] <= done]
+
+
+def _must_stop(config: RunConfig, health: Divergence) -> bool:
+    return config.on_divergence == "stop" and bool(health.lost_roles)
+
+
+def _next_stop(config: RunConfig, done: int) -> int:
+    """The round after which something is to be evaluated or saved, or a dispatch is full."""
+    every = (config.evaluate_every, config.checkpoint_every)
+    return min(config.rounds, done + rounds_at_once(config), *((done // n + 1) * n for n in every))
+
+
+def _finish(
+    experiment: Experiment,
+    workdir: Path,
+    state: RunState,
+    done: int,
+    split: str,
+    health: Divergence,
+    trained_by: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measures the last state and writes the results."""
+    started, compiled = time.perf_counter(), compile_totals()
+    simulation, config = experiment.simulation, experiment.config
+    results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}
+    measured = results[split]
+    half = config.model.compute_dtype == "bfloat16"
+    for name, found in results.items():
+        health.measured(f"round {done}, {name}", found)
+    recheck(
+        simulation.phases,
+        simulation.groups,
+        simulation.federation.public,
+        state,
+        experiment.dataset,
+        split,
+        measured,
+        bfloat16=half,
+    )
+    if experiment.task.predict is not None and split == "test":
+        pictures = workdir / _PICTURES if distributed.first() else None
+        found = final_masks(simulation, state, experiment.dataset, pictures, config.algorithm.name)
+        results["test"] = measured = merged(measured, found)
+    if not distributed.first():
+        return {}
+    names = {group.role: group.names for group in simulation.groups}
+    run_files.write_csv(workdir / _CLIENTS, run_files.CLIENT_COLUMNS, client_rows(names, results))
+    rows = _rows(workdir, done)
+    metric = experiment.task.headline
+    sizes = {
+        g.role: tuple(np.asarray(table.size).tolist() for table in (g.train, g.test))
+        for g in simulation.groups
+    }
+    public, answers = experiment.public, experiment.answers
+    summary = {
+        "algorithm": config.algorithm.name,
+        "dataset": experiment.dataset.name,
+        "synthetic": experiment.dataset.synthetic,
+        "public": None if public is None else public.name,
+        "left_out": {
+            "private": len(experiment.dataset.left_out),
+            "public": 0 if public is None else len(public.left_out),
+        },
+        "teacher": None if answers is None else answers.fingerprint,
+        "teacher_queries": 0 if answers is None or public is None else len(set(public.sha256)),
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "metric": metric,
+        "split": split,
+        **group_summary(health.scores(headline(measured, metric))),
+        "stopped_after": done if done < config.rounds else None,
+        "diverged": {role: len(clients) for role, clients in health.clients.items()},
+        "quarantined": {
+            role: sum(row.get("quarantined", {}).get(role, 0) for row in rows) for role in names
+        },
+        "evaluated": {role: list(models) for role, models in measured.items()},
+        "global": group_summary(
+            health.scores(
+                {
+                    role: models["global"][metric]
+                    for role, models in measured.items()
+                    if "global" in models
+                }
+            )
+        ),
+        "per_client": per_client(names, sizes, measured, health.clients),
+        **{f"{way}_per_round": round(np.mean([row[way] for row in rows])) for way in _TRAFFIC},
+        "program": trained_by or identity.program(experiment),
+        "measured_by": identity.program(experiment),
+        "compile_s": sum(row["compile_s"] for row in rows)
+        + compile_totals().seconds
+        - compiled.seconds,
+        "wall_s": sum(row["wall_s"] for row in rows) + time.perf_counter() - started,
+        "versions": versions(),
+    }
+    summary = run_files.plain(summary)
+    run_files.write_json(workdir / _SUMMARY, summary)
+    return summary
+
+
+def _round_losses(experiment: Experiment, info: RoundInfo) -> dict[str, Any]:
+    """The round's mean loss over all who took part, and the means of each role's report."""
+    details, losses = {}, []
+    for group in experiment.simulation.groups:
+        took_part = np.asarray(info.participants[group.role]) < len(group.names)
+        report = {
+            name: np.asarray(v) for name, v in info.info[group.role].items() if name not in _TRAFFIC
+        }
+        details[group.role] = {name: float(v[took_part].mean()) for name, v in report.items()}
+        losses.extend(report["loss"][took_part].tolist())
+    return {"loss": float(np.mean(losses)), "train": details}
+
+
+def _traffic(
+    experiment: Experiment, info: RoundInfo, payload: Mapping[str, tuple[int, int]]
+) -> dict[str, int]:
+    """Bytes that all who took part sent and received: as they say, where it changes by round."""
+    total: dict[str, int] = {way: 0 for way in _TRAFFIC}
+    for group in experiment.simulation.groups:
+        took_part = np.asarray(info.participants[group.role]) < len(group.names)
+        for way, static in zip(_TRAFFIC, payload[group.role], strict=True):
+            said = info.info[group.role].get(way)
+            each = np.full(len(took_part), static) if said is None else np.asarray(said)
+            total[way] += int(each[took_part].sum())
+    return total
+
+
+def _restore(
+    experiment: Experiment, checkpointer: Checkpointer, workdir: Path, *, same_program: bool
+) -> tuple[int, RunState, dict[str, Any]]:
+    """The newest checkpoint's round, state and what is with it, or round 0 and the first state."""
+    simulation, ours = experiment.simulation, identity.of_checkpoint(experiment)
+
+    def check(meta: dict[str, Any]) -> None:
+        where = f"--workdir={workdir}"
+        identity.refuse_other_checkpoint(meta, ours, where, same_program=same_program)
+
+    found = checkpointer.restore_latest(simulation.state_shapes(), check)
+    if found is None:
+        return 0, simulation.init(), ours
+    done, state, meta = found
+    return done, simulation.put(state), meta
+
+
+def _check_together(config: RunConfig, workdir: Path) -> None:
+    """Checks that all processes make the same run, in one folder that they share.
+
+    Raises:
+      UserError: If they do not.
+    """
+    if jax.process_count() == 1:
+        return
+    if ALGORITHMS[config.algorithm.name].pools_data:
+        raise distributed.Agreed(
+            f"algorithm.name: {config.algorithm.name} needs all clients' data in one place, so "
+            "cannot be --distributed"
+        )
+
+    # Data may lie elsewhere on each host.
+    ours = {**identity.identity(config), "mapping": configs.to_dict(config)["mapping"]}
+
+    def differences(theirs: str) -> str:
+        return "; ".join(identity.changes(json.loads(theirs), ours))
+
+    distributed.check_same("settings", json.dumps(ours, sort_keys=True), differences)
+    probe = workdir / f".shared.{distributed.share(uuid.uuid4().hex)[0]}"
+    if distributed.first():
+        probe.touch()
+    distributed.share("written")
+
+    def look() -> None:
+        if not probe.exists():
+            raise UserError(
+                f"--workdir={workdir}: is not the folder that process 0 sees under that name; all "
+                "processes must share it"
+            )
+
+    try:
+        distributed.together(look)
+    finally:
+        if distributed.first():
+            probe.unlink()
+
+
+def _check_same_sources(experiment: Experiment) -> None:
+    """Checks that all processes have read the same.
+
+    Raises:
+      UserError: If they have not.
+    """
+    ours = identity.provenance(experiment)["sources"]
+    shas = {name: source["sha256"] for name, source in ours.items()}
+
+    def differences(theirs: str) -> str:
+        return "; ".join(identity.changes(json.loads(theirs), shas))
+
+    distributed.check_same("what is read", json.dumps(shas), differences)
+
+
+def _check_same_config(config: RunConfig, workdir: Path) -> None:
+    path = workdir / _CONFIG
+    if path.exists():
+        identity.refuse_other_settings(configs.load(path), config, f"--workdir={workdir}")
+
+
+def _remove_run(workdir: Path) -> None:
+    for name in (_CONFIG, identity.PROVENANCE, _METRICS, _CLIENTS, _SUMMARY, QUARANTINE, *SHARES):
+        (workdir / name).unlink(missing_ok=True)
+    for name in (_CHECKPOINTS, _PICTURES):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+
+
+class _StopRequest:
+    """Turns the first SIGINT or SIGTERM into a wish to stop after the round; a second one kills."""
+
+    _signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._ask) for s in self._signals}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        del frame
+        self.requested = True
+        signal.signal(number, self._before[number])
+        _log.warning("stopping after this round; once more to stop at once, without saving")

@@ -1,0 +1,347 @@
+"""Sweeps: many runs that differ in numbers or seeds, as one compiled program over an axis of runs.
+
+What is a number in the traced program (a rate, a weight of a loss, the seed) goes along that axis;
+what decides shapes (batch size, architecture) makes a program of its own. A run inside a sweep
+computes what it computes alone: its clients run one after the other or vectorised, as
+``mapping.chunk_size`` says, and the devices share out runs instead of clients.
+
+``WORKDIR/runs.jsonl`` gets a line per finished run, known by its settings: the same command goes on
+where it stopped, and one with more values or seeds runs only what is missing. Of many processes
+each makes a share of the runs on its own devices, with a file of its own, ``runs.1.jsonl`` and so
+on; any number of processes goes on from all of them.
+"""
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedhelp_jax.core import distributed
+from fedhelp_jax.core.compilation import compile_totals, jit
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.locks import folder_lock
+from fedhelp_jax.core.memory import gib
+from fedhelp_jax.core.storage import append_line
+from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.experiments.experiment import MOST_ROUNDS, make_phases
+from fedhelp_jax.experiments.sweep_blocks import Block, Run, blocks, numbers, with_numbers
+from fedhelp_jax.experiments.sweep_folder import finished_runs, lines_file, refuse_other_data
+from fedhelp_jax.report import run_files
+from fedhelp_jax.report.console import duration
+from fedhelp_jax.report.summary import group_summary, headline
+from fedhelp_jax.report.sweeps import write_sweep
+from fedhelp_jax.simulation.divergence import Divergence
+from fedhelp_jax.simulation.recheck import recheck
+from fedhelp_jax.simulation.round import Arrays, Phases, RunState, num_clients
+from fedhelp_jax.simulation.vectorize import make_mapping, over_clients
+
+
+def sweep(
+    runs: Sequence[Run],
+    workdir: Path,
+    *,
+    split: str = "validation",
+    runs_at_once: int | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Makes the runs that are missing in a folder, and writes the table and the pictures of all.
+
+    Of many processes all must call it with the same; each returns all rows, and the first writes.
+
+    Args:
+      runs: What to run.
+      workdir: The folder of the sweep.
+      split: What the last models are measured on. Settings are chosen on "validation"; "test" is
+        for runs that differ in nothing that is chosen, such as seeds.
+      runs_at_once: How many runs a device vectorises; None takes 1 on CPU, and on accelerators as
+        many as fit the memory by the measure of one.
+      say: Where progress goes.
+
+    Returns:
+      One row per run: what is swept, ``small_mean``, ``large_mean``, ``worst_small``, ``gap``.
+
+    Raises:
+      UserError: If the data do not fit the settings, or the runs do not fit the memory.
+    """
+    if any(run.config.mapping.pool_bytes for run in runs):
+        raise UserError(
+            "config.mapping.pool_bytes must be 0: a sweep keeps all images on the devices"
+        )
+    if len({run.fingerprint for run in runs}) < len(runs):
+        raise UserError(
+            f"some of the {len(runs)} runs differ in nothing that makes another run: a sweep is "
+            "not for settings that say where data lie, how a teacher is asked or how runs are "
+            "mapped"
+        )
+    with folder_lock(workdir):
+        return _sweep(runs, workdir, split, runs_at_once, say)
+
+
+def _sweep(
+    runs: Sequence[Run],
+    workdir: Path,
+    split: str,
+    runs_at_once: int | None,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    finished = finished_runs(workdir, split)
+    missing = [run for run in runs if run.fingerprint not in finished]
+    before = [run for run in runs if run.fingerprint in finished]
+    refuse_other_data([(run.config, finished[run.fingerprint]) for run in before], workdir)
+    if len(missing) < len(runs):
+        say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished")
+    own = missing[jax.process_index() :: jax.process_count()]
+    if missing and jax.process_count() > 1:
+        say(f"of {len(missing)} runs each of {jax.process_count()} processes makes its share")
+    for line in _made(own, split, runs_at_once, say):
+        append_line(lines_file(workdir, jax.process_index()), json.dumps(line, allow_nan=False))
+    distributed.wait_for_all("sweep")
+    finished = finished_runs(workdir, split)
+    names = list(dict.fromkeys(name for run in runs for name in run.swept))
+    table = [{**run.swept, **_measures(finished[run.fingerprint])} for run in runs]
+    if distributed.first():
+        write_sweep(workdir, names, table, split)
+    return table
+
+
+def _made(
+    runs: Sequence[Run], split: str, runs_at_once: int | None, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Makes runs, and gives the line of each."""
+    started, before, done, running = time.monotonic(), compile_totals(), 0, 0.0
+    programs = list(blocks(runs))
+    for number, block in enumerate(programs):
+        program = Program(block, split, runs_at_once)
+        say(f"program {number + 1} of {len(programs)}: {program.plan()}")
+        begun = time.monotonic()
+        for part, rows in program.results():
+            for run, row in zip(part, rows, strict=True):
+                line = {
+                    "fingerprint": run.fingerprint,
+                    "split": split,
+                    "sources": block.sources[run.config.seed],
+                    "left_out": block.left_out[run.config.seed],
+                    **run.swept,
+                    **row,
+                }
+                yield run_files.plain(line)
+            done += len(part)
+            running += time.monotonic() - begun
+            begun = time.monotonic()
+            left = running / done * (len(runs) - done)
+            say(f"{done} of {len(runs)} runs" + (f"  left {duration(left)}" if left else ""))
+    if runs:
+        compiled = compile_totals()
+        say(
+            f"{len(runs)} runs in {duration(time.monotonic() - started)}; compiled "
+            f"{compiled.programs - before.programs} programs in "
+            f"{compiled.seconds - before.seconds:.1f} s"
+        )
+
+
+def _measures(line: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: line[name] for name in ("split", "metric", *group_summary({}))}
+    return found | {name: line.get(name) for name in ("diverged", "left_out")}
+
+
+# --- the program --------------------------------------------------------------------------------
+
+
+class Program:
+    """The compiled functions of a block, and how many runs they take at once."""
+
+    def __init__(self, block: Block, split: str, runs_at_once: int | None = None):
+        """Compiles; on an accelerator first for one run, whose memory tells how many fit."""
+        self.block, self.split = block, split
+        self.config = block.runs[0].config
+        self.shared = [jnp.asarray(leaf) for leaf in block.arrays]
+        self.devices = jax.local_devices()
+        on_cpu = self.devices[0].platform == "cpu"
+        self._compile(min(runs_at_once or 1, self._most()))
+        limit = _memory_limit(self.devices[0])
+        if runs_at_once is None and not on_cpu and limit is not None:
+            fitting = int(0.8 * limit / self.bytes_at_once)
+            if fitting > 1 and self._most() > 1:
+                self._compile(min(fitting, self._most()))
+        if limit is not None and self.bytes_at_once * (len(self.devices) if on_cpu else 1) > limit:
+            raise UserError(
+                f"{self.plan()}, but {gib(limit)} are free: lower --runs_at_once, "
+                "config.batch_size or config.mapping.cpu_devices"
+            )
+
+    def plan(self) -> str:
+        """What will be run, and in how much memory."""
+        runs, devices = len(self.block.runs), self.mapping.num_devices
+        return (
+            f"{runs} runs, {self.slots} at a time ({self.per_device} on each of {devices} "
+            f"{'device' if devices == 1 else 'devices'}), {gib(self.bytes_at_once)} a device"
+        )
+
+    def results(self) -> Iterator[tuple[list[Run], list[dict[str, Any]]]]:
+        """Gives runs and their rows, as they are finished."""
+        task, clients = self.block.loaded.task, num_clients(self.block.loaded.federation)
+        models = self._phases(self.config).algorithm.clients
+        for start in range(0, len(self.block.runs), self.slots):
+            part = self.block.runs[start : start + self.slots]
+            point = self._points(part)
+            state = self._init(self.shared, point, ())
+            names = {group.role: group.names for group in self.block.loaded.federation.groups}
+            health = [Divergence(names, run=run.name) for run in part]
+            every = self._most_rounds
+            for done in range(0, self.config.rounds, every):
+                last = min(done + every, self.config.rounds)
+                bounds = np.int32(done), np.int32(last)
+                state, infos = self._rounds(self.shared, point, state, *bounds)
+                infos = jax.device_get(infos)
+                for i, own in enumerate(health):
+                    for round in range(last - done):
+                        info = jax.tree.map(lambda x, i=i, round=round: x[i][round], infos)
+                        own.trained(done + round + 1, *info)
+            measured = jax.device_get(self._evaluate(self.shared, point, state))
+            rows = []
+            for i in range(len(part)):
+                results = {
+                    role: {
+                        name: {m: v[i][: clients[role]] for m, v in measured[role][name].items()}
+                        for name in models[role].models
+                    }
+                    for role in clients
+                }
+                if start == i == 0:
+                    self._recheck(state, results)
+                health[i].measured(self.split, results)
+                summary = group_summary(health[i].scores(headline(results, task.headline)))
+                row = {"metric": task.headline, **summary, "diverged": health[i].count}
+                rows.append(row)
+            yield part, rows
+
+    def _recheck(self, state: Any, results: Any) -> None:
+        """Measures one client of each role of the first run again.
+
+        Raises:
+          Failure: If that disagrees by more than rounding explains.
+        """
+        # Data are kept of one seed, which is that of the first run.
+        config, loaded = self.block.runs[0].config, self.block.loaded
+        first = jit(
+            lambda tree: jax.tree.map(lambda leaf: leaf[0], tree),
+            platform=self.mapping.platform,
+            optimized=False,
+            out_shardings=self.mapping.replicated,
+        )
+        state = jax.tree.map(np.asarray, first(state))
+        federation = loaded.federation
+        phases, half = self._phases(config), config.model.compute_dtype == "bfloat16"
+        at = phases, federation.groups, federation.public, state, loaded.dataset, self.split
+        recheck(*at, results, bfloat16=half)
+
+    @property
+    def _most_rounds(self) -> int:
+        """The most rounds of one dispatch."""
+        return min(self.config.checkpoint_every, self.config.rounds, MOST_ROUNDS)
+
+    def _most(self) -> int:
+        return -(-len(self.block.runs) // len(self.devices))
+
+    def _compile(self, per_device: int) -> None:
+        devices = min(len(self.devices), len(self.block.runs))
+        self.per_device, self.slots = per_device, per_device * devices
+        chunk = 1 if per_device == 1 else 0
+        self.mapping = mapping = make_mapping(chunk, devices, local=True)
+        by_run = NamedSharding(mapping.mesh, P(*mapping.by_client.spec))
+        self.shared = jax.device_put(self.shared, mapping.replicated)
+        program = functools.partial(jit, platform=mapping.platform, out_shardings=by_run)
+        point = self._points(self.block.runs[: self.slots])
+
+        def over(fn: Callable[..., Any]) -> Callable[..., Any]:
+            """``fn(leaves, point, state, *rest)`` of one run, as a function of all."""
+
+            def one(shared: Any, run: Any) -> Any:
+                leaves, rest = shared
+                return fn(leaves, *run, *rest)
+
+            return lambda leaves, point, state, *rest: over_clients(one, mapping)(
+                (leaves, rest), (point, state)
+            )
+
+        self._init = program(over(self._init_one), optimized=False)
+        state = self._init(self.shared, point, ())  # its placement belongs to what is compiled
+        rounds = program(over(self._rounds_of_one), donate_argnums=2)
+        zero = np.int32(0)
+        self._rounds = rounds.lower(self.shared, point, state, zero, zero).compile()
+        self._evaluate = program(over(self._evaluate_one))
+        memory = self._rounds.memory_analysis()
+        assert memory is not None
+        self.bytes_at_once = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+
+    def _points(self, runs: Sequence[Run]) -> Any:
+        """What goes along the axis of runs; the last run stands in the empty slots too."""
+        runs = [*runs, *[runs[-1]] * (self.slots - len(runs))]
+        point = {
+            "key": jax.vmap(jax.random.key)(
+                jnp.asarray([run.config.seed for run in runs], jnp.uint32)
+            ),
+            "data": np.asarray([self.block.seeds.index(run.config.seed) for run in runs], np.int32),
+            "numbers": {
+                name: np.asarray([numbers(run.config)[name] for run in runs], float)
+                for name in self.block.traced
+            },
+        }
+        return jax.device_put(point, self.mapping.by_client)
+
+    def _data(self, leaves: Any, point: Any) -> Arrays:
+        picked = [
+            leaf[point["data"]] if apart else leaf
+            for leaf, apart in zip(leaves, self.block.by_seed, strict=True)
+        ]
+        return jax.tree.unflatten(self.block.structure, picked)
+
+    def _phases(self, config: RunConfig) -> Phases:
+        one_device = make_mapping(config.mapping.chunk_size, 1, local=True)
+        return make_phases(config, self.block.loaded, one_device)
+
+    def _at(self, point: Any) -> Phases:
+        return self._phases(with_numbers(self.config, point["numbers"]))
+
+    def _init_one(self, leaves: Any, point: Any, _: Any) -> RunState:
+        return self._at(point).init(point["key"], self._data(leaves, point))
+
+    def _rounds_of_one(
+        self, leaves: Any, point: Any, state: RunState, first: jax.Array, last: jax.Array
+    ) -> tuple[RunState, Any]:
+        """The state after the rounds, and of each who took part and who was not finite."""
+        data, most = self._data(leaves, point), self._most_rounds
+        phases, key = self._at(point), point["key"]
+        state, infos = phases.rounds(state, key, first, last, data, most=most)
+        return state, (infos.participants, infos.non_finite)
+
+    def _evaluate_one(self, leaves: Any, point: Any, state: RunState) -> Any:
+        phases, data = self._at(point), self._data(leaves, point)
+        return {
+            role: phases.evaluate(
+                role, state.clients[role], state.server, data, data.groups[role][self.split]
+            )
+            for role in phases.num_clients
+        }
+
+
+def _memory_limit(device: Any) -> int | None:
+    """Bytes a program may take on a device; of all devices together on a CPU; None if not known."""
+    if device.platform == "cpu":
+        pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
+        return None if pages is None else pages * os.sysconf("SC_PAGE_SIZE")
+    return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,0 +1,81 @@
+"""The finished runs of a sweep in its folder: a line each, in a file for each process."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedhelp_jax.core import distributed
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.experiments.experiment import load_sources
+from fedhelp_jax.experiments.identity import refuse_other_sources, sources
+from fedhelp_jax.report import run_files
+
+
+def lines_file(workdir: Path, process: int) -> Path:
+    """The file of the lines of one process."""
+    return workdir / (f"runs.{process}.jsonl" if process else "runs.jsonl")
+
+
+def finished_runs(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
+    """The lines of finished runs measured on that split, by fingerprint; the same in all processes.
+
+    A last line that was cut off in the writing is removed, so the caller must hold the folder.
+
+    Raises:
+      UserError: If a line is not one of a sweep.
+    """
+
+    def found() -> str:
+        # A shared folder may show the others less.
+        return json.dumps(_finished(workdir, split)) if distributed.first() else ""
+
+    return json.loads(distributed.share(distributed.together(found))[0])
+
+
+def _finished(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(workdir.glob("runs*.jsonl")):
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        for number, row in enumerate(whole.splitlines(), start=1):
+            try:
+                line = json.loads(row)
+                if line["split"] == split:
+                    found[line["fingerprint"]] = line
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{path}: line {number} is not a line of a sweep") from None
+            if "sources" not in line:
+                raise UserError(
+                    f"{path}: its runs are of an earlier version of fedhelp_jax, which did not "
+                    "record what a run reads; name another folder"
+                )
+        if whole != text:
+            run_files.write_text(path, whole)
+    return found
+
+
+def refuse_other_data(
+    finished: Sequence[tuple[RunConfig, Mapping[str, Any]]], workdir: Path
+) -> None:
+    """Refuses to add runs to finished ones that have read other data; each is read once.
+
+    Args:
+      finished: Settings of finished runs, and their lines.
+      workdir: The folder of the sweep, for the message.
+
+    Raises:
+      UserError: If a source has other content.
+    """
+
+    def check() -> None:
+        seen: dict[str, dict[str, Any]] = {}
+        for config, line in finished if distributed.first() else ():
+            read = config.task, config.seed, config.data, config.public, config.teacher
+            key = repr((*read, config.algorithm.name))
+            if key not in seen:
+                seen[key] = sources(config, *load_sources(config))
+            refuse_other_sources(line["sources"], seen[key], f"--workdir={workdir}")
+
+    distributed.together(check)

@@ -1,0 +1,192 @@
+"""``fedhelp teach``: asks the foundation model about the public images, once."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedhelp_jax.core.compilation import jit
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.types import PublicDataset
+from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.experiments.experiment import harmonized, read_data
+from fedhelp_jax.metrics import classification_metrics
+from fedhelp_jax.report.teaching import AskingProgress, print_agreement, print_plan, print_stored
+from fedhelp_jax.settings.schema import FoundationConfig, TeacherConfig
+from fedhelp_jax.tasks import segmentation
+from fedhelp_jax.teachers.answers import Answers
+from fedhelp_jax.teachers.base import PublicImages, clear_public
+from fedhelp_jax.teachers.heads import linear_probe_logits
+from fedhelp_jax.teachers.query import Pace, Plan, carry_out, make_plan
+from fedhelp_jax.teachers.resolve import (
+    foundation_model,
+    is_asked,
+    members,
+    open_store,
+    resolve_answers,
+)
+
+# Enough to see whether a teacher is of use, in seconds.
+_MOST_PROBED = 1000  # images
+_PROBE_ITERATIONS = 30
+
+
+def teach(config: RunConfig, *, dry_run: bool = False) -> dict[str, Any]:
+    """Gets the teacher's answers about all public images into its store, and tells how good it is.
+
+    Every public image is first compared with all private ones; nothing is sent if one is both.
+
+    Args:
+      config: The settings of the run that will train on the answers.
+      dry_run: Only print what would be asked.
+
+    Returns:
+      What `agreement` says; empty for a dry run.
+
+    Raises:
+      UserError: If a public image is a client's, a budget does not suffice, or a model does not
+        answer.
+    """
+    if config.public.name == "none" or config.teacher.name == "none":
+        raise UserError(
+            "teach needs public images and a teacher: config.public.name and config.teacher.name "
+            "must not be none"
+        )
+    private, public = read_data(config, with_public=True)
+    assert public is not None
+    images = clear_public(public, private)
+    public = harmonized(public, config.data.harmonize)
+    _check_same_classes(config.teacher, public)
+    for member in members(config.teacher):
+        if is_asked(member):
+            _ask_one(member, public, images, dry_run)
+        else:
+            print_stored(member.name)
+    if dry_run:
+        return {}
+    answers = resolve_answers(config.teacher, public)
+    assert answers is not None
+    found = agreement(answers, public)
+    print_agreement(answers.fingerprint, public.name, found)
+    return found
+
+
+def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
+    """How well answers go with the public labels, so that a bad teacher is seen before it teaches.
+
+    Where the teacher's classes are the public ones: top-1 accuracy, calibration error (15 bins) and
+    cross-entropy of the answers themselves. Where they are others: the same of a cross-fitted
+    linear probe on the answers (`linear_probe_logits`, 30 iterations), which shows what they tell
+    of the labels; of at most 1,000 images. ``chance`` is the share of the most frequent label.
+
+    Returns:
+      ``images``, ``classes``, ``look_like_probabilities``; with public labels also ``probed``,
+      ``chance``, ``top_1``, ``ece`` and ``loss``, or ``note`` where they cannot be had. Of masks,
+      where the classes are the same ones, ``dice``.
+    """
+    found: dict[str, Any] = {
+        "images": len(public.sha256),
+        "classes": answers.logits.shape[-1],
+        "look_like_probabilities": bool(
+            answers.logits.min() >= 0
+            and np.allclose(answers.logits.sum(axis=-1), 1, atol=0.02)
+            and answers.logits.shape[-1] > 1
+        ),
+    }
+    if public.labels is None or public.label_names is None:
+        return found | {"note": f"{public.name} has no labels to compare with"}
+    if answers.logits.ndim != public.labels.ndim + 1:
+        return found | {"note": "masks are not compared with labels of whole images"}
+    if public.labels.ndim > 1:
+        return found | _mask_agreement(answers, public.labels, public.label_names)
+    logits, labels, sha256 = answers.logits, public.labels, public.sha256
+    probed = answers.label_names != public.label_names
+    if probed:
+        # By hash: a file may be sorted by class.
+        some = np.argsort(sha256)[:_MOST_PROBED]
+        labels, sha256 = labels[some], tuple(sha256[row] for row in some)
+        try:
+            logits = linear_probe_logits(
+                logits[some],
+                labels,
+                len(public.label_names),
+                sha256,
+                max_iterations=_PROBE_ITERATIONS,
+            )
+        except ValueError as error:
+            return found | {"note": str(error)}
+    metrics = jit(classification_metrics)(
+        jnp.asarray(logits), jnp.asarray(labels), jnp.ones(len(labels), bool)
+    )
+    return found | {
+        "probed": probed,
+        "chance": float(np.bincount(labels).max() / len(labels)),
+        "top_1": float(metrics["accuracy"]),
+        "ece": float(metrics["ece"]),
+        "loss": float(metrics["loss"]),
+    }
+
+
+def _mask_agreement(
+    answers: Answers, masks: np.ndarray, label_names: tuple[str, ...]
+) -> dict[str, Any]:
+    if answers.label_names != label_names:
+        return {"note": "its masks are of other classes than the public ones"}
+    metrics = jit(segmentation(label_names).metrics)
+    found = metrics(jnp.asarray(answers.logits), jnp.asarray(masks), jnp.ones(len(masks), bool))
+    return {"dice": float(found["dice"])}
+
+
+def _ask_one(
+    config: FoundationConfig, public: PublicDataset, images: PublicImages, dry_run: bool
+) -> None:
+    if find_spec("tenacity") is None or find_spec("filelock") is None:
+        raise UserError("fedhelp teach needs pip install 'fedhelp_jax[teach]'")
+    fields = {field: getattr(config, field) for field in Pace._fields}
+    model, pace = foundation_model(config, public), Pace(**fields)
+    try:
+        with open_store(config, model, write=False) as store:
+            plan = make_plan(model, images, store, pace)
+        print_plan(model.fingerprint, config, plan, len(public.sha256))
+        if plan.batches:
+            _check_budget(plan, pace)
+            model.open()
+        if dry_run:
+            return
+        if plan.batches:
+            with open_store(config, model, write=True) as store:
+                with store.alone(lambda: AskingProgress.note_waiting(config.store)):
+                    # Anew: another process may have asked since.
+                    plan = make_plan(model, images, store, pace)
+                    _check_budget(plan, pace)
+                    with AskingProgress(plan.to_ask) as progress:
+                        carry_out(plan, model, images, store, pace, progress.advance)
+    finally:
+        model.close()
+    with open_store(config, model, write=False) as store:
+        lost = list(store.nats_lost(images.sha256).values())
+        print_stored(config.name, config.store, store.sent, float(np.mean(lost)))
+
+
+def _check_same_classes(config: TeacherConfig, public: PublicDataset) -> None:
+    """Refuses an ensemble that could not be averaged before it is asked rather than after."""
+    asked = [m for m in members(config) if is_asked(m) and m.head is None]
+    if len(asked) < 2:
+        return
+    spaces = [foundation_model(member, public).fingerprint.label_names for member in asked]
+    if len(set(spaces)) > 1:
+        raise UserError(
+            "teacher.members: an ensemble needs the same classes in the same order; "
+            f"{asked[0].name} has {len(spaces[0])}, others have other ones. Nothing was asked"
+        )
+
+
+def _check_budget(plan: Plan, pace: Pace) -> None:
+    limit = pace.max_queries
+    if limit is not None and plan.sent_before + plan.to_ask > limit:
+        raise UserError(
+            f"teacher.max_queries = {limit} does not suffice: {plan.to_ask} images are to be asked "
+            f"and {plan.sent_before} were sent before; nothing was sent. Raise it, or lower "
+            "public.num_examples"
+        )

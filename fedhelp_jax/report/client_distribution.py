@@ -1,0 +1,118 @@
+"""Who has what: examples of each class, by client and split, as a table and a picture.
+
+And what nobody has, since it cannot be used.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedhelp_jax.data.bad_examples import QUARANTINE, BadExample
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset
+from fedhelp_jax.report import run_files
+
+SHARES = ("shares.csv", "shares.png")
+
+_MOST_BARS, _MOST_NAMES = 60, 40
+
+_SPLITS = ("train", "validation", "test")
+
+
+def write_shares(folder: Path, dataset: FederatedDataset, roles: Sequence[str]) -> None:
+    """Writes `SHARES`, the table and the picture.
+
+    Args:
+      folder: Where to.
+      dataset: The data. Of masks those are counted that show a class, and drawn are sizes only.
+      roles: The clients' roles, in their order.
+    """
+    rows = share_rows(dataset, roles)
+    table, picture = SHARES
+    run_files.write_csv(folder / table, list(rows[0]), rows)
+    _draw(folder / picture, dataset)
+
+
+def share_rows(dataset: FederatedDataset, roles: Sequence[str]) -> list[dict[str, Any]]:
+    """A row per client and split: ``client``, ``role``, ``split``, ``examples``, and each class.
+
+    ``left_out`` counts the examples of that client and official split that cannot be used. Those
+    of no client or split here have rows of their own, with no examples.
+    """
+    left_out = Counter((bad.client, bad.split) for bad in dataset.left_out)
+    rows = []
+    for client, role in zip(dataset.clients, roles, strict=True):
+        for split, members in zip(_SPLITS, client[1:], strict=True):
+            counts = _counts(dataset, members)
+            row = {"client": client.name, "role": role, "split": split, "examples": len(members)}
+            row["left_out"] = left_out.pop((client.name, split), 0)
+            for name, count in zip(dataset.label_names, counts.tolist(), strict=True):
+                row[f"class {name}" if name in row else name] = count
+            rows.append(row)
+    for (name, split), count in sorted(left_out.items()):
+        row = {"client": name, "role": "", "split": split, "left_out": count}
+        rows.append(dict.fromkeys(rows[0], 0) | row)
+    return rows
+
+
+def write_left_out(folder: Path, dataset: FederatedDataset, public: PublicDataset | None) -> None:
+    """Writes `QUARANTINE`, the examples that cannot be used, where there are any."""
+    sources = {"private": dataset.left_out, "public": () if public is None else public.left_out}
+    rows = [
+        {"source": source, **bad._asdict()}
+        for source, left_out in sources.items()
+        for bad in left_out
+    ]
+    (folder / QUARANTINE).unlink(missing_ok=True)
+    if rows:
+        run_files.write_csv(folder / QUARANTINE, ("source", *BadExample._fields), rows)
+
+
+def _counts(dataset: FederatedDataset, members: np.ndarray) -> np.ndarray:
+    labels, names = dataset.labels[members], dataset.label_names
+    if labels.ndim == 1:
+        return np.bincount(labels, minlength=len(names))
+    first = 1 if len(names) == 1 else 0  # a single name is the foreground's
+    axes = tuple(range(1, labels.ndim))
+    return np.array([(labels == first + i).any(axes).sum() for i in range(len(names))])
+
+
+def _draw(path: Path, dataset: FederatedDataset) -> None:
+    """A bar per client of its training examples, coloured by class; of many, one wide band."""
+    # Here, because it takes a second.
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    names = [client.name for client in dataset.clients]
+    if dataset.labels.ndim == 1:
+        labels = dataset.label_names
+        counts = np.array([_counts(dataset, client.train) for client in dataset.clients])
+    else:
+        labels = ()
+        counts = np.array([[len(client.train)] for client in dataset.clients])
+    bars = len(names) <= _MOST_BARS
+    figure = Figure(figsize=(7, 1.4 + 0.3 * len(names) if bars else 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    colours = colormaps["tab20"](np.arange(counts.shape[1]) % 20)
+    if bars:
+        for label, count in enumerate(counts.T):
+            axis.barh(names, count, left=counts[:, :label].sum(1), color=colours[label])
+        axis.invert_yaxis()
+        axis.set_xlabel("training images")
+    else:
+        order = np.argsort(-counts.sum(1), kind="stable")
+        axis.stackplot(np.arange(len(names)), counts[order].T, colors=colours)
+        axis.set_xlabel("clients, the largest first")
+        axis.set_ylabel("training images")
+    axis.spines[["top", "right"]].set_visible(False)
+    if 0 < len(labels) <= _MOST_NAMES:
+        handles = [
+            Patch(color=colour, label=name) for colour, name in zip(colours, labels, strict=True)
+        ]
+        figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    run_files.write_figure(path, figure)

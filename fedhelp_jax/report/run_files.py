@@ -1,0 +1,143 @@
+"""The files of a run folder: each is either as it was or as it shall be, however the run ends."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.storage import append_line, replaced
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CLIENT_COLUMNS = ("client", "role", "model", "split", "metric", "value")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the run folder, if there is none, and tries that a file can be written there.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--workdir={folder}: cannot be written to ({error.strerror}); name another folder"
+        ) from None
+
+
+def plain(value: Any) -> Any:
+    """Returns `value` as JSON can keep it: arrays as lists, NaN and infinities as None.
+
+    Example:
+        >>> plain({"auroc": float("nan"), "shape": (2, 3)})
+        {'auroc': None, 'shape': [2, 3]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # a NumPy or JAX array or scalar
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON; the old file stands until the new one is whole."""
+    write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds one line to ``metrics.jsonl``."""
+    append_line(path, json.dumps(plain(row), allow_nan=False))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of ``metrics.jsonl``, less a last line that was cut off in the writing.
+
+    Raises:
+        UserError: Another line is not a JSON object with a round.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["round"] = int(row["round"])
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} must be a JSON object with a round") from None
+        rows.append(row)
+    return rows
+
+
+def cut_metrics(path: Path, last_round: int) -> None:
+    """Takes from ``metrics.jsonl`` all rows after `last_round`, from which the run goes on."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["round"] <= last_round]
+        write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a table, undefined values empty.
+
+    Args:
+        path: the file.
+        columns: their names, in order.
+        rows: dicts with these keys.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain(row) for row in rows)
+    write_text(path, text.getvalue())
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Returns the ``summary.json`` of a finished run.
+
+    Raises:
+        UserError: There is none, or it is not a JSON object.
+    """
+    path = folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); is {folder} the folder of a finished run?"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    return summary
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file; the old one stands until the new one is whole."""
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Writes a figure of Matplotlib, of the kind that the ending says, as `write_text` does."""
+    with replaced(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:], dpi=150)

@@ -1,0 +1,119 @@
+"""Measures one client of each role once more, by another program, before results are reported.
+
+Nothing in a wrong number shows that it is wrong. Back ends have returned other numbers from one
+call to the next (``docs/cpu-race.md``), so the end of a run compares: the same networks and
+examples, in batches of another size, on a single device, without the other clients.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedhelp_jax.core.compilation import jit
+from fedhelp_jax.core.errors import Failure
+from fedhelp_jax.data.federation import Group, Pool, PublicPool, Table
+from fedhelp_jax.data.types import FederatedDataset
+from fedhelp_jax.simulation.round import Arrays, Part, Phases, RunState
+from fedhelp_jax.simulation.vectorize import make_mapping
+
+# Which metrics are compared, and how far they may be apart, relative to the larger one but at least
+# to 1. Between two programs only rounding differs: that moves a loss by some 1e-6, and now and then
+# a pixel of a mask. Activations in bfloat16 round to 1 in 256.
+_TOLERANCE = {"loss": 1e-3, "dice": 0.01}
+_BFLOAT16 = 50
+
+
+def recheck(
+    phases: Phases,
+    groups: Sequence[Group],
+    public: PublicPool | None,
+    state: RunState,
+    dataset: FederatedDataset,
+    split: str,
+    results: dict[str, dict[str, dict[str, Any]]],
+    *,
+    bfloat16: bool = False,
+) -> None:
+    """Compares results with those of another program, for the median client of each role.
+
+    Args:
+      phases: The method, and how the run mapped its clients.
+      groups: All clients, by role.
+      public: The public set.
+      state: What was measured.
+      dataset: The private data, on the host.
+      split: What it was measured on.
+      results: ``{role: {model name: {metric: [K]}}}``, as :meth:`Simulation.evaluate` returns them.
+      bfloat16: Whether activations are computed in bfloat16.
+
+    Raises:
+      Failure: If they disagree by more than rounding explains.
+    """
+    for group in groups:
+        sizes = np.asarray(getattr(group, split).size)
+        row = int(np.argsort(sizes, kind="stable")[len(sizes) // 2])
+        if sizes[row] == 0:
+            continue
+        again = measured_alone(phases, group, public, state, dataset, row, split)
+        for model, metrics in again.items():
+            for name in _TOLERANCE.keys() & metrics.keys():
+                before = float(results[group.role][model][name][row])
+                value = float(np.asarray(metrics[name])[0])
+                allowed = _TOLERANCE[name] * (_BFLOAT16 if bfloat16 else 1)
+                apart = abs(before - value)
+                if not (np.isfinite(before) or np.isfinite(value)):
+                    continue
+                if not apart <= allowed * max(1.0, abs(before), abs(value)):
+                    raise Failure(
+                        f"the {split} {name} of {group.names[row]} ({group.role}, {model}) is "
+                        f"{before:g} by the run's program and {value:g} by another: one of them is "
+                        "wrong, so no results are written. The run is saved; fedhelp evaluate "
+                        "measures it again. Please report it with the versions of jax and jaxlib "
+                        "and the processor (docs/cpu-race.md)"
+                    )
+
+
+def measured_alone(
+    phases: Phases,
+    group: Group,
+    public: PublicPool | None,
+    state: RunState,
+    dataset: FederatedDataset,
+    row: int,
+    split: str,
+) -> dict[str, Any]:
+    """One client's metrics, by model and name ``[1]``, by a program that holds nobody else."""
+    mapping, role = phases.mapping, group.role
+    # By a program of its own, so that every process of a distributed run gets the client.
+    pick = jit(
+        lambda tree, row: jax.tree.map(lambda leaf: leaf[row][None], tree),
+        platform=mapping.platform,
+        optimized=False,
+        out_shardings=mapping.replicated,
+    )
+    states, server, public = jax.tree.map(
+        np.asarray, (pick(state.clients[role], np.int32(row)), state.server, public)
+    )
+    client = dataset.clients[int(np.asarray(group.ids)[row])]
+    adapts = phases.algorithm.clients[role].adapts
+    parts = [getattr(client, split), *([client.train] if adapts else [])]
+    starts = np.cumsum([0, *map(len, parts)])
+    tables = [
+        Table(np.arange(start, start + len(part), dtype=np.int32)[None], np.int32([len(part)]))  # pyright: ignore[reportArgumentType]
+        for start, part in zip(starts, parts, strict=False)
+    ]
+    index = np.concatenate(parts)
+    pool: Any = Pool(dataset.images[index], dataset.labels[index])  # pyright: ignore[reportArgumentType]
+    part = Part(np.zeros(1, np.int32), None, pool, tables[1] if adapts else None, tables[0])
+    alone = dataclasses.replace(
+        phases,
+        num_clients={role: 1},
+        mapping=make_mapping(1, 1, local=True),
+        eval_batch_size=phases.eval_batch_size // 2 + 1,
+    )
+    measure = jit(functools.partial(alone.evaluate_part, role), platform=mapping.platform)
+    return measure(states, server, Arrays(None, public, {}, None), part)

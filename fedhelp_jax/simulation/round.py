@@ -1,0 +1,497 @@
+"""A round's phases as pure functions of state, key and data, for one run or many at once."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData
+from fedhelp_jax.algorithms.client import predict
+from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose, server_round_key
+from fedhelp_jax.core.tree import choose, means, zeros_of
+from fedhelp_jax.data.federation import ClientData, Federation, Pool, Table
+from fedhelp_jax.metrics import finite_examples
+from fedhelp_jax.models.model import Model
+from fedhelp_jax.simulation.divergence import NON_FINITE, NonFinite, quarantine
+from fedhelp_jax.simulation.vectorize import Mapping as ClientMapping
+from fedhelp_jax.simulation.vectorize import fill, of_one_client, over_clients, sum_over_clients
+from fedhelp_jax.tasks import Task
+
+Rows = dict[str, jax.Array]
+
+
+class RunState(NamedTuple):
+    """The whole state of a run between rounds; keys are folds of the seed, so no part of it.
+
+    Attributes:
+      server: The method's server state.
+      clients: Per role, the stacked states ``[K, ...]`` of its clients; of whole devices and
+        chunks where the mapping is private.
+    """
+
+    server: Any
+    clients: dict[str, Any]
+
+
+class Trained(NamedTuple):
+    """What a group's training phase returns; leaves have a leading axis of the M slots.
+
+    Attributes:
+      state: The clients' new states.
+      upload: What they send, zeros in place of what is not finite; of a method that needs only the
+        mean, the weighted sums over each device's clients, one a device.
+      weight: The weight of each upload in the server's mean, or the sum of them on each device; 0
+        in an empty slot, and of an upload that is not finite.
+      slot: Which client of the group trained there; K, past the end, for nobody.
+      info: Scalars to report.
+      non_finite: Whose outcome holds NaN or infinity.
+    """
+
+    state: Any
+    upload: Any
+    weight: jax.Array
+    slot: jax.Array
+    info: Rows
+    non_finite: NonFinite
+
+
+class RoundInfo(NamedTuple):
+    """Per role: ``[M]`` rows that took part (K for nobody), their scalars, who was not finite."""
+
+    participants: dict[str, jax.Array]
+    info: dict[str, Rows]
+    non_finite: dict[str, NonFinite]
+
+
+class Arrays(NamedTuple):
+    """The arrays of a federation; by role ``ids`` and a `Table` a split; names stay on the host.
+
+    Where the mapping is private, the pool is one of equal length for each device, and each table
+    holds places in the pool of its client's device; nothing is pooled. Where the images come in
+    parts, there are neither pool nor tables, see `Part`.
+    """
+
+    pool: Any
+    public: Any
+    groups: Mapping[str, Mapping[str, Any]]
+    pooled: Any
+
+
+class Part(NamedTuple):
+    """Clients of a role that are computed together, and what they need of the private images.
+
+    Attributes:
+      slot: ``[M]`` rows of the group; K, past the end, for nobody.
+      place: ``[M]`` where each stands among its device's slots of the round, past their end for
+        nobody; None where these are all of them.
+      pool: The examples, or one pool of equal length for each device.
+      train: Each one's training examples, places in the pool of its device; or None.
+      split: What they are measured on, likewise.
+    """
+
+    slot: Any
+    place: Any
+    pool: Pool
+    train: Table | None
+    split: Table | None
+
+
+def federation_arrays(federation: Federation) -> Arrays:
+    """The traced part of a federation."""
+    tables = {
+        g.role: {"ids": g.ids, "train": g.train, "validation": g.validation, "test": g.test}
+        for g in federation.groups
+    }
+    return Arrays(federation.pool, federation.public, tables, federation.pooled)
+
+
+def num_clients(federation: Federation) -> dict[str, int]:
+    """How many clients there are of each role."""
+    return {group.role: len(group.names) for group in federation.groups}
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """A method over a federation's clients; everything here is fixed while it is traced.
+
+    Attributes:
+      algorithm: The method.
+      task: Gives the metrics.
+      num_clients: By role.
+      mapping: How clients run.
+      participation: Fraction of each group that takes part in a round, rounded up.
+      client_weights: "uniform" or "examples" (by number of training examples).
+      eval_batch_size: Examples at a time in evaluation.
+      algorithm_at: The method as clients follow it in a round, by the round's number, where a
+        learning rate changes; ``algorithm`` in every round if None.
+    """
+
+    algorithm: FederatedAlgorithm
+    task: Task
+    num_clients: Mapping[str, int]
+    mapping: ClientMapping
+    participation: float = 1.0
+    client_weights: str = "uniform"
+    eval_batch_size: int = 64
+    algorithm_at: Callable[[jax.Array], FederatedAlgorithm] | None = None
+
+    def init(self, run_key: jax.Array, data: Arrays) -> RunState:
+        """The state before the first round."""
+        clients = {}
+        for role in self.num_clients:
+            init, ids = self.algorithm.clients[role].init, data.groups[role]["ids"]
+            # One after the other: under vmap the draws would be another program for every K.
+            if self.mapping.private:
+                one_by_one = self.mapping._replace(chunk_size=1)
+                clients[role] = over_clients(init, one_by_one)(run_key, ids)
+            else:
+                clients[role] = lax.map(functools.partial(init, run_key), ids)
+        return RunState(self.algorithm.init(run_key), clients)
+
+    def _algorithm(self, round: jax.Array) -> FederatedAlgorithm:
+        return self.algorithm if self.algorithm_at is None else self.algorithm_at(round)
+
+    def _of(self, role: str, slot: jax.Array, tree: Any) -> Any:
+        """Those in the slots, of what there is of all clients; of nobody, anybody's."""
+        # Nobody leaves their own slot where the mapping is private.
+        if self.mapping.private:
+            return tree
+        rows = jnp.minimum(slot, self.num_clients[role] - 1)
+        return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+    def num_participants(self, role: str) -> int:
+        """How many clients of a role take part in a round."""
+        return max(1, math.ceil(self.participation * self.num_clients[role] - 1e-9))
+
+    def num_slots(self, role: str) -> int:
+        """Participants rounded up to whole devices and chunks; all clients where it is private."""
+        private = self.mapping.private
+        return self.mapping.slots(
+            self.num_clients[role] if private else self.num_participants(role)
+        )
+
+    def participants(
+        self, role: str, ids: jax.Array, run_key: jax.Array, round: jax.Array
+    ) -> jax.Array:
+        """``[M]`` rows of the group that take part, ascending; K is a slot for nobody."""
+        size, count, slots = (
+            self.num_clients[role],
+            self.num_participants(role),
+            self.num_slots(role),
+        )
+        ids = ids[:size]
+        # The smallest draws take part; drawn by client id, so no draw depends on the grouping.
+        keys = jax.vmap(functools.partial(client_round_key, run_key, round))(ids)
+        draws = jax.vmap(lambda key: jax.random.bits(for_purpose(key, Purpose.PARTICIPATION)))(keys)
+        chosen = jnp.sort(jnp.argsort(draws, stable=True)[:count])
+        if self.mapping.private:
+            rows = jnp.arange(slots)
+            return jnp.where(jnp.isin(rows, chosen), rows, size)
+        return jnp.pad(chosen, (0, slots - count), constant_values=size)
+
+    def train(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+    ) -> Trained:
+        """A role's clients train; ``states`` are theirs, ``server`` the server's."""
+        tables = data.groups[role]
+        slot = self.participants(role, tables["ids"], run_key, round)
+        part = Part(slot, None, data.pool, self._of(role, slot, tables["train"]), None)
+        return self._train(role, states, server, run_key, round, data, part, self.mapping.own)
+
+    def begin(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+        *,
+        shapes: Part,
+    ) -> Trained:
+        """What :meth:`train` returns, with who takes part, and zeros where they have yet to train.
+
+        ``shapes`` are those of the pool and table of a part; of as many clients as there are slots.
+        """
+        slot = self.participants(role, data.groups[role]["ids"], run_key, round)
+        train = functools.partial(self._train, role, held=self.mapping.by_client.spec)
+        part = shapes._replace(slot=slot)
+        trained = jax.eval_shape(train, states, server, run_key, round, data, part)
+        return zeros_of(trained)._replace(slot=slot)
+
+    def train_part(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+        part: Part,
+        before: Trained,
+    ) -> Trained:
+        """Some of those who take part train; their results are put among those of ``before``."""
+        mean_only, held = self.algorithm.mean_only, self.mapping.by_client.spec
+        begun = (before.upload, before.weight) if mean_only else None
+        now = self._train(role, states, server, run_key, round, data, part, held, begun)
+        stacked = ("state", "info", "non_finite", *(() if mean_only else ("upload", "weight")))
+        rows = [{name: getattr(t, name) for name in stacked} for t in (before, now)]
+        filled = fill(self.mapping, rows[0], part.place, rows[1])
+        return now._replace(slot=before.slot, **filled)
+
+    def _train(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+        part: Part,
+        held: Any,
+        begun: Any = None,
+    ) -> Trained:
+        """The clients of a part train, whose pool is ``held`` so on devices.
+
+        ``begun`` are sums of uploads and of weights that theirs are added to.
+        """
+        algorithm = self._algorithm(round)
+        client, table = algorithm.clients[role], part.train
+        assert table is not None
+        present = part.slot < self.num_clients[role]
+
+        def one(shared: Any, own: Any) -> Any:
+            download, pool, public = shared
+            key, state, index, size = own
+            data = ClientData(pool, public, index, size)
+            state, upload, info = client.update(key, download, state, data)
+            found, upload = quarantine(state, upload, info)
+            return (state, info, found), upload, ~found.upload
+
+        ids = self._of(role, part.slot, data.groups[role]["ids"])
+        own = (
+            jax.vmap(functools.partial(client_round_key, run_key, round))(ids),
+            self._of(role, part.slot, states),
+            table.index,
+            jnp.where(present, table.size, 0),
+        )
+        placed = P(), held, P()
+        shared = (algorithm.download(server, role), part.pool, data.public)
+        weight = table.size if self.client_weights == "examples" else jnp.ones_like(table.size)
+        weight = jnp.where(present, weight, 0)
+        if algorithm.mean_only:
+            run = sum_over_clients(one, self.mapping, placed)
+            (updated, info, found), (upload, weight) = run(shared, own, weight, begun)
+        else:
+            run = over_clients(one, self.mapping, placed)
+            (updated, info, found), upload, counts = run(shared, own)
+            weight = jnp.where(counts, weight, 0)
+        found = jax.tree.map(lambda leaf: leaf & present, found)
+        return Trained(updated, upload, weight, part.slot, info, found)
+
+    def aggregate(
+        self,
+        state: RunState,
+        trained: dict[str, Any],
+        run_key: jax.Array,
+        round: jax.Array,
+        data: Arrays,
+    ) -> RunState:
+        """The server's turn, on what :meth:`train` gave: by role state, upload, weight, slot.
+
+        It keeps the state it had if no upload of the round counts.
+        """
+        clients, uploads, weights = dict(state.clients), {}, {}
+        for role, (updated, upload, weights[role], slot) in trained.items():
+            uploads[role] = means(upload, weights[role]) if self.algorithm.mean_only else upload
+            if self.mapping.private:
+                clients[role] = _take(slot < self.num_clients[role], updated, clients[role])
+            else:
+                clients[role] = _scatter(clients[role], slot, updated)
+        server = ServerData(
+            key=server_round_key(run_key, round),
+            public=data.public,
+            pooled=data.pooled and ClientData(data.pool, data.public, *data.pooled),
+            num_clients=sum(self.num_clients.values()),
+        )
+        updated = self._algorithm(round).aggregate(state.server, uploads, weights, server)
+        some = jnp.any(jnp.concatenate([weight > 0 for weight in weights.values()]))
+        return RunState(choose(some, updated, state.server), clients)
+
+    def round(
+        self, state: RunState, run_key: jax.Array, round: jax.Array, data: Arrays
+    ) -> tuple[RunState, RoundInfo]:
+        """A whole round: every role trains, then the server has its turn."""
+        trained = {
+            role: self.train(role, state.clients[role], state.server, run_key, round, data)
+            for role in self.num_clients
+        }
+        state = self.aggregate(state, server_part(trained), run_key, round, data)
+        return state, round_info(trained)
+
+    def rounds(
+        self,
+        state: RunState,
+        run_key: jax.Array,
+        first: jax.Array,
+        last: jax.Array,
+        data: Arrays,
+        *,
+        most: int,
+    ) -> tuple[RunState, RoundInfo]:
+        """The rounds from ``first`` to before ``last``, at most ``most``, in one program.
+
+        Returns:
+          The state after them, and what each reported: leaves ``[most, ...]``, the first ``last -
+          first`` filled.
+        """
+        shapes = jax.eval_shape(self.round, state, run_key, first, data)[1]
+        infos = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
+
+        def one(round: jax.Array, carry: tuple[RunState, RoundInfo]) -> tuple[RunState, RoundInfo]:
+            state, infos = carry
+            state, info = self.round(state, run_key, round, data)
+            return state, jax.tree.map(lambda all, x: all.at[round - first].set(x), infos, info)
+
+        return lax.fori_loop(first, last, one, (state, infos))
+
+    def evaluate(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        data: Arrays,
+        table: Any,
+    ) -> dict[str, Rows]:
+        """Metrics of a role's deployed models, ``[K]`` rounded up to whole devices and chunks."""
+        slots = self.mapping.slots(self.num_clients[role])
+        train = data.groups[role]["train"] if self.algorithm.clients[role].adapts else None
+        own = jax.tree.map(
+            lambda leaf: jnp.pad(leaf, [(0, slots - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)),
+            (states, train, table),
+        )
+        return self._evaluate(role, server, data.pool, data.public, own, self.mapping.own)
+
+    def evaluate_part(
+        self, role: str, states: Any, server: Any, data: Arrays, part: Part
+    ) -> dict[str, Rows]:
+        """The same of the clients of a part, in its slots."""
+        own = (self._of(role, part.slot, states), part.train, part.split)
+        held = self.mapping.by_client.spec
+        return self._evaluate(role, server, part.pool, data.public, own, held)
+
+    def _evaluate(
+        self, role: str, server: Any, pool: Pool, public: Any, own: Any, held: Any
+    ) -> dict[str, Rows]:
+        client = self.algorithm.clients[role]
+
+        def one(shared: Any, own: Any) -> dict[str, Rows]:
+            download, pool, public = shared
+            state, train, (index, size) = own
+            data = None if train is None else ClientData(pool, public, *train)
+            deployed = client.deploy(download, state, data)
+            mask = jnp.arange(index.shape[0]) < size
+            results = {}
+            for model in dict.fromkeys(client.models.values()):
+                # Variables of one network go through one program, one after the other.
+                names = [name for name, m in client.models.items() if m is model]
+                stacked = jax.tree.map(lambda *x: jnp.stack(x), *(deployed[n] for n in names))
+
+                def measure(variables: Any, model: Model = model) -> Rows:
+                    logits = predict(model, variables, pool, index, size, self.eval_batch_size)
+                    metrics = self.task.metrics(logits, pool.targets[index], mask)
+                    return {**metrics, NON_FINITE: jnp.sum(mask & ~finite_examples(logits))}
+
+                rows = lax.map(measure, stacked)
+                for i, name in enumerate(names):
+                    results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], rows)
+            return results
+
+        shared = (self.algorithm.download(server, role), pool, public)
+        return over_clients(one, self.mapping, (P(), held, P()))(shared, own)
+
+    def predict(
+        self,
+        role: str,
+        states: Any,
+        server: Any,
+        data: Arrays,
+        table: Any,
+        row: jax.Array,
+        places: jax.Array,
+    ) -> jax.Array:
+        """What the headline model of one client says of its examples at ``places`` of a split.
+
+        Where the mapping is private, ``[D, ...]``: zeros but for the client's own device.
+        """
+        one = functools.partial(self._predict, role)
+        train = data.groups[role]["train"] if self.algorithm.clients[role].adapts else None
+        shared = (self.algorithm.download(server, role), data.pool, data.public, places)
+        own = (states, train, table)
+        if self.mapping.private:
+            placed = (P(), self.mapping.own, P(), P())
+            return of_one_client(one, self.mapping, placed)(shared, own, row)
+        return one(shared, jax.tree.map(lambda leaf: leaf[row], own))
+
+    def predict_part(
+        self, role: str, states: Any, server: Any, data: Arrays, part: Part
+    ) -> jax.Array:
+        """The same of a part of one client, on all examples of its split."""
+        assert part.split is not None
+        state = jax.tree.map(lambda leaf: leaf[part.slot[0]], states)
+        train, split = jax.tree.map(lambda leaf: leaf[0], (part.train, part.split))
+        places = jnp.arange(len(split.index))
+        shared = (self.algorithm.download(server, role), part.pool, data.public, places)
+        return self._predict(role, shared, (state, train, split))
+
+    def _predict(self, role: str, shared: Any, own: Any) -> jax.Array:
+        client = self.algorithm.clients[role]
+        name, model = next(iter(client.models.items()))
+        download, pool, public, places = shared
+        state, train, table = own
+        data = None if train is None else ClientData(pool, public, *train)
+        deployed = client.deploy(download, state, data)[name]
+        index = table.index[places]
+        logits = predict(model, deployed, pool, index, jnp.int32(len(index)), len(index))
+        assert self.task.predict is not None
+        return self.task.predict(logits, pool.targets[index])
+
+
+def server_part(trained: Mapping[str, Trained]) -> dict[str, Any]:
+    """What the server's turn takes of the training phases: by role state, upload, weight, slot."""
+    return {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()}
+
+
+def round_info(trained: Mapping[str, Trained]) -> RoundInfo:
+    """What a round reports of its training phases."""
+    return RoundInfo(
+        {role: t.slot for role, t in trained.items()},
+        {role: t.info for role, t in trained.items()},
+        {role: t.non_finite for role, t in trained.items()},
+    )
+
+
+def _scatter(states: Any, slot: jax.Array, updated: Any) -> Any:
+    """Puts clients' new states in their place; rows past the end, the empty slots, are dropped."""
+    return jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), states, updated)
+
+
+def _take(present: jax.Array, updated: Any, states: Any) -> Any:
+    """The new states of those present, each in its own slot, and the old ones of all others."""
+
+    def one(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(present.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(one, updated, states)

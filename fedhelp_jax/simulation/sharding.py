@@ -1,0 +1,90 @@
+"""Puts a federation on devices: whole on each, or on each its own clients' part alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from fedhelp_jax.data.federation import SPLITS, Federation, Table
+from fedhelp_jax.simulation.round import Arrays, federation_arrays
+from fedhelp_jax.simulation.vectorize import Mapping
+
+
+def place(federation: Federation, mapping: Mapping) -> Arrays:
+    """The arrays of a federation on the devices of a mapping.
+
+    Args:
+      federation: The data. Where the mapping is private, leave them on the host: no device is given
+        another's part then, of the pool or of the tables.
+      mapping: Whose devices.
+
+    Returns:
+      The arrays.
+    """
+    arrays = federation_arrays(federation)
+    if not mapping.private:
+        return jax.device_put(arrays, mapping.replicated)
+    rows = {role: mapping.slots(len(tables["ids"])) for role, tables in arrays.groups.items()}
+    padded = {
+        role: jax.tree.map(lambda leaf, n=rows[role]: _padded(leaf, n), tables)
+        for role, tables in arrays.groups.items()
+    }
+    owned = _owned(padded, mapping.num_devices)
+    length = max(1, *(len(examples) for examples in owned))
+
+    def part_of(leaf: Any) -> Callable[[Any], np.ndarray]:
+        def of_one_device(where: Any) -> np.ndarray:
+            examples = owned[(where[0].start or 0) // length]
+            return _padded(np.asarray(leaf)[examples], length)
+
+        return of_one_device
+
+    pool = jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(
+            (mapping.num_devices * length, *leaf.shape[1:]), mapping.by_client, part_of(leaf)
+        ),
+        arrays.pool,
+    )
+    groups = {
+        role: {"ids": put(tables["ids"], mapping.replicated)}
+        | {s: put(_renumbered(tables[s], owned), mapping.by_client) for s in SPLITS}
+        for role, tables in padded.items()
+    }
+    return Arrays(pool, put(arrays.public, mapping.replicated), groups, None)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """A tree that every process has in full, on all devices; nothing is sent for it."""
+
+    def one(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        leaf = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda where: leaf[where])
+
+    return jax.tree.map(one, tree)
+
+
+def _padded(leaf: Any, length: int) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    return np.pad(leaf, [(0, length - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))
+
+
+def _owned(groups: Any, devices: int) -> list[np.ndarray]:
+    """The examples of each device's clients, ascending."""
+    found: list[list[np.ndarray]] = [[np.zeros(0, np.int32)] for _ in range(devices)]
+    for tables in groups.values():
+        for split in SPLITS:
+            index, size = tables[split]
+            for row, (examples, n) in enumerate(zip(index, size, strict=True)):
+                found[row * devices // len(index)].append(examples[:n])
+    return [np.unique(np.concatenate(parts)) for parts in found]
+
+
+def _renumbered(table: Table, owned: list[np.ndarray]) -> Table:
+    """The table with places among the device's own examples; past a client's last one stands 0."""
+    index: Any = np.zeros_like(table.index)
+    for row, (examples, n) in enumerate(zip(table.index, table.size, strict=True)):
+        index[row, :n] = np.searchsorted(owned[row * len(owned) // len(index)], examples[:n])
+    return table._replace(index=index)

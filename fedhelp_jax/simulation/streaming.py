@@ -1,0 +1,352 @@
+"""Private images that do not fit the devices: they stay on the host, and come in parts.
+
+In every phase the clients of a role are taken in consecutive parts, each device the next of its own
+clients, as many as fit. A part's images come to the devices while the part before is computed, in
+buffers that are always of one shape, so that nothing compiles after the first round. Each device
+goes through its clients in the order, and adds up their uploads in the order, in which it does
+where all images lie there.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.federation import SPLITS, Federation, Group, Table
+from fedhelp_jax.simulation.round import Arrays, Part, Phases, RunState, Trained
+from fedhelp_jax.simulation.sharding import put
+from fedhelp_jax.simulation.simulation import Simulation
+
+
+class Buffer(NamedTuple):
+    """How many clients a part has on each device, and how many examples."""
+
+    clients: int
+    examples: int
+
+
+class Feed:
+    """The private images on the host, and the parts that they are cut into.
+
+    Attributes:
+      batch_size: Examples of a part that :meth:`predicting` gives.
+    """
+
+    def __init__(self, federation: Federation, phases: Phases, pool_bytes: int):
+        """Chooses the buffers.
+
+        Args:
+          federation: The data, left on the host.
+          phases: Whose clients.
+          pool_bytes: The most bytes of images and targets on a device, in two buffers together.
+
+        Raises:
+          UserError: If a client's examples alone are more.
+        """
+        self.mapping, self._limit = phases.mapping, pool_bytes
+        self._pool = jax.tree.map(_on_host, federation.pool)
+        self._tables = {
+            g.role: {split: jax.tree.map(np.asarray, getattr(g, split)) for split in SPLITS}
+            for g in federation.groups
+        }
+        self._adapts = {role: phases.algorithm.clients[role].adapts for role in self._tables}
+        self._example_bytes = sum(leaf.nbytes // len(leaf) for leaf in self._pool)
+        self._capacity = pool_bytes // 2 // self._example_bytes
+        self._training, self._measuring, largest = {}, {}, 0
+        for group in federation.groups:
+            role, splits = group.role, [self._needs(group.role, split) for split in SPLITS]
+            self._check(group.names, np.max(splits, axis=0))
+            self._training[role] = self._buffer(splits[0], phases.num_slots(role))
+            # One for all splits, sized for those that are measured in a run.
+            slots = self.mapping.slots(len(group.names))
+            buffer = self._buffer(np.maximum(*splits[1:]), slots)
+            examples = max(buffer.examples, int(np.max(splits)))
+            self._measuring[role] = buffer._replace(examples=examples)
+            largest = max(largest, *(table.size.max() for table in self._tables[role].values()))
+        self.batch_size = min(phases.eval_batch_size, int(largest))
+
+    def _needs(self, role: str, split: str | None) -> np.ndarray:
+        """``[K]`` examples that a part must hold of each client, to train if no split is named."""
+        splits = self._looked_at(role, split)
+        return np.sum([self._tables[role][name].size for name in splits], axis=0)
+
+    def _looked_at(self, role: str, split: str | None) -> tuple[str, ...]:
+        if split is None:
+            return ("train",)
+        return tuple(dict.fromkeys(("train", split))) if self._adapts[role] else (split,)
+
+    def _check(self, names: Sequence[str], needs: np.ndarray) -> None:
+        if needs.max() <= self._capacity:
+            return
+        largest = int(needs.argmax())
+        count = int(needs[largest])
+        raise UserError(
+            f"config.mapping.pool_bytes = {self._limit} must be at least "
+            f"{2 * count * self._example_bytes}: twice the {count} images that {names[largest]} "
+            "needs at once, since the next client's come meanwhile"
+        )
+
+    def _buffer(self, needs: np.ndarray, slots: int) -> Buffer:
+        """For as many clients as fit on average, and all examples that so many may have."""
+        most, chunk = slots // self.mapping.num_devices, self.mapping.chunk_size
+        clients = max(1, min(most, int(self._capacity / max(1, needs.mean()))))
+        if 0 < chunk < clients:
+            clients -= clients % chunk
+        examples = int(np.sort(needs)[-clients:].sum())
+        return Buffer(clients, max(1, min(self._capacity, examples)))
+
+    def shapes(self, role: str, slots: int) -> Part:
+        """The shapes of a part of training, if as many clients were in it as there are slots."""
+        length = self.mapping.num_devices * self._training[role].examples
+        pool = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), self._pool
+        )
+        width = self._tables[role]["train"].index.shape[1]
+        index, size = (
+            jax.ShapeDtypeStruct(shape, np.int32) for shape in ((slots, width), (slots,))
+        )
+        return Part(None, None, pool, _table(index, size), None)
+
+    def training(self, role: str, slot: np.ndarray) -> Iterator[Part]:
+        """The parts of those who train, ``[M]`` rows of their group."""
+        return self._parts(role, slot, None, self._training[role])
+
+    def measuring(self, role: str, split: str) -> Iterator[Part]:
+        """The parts of all clients that are measured on a split."""
+        count = len(self._tables[role][split].size)
+        slot = np.full(self.mapping.slots(count), count)
+        slot[:count] = np.arange(count)
+        return self._parts(role, slot, split, self._measuring[role])
+
+    def predicting(self, role: str, row: int, split: str, places: np.ndarray) -> Part:
+        """A part of one client, and of the examples at ``places`` of its split.
+
+        Args:
+          role: The client's.
+          row: Its place in the group.
+          split: The split.
+          places: ``[batch_size]``.
+
+        Returns:
+          The part, with one pool for all devices.
+        """
+        tables, count = self._tables[role], len(places)
+        examples, length, train = [tables[split].index[row, places]], count, None
+        if self._adapts[role]:
+            index, size = tables["train"]
+            examples.append(index[row, : size[row]])
+            length += int(size.max())
+            own = np.arange(index.shape[1], dtype=np.int32)
+            train = _table(count + own[None], size[row : row + 1])
+        asked = _table(np.arange(count, dtype=np.int32)[None], np.array([count], np.int32))
+        pool = self._gathered([np.concatenate(examples)], length)
+        return Part(np.array([row], np.int32), None, pool, train, asked)
+
+    def on_devices(self, part: Part, pool: NamedSharding) -> Part:
+        """A part on the devices, its pool placed so; the transfer need not have ended."""
+        rest = put(part._replace(pool=None), self.mapping.replicated)
+        return rest._replace(pool=put(part.pool, pool))
+
+    def _parts(
+        self, role: str, slot: np.ndarray, split: str | None, buffer: Buffer
+    ) -> Iterator[Part]:
+        needs = self._needs(role, split)
+        blocks = slot.reshape(self.mapping.num_devices, -1)
+        cuts = [_cut(needs[block[block < len(needs)]], buffer) for block in blocks]
+        for number in range(max(map(len, cuts))):
+            places = [cut[number] if number < len(cut) else range(0) for cut in cuts]
+            yield self._part(role, blocks, places, split, buffer)
+
+    def _part(
+        self,
+        role: str,
+        blocks: np.ndarray,
+        places: Sequence[range],
+        split: str | None,
+        buffer: Buffer,
+    ) -> Part:
+        """The part of those at ``places`` of each device's block of slots."""
+        tables, shape = self._tables[role], (len(blocks), buffer.clients)
+        slot = np.full(shape, len(tables["train"].size), np.int32)
+        place = np.full(shape, blocks.shape[1], np.int32)
+        width = tables["train"].index.shape[1]
+        found = {
+            name: _table(np.zeros((*shape, width), np.int32), np.zeros(shape, np.int32))
+            for name in self._looked_at(role, split)
+        }
+        examples = []
+        for device, own in enumerate(places):
+            slot[device, : len(own)] = blocks[device, own]
+            place[device, : len(own)] = own
+            examples.append(_numbered(found, tables, slot[device, : len(own)], device))
+        pool = self._gathered(examples, buffer.examples)
+        flat = {
+            name: _table(index.reshape(-1, width), size.reshape(-1))
+            for name, (index, size) in found.items()
+        }
+        measured = None if split is None else flat[split]
+        return Part(slot.reshape(-1), place.reshape(-1), pool, flat.get("train"), measured)
+
+    def _gathered(self, examples: Sequence[np.ndarray], length: int) -> Any:
+        """A pool of ``length`` examples for each device."""
+
+        def one(leaf: np.ndarray) -> np.ndarray:
+            out = np.zeros((len(examples), length, *leaf.shape[1:]), leaf.dtype)
+            for own, rows in zip(examples, out, strict=True):
+                # Unless it clips, NumPy makes a copy on the way.
+                np.take(leaf, own, axis=0, out=rows[: len(own)], mode="clip")
+            return out.reshape(-1, *leaf.shape[1:])
+
+        return jax.tree.map(one, self._pool)
+
+
+def _table(index: Any, size: Any) -> Table:
+    """Of what is no array of JAX."""
+    return Table(index, size)
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """As an array of the type that it has on the devices."""
+    leaf = np.asarray(leaf)
+    return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+
+
+def _cut(needs: np.ndarray, buffer: Buffer) -> list[range]:
+    """Cuts clients who need so many examples into consecutive parts that fit a buffer."""
+    parts, start, used = [], 0, 0
+    for i, need in enumerate(needs.tolist()):
+        if i - start == buffer.clients or used + need > buffer.examples:
+            parts.append(range(start, i))
+            start, used = i, 0
+        used += need
+    return [*parts, range(start, len(needs))]
+
+
+def _numbered(
+    found: dict[str, Any], tables: dict[str, Any], rows: np.ndarray, device: int
+) -> np.ndarray:
+    """Fills tables with places in a device's pool; returns which examples it must hold."""
+    examples, used = [np.zeros(0, np.int32)], 0
+    for i, row in enumerate(rows):
+        for name, (index, size) in found.items():
+            own = tables[name].index[row, : tables[name].size[row]]
+            index[device, i, : len(own)] = used + np.arange(len(own))
+            size[device, i] = len(own)
+            examples.append(own)
+            used += len(own)
+    return np.concatenate(examples)
+
+
+class StreamedSimulation(Simulation):
+    """A simulation whose private images stay in host memory and come to the devices in parts.
+
+    It ends as a `Simulation` does, up to rounding.
+    """
+
+    def __init__(self, phases: Phases, federation: Federation, *, seed: int, pool_bytes: int):
+        """Prepares the phases; nothing is compiled before its first call.
+
+        Args:
+          phases: The method, and how its clients run.
+          federation: The data, left on the host.
+          seed: All randomness of the run.
+          pool_bytes: The most bytes of private images and targets on a device at a time: those of
+            the part that is computed and of the next.
+
+        Raises:
+          UserError: If a client's examples alone are more, or there are several processes.
+        """
+        if phases.mapping.private:
+            raise UserError(
+                f"config.mapping.pool_bytes = {pool_bytes} must be 0 in a --distributed run, where "
+                "each process's devices hold their own clients' images only"
+            )
+        super().__init__(phases, federation, seed=seed)
+        self._feed = feed = Feed(federation, phases, pool_bytes)
+        self._batch_size = feed.batch_size
+        self._begin = {}
+        for role in self._train:
+            shapes = feed.shapes(role, phases.num_slots(role))
+            self._begin[role] = self._by_client(
+                functools.partial(phases.begin, role, shapes=shapes)
+            )
+            train = functools.partial(phases.train_part, role)
+            self._train[role] = self._by_client(train, donate_argnums=6)
+            self._evaluate[role] = self._by_client(functools.partial(phases.evaluate_part, role))
+            self._predict[role] = self._jit(functools.partial(phases.predict_part, role))
+
+    def _placed(self, federation: Federation) -> Arrays:
+        groups = {g.role: {"ids": g.ids} for g in federation.groups}
+        arrays = Arrays(None, federation.public, groups, None)
+        return jax.device_put(arrays, self.mapping.replicated)
+
+    def _trained(self, state: RunState, round: np.int32) -> dict[str, Trained]:
+        trained = {
+            role: begin(state.clients[role], state.server, self.run_key, round, self.federation)
+            for role, begin in self._begin.items()
+        }
+        slots = {role: np.asarray(begun.slot) for role, begun in trained.items()}
+
+        def train(role: str, part: Part) -> Trained:
+            trained[role] = self._train[role](
+                *(state.clients[role], state.server, self.run_key, round, self.federation),
+                *(part, trained[role]),
+            )
+            return trained[role]
+
+        parts = ((r, part) for r in slots for part in self._feed.training(r, slots[r]))
+        self._stream(state, parts, train)
+        return trained
+
+    def _measured(self, state: RunState, split: str) -> dict[str, Any]:
+        found: dict[str, list[Any]] = {role: [] for role in self._evaluate}
+
+        def measure(role: str, part: Part) -> Any:
+            rows = self._evaluate[role](state.clients[role], state.server, self.federation, part)
+            found[role].append((part.slot, rows))
+            return rows
+
+        parts = ((r, part) for r in found for part in self._feed.measuring(r, split))
+        self._stream(state, parts, measure)
+        return {role: _by_row(parts) for role, parts in found.items()}
+
+    def _predicted(
+        self, state: RunState, role: str, row: int, split: str, places: np.ndarray
+    ) -> Any:
+        part = self._feed.predicting(role, row, split, places)
+        part = self._feed.on_devices(part, self.mapping.replicated)
+        return self._predict[role](state.clients[role], state.server, self.federation, part)
+
+    def train_shapes(self, group: Group, state: RunState) -> Trained:
+        """Shapes of all that a group's training phase returns, without running it."""
+        return self._begin[group.role].eval_shape(
+            *(state.clients[group.role], state.server, self.run_key, np.int32(0), self.federation)
+        )
+
+    def _stream(
+        self,
+        state: RunState,
+        parts: Iterable[tuple[str, Part]],
+        compute: Callable[[str, Part], Any],
+    ) -> None:
+        """Computes parts one after the other, the next one's images coming in the meantime.
+
+        Never more than two lie on the devices: a part is computed once the one before it is done,
+        and the first once all is that led to the state.
+        """
+        running: Any = state
+        for role, part in parts:
+            placed = self._feed.on_devices(part, self.mapping.by_client)
+            jax.block_until_ready(running)
+            running = compute(role, placed)
+
+
+def _by_row(parts: Sequence[tuple[Any, Any]]) -> Any:
+    """The rows of all parts on the host, by the clients' places in their group."""
+    slots, rows = zip(*parts, strict=True)
+    order = np.argsort(np.concatenate(slots), kind="stable")  # nobody's are past the end
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *rows)

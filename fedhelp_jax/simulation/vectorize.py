@@ -1,0 +1,245 @@
+"""How a function of one client runs over many: vectorised, in chunks, over devices."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedhelp_jax.core.tree import zeros_of
+
+_AXIS = "clients"
+_EVERYWHERE = P()
+
+
+class Mapping(NamedTuple):
+    """How clients run.
+
+    Attributes:
+      mesh: Devices along the axis ``clients``.
+      chunk_size: How many clients of a device are vectorised at a time; 0 means all of them.
+      private: Whether a device holds the examples and states of its own clients alone. Then every
+        client has a slot of its own in every round, and nothing of a client's ever moves.
+    """
+
+    mesh: Mesh
+    chunk_size: int
+    private: bool = False
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices the clients are spread over."""
+        return self.mesh.size
+
+    @property
+    def platform(self) -> str:
+        """The devices' back end: "cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    def slots(self, clients: int) -> int:
+        """The number of clients rounded up, so that every device has whole chunks."""
+        each = -(-clients // self.num_devices)
+        chunk = min(self.chunk_size or each, each)
+        return self.num_devices * chunk * -(-each // chunk)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The placement of what every device holds in full."""
+        return NamedSharding(self.mesh, P())
+
+    @property
+    def by_client(self) -> NamedSharding:
+        """The placement of what has a leading axis of clients."""
+        return NamedSharding(self.mesh, P(_AXIS))
+
+    @property
+    def own(self) -> P:
+        """How what belongs to clients lies on devices between rounds."""
+        return P(_AXIS) if self.private else P()
+
+
+def make_mapping(
+    chunk_size: int | None = None,
+    num_devices: int | None = None,
+    *,
+    private: bool | None = None,
+    local: bool = False,
+) -> Mapping:
+    """A mapping over the first ``num_devices`` devices of the default back end.
+
+    Args:
+      chunk_size: Clients vectorised at a time on a device. None takes the back end's default: 1 on
+        CPU, where a second client only pushes the first one's activations out of the cache, and 0
+        (all) on accelerators.
+      num_devices: None takes all, those of other processes too.
+      private: As in `Mapping`; None is where there are devices of other processes.
+      local: Take this process's own devices only.
+
+    Returns:
+      The mapping.
+    """
+    devices = (jax.local_devices() if local else jax.devices())[:num_devices]
+    if chunk_size is None:
+        chunk_size = 1 if devices[0].platform == "cpu" else 0
+    if private is None:
+        private = jax.process_count() > 1 and not local
+    return Mapping(Mesh(np.array(devices), (_AXIS,)), chunk_size, private)
+
+
+def over_clients(
+    fn: Callable[[Any, Any], Any], mapping: Mapping, placed: Any = _EVERYWHERE
+) -> Callable[[Any, Any], Any]:
+    """``(shared, stacked) -> stacked results`` of ``fn(shared, one)``, for use inside ``jit``.
+
+    Args:
+      fn: A pure function of what all clients share and of one client's own tree.
+      mapping: How to run it.
+      placed: How what is shared lies on devices, a prefix of its tree; each sees its own part.
+
+    Returns:
+      A function whose second argument has leaves ``[K, ...]``, ``K`` one of ``mapping.slots``.
+    """
+
+    def without_sum(shared: Any, one: Any) -> Any:
+        return fn(shared, one), ()
+
+    return lambda shared, stacked: _over_devices(without_sum, mapping, placed)(shared, stacked)[0]
+
+
+def of_one_client(
+    fn: Callable[[Any, Any], jax.Array], mapping: Mapping, placed: Any = _EVERYWHERE
+) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    """Like :func:`over_clients`, but of one client alone, on the device that holds it.
+
+    Args:
+      fn: A pure function of what all clients share and of one client's own tree.
+      mapping: How to run it.
+      placed: As in :func:`over_clients`.
+
+    Returns:
+      A function ``(shared, stacked, row) -> [D, ...]``, zeros but for the client's device.
+    """
+
+    def on_one_device(shared: Any, stacked: Any, row: jax.Array) -> jax.Array:
+        clients = jax.tree.leaves(stacked)[0].shape[0]
+        place = row - lax.axis_index(_AXIS) * clients
+        own = jax.tree.map(lambda leaf: leaf[jnp.clip(place, 0, clients - 1)], stacked)
+        shape = jax.eval_shape(fn, shared, own)
+        nothing = jnp.zeros(shape.shape, shape.dtype)
+        mine = (place >= 0) & (place < clients)
+        return lax.cond(mine, lambda: fn(shared, own), lambda: nothing)[None]
+
+    return jax.shard_map(
+        on_one_device,
+        mesh=mapping.mesh,
+        in_specs=(placed, P(_AXIS), P()),
+        out_specs=P(_AXIS),
+        check_vma=False,
+    )
+
+
+def sum_over_clients(
+    fn: Callable[[Any, Any], tuple[Any, Any, jax.Array]],
+    mapping: Mapping,
+    placed: Any = _EVERYWHERE,
+) -> Callable[..., tuple[Any, tuple[Any, jax.Array]]]:
+    """Like :func:`over_clients`, but of a part of the results only a weighted sum per device.
+
+    It is summed up while clients run, so that never more than a chunk of them is in memory.
+
+    Args:
+      fn: ``(shared, one) -> (result, summed, counts)``; the client is of weight 0 unless
+        ``counts``, a boolean.
+      mapping: How to run it.
+      placed: As in :func:`over_clients`.
+
+    Returns:
+      A function ``(shared, stacked, weights [K], begun=None) -> (stacked results, (sums [D, ...],
+      totals [D]))`` over D devices; clients of weight 0 count for nothing, whatever they give.
+      ``begun`` are the sums and totals of other clients, to which these are added.
+    """
+
+    def weighted(shared: Any, one: tuple[Any, jax.Array]) -> Any:
+        own, weight = one
+        result, summed, counts = fn(shared, own)
+        weight = jnp.where(counts, weight, 0)
+
+        def scaled(leaf: jax.Array) -> jax.Array:
+            return jnp.where(weight > 0, leaf * weight.astype(leaf.dtype), 0)
+
+        return result, (jax.tree.map(scaled, summed), weight)
+
+    def run(shared: Any, stacked: Any, weights: jax.Array, begun: Any = None) -> Any:
+        return _over_devices(weighted, mapping, placed)(shared, (stacked, weights), begun)
+
+    return run
+
+
+def fill(mapping: Mapping, stacked: Any, place: jax.Array, rows: Any) -> Any:
+    """Stacked results with those of some clients put in, on each device by itself.
+
+    Args:
+      mapping: Whose devices.
+      stacked: Leaves ``[K, ...]``.
+      place: ``[M]`` where each row goes among those of its device; past their end for nobody.
+      rows: Leaves ``[M, ...]``.
+
+    Returns:
+      Leaves ``[K, ...]``.
+    """
+
+    def on_one_device(stacked: Any, place: jax.Array, rows: Any) -> Any:
+        return jax.tree.map(lambda old, new: old.at[place].set(new, mode="drop"), stacked, rows)
+
+    return _on_each(on_one_device, mapping, (P(_AXIS), P(_AXIS), P(_AXIS)))(stacked, place, rows)
+
+
+def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, placed: Any) -> Any:
+    """``(shared, stacked, begun) -> (stacked results, sums [D, ...])`` of ``fn``'s two results."""
+
+    def on_one_device(shared: Any, stacked: Any, begun: Any) -> Any:
+        begun = jax.tree.map(lambda leaf: leaf[0], begun)
+        clients = jax.tree.leaves(stacked)[0].shape[0]
+        chunk = min(mapping.chunk_size or clients, clients)
+
+        def one_chunk(part: Any) -> Any:
+            # A chunk of one is no vmap over an axis of one, which would change the convolutions.
+            if chunk == 1:
+                return fn(shared, part)
+            results, summed = jax.vmap(lambda one: fn(shared, one))(part)
+            return results, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), summed)
+
+        def add(sums: Any, part: Any) -> Any:
+            results, summed = one_chunk(part)
+            return jax.tree.map(jnp.add, sums, summed), results
+
+        if chunk == clients > 1:
+            results, sums = one_chunk(stacked)
+            if begun is not None:
+                sums = jax.tree.map(jnp.add, begun, sums)
+        else:
+            shape = (-1,) if chunk == 1 else (-1, chunk)
+            parts = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), stacked)
+            if begun is None:
+                first = jax.tree.map(lambda leaf: leaf[0], parts)
+                begun = zeros_of(jax.eval_shape(one_chunk, first)[1])
+            sums, results = lax.scan(add, begun, parts)
+            if chunk > 1:
+                results = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
+        return results, jax.tree.map(lambda leaf: leaf[None], sums)
+
+    run = _on_each(on_one_device, mapping, (placed, P(_AXIS), P(_AXIS)))
+    return lambda shared, stacked, begun=None: run(shared, stacked, begun)
+
+
+def _on_each(fn: Callable[..., Any], mapping: Mapping, placed: tuple[Any, ...]) -> Any:
+    """``fn`` on each device by itself, of its parts of the arguments."""
+    if mapping.num_devices == 1:
+        return fn
+    return jax.shard_map(
+        fn, mesh=mapping.mesh, in_specs=placed, out_specs=P(_AXIS), check_vma=False
+    )

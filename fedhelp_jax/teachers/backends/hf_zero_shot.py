@@ -1,0 +1,113 @@
+"""Zero-shot image classification behind a Hugging Face inference endpoint, such as a CLIP.
+
+References:
+  https://huggingface.co/docs/inference-providers/tasks/zero-shot-image-classification
+"""
+
+import base64
+import io
+import json
+
+import numpy as np
+from PIL import Image
+
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.teachers.base import Fingerprint, PublicImages
+from fedhelp_jax.teachers.http import Endpoint, Transport, version_name
+
+# Of a score that was rounded to 0.
+_LEAST_SCORE = 1e-7
+
+
+class HuggingFaceZeroShot(Endpoint):
+    """A model that scores images against candidate labels; one image a request.
+
+    With ``scores="softmax"``, as of a CLIP, the scores ``s`` are a softmax over the candidates, so
+    ``log s`` are logits of the same distribution, the model's own up to a constant. They may be
+    rounded, and then add up to 1 as nearly as so many rounded numbers do. With ``"sigmoid"``, as of
+    a SigLIP, each score is a sigmoid of its own logit, which is ``log s - log(1 - s)``. Scores
+    below 1e-7 count as 1e-7; of sigmoids, those above 1 - 1e-7 count as that too.
+
+    Args:
+      transport: The endpoint.
+      model: Its name, for the record.
+      version: Its revision, for the record.
+      label_names: The candidate labels.
+      template: Sentence that each candidate is put into, with ``{}`` for it; None leaves the
+        endpoint's own.
+      scores: What the scores are: ``"softmax"`` or ``"sigmoid"``.
+    """
+
+    batch_limit: int | None = 1
+
+    def __init__(
+        self,
+        transport: Transport,
+        model: str,
+        version: str | None,
+        label_names: tuple[str, ...],
+        template: str | None,
+        scores: str = "softmax",
+    ):
+        super().__init__(transport)
+        self._labels, self._template, self._kind = label_names, template, scores
+        how = f"PNG at native size, template {template or 'the endpoint’s own'}"
+        if scores != "softmax":  # answers that were stored before there was another stay known
+            how += f", {scores} scores"
+        self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
+
+    def answer(self, images: PublicImages) -> np.ndarray:
+        """See `FoundationModel`."""
+        return np.stack([self._scores(body) for body in self._bodies(images)])
+
+    def request_bytes(self, images: PublicImages) -> int:
+        """See `FoundationModel`."""
+        return sum(len(body) for body in self._bodies(images))
+
+    def _bodies(self, images: PublicImages) -> list[bytes]:
+        parameters: dict[str, object] = {"candidate_labels": list(self._labels)}
+        if self._template:
+            parameters["hypothesis_template"] = self._template
+        bodies = []
+        for pixels in images.pixels:
+            file = io.BytesIO()
+            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+            encoded = base64.b64encode(file.getvalue()).decode()
+            bodies.append(json.dumps({"inputs": encoded, "parameters": parameters}).encode())
+        return bodies
+
+    def _scores(self, body: bytes) -> np.ndarray:
+        reply = self._transport.post("", body, {"Content-Type": "application/json"})
+        try:
+            rows = json.loads(reply.body)
+            scores = {str(row["label"]): float(row["score"]) for row in rows}
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+            said = self._transport.quote(reply.body)
+            raise UserError(
+                f"teacher.url: the answer is no list of labels and scores{said}"
+            ) from None
+        if set(scores) != set(self._labels) or len(rows) != len(scores):
+            raise UserError(
+                f"teacher.url: the answer scores {len(rows)} labels, not the {len(self._labels)} "
+                "candidates that were sent"
+            )
+        values = np.array([scores[label] for label in self._labels])
+        if not ((values >= 0) & (values <= 1)).all():
+            raise UserError("teacher.url: the scores must be probabilities, each from 0 to 1")
+        if self._kind == "sigmoid":
+            values = np.clip(values, _LEAST_SCORE, 1 - _LEAST_SCORE)
+            return (np.log(values) - np.log1p(-values)).astype(np.float32)
+        if abs(values.sum() - 1) > _rounding(values):
+            raise UserError(
+                "teacher.url: the scores must be probabilities over the candidates, they add up "
+                f"to {values.sum():g}; if the model scores each label by itself, as SigLIP does, "
+                "set teacher.scores=sigmoid"
+            )
+        return np.log(np.maximum(values, _LEAST_SCORE)).astype(np.float32)
+
+
+def _rounding(values: np.ndarray) -> float:
+    """How far from 1 the sum of probabilities may be: by half a last digit for each of them."""
+    digits = next((d for d in range(2, 8) if np.allclose(values, values.round(d), 0, 1e-9)), 8)
+    # Half precision is not rounded to digits.
+    return max(0.01, len(values) * 0.5 * 10.0**-digits) + 1e-9

@@ -1,0 +1,127 @@
+"""The Open Inference Protocol, version 2, over HTTP.
+
+KServe, Triton, MLServer, TorchServe and OpenVINO Model Server speak it. The wire format, tensors
+behind a JSON header, is NVIDIA's client library's; the request itself is `Transport`'s.
+
+References:
+  Open Inference Protocol, https://github.com/kserve/open-inference-protocol, and its binary tensor
+  data extension.
+"""
+
+import json
+import threading
+from urllib.parse import quote
+
+import numpy as np
+
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.teachers.base import Fingerprint, PublicImages
+from fedhelp_jax.teachers.http import Endpoint, Transport, version_name
+from fedhelp_jax.teachers.preprocessing import Preprocessing
+
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+# What the client library and the JSON parser raise on what is no inference response.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_FLOATS = ("FP16", "FP32", "FP64")
+
+
+class OpenInferenceModel(Endpoint):
+    """A model behind ``{url}/v2/models/{model}/infer``.
+
+    Tensors go and come as raw bytes where the server lists that extension, else as JSON numbers,
+    which every server of the protocol takes and which keep a float32 exactly too.
+
+    Args:
+      transport: Where the server is.
+      model: Its name there.
+      version: Its version there, which goes into the URL; None asks whichever the server serves.
+      label_names: Its classes; empty for embeddings.
+      input: Name of the input tensor.
+      output: Name of the output tensor; None takes the first.
+      preprocessing: What the model expects of an image.
+    """
+
+    batch_limit: int | None = None
+
+    def __init__(
+        self,
+        transport: Transport,
+        model: str,
+        version: str | None,
+        label_names: tuple[str, ...],
+        input: str,
+        output: str | None,
+        preprocessing: Preprocessing,
+    ):
+        super().__init__(transport)
+        self._input, self._output = input, output
+        self._preprocessing = preprocessing
+        self._negotiating = threading.Lock()
+        self._binary: bool | None = None
+        self._path = f"/v2/models/{quote(model, safe='')}"
+        if version:
+            self._path += f"/versions/{quote(version, safe='')}"
+        how = f"{preprocessing}, {f'output {output}' if output else 'first output'}"
+        self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
+
+    def answer(self, images: PublicImages) -> np.ndarray:
+        """See `FoundationModel`."""
+        from tritonclient.http import InferenceServerClient, InferenceServerException
+
+        body, length = self._body(images, self._takes_binary())
+        headers = {"Content-Type": "application/json"}
+        if length is not None:
+            headers = {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(length)}
+        reply = self._transport.post(f"{self._path}/infer", body, headers)
+        start = reply.headers.get(_HEADER_LENGTH)
+        try:
+            result = InferenceServerClient.parse_response_body(
+                reply.body, header_length=None if start is None else int(start)
+            )
+            outputs = result.get_response()["outputs"]
+            names = [output["name"] for output in outputs]
+            name = self._output or names[0]
+            if name not in names:
+                raise UserError(
+                    f"teacher.output: there is no {name!r} in the answer; there are {names}"
+                )
+            datatype = outputs[names.index(name)]["datatype"]
+            if datatype not in _FLOATS:
+                raise UserError(
+                    f"teacher.output: {name} must be a floating-point tensor, the server answered "
+                    f"{datatype}"
+                )
+            answer = result.as_numpy(name)
+        except _UNREADABLE + (InferenceServerException,):
+            said = self._transport.quote(reply.body)
+            raise UserError(f"teacher.url: the answer is no inference response{said}") from None
+        if answer is None:
+            raise UserError(f"teacher.output: {name} came without its data")
+        return self._preprocessing.answer_of(answer) if answer.ndim > 1 else answer
+
+    def request_bytes(self, images: PublicImages) -> int:
+        """See `FoundationModel`; as raw bytes, JSON may take four times as many."""
+        return len(self._body(images, binary=True)[0])
+
+    def _takes_binary(self) -> bool:
+        """Whether the server says that it knows the binary tensor data extension; asked once."""
+        with self._negotiating:
+            if self._binary is None:
+                try:
+                    extensions = json.loads(self._transport.get("/v2").body)["extensions"]
+                    self._binary = "binary_tensor_data" in extensions
+                except (UserError, *_UNREADABLE):
+                    self._binary = False  # it does not describe itself
+            return self._binary
+
+    def _body(self, images: PublicImages, binary: bool) -> tuple[bytes, int | None]:
+        """Returns the body of a request, and the length of its JSON if bytes follow that."""
+        from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+
+        pixels = self._preprocessing(images.pixels)
+        datatype = "UINT8" if pixels.dtype == np.uint8 else "FP32"
+        tensor = InferInput(self._input, list(pixels.shape), datatype)
+        tensor.set_data_from_numpy(pixels, binary_data=binary)
+        wanted = [InferRequestedOutput(self._output, binary_data=binary)] if self._output else None
+        body, length = InferenceServerClient.generate_request_body([tensor], outputs=wanted)
+        return body, length
