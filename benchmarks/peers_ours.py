@@ -22,7 +22,7 @@ from fedhelp_jax.data.types import ClientSplit, FederatedDataset
 from fedhelp_jax.models.conv import conv, max_pool
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model
-from fedhelp_jax.simulation.round import Phases, num_clients
+from fedhelp_jax.simulation.round import RoundProgram, num_clients
 from fedhelp_jax.simulation.simulation import Simulation
 from fedhelp_jax.simulation.streaming import StreamedSimulation
 from fedhelp_jax.simulation.vectorize import make_mapping
@@ -103,18 +103,20 @@ def main() -> None:
         local_epochs=1,
         public=None,
     )
-    pool_bytes = options.get("pool_bytes", 0)
-    federation = make_federation(dataset, ["small"] * users, on_host=pool_bytes > 0)
+    max_device_bytes = options.get("max_device_bytes", 0)
+    federation = make_federation(dataset, ["small"] * users, on_host=max_device_bytes > 0)
     mapping = make_mapping()
-    phases = Phases(
+    phases = RoundProgram(
         fedavg(setup, FedAvgSettings(personal=False)),
         classification,
         num_clients(federation),
         mapping,
-        participation=options["cohort"] / users,
+        participation_rate=options["cohort"] / users,
     )
-    if pool_bytes:
-        simulation = StreamedSimulation(phases, federation, seed=0, pool_bytes=pool_bytes)
+    if max_device_bytes:
+        simulation = StreamedSimulation(
+            phases, federation, seed=0, max_device_bytes=max_device_bytes
+        )
     else:
         simulation = Simulation(phases, federation, seed=0)
     compile_totals()  # counts from here on

@@ -38,7 +38,7 @@ def main(_: list[str]) -> None:
             "devices": cores,
         }
         workers = {
-            mib: Worker("benchmarks.peers_ours", options | {"pool_bytes": int(mib) * 2**20})
+            mib: Worker("benchmarks.peers_ours", options | {"max_device_bytes": int(mib) * 2**20})
             for mib in ("0", *_POOL.value)
         }
         seconds = alternate(workers, _REPEATS.value)

@@ -14,7 +14,7 @@ network trained on those stands for a foundation model.
 `:cpu` trains at 24x32x24 on U-Nets of three levels; Dice is taken at 48x64x48 all the same.
 The public phantoms follow the seed, so teach once for each.
 
-File, under FEDHELP_DATA_DIR or by --config.data.dir: `hippocampus_3d_48x64x48.npz`.
+File, under FEDHELP_DATA_DIR or by --config.data.path: `hippocampus_3d_48x64x48.npz`.
 """
 
 import os
@@ -43,7 +43,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     config.model.remat = True
     folder = os.environ.get("FEDHELP_DATA_DIR")
     if folder:
-        config.data.dir = os.path.join(folder, "hippocampus_3d_48x64x48.npz")
+        config.data.path = os.path.join(folder, "hippocampus_3d_48x64x48.npz")
 
     if scale == "cpu":
         config.rounds = 15

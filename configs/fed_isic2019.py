@@ -12,7 +12,7 @@ trained on ImageNet. The image size, 64, is our choice.
 `:cpu` is smaller: 32x32 images, ResNet-32 as the large model, at most 600 training images a client,
 batches of 16, 25 rounds.
 
-Files, under FEDHELP_DATA_DIR or by --config.data.dir and so on: `ham10000_200x150.zip` (images),
+Files, under FEDHELP_DATA_DIR or by --config.data.path and so on: `ham10000_200x150.zip` (images),
 `fed_isic2019_ham_split.csv` (official split), `pathmnist_1000_clip.npz` (public images),
 `models/mobilenet_v2_1.0_224_quant.tflite` and `models/imagenet_labels.txt` (foundation model).
 
@@ -39,7 +39,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     config.teacher.image_size = 224
     folder = os.environ.get("FEDHELP_DATA_DIR")
     if folder:
-        config.data.dir = os.path.join(folder, "ham10000_200x150.zip")
+        config.data.path = os.path.join(folder, "ham10000_200x150.zip")
         config.data.split_csv = os.path.join(folder, "fed_isic2019_ham_split.csv")
         config.public.path = os.path.join(folder, "pathmnist_1000_clip.npz")
         models = os.path.join(folder, "models")

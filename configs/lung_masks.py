@@ -12,7 +12,7 @@ for the paper's foundation model, and is called self-trained.
 `:cpu` trains at 64x64 on U-Nets of 8..64 and 16..128 channels; Dice is taken at 128x128 all the
 same. By real site, with one client each: --config.data.split_by=site --config.roles.top_n=1.
 
-Files, under FEDHELP_DATA_DIR or by --config.data.dir and --config.public.path:
+Files, under FEDHELP_DATA_DIR or by --config.data.path and --config.public.path:
 `lung_cxr_seg_128.npz` (images, masks, site) and `ham10000_200x150.zip` (images/ and masks/).
 """
 
@@ -40,7 +40,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     config.model.large = "unet_large"
     folder = os.environ.get("FEDHELP_DATA_DIR")
     if folder:
-        config.data.dir = os.path.join(folder, "lung_cxr_seg_128.npz")
+        config.data.path = os.path.join(folder, "lung_cxr_seg_128.npz")
         config.public.path = os.path.join(folder, "ham10000_200x150.zip")
 
     if scale == "cpu":

@@ -12,7 +12,7 @@ PathMNIST and a MobileNetV2 trained on ImageNet replace the public set and the f
 `:cpu` is smaller: ResNet-32 as the large model, at most 400 training images a client, batches of
 16, 8 rounds.
 
-Files, under FEDHELP_DATA_DIR or by --config.data.dir and --config.public.path:
+Files, under FEDHELP_DATA_DIR or by --config.data.path and --config.public.path:
 `pneumoniamnist_rebuilt.npz`, or MedMNIST's own `pneumoniamnist.npz`, `pathmnist_1000_clip.npz`
 (public images), and `models/mobilenet_v2_1.0_224_quant.tflite` and `models/imagenet_labels.txt`
 (foundation model).
@@ -40,7 +40,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     config.teacher.image_size = 224
     folder = os.environ.get("FEDHELP_DATA_DIR")
     if folder:
-        config.data.dir = os.path.join(folder, "pneumoniamnist_rebuilt.npz")
+        config.data.path = os.path.join(folder, "pneumoniamnist_rebuilt.npz")
         config.public.path = os.path.join(folder, "pathmnist_1000_clip.npz")
         models = os.path.join(folder, "models")
         config.teacher.path = os.path.join(models, "mobilenet_v2_1.0_224_quant.tflite")

@@ -12,8 +12,8 @@ chest X-rays with lung masks, and a network trained on those stands for a founda
 `:cpu` trains at 64x64 on U-Nets of 8..64 and 16..128 channels, on at most 150 images a client; Dice
 is taken at 200x150 all the same.
 
-Files, under FEDHELP_DATA_DIR or by --config.data.dir and so on: `ham10000_200x150.zip` (images/ and
-masks/), `fed_isic2019_ham_split.csv` (official split), `lung_cxr_seg_128.npz` (public).
+Files, under FEDHELP_DATA_DIR or by --config.data.path and so on: `ham10000_200x150.zip` (images/
+and masks/), `fed_isic2019_ham_split.csv` (official split), `lung_cxr_seg_128.npz` (public).
 """
 
 import os
@@ -37,7 +37,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     config.model.large = "unet_large"
     folder = os.environ.get("FEDHELP_DATA_DIR")
     if folder:
-        config.data.dir = os.path.join(folder, "ham10000_200x150.zip")
+        config.data.path = os.path.join(folder, "ham10000_200x150.zip")
         config.data.split_csv = os.path.join(folder, "fed_isic2019_ham_split.csv")
         config.public.path = os.path.join(folder, "lung_cxr_seg_128.npz")
 

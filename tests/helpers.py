@@ -23,7 +23,7 @@ from fedhelp_jax.data.types import (
 from fedhelp_jax.experiments import experiment
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model, Variables
-from fedhelp_jax.simulation.round import Phases, num_clients
+from fedhelp_jax.simulation.round import RoundProgram, num_clients
 from fedhelp_jax.simulation.simulation import Simulation
 from fedhelp_jax.simulation.streaming import StreamedSimulation
 from fedhelp_jax.simulation.vectorize import make_mapping
@@ -165,14 +165,14 @@ def simulate(
     private: bool = False,
     seed: int = 0,
     rounds_at_once: int = 1,
-    pool_bytes: int = 0,
+    max_device_bytes: int = 0,
     **options: Any,
 ) -> Simulation:
     """A simulation on one device, clients one after the other, unless told otherwise."""
     mapping = make_mapping(chunk_size, num_devices, private=private)
-    phases = Phases(algorithm, classification, num_clients(federation), mapping, **options)
-    if pool_bytes:
-        return StreamedSimulation(phases, federation, seed=seed, pool_bytes=pool_bytes)
+    phases = RoundProgram(algorithm, classification, num_clients(federation), mapping, **options)
+    if max_device_bytes:
+        return StreamedSimulation(phases, federation, seed=seed, max_device_bytes=max_device_bytes)
     return Simulation(phases, federation, seed=seed, rounds_at_once=rounds_at_once)
 
 

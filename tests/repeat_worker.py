@@ -33,7 +33,7 @@ from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
 from fedhelp_jax.models.model import Model, apply_model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
-from fedhelp_jax.simulation.round import Phases, num_clients
+from fedhelp_jax.simulation.round import RoundProgram, num_clients
 from fedhelp_jax.simulation.simulation import Simulation
 from fedhelp_jax.simulation.streaming import StreamedSimulation
 from fedhelp_jax.simulation.vectorize import make_mapping
@@ -120,7 +120,7 @@ def simulation_of(options: dict[str, Any], federation: Federation, **streaming: 
     method, task = ALGORITHMS[options["method"]], setup.task
     if options["direct"]:  # metrics are computed in float32, so logits are compared instead
         task = task._replace(metrics=lambda logits, targets, mask: {"logits": logits})
-    phases = Phases(
+    phases = RoundProgram(
         method.build(setup, method.settings()),
         task,
         num_clients(federation),
@@ -258,7 +258,7 @@ def repeat(options: dict[str, Any]) -> dict[str, Any]:
         on_host = make_federation(dataset, roles, public, answers, on_host=True)
         example = sum(leaf.nbytes // len(leaf) for leaf in on_host.pool)
         most = 2 * example * max(options["train"], options["test"])
-        streamed = simulation_of(options, on_host, pool_bytes=most)
+        streamed = simulation_of(options, on_host, max_device_bytes=most)
         start = streamed.init()
         phases["streams"] = lambda: (
             streamed.round(jax.tree.map(jnp.copy, start), 0),

@@ -25,5 +25,5 @@ def get_config() -> config_dict.ConfigDict:
     config.teacher.concurrency = 1
     config.teacher.timeout = 10.0
     config.teacher.max_attempts = 4
-    config.teacher.max_wait = 0.05
+    config.teacher.max_backoff = 0.05
     return config

@@ -54,7 +54,7 @@ def refused(tmp_path: Path, capsys, rest: str) -> str:
         ),
         ("--config.teacher.name=stored --config.teacher.path=/no/a.npz", ["teacher.path", "/no/a"]),
         ("--config.public.name=npz --config.public.path=/no/p.npz", ["public.path", "/no/p.npz"]),
-        ("--config.data.name=medmnist --config.data.dir=/no/m.npz", ["data.dir", "/no/m.npz"]),
+        ("--config.data.name=medmnist --config.data.path=/no/m.npz", ["data.path", "/no/m.npz"]),
     ],
 )
 def test_settings_that_do_not_fit_are_named(tmp_path, capsys, rest, words):
@@ -194,7 +194,7 @@ class Hospitals:
         with self.table.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *self.rows])
         return (
-            f"--config.data.name=fed_isic2019 --config.data.dir={self.zip} "
+            f"--config.data.name=fed_isic2019 --config.data.path={self.zip} "
             f"--config.data.split_csv={self.table} --config.data.cache_dir={self.folder / 'cache'}"
         )
 
@@ -206,7 +206,7 @@ def hospitals(tmp_path):
 
 def test_a_missing_data_folder_is_named(tmp_path, capsys, hospitals):
     settings = hospitals.settings().replace(str(hospitals.zip), "/no/images")
-    assert "data.dir: /no/images does not exist" in refused(tmp_path, capsys, settings)
+    assert "data.path: /no/images does not exist" in refused(tmp_path, capsys, settings)
 
 
 def test_a_missing_split_file_is_named(tmp_path, capsys, hospitals):
@@ -219,7 +219,7 @@ def test_a_missing_split_file_is_named(tmp_path, capsys, hospitals):
 def test_an_image_missing_in_the_zip_is_named(tmp_path, capsys, hospitals):
     del hospitals.images["ISIC_007"]
     message = refused(tmp_path, capsys, hospitals.settings())
-    for word in ("data.dir", "ISIC_007", str(hospitals.table), str(hospitals.zip), "1 of 37"):
+    for word in ("data.path", "ISIC_007", str(hospitals.table), str(hospitals.zip), "1 of 37"):
         assert word in message
 
 
@@ -232,7 +232,7 @@ def test_an_unknown_image_in_the_split_is_named(tmp_path, capsys, hospitals):
 def test_a_corrupt_image_is_named(tmp_path, capsys, hospitals):
     hospitals.images["ISIC_007"] = hospitals.images["ISIC_007"][:400]
     message = refused(tmp_path, capsys, hospitals.settings())
-    for word in ("data.dir", "ISIC_007.jpg", str(hospitals.zip), "cannot be decoded"):
+    for word in ("data.path", "ISIC_007.jpg", str(hospitals.zip), "cannot be decoded"):
         assert word in message
 
 
@@ -264,9 +264,9 @@ def test_labels_of_an_npz_out_of_range_are_named(tmp_path, capsys):
     }
     path = tmp_path / "pneumoniamnist.npz"
     np.savez(path, allow_pickle=False, **arrays)
-    rest = f"--config.data.name=medmnist --config.data.dir={path}"
+    rest = f"--config.data.name=medmnist --config.data.path={path}"
     message = refused(tmp_path, capsys, rest)
-    for word in ("data.dir", str(path), "label 2"):
+    for word in ("data.path", str(path), "label 2"):
         assert word in message
 
 

@@ -95,7 +95,7 @@ def test_overrides_reach_the_runner(tmp_path, runner):
         "--config.algorithm.k=2 --config.algorithm.joint --config.algorithm.temperature=2 "
         "--config.data.max_train=40 --config.data.fractions='(0.5, 0.5)' "
         "--config.roles.large=a --config.roles.large=b "
-        "--config.data.name=medmnist --config.data.dir=2019 --overwrite"
+        "--config.data.name=medmnist --config.data.path=2019 --overwrite"
     )
     assert train(tmp_path, rest) == 0
     config, workdir, overwrite = runner.calls[0]
@@ -108,7 +108,7 @@ def test_overrides_reach_the_runner(tmp_path, runner):
     assert config.data.max_train == 40
     assert config.data.fractions == (0.5, 0.5)
     assert config.roles.large == ("a", "b")
-    assert config.data.dir == "2019"
+    assert config.data.path == "2019"
 
 
 def test_an_optional_setting_can_be_unset_again(tmp_path, runner, monkeypatch):
@@ -180,7 +180,7 @@ def test_each_config_is_valid(tmp_path, runner, monkeypatch, config, name, large
 
 @pytest.mark.parametrize("config", ["fed_isic2019.py", "pneumonia.py"])
 def test_configs_without_a_data_folder_say_what_to_set(tmp_path, runner, capsys, config):
-    assert "--config.data.dir" in refusal(capsys, train(tmp_path, config=config))
+    assert "--config.data.path" in refusal(capsys, train(tmp_path, config=config))
     assert not runner.calls
 
 
@@ -254,14 +254,17 @@ def test_a_config_file_imports_what_lies_beside_it(tmp_path):
             "--config.algorithm.name=fedavg --config.algorithm.lambda_f=1",
             ["config.algorithm.lambda_f", "fedavg"],
         ),
-        ("--config.data.alpha=0.1", ["config.data.alpha", "data.split_by = dirichlet or quantity"]),
         (
-            "--config.data.dir=x.npz",
-            ["config.data.dir changes nothing", "data.name = fed_isic2019"],
+            "--config.data.dirichlet_alpha=0.1",
+            ["config.data.dirichlet_alpha", "data.split_by = dirichlet or quantity"],
         ),
         (
-            "--config.server.optimizer=sgd --config.server.adaptivity=1e-2",
-            ["server.adaptivity", "it is for server.optimizer = adam or yogi"],
+            "--config.data.path=x.npz",
+            ["config.data.path changes nothing", "data.name = fed_isic2019"],
+        ),
+        (
+            "--config.server.optimizer=sgd --config.server.eps=1e-2",
+            ["server.eps", "it is for server.optimizer = adam or yogi"],
         ),
         (
             "--config.algorithm.backward=kl --config.algorithm.margin=1",
@@ -373,10 +376,10 @@ def test_an_unwritable_workdir_is_named(tmp_path, runner, capsys):
 
 def test_what_the_runner_finds_wrong_is_one_line(tmp_path, runner, capsys):
     def train_of_the_runner(config, workdir, overwrite):
-        raise UserError("data.dir: there is\nno folder")
+        raise UserError("data.path: there is\nno folder")
 
     runner.train = train_of_the_runner
-    assert refusal(capsys, train(tmp_path)) == "fedhelp: data.dir: there is no folder"
+    assert refusal(capsys, train(tmp_path)) == "fedhelp: data.path: there is no folder"
 
 
 def test_an_interrupted_run_ends_with_130(tmp_path, runner, capsys):
@@ -407,7 +410,7 @@ def test_our_own_failure_shows_its_traceback(tmp_path, runner, capsys):
 
 def test_evaluate_reads_the_settings_of_the_run(tmp_path, runner, capsys):
     settings = default_config()
-    settings.data.name, settings.data.dir = "medmnist", "here.npz"
+    settings.data.name, settings.data.path = "medmnist", "here.npz"
     settings.teacher.name, settings.teacher.path = "litert", "model.tflite"
     settings.teacher.labels = "labels.txt"
     begun = validate(settings)
@@ -415,15 +418,15 @@ def test_evaluate_reads_the_settings_of_the_run(tmp_path, runner, capsys):
     assert fedhelp(f"evaluate --workdir={tmp_path}") == 0
     assert runner.calls == [(tmp_path, begun)]
     moved = (
-        "--config.data.dir=elsewhere --config.teacher.store=there --config.mapping.cpu_devices=3"
+        "--config.data.path=elsewhere --config.teacher.store=there --config.mapping.cpu_devices=3"
     )
     assert fedhelp(f"evaluate --workdir={tmp_path} {moved}") == 0
     config = runner.calls[1][1]
-    assert (config.data.dir, config.teacher.store) == ("elsewhere", "there")
+    assert (config.data.path, config.teacher.store) == ("elsewhere", "there")
     assert config.mapping.cpu_devices == 3
     code = fedhelp(f"evaluate --workdir={tmp_path} --config.learning_rate=0.1")
     message = refusal(capsys, code)
     assert "learning_rate: 0.001 -> 0.1: would be another run" in message
-    assert "--config.data.dir" in message
+    assert "--config.data.path" in message
     (tmp_path / "config.json").write_text(json.dumps(to_dict(begun) | {"rounds": "all"}))
     assert "config.rounds" in refusal(capsys, fedhelp(f"evaluate --workdir={tmp_path}"))

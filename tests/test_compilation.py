@@ -73,7 +73,7 @@ def compiled(monkeypatch):
     "command",
     [
         "train",
-        "train --config.mapping.pool_bytes=60000",
+        "train --config.mapping.max_device_bytes=60000",
         "train --config.algorithm.name=feddf",
         "train segmentation",
         "sweep --sweep=learning_rate=1e-3,1e-2",

@@ -127,21 +127,21 @@ REFUSED = [
         ["config.optimizer = 'adam'", "scaffold always takes plain SGD", "leave it None"],
     ),
     ({"weight_decay": -1e-4}, ["config.weight_decay"]),
-    ({"participation": 0}, ["config.participation"]),
-    ({"participation": 1.01}, ["config.participation", "at most 1"]),
+    ({"participation_rate": 0}, ["config.participation_rate"]),
+    ({"participation_rate": 1.01}, ["config.participation_rate", "at most 1"]),
     ({"client_weights": "exmples"}, ["config.client_weights", "did you mean examples"]),
     ({"data__name": "phantom"}, ["config.data.name", "did you mean phantoms"]),
     ({"data__fractions": (0.5, 0.4)}, ["config.data.fractions", "add up to 1"]),
     ({"data__fractions": (1.5, -0.5)}, ["config.data.fractions", "positive"]),
     ({"data__fractions": ("a",)}, ["config.data.fractions", "number"]),
     ({"data__fractions": ()}, ["config.data.fractions"]),
-    ({"data__name": "medmnist", "data__dir": "gs://b/x.npz"}, ["config.data.dir", "mount"]),
+    ({"data__name": "medmnist", "data__dir": "gs://b/x.npz"}, ["config.data.path", "mount"]),
     ({"data__cache_dir": "s3://bucket"}, ["config.data.cache_dir", "a path of this machine"]),
     ({"teacher__store": "s3://bucket"}, ["config.teacher.store = 's3://bucket'"]),
     ({"data__max_train": 0}, ["config.data.max_train"]),
-    ({"data__name": "fed_isic2019"}, ["config.data.dir", "--config.data.dir"]),
+    ({"data__name": "fed_isic2019"}, ["config.data.path", "--config.data.path"]),
     ({"data__name": "fed_isic2019", "data__dir": "x"}, ["config.data.split_csv"]),
-    ({"data__name": "medmnist"}, ["config.data.dir", ".npz"]),
+    ({"data__name": "medmnist"}, ["config.data.path", ".npz"]),
     ({"public__name": "npz"}, ["config.public.path"]),
     ({"teacher__name": "stored"}, ["config.teacher.path"]),
     ({"teacher__accuracy": 1.2}, ["config.teacher.accuracy"]),
@@ -153,7 +153,7 @@ REFUSED = [
         ["config.model.compute_dtype", "one of float32, bfloat16"],
     ),
     ({"mapping__chunk_size": 0}, ["config.mapping.chunk_size"]),
-    ({"mapping__pool_bytes": -1}, ["config.mapping.pool_bytes", "at least 0"]),
+    ({"mapping__pool_bytes": -1}, ["config.mapping.max_device_bytes", "at least 0"]),
     ({"algorithm__name": "fedhlp"}, ["config.algorithm.name", "did you mean fedhelp"]),
     ({"algorithm__name": 3}, ["config.algorithm.name", "string"]),
     ({"algorithm__tempreature": 1.0}, ["config.algorithm.tempreature", "temperature"]),
@@ -193,7 +193,7 @@ def test_a_config_file_of_its_own_making_is_told_where_to_start():
 
 def test_whole_numbers_that_32_bits_do_not_hold_are_refused_wherever_they_stand():
     """But for seeds, which are unsigned, and bytes, which no program counts."""
-    wider = {"seed", "mapping.pool_bytes"}
+    wider = {"seed", "mapping.max_device_bytes"}
     tried = set()
     for name in SETTINGS:
         for key, *_ in config_lib.describe():
@@ -282,7 +282,7 @@ def test_a_config_file_may_set_what_a_run_does_not_use_and_is_told(caplog):
     config = validate(changed(data__shards=3, server__beta2=0.5, teacher__accuracy=0.5))
     warn_unused(config)
     assert [record.getMessage().split(" in this run")[0] for record in caplog.records] == [
-        "config.data.shards changes nothing",
+        "config.data.shards_per_client changes nothing",
         "config.server.beta2 changes nothing",
     ]
 

@@ -183,7 +183,7 @@ def test_clients_with_devices_of_their_own_learn_the_same():
     )
     outcomes = []
     for options in ({}, {"num_devices": 2, "private": True}):
-        simulation = simulate(method, federation, participation=0.5, **options)
+        simulation = simulate(method, federation, participation_rate=0.5, **options)
         state = simulation.init()
         for round in range(2):
             state, _ = simulation.round(state, round)

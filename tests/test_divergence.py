@@ -154,9 +154,9 @@ def test_a_role_without_a_finite_upload_keeps_its_model_in_feddf():
     ("name", "options"),
     [
         ("fedavg", {"chunk_size": 2}),
-        ("fedavg", {"pool_bytes": 12000}),
+        ("fedavg", {"max_device_bytes": 12000}),
         pytest.param("fedavg", {"num_devices": 2, "private": True}, marks=two_devices),
-        ("fedproto", {"pool_bytes": 12000}),
+        ("fedproto", {"max_device_bytes": 12000}),
         pytest.param("fedproto", {"num_devices": 2}, marks=two_devices),
     ],
     ids=str,

@@ -79,8 +79,8 @@ def test_augmentation_does_not_depend_on_how_clients_are_grouped(name):
     """Neither on chunks, nor on where the images lie."""
     setup = tiny_setup(augment=("flip", "affine", "brightness"), public=PUBLIC)
     states = []
-    for way in ({}, {"chunk_size": 2, "pool_bytes": 60 * 200}):
-        given = tiny_federation(public=tiny_public(), on_host="pool_bytes" in way)
+    for way in ({}, {"chunk_size": 2, "max_device_bytes": 60 * 200}):
+        given = tiny_federation(public=tiny_public(), on_host="max_device_bytes" in way)
         states.append(run(simulate(build(name, setup), given, **way), 1))
     assert_trees_close(states[1], states[0], 1e-5)
 

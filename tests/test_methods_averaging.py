@@ -216,7 +216,7 @@ def controlled(x, c, c_i, data, decay):
 
 
 @pytest.mark.parametrize(
-    ("participation", "devices", "decay"), [(1.0, 1, 0.1), (0.5, 2, 0.0)], ids=["all", "half"]
+    ("participation_rate", "devices", "decay"), [(1.0, 1, 0.1), (0.5, 2, 0.0)], ids=["all", "half"]
 )
 def test_scaffold(participation, devices, decay):
     """Averages y, moves c by the sum of all c_i' - c_i over the number of all clients.
@@ -227,7 +227,7 @@ def test_scaffold(participation, devices, decay):
     simulation = simulate(
         build("scaffold", setup(weight_decay=decay)),
         data,
-        participation=participation,
+        participation_rate=participation,
         num_devices=devices,
         client_weights="examples",
     )

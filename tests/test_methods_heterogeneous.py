@@ -99,7 +99,9 @@ def compare(name, client, server, given, half, start=None, **settings):
     ``start`` is a server state to start from. Returns the clients' states after the first round.
     """
     data, run_key = federation(), jax.random.key(0)
-    options = {"participation": 0.5, "client_weights": "examples", "num_devices": 2} if half else {}
+    options = (
+        {"participation_rate": 0.5, "client_weights": "examples", "num_devices": 2} if half else {}
+    )
     simulation = simulate(build(name, given, **settings), data, **options)
     state = simulation.init()
     state = state if start is None else state._replace(server=start)

@@ -50,7 +50,7 @@ def measured(monkeypatch):
     [
         "",
         "--config.algorithm.name=per_fedavg",  # deploys what it adapts on training images
-        "--config.mapping.pool_bytes=60000",
+        "--config.mapping.max_device_bytes=60000",
         "--config.mapping.chunk_size=3",
     ],
 )

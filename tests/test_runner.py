@@ -501,7 +501,7 @@ def test_other_data_at_the_same_path_are_refused_and_the_same_elsewhere_welcome(
 
     def again(path: Path) -> str:
         return (
-            f"--config.data.name=medmnist --config.data.dir={path} --config.rounds=2 "
+            f"--config.data.name=medmnist --config.data.path={path} --config.rounds=2 "
             "--config.data.split_by=iid --config.data.num_clients=3 --config.algorithm.name=local"
         )
 
@@ -520,11 +520,11 @@ def test_other_data_at_the_same_path_are_refused_and_the_same_elsewhere_welcome(
             assert word in message
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == kept
 
-    assert fedhelp(f"{evaluate} --config.data.dir={moved}") == 0
+    assert fedhelp(f"{evaluate} --config.data.path={moved}") == 0
     assert without_times(read(workdir / "summary.json")) == without_times(before)
-    assert read(workdir / "config.json")["data"]["dir"] == str(data)
+    assert read(workdir / "config.json")["data"]["path"] == str(data)
     assert train(workdir, again(moved)) == 0
-    assert read(workdir / "config.json")["data"]["dir"] == str(moved)
+    assert read(workdir / "config.json")["data"]["path"] == str(moved)
     assert without_times(read(workdir / "summary.json")) == without_times(before)
 
 

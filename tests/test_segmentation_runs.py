@@ -147,7 +147,7 @@ def test_stored_mask_logits_of_another_resolution_and_other_classes(flat_run, tm
         ("2d", "--config.model.small=resnet20", "config.model.small = 'resnet20'"),
         ("2d", "--config.task=classification", "cannot learn config.task = 'classification'"),
         ("3d", "--config.task=classification", "'phantom_volumes' has no labels"),
-        ("2d", "--config.data.name=medmnist --config.data.dir=x", "'medmnist' has no masks"),
+        ("2d", "--config.data.name=medmnist --config.data.path=x", "'medmnist' has no masks"),
         ("3d", "--config.public.name=phantoms", "one network sees both"),
         ("3d", "--config.data.volume_size=(8,9)", "three sides of at least 8"),
         ("2d", "--config.model.small_widths=(2,0)", "numbers of at least 1"),

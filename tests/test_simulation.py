@@ -30,7 +30,7 @@ from fedhelp_jax.algorithms.client import ClientData, adam_l2
 from fedhelp_jax.core.compilation import compile_totals
 from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose
 from fedhelp_jax.core.tree import weighted_mean
-from fedhelp_jax.data.federation import Table
+from fedhelp_jax.data.federation import ClientIndex
 from fedhelp_jax.losses import cross_entropy_loss
 from fedhelp_jax.models.model import apply_model
 
@@ -213,7 +213,7 @@ def widened(data, columns):
         index = np.pad(np.asarray(table.index), [(0, 0), (0, columns)])
         noise = np.random.default_rng(3).integers(0, len(data.pool.targets), size=index.shape)
         real = np.arange(index.shape[1]) < size[:, None]
-        return Table(jnp.asarray(np.where(real, index, noise), jnp.int32), table.size)
+        return ClientIndex(jnp.asarray(np.where(real, index, noise), jnp.int32), table.size)
 
     groups = [
         g._replace(train=widen(g.train), validation=widen(g.validation), test=widen(g.test))
@@ -243,7 +243,7 @@ def test_rounds_in_one_dispatch_change_nothing():
 )
 def test_a_mean_is_taken_while_clients_run(chunk_size, num_devices):
     """Uploads of all clients never lie beside each other; weights are by examples here."""
-    options = {"client_weights": "examples", "participation": 0.5}
+    options = {"client_weights": "examples", "participation_rate": 0.5}
     expected = run(simulate(algorithm("fedavg"), federation(0), **options), ROUNDS)
     mapping = {"chunk_size": chunk_size, "num_devices": num_devices}
     simulation = simulate(algorithm("fedavg"), federation(0), **mapping, **options)
@@ -302,7 +302,7 @@ def test_the_draw_of_participants_is_by_client():
     """Whoever is drawn is drawn in whatever row they stand."""
     small = federation().groups[0]
     turned = small._replace(ids=small.ids[::-1])
-    simulation = simulate(algorithm("fedavg"), federation(), participation=0.3)
+    simulation = simulate(algorithm("fedavg"), federation(), participation_rate=0.3)
     for round in range(5):
         drawn = [
             group.ids[
@@ -374,7 +374,7 @@ def test_a_client_without_examples_changes_nothing(name, role):
 def test_only_those_chosen_change():
     """Half of 3 small and 2 large clients, rounded up, others in other rounds, one program."""
     compile_totals()
-    simulation = simulate(algorithm("fedhelp"), federation(), participation=0.5)
+    simulation = simulate(algorithm("fedhelp"), federation(), participation_rate=0.5)
     state, chosen = simulation.init(), {"small": set(), "large": set()}
     for round in range(8):
         before, compiled = on_host(state.clients), compile_totals().programs
@@ -394,7 +394,7 @@ def test_only_those_chosen_change():
     ("fraction", "expected"), [(1.0, [3, 2]), (1e-9, [1, 1]), (2 / 3, [2, 2]), (0.34, [2, 1])]
 )
 def test_the_number_that_takes_part_is_rounded_up(fraction, expected):
-    simulation = simulate(algorithm("fedavg"), federation(), participation=fraction)
+    simulation = simulate(algorithm("fedavg"), federation(), participation_rate=fraction)
     assert [simulation.phases.num_participants(g.role) for g in simulation.groups] == expected
 
 

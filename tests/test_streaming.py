@@ -54,7 +54,7 @@ def federation(with_public=False, top_n=3):
     return tiny_federation(CLIENTS, top_n=top_n, public=public, on_host=True)
 
 
-def make(name, pool_bytes=0, *, no_answers=False, top_n=3, **options):
+def make(name, max_device_bytes=0, *, no_answers=False, top_n=3, **options):
     """A method over the clients; without answers FedHelp learns the public labels alone."""
     uses_public = name == "fedhelp"
     spec = PUBLIC._replace(num_answers=None if no_answers else ANSWERS) if uses_public else None
@@ -63,7 +63,7 @@ def make(name, pool_bytes=0, *, no_answers=False, top_n=3, **options):
         data = data._replace(public=data.public._replace(answers=None))
     settings = {"kd_warmup_rounds": 0, "margin": 0.1} if name == "fedhelp" else {}
     method = build(name, tiny_setup(public=spec), **settings)
-    return simulate(method, data, pool_bytes=pool_bytes, eval_batch_size=2, **options)
+    return simulate(method, data, max_device_bytes=max_device_bytes, eval_batch_size=2, **options)
 
 
 def outcome(simulation):
@@ -84,7 +84,7 @@ class Watched:
     def __init__(self, patch):
         self.parts, self.most, self.largest = 0, 0, 0
         known = {id(array) for array in jax.live_arrays()}
-        on_devices = streaming.Feed.on_devices
+        on_devices = streaming.HostFeeder.on_devices
 
         def watched(feed, part, pool):
             placed = on_devices(feed, part, pool)
@@ -98,14 +98,14 @@ class Watched:
             self.largest = max(self.largest, *images)
             return placed
 
-        patch.setattr(streaming.Feed, "on_devices", watched)
+        patch.setattr(streaming.HostFeeder, "on_devices", watched)
 
 
 def case(name, chunk_size, num_devices, participation, **options):
     about = f"{name}-{chunk_size}-{num_devices}-{participation}" + "".join(options)
     options |= {"chunk_size": chunk_size, "num_devices": num_devices}
     skipped = two_devices if num_devices == 2 else ()
-    options |= {"name": name, "participation": participation}
+    options |= {"name": name, "participation_rate": participation}
     return pytest.param(options, marks=skipped, id=about)
 
 
@@ -132,8 +132,8 @@ def test_images_in_parts_change_nothing(options, monkeypatch):
     """Where clients run one by one, not a bit."""
     expected = outcome(make(**options))
     watched = Watched(monkeypatch)
-    pool_bytes = 2 * POOL_BYTES if options["name"] == "per_fedavg" else POOL_BYTES
-    got = outcome(make(pool_bytes=pool_bytes, **options))
+    max_device_bytes = 2 * POOL_BYTES if options["name"] == "per_fedavg" else POOL_BYTES
+    got = outcome(make(max_device_bytes=max_device_bytes, **options))
     assert watched.parts >= 3 * ROUNDS
     assert_trees_close(got, expected, 1e-12)
     if options["chunk_size"] == 1:
@@ -141,9 +141,13 @@ def test_images_in_parts_change_nothing(options, monkeypatch):
 
 
 @functools.cache
-def masks(pool_bytes):
+def masks(max_device_bytes):
     """A run on phantoms with masks: its settings, and it."""
-    flags = ["algorithm.name=per_fedavg", "evaluate_every=1", f"mapping.pool_bytes={pool_bytes}"]
+    flags = [
+        "algorithm.name=per_fedavg",
+        "evaluate_every=1",
+        f"mapping.max_device_bytes={max_device_bytes}",
+    ]
     flags += ["model.small_widths=(2,)", "model.large_widths=(3,)"]  # which compile sooner
     config = load_config(f"{MASK_CONFIG}:2d", [f"--config.{flag}" for flag in flags])
     return build_experiment(config).simulation
@@ -184,7 +188,7 @@ def test_no_more_than_the_bound_lies_on_a_device(monkeypatch, num_devices):
 def test_nothing_compiles_after_the_first_round():
     """Half of the clients, others in other rounds, in more parts or fewer; and both splits."""
     compile_totals()
-    simulation = make("fedavg", POOL_BYTES, participation=0.5, top_n=0)
+    simulation = make("fedavg", POOL_BYTES, participation_rate=0.5, top_n=0)
     state, parts = simulation.init(), set()
     for round in range(8):
         compiled = compile_totals().programs
@@ -222,8 +226,8 @@ def tiny_networks(monkeypatch):
 def test_a_run_is_the_same_and_goes_on_with_its_own_setting(tmp_path, caplog):
     rest = "--config.rounds=4 --config.algorithm.name=fedavg"
     folders = tmp_path / "whole", tmp_path / "parts"
-    for folder, pool_bytes in zip(folders, (0, 20_000), strict=True):
-        assert train(folder, f"{rest} --config.mapping.pool_bytes={pool_bytes}") == 0
+    for folder, max_device_bytes in zip(folders, (0, 20_000), strict=True):
+        assert train(folder, f"{rest} --config.mapping.max_device_bytes={max_device_bytes}") == 0
     rows = [read(folder / "metrics.jsonl") for folder in folders]
     for ours, theirs in zip(*rows, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -234,8 +238,8 @@ def test_a_run_is_the_same_and_goes_on_with_its_own_setting(tmp_path, caplog):
         c["metrics"].keys() for c in summaries[1]
     ]
     assert train(folders[1], rest) == 0
-    assert "going on with mapping.pool_bytes = 20000, with which" in caplog.text
-    assert read(folders[1] / "config.json")["mapping"]["pool_bytes"] == 20_000
+    assert "going on with mapping.max_device_bytes = 20000, with which" in caplog.text
+    assert read(folders[1] / "config.json")["mapping"]["max_device_bytes"] == 20_000
 
 
 # --- what cannot be done, in one line ---
@@ -243,7 +247,10 @@ def test_a_run_is_the_same_and_goes_on_with_its_own_setting(tmp_path, caplog):
 
 def test_a_client_that_does_not_fit_is_named_with_the_bytes_it_needs():
     message = refused(lambda: make("fedavg", POOL_BYTES - 1))
-    assert f"config.mapping.pool_bytes = {POOL_BYTES - 1} must be at least {POOL_BYTES}" in message
+    assert (
+        f"config.mapping.max_device_bytes = {POOL_BYTES - 1} must be at least {POOL_BYTES}"
+        in message
+    )
     assert f"{LARGEST} images that g needs" in message
     # Training and test images at once.
     message = refused(lambda: make("per_fedavg", POOL_BYTES))
@@ -252,14 +259,16 @@ def test_a_client_that_does_not_fit_is_named_with_the_bytes_it_needs():
 
 def test_processes_that_hold_their_own_images_are_refused():
     message = refused(lambda: make("fedavg", POOL_BYTES, private=True))
-    assert "config.mapping.pool_bytes" in message and "--distributed" in message
+    assert "config.mapping.max_device_bytes" in message and "--distributed" in message
 
 
 @pytest.mark.usefixtures("tiny_networks")
 def test_what_needs_all_images_at_once_is_refused(tmp_path, capsys):
-    flags = "--config.mapping.pool_bytes=20000"
+    flags = "--config.mapping.max_device_bytes=20000"
     code = train(tmp_path / "run", f"{flags} --config.algorithm.name=centralized")
     message = refusal(capsys, code)
-    assert "config.mapping.pool_bytes = 20000" in message and "centralized" in message
+    assert "config.mapping.max_device_bytes = 20000" in message and "centralized" in message
     sweep = f"sweep --config={CONFIG} --workdir={tmp_path / 'sweep'} --sweep=learning_rate=0.1,0.2"
-    assert "config.mapping.pool_bytes must be 0" in refusal(capsys, fedhelp(f"{sweep} {flags}"))
+    assert "config.mapping.max_device_bytes must be 0" in refusal(
+        capsys, fedhelp(f"{sweep} {flags}")
+    )

@@ -207,7 +207,7 @@ def pause(server) -> float:
 @pytest.mark.parametrize("code", [429, 503])
 def test_retry_after_in_seconds_is_honoured(study, code):
     study.server.faults = [status(code, Retry_After="1")]
-    assert study.teach("--config.teacher.max_wait=5") == 0
+    assert study.teach("--config.teacher.max_backoff=5") == 0
     assert 1 <= pause(study.server) < 3
     study.assert_stored_rightly()
 
@@ -215,14 +215,14 @@ def test_retry_after_in_seconds_is_honoured(study, code):
 def test_retry_after_as_a_date_is_honoured(study):
     told = []
     study.server.faults = [retry_at(429, 0.3, told)]
-    assert study.teach("--config.teacher.max_wait=5") == 0
+    assert study.teach("--config.teacher.max_backoff=5") == 0
     assert told[0] - 0.01 <= study.server.requests[1].time < told[0] + 2
 
 
 def test_all_requests_heed_retry_after(study):
     """Not only the one that was told: the model asked for a rest."""
     study.server.faults, study.server.delay = [status(429, Retry_After="1")], 0.1
-    assert study.teach("--config.teacher.max_wait=5 --config.teacher.concurrency=2") == 0
+    assert study.teach("--config.teacher.max_backoff=5 --config.teacher.concurrency=2") == 0
     told = study.server.requests[0].time
     early = [r for r in study.server.requests if 0.3 < r.time - told < 0.95]
     assert early == []
@@ -238,7 +238,7 @@ def test_a_pause_longer_than_max_wait_is_refused_at_once(study, capsys, value):
     start = time.monotonic()
     line = refused(capsys, study.teach())
     assert time.monotonic() - start < 3
-    assert "teacher.max_wait" in line
+    assert "teacher.max_backoff" in line
     assert len(line) < 400
     assert len(study.server.requests) == 2
     assert_kept(study, capsys, set(study.server.answered), "")

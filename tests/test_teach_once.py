@@ -187,7 +187,7 @@ def test_two_processes_never_ask_about_one_image_twice(study, capsys):
 )
 def test_an_interrupted_run_keeps_what_was_answered(study, last):
     study.server.faults, study.server.always = [None] * 3, last
-    rest = "--config.teacher.timeout=2 --config.teacher.max_wait=60"
+    rest = "--config.teacher.timeout=2 --config.teacher.max_backoff=60"
     with study.process(rest) as process:
         study.server.wait_for(4)
         time.sleep(0.3)

@@ -123,7 +123,7 @@ def test_a_private_image_is_found_in_other_forms(tmp_path, capsys, form):
         if form.startswith("grey"):
             study.publish(study.images[..., 0])
         sha = planted(study, picture)
-        rest = f"--config.data.name=medmnist --config.data.dir={file}"
+        rest = f"--config.data.name=medmnist --config.data.path={file}"
         assert_nothing_leaves(study, capsys, rest, ["client_", "row 22", "23", sha])
 
 

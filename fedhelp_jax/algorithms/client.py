@@ -41,7 +41,7 @@ def sgd_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.Gradi
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
 
 
-def descend(tx: optax.GradientTransformation, params: Any, gradient: Any) -> Any:
+def apply_gradient(tx: optax.GradientTransformation, params: Any, gradient: Any) -> Any:
     """One step of an optimizer that remembers nothing, such as :func:`sgd_l2`."""
     updates, _ = tx.update(gradient, tx.init(params), params)
     return optax.apply_updates(params, updates)

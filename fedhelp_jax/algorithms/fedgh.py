@@ -31,7 +31,7 @@ from fedhelp_jax.algorithms.base import (
     private_client,
     train_locally,
 )
-from fedhelp_jax.algorithms.client import descend, sgd_l2
+from fedhelp_jax.algorithms.client import apply_gradient, sgd_l2
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import cross_entropy_loss
@@ -89,7 +89,7 @@ def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
         return jax.lax.fori_loop(
             0,
             settings.server_epochs,
-            lambda _, head: descend(tx, head, jax.grad(loss)(head)),
+            lambda _, head: apply_gradient(tx, head, jax.grad(loss)(head)),
             head,
         )
 

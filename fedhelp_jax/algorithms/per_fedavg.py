@@ -29,7 +29,7 @@ from fedhelp_jax.algorithms.base import (
     one_pass,
     supervised_loss,
 )
-from fedhelp_jax.algorithms.client import Batch, Info, descend
+from fedhelp_jax.algorithms.client import Batch, Info, apply_gradient
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Model, Variables
 
@@ -57,12 +57,12 @@ def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
                 setup, model, w["batch_stats"], batch._replace(mask=batch.mask & ~first)
             )
             gradient, (_, stats) = jax.grad(outer, has_aux=True)(
-                descend(setup.sgd, w["params"], gradient)
+                apply_gradient(setup.sgd, w["params"], gradient)
             )
             # Weight decay alone is no reason to move.
             params = jax.tree.map(
                 lambda new, old: jnp.where(count > 1, new, old),
-                descend(setup.sgd, w["params"], gradient),
+                apply_gradient(setup.sgd, w["params"], gradient),
                 w["params"],
             )
             return {"params": params, "batch_stats": stats}, {"loss": loss}
@@ -73,7 +73,7 @@ def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
     def deploy(w: Variables, state: Variables, data: ClientData) -> dict[str, Variables]:
         del state
         gradient = mean_gradient(setup, model, w, data)
-        adapted = descend(setup.sgd, w["params"], gradient)
+        adapted = apply_gradient(setup.sgd, w["params"], gradient)
         return {"personal": {**w, "params": adapted}, "global": w}
 
     client = ClientAlgorithm(

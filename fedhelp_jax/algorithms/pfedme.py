@@ -30,7 +30,7 @@ from fedhelp_jax.algorithms.base import (
     proximal,
     supervised_loss,
 )
-from fedhelp_jax.algorithms.client import Batch, Info, descend
+from fedhelp_jax.algorithms.client import Batch, Info, apply_gradient
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
 
@@ -61,7 +61,7 @@ def pfedme(setup: Setup, settings: PFedMeSettings) -> FederatedAlgorithm:
             def prox_step(_: jax.Array, theta: Variables) -> Variables:
                 loss_fn = supervised_loss(setup, model, theta["batch_stats"], batch)
                 gradient, (_, stats) = jax.grad(loss_fn, has_aux=True)(theta["params"])
-                params = descend(tx, theta["params"], gradient)
+                params = apply_gradient(tx, theta["params"], gradient)
                 return {"params": params, "batch_stats": stats}
 
             loss = supervised_loss(setup, model, start["batch_stats"], batch)(start["params"])[0]

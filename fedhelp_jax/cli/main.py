@@ -153,7 +153,7 @@ def _train(arguments: list[str]) -> int:
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
     with distributed.joined(_address(own), _complain):
-        if distributed.first():
+        if distributed.is_coordinator():
             warn_unused(config)
         try:
             return _shown(lambda: runner.train(config, workdir, overwrite))
@@ -193,7 +193,7 @@ def _shown(run: Callable[[], dict[str, Any]]) -> int:
         summary = run()
     except Diverged as error:  # in all processes alike, which must end together
         diverged, summary = error, error.summary
-    if distributed.first():
+    if distributed.is_coordinator():
         console.print_summary(summary)
     if diverged is None:
         return 0
@@ -281,12 +281,12 @@ def _sweep(arguments: list[str]) -> int:
                 workdir,
                 split=str(own["split"].value),
                 runs_at_once=own["runs_at_once"].value,
-                say=print if distributed.first() else lambda text: None,
+                say=print if distributed.is_coordinator() else lambda text: None,
             )
         except AnswersMissing as error:
             command = shlex.join(["fedhelp", "teach", f"--config={source}", *overrides])
             raise UserError(f"{error}: {command}") from None
-        if distributed.first():
+        if distributed.is_coordinator():
             print(f"written: {workdir / 'runs.csv'}")
     return 0
 

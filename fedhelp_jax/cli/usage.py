@@ -10,7 +10,7 @@ commands:
   teach     ask the foundation model about the public images, once; train reads the answers
             fedhelp teach --config=configs/fed_isic2019.py --dry-run
   evaluate  measure a trained run again, from its newest checkpoint; data may have been moved
-            fedhelp evaluate --workdir=runs/demo --config.data.dir=FOLDER
+            fedhelp evaluate --workdir=runs/demo --config.data.path=FOLDER
   show      print finished runs side by side
             fedhelp show runs/demo/fedhelp runs/demo/local
   compare   make the runs of a study that are missing, and one table of all: methods, data, seeds

@@ -86,7 +86,7 @@ def joined(address: Address | None, complain: Callable[[str], None]) -> Iterator
             _check_devices()
             with storage_errors():
                 yield
-            share("end")  # as long as another is at work, the watch goes on
+            all_gather_text("end")  # as long as another is at work, the watch goes on
         except Agreed:
             watch.part()
             raise
@@ -106,12 +106,12 @@ def joined(address: Address | None, complain: Callable[[str], None]) -> Iterator
         watch.end(1, f"{type(error).__name__}: {error}")
 
 
-def first() -> bool:
+def is_coordinator() -> bool:
     """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
-def share(text: str) -> list[str]:
+def all_gather_text(text: str) -> list[str]:
     """What each process has to say, by process; all must ask."""
     if jax.process_count() == 1:
         return [text]
@@ -124,14 +124,14 @@ def share(text: str) -> list[str]:
     return [row[:n].tobytes().decode() for row, n in zip(rows, sizes, strict=True)]
 
 
-def any_of(wish: bool) -> bool:
+def any_process(wish: bool) -> bool:
     """Whether any process has the wish; all must ask."""
     if jax.process_count() == 1:
         return wish
     return bool(multihost_utils.process_allgather(np.array([wish])).any())
 
 
-def together(do: Callable[[], Any]) -> Any:
+def run_on_all(do: Callable[[], Any]) -> Any:
     """What ``do`` gives; refused in all processes if it is refused in one.
 
     Raises:
@@ -143,7 +143,7 @@ def together(do: Callable[[], Any]) -> Any:
         if jax.process_count() == 1:
             raise
         result, said = None, str(error)
-    for number, message in enumerate(share(said)):
+    for number, message in enumerate(all_gather_text(said)):
         if message:
             raise Agreed(message if said == message else f"process {number}: {message}")
     return result
@@ -180,8 +180,8 @@ def check_same(what: str, ours: str, differences: Callable[[str], str]) -> None:
                 f"from process 0 in {differences(theirs)}"
             )
 
-    theirs = share(ours if first() else "")[0]
-    together(check)
+    theirs = all_gather_text(ours if is_coordinator() else "")[0]
+    run_on_all(check)
 
 
 class _Watch:
@@ -214,7 +214,7 @@ class _Watch:
             key = f"{_ENDED}/{jax.process_index()}"
             with contextlib.suppress(Exception):  # nobody may be left to be told
                 self._client.key_value_set(key, " ".join(message.split())[:500])
-            if first():
+            if is_coordinator():
                 time.sleep(3 * self._pause)  # the store goes with this process
             _exit(code)
 

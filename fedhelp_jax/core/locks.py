@@ -55,10 +55,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
-            if distributed.first():
+            if distributed.is_coordinator():
                 stack.enter_context(exclusive_lock(folder / ".lock", f"--workdir={folder}"))
 
-        distributed.together(take)
+        distributed.run_on_all(take)
         yield
 
 

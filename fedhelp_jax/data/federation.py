@@ -29,7 +29,7 @@ class PublicPool(NamedTuple):
     answers: jax.Array | None
 
 
-class Table(NamedTuple):
+class ClientIndex(NamedTuple):
     """Who owns which examples: ``index`` int32 ``[K, n_max]``, the first ``size[i]`` are real."""
 
     index: jax.Array
@@ -37,7 +37,7 @@ class Table(NamedTuple):
 
 
 class ClientData(NamedTuple):
-    """What one client sees in a round: its row of a `Table`, the pool, and the public set."""
+    """What one client sees in a round: its row of a `ClientIndex`, the pool, and the public set."""
 
     pool: Pool
     public: PublicPool | None
@@ -51,9 +51,9 @@ class Group(NamedTuple):
     role: str
     names: tuple[str, ...]
     ids: jax.Array
-    train: Table
-    validation: Table
-    test: Table
+    train: ClientIndex
+    validation: ClientIndex
+    test: ClientIndex
 
 
 class Federation(NamedTuple):
@@ -69,7 +69,7 @@ class Federation(NamedTuple):
     pool: Pool
     public: PublicPool | None
     groups: tuple[Group, ...]
-    pooled: Table
+    pooled: ClientIndex
 
 
 def assign_roles(
@@ -134,7 +134,7 @@ def make_federation(
         # One width for all splits, so that evaluating another split compiles nothing.
         width = max(len(getattr(client, split)) for client in clients for split in SPLITS)
         tables = [
-            Table(*map(put, _table([getattr(client, split) for client in clients], width)))
+            ClientIndex(*map(put, _table([getattr(client, split) for client in clients], width)))
             for split in SPLITS
         ]
         names = tuple(client.name for client in clients)
@@ -149,7 +149,7 @@ def make_federation(
     pool = Pool(put(dataset.images), put(dataset.labels))
     # Sorted, so that the order of the clients makes no difference.
     union = np.sort(np.concatenate([client.train for client in dataset.clients]))
-    pooled = Table(put(union, np.int32), put(len(union), np.int32))
+    pooled = ClientIndex(put(union, np.int32), put(len(union), np.int32))
     return Federation(pool, public_pool, tuple(groups), pooled)
 
 

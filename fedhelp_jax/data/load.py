@@ -41,9 +41,9 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
         by=config.split_by,
         fractions=config.fractions,
         num_clients=config.num_clients,
-        alpha=config.alpha,
+        dirichlet_alpha=config.dirichlet_alpha,
         min_examples=config.min_examples,
-        shards=config.shards,
+        shards_per_client=config.shards_per_client,
     )
     splitting = Splitting(
         split=config.split,
@@ -80,7 +80,7 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
             )
         case "npz_masks":
             dataset = load_npz_masks(
-                config.dir,
+                config.path,
                 fractions=config.fractions,
                 split_by=config.split_by,
                 image_size=config.image_size,
@@ -94,7 +94,7 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
             )
         case "fed_isic2019":
             dataset = load_fed_isic2019(
-                config.dir,
+                config.path,
                 config.split_csv,
                 split=config.split,
                 image_size=config.image_size,
@@ -107,7 +107,7 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
             )
         case "medmnist":
             dataset = load_medmnist(
-                config.dir,
+                config.path,
                 image_size=config.image_size,
                 sharing=sharing,
                 splitting=splitting,
@@ -116,7 +116,7 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
         case name if name.startswith(PREPARED):
             dataset = load_prepared(
                 name.removeprefix(PREPARED),
-                config.dir,
+                config.path,
                 masks=masks,
                 image_size=config.image_size,
                 volume_size=config.volume_size,

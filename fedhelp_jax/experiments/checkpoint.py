@@ -73,14 +73,14 @@ class Checkpointer:
                     ),
                     force=True,
                 )
-                if distributed.first():
+                if distributed.is_coordinator():
                     _write_sums(place)
             except Exception:
                 # A full disk has no room for what is of no use.
                 for part in (place, *self._folder.glob(f"{round}.*")):
                     shutil.rmtree(part, ignore_errors=True)
                 raise
-        distributed.share("saved")
+        distributed.all_gather_text("saved")
 
     def restore_latest(
         self, template: Any, check: Callable[[dict[str, Any]], None] = lambda meta: None
@@ -103,7 +103,7 @@ class Checkpointer:
         """
         found = sorted(self._manager.all_steps(), reverse=True)
         # Another process's view of a shared folder may be older.
-        rounds = json.loads(distributed.share(json.dumps(found))[0])
+        rounds = json.loads(distributed.all_gather_text(json.dumps(found))[0])
         reasons: list[str] = []
         for round in rounds:
             restored, reason = None, self._check(round)
@@ -114,7 +114,7 @@ class Checkpointer:
                     raise
                 except Exception as error:  # Orbax and TensorStore raise whatever damage leads to
                     reason = _first_line(error)
-                reason = next(filter(None, distributed.share(reason)), "")
+                reason = next(filter(None, distributed.all_gather_text(reason)), "")
             if restored is None or reason:
                 reasons.append(f"{self._folder / str(round)} ({reason})")
                 continue
@@ -157,12 +157,12 @@ class Checkpointer:
     def _check(self, round: int) -> str:
         """Returns what is wrong with a checkpoint's files, or nothing."""
         reason = ""
-        if distributed.first():
+        if distributed.is_coordinator():
             try:
                 _check_sums(self._folder / str(round))
             except (OSError, ValueError) as error:
                 reason = _first_line(error)
-        return distributed.share(reason)[0]
+        return distributed.all_gather_text(reason)[0]
 
     def _restore(
         self, round: int, template: Any, check: Callable[[dict[str, Any]], None]
@@ -190,7 +190,7 @@ class Checkpointer:
         if not self._unreadable:
             return
         self._manager.close()
-        for round in self._unreadable if distributed.first() else ():
+        for round in self._unreadable if distributed.is_coordinator() else ():
             aside = self._folder / f"unreadable_{round}"
             number = 1
             while aside.exists():
@@ -198,7 +198,7 @@ class Checkpointer:
                 aside = self._folder / f"unreadable_{round}_{number}"
             (self._folder / str(round)).rename(aside)
         self._unreadable = []
-        distributed.share("set aside")
+        distributed.all_gather_text("set aside")
         self._manager = self._open()
 
 

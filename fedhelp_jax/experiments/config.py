@@ -95,7 +95,9 @@ class RunConfig:
         "a client's weight in the server's mean: uniform, or its number of examples",
         one_of("uniform", "examples"),
     )
-    participation: float = setting(1.0, "part of each group that takes part in a round", FRACTION)
+    participation_rate: float = setting(
+        1.0, "part of each group that takes part in a round", FRACTION
+    )
     evaluate_every: int = setting(1, "rounds from one evaluation to the next", COUNT)
     checkpoint_every: int = setting(5, "rounds from one checkpoint to the next", COUNT)
     on_divergence: str = setting(
@@ -382,11 +384,11 @@ def _check_together(config: RunConfig) -> None:
     needed = []
     if config.data.name == "fed_isic2019":
         needed = [
-            ("data.dir", config.data.dir, "the folder or zip of its images"),
+            ("data.path", config.data.path, "the folder or zip of its images"),
             ("data.split_csv", config.data.split_csv, "the CSV file of its official split"),
         ]
     if config.data.name in ("medmnist", "npz_masks"):
-        needed = [("data.dir", config.data.dir, "its .npz file")]
+        needed = [("data.path", config.data.path, "its .npz file")]
     if config.public.name == "npz":
         needed.append(("public.path", config.public.path, "its .npz file"))
     if config.public.name == "folder":

@@ -68,7 +68,7 @@ def load_run(path: Path, overrides: list[str]) -> RunConfig:
     if others:
         raise UserError(
             f"{'; '.join(others)}: would be another run than that of {path}; only settings like "
-            "--config.data.dir, which say where data lie, may differ"
+            "--config.data.path, which say where data lie, may differ"
         )
     return after
 

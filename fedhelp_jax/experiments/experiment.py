@@ -25,7 +25,7 @@ from fedhelp_jax.models.model import Model, with_compute_dtype
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
 from fedhelp_jax.settings.schema import ModelConfig, ServerConfig
-from fedhelp_jax.simulation.round import Phases, num_clients
+from fedhelp_jax.simulation.round import RoundProgram, num_clients
 from fedhelp_jax.simulation.simulation import Simulation
 from fedhelp_jax.simulation.streaming import StreamedSimulation
 from fedhelp_jax.simulation.vectorize import Mapping, make_mapping
@@ -73,20 +73,20 @@ def build_experiment(config: RunConfig) -> Experiment:
     Raises:
       UserError: If the data cannot be read or do not fit the settings.
     """
-    pool_bytes = config.mapping.pool_bytes
-    if pool_bytes and ALGORITHMS[config.algorithm.name].pools_data:
+    max_device_bytes = config.mapping.max_device_bytes
+    if max_device_bytes and ALGORITHMS[config.algorithm.name].pools_data:
         raise UserError(
-            f"config.mapping.pool_bytes = {pool_bytes}, but {config.algorithm.name} needs all "
-            "clients' data on the device at once: it must be 0"
+            f"config.mapping.max_device_bytes = {max_device_bytes}, but {config.algorithm.name} "
+            "needs all clients' data on the device at once: it must be 0"
         )
     loaded = load(config)
     # The process may have more CPU devices, if another caller has chosen them.
     alone = jax.process_count() == 1 and jax.default_backend() == "cpu"
     mapping = make_mapping(config.mapping.chunk_size, config.mapping.cpu_devices if alone else None)
     phases = make_phases(config, loaded, mapping)
-    if pool_bytes:
+    if max_device_bytes:
         simulation = StreamedSimulation(
-            phases, loaded.federation, seed=config.seed, pool_bytes=pool_bytes
+            phases, loaded.federation, seed=config.seed, max_device_bytes=max_device_bytes
         )
     else:
         simulation = Simulation(
@@ -114,7 +114,7 @@ def load(config: RunConfig) -> Loaded:
     roles = assign_roles(dataset, top_n=config.roles.top_n, large=config.roles.large)
     logits = None if answers is None else answers.logits
     # Where there are other processes, no device is given what is not its own.
-    on_host = jax.process_count() > 1 or config.mapping.pool_bytes > 0
+    on_host = jax.process_count() > 1 or config.mapping.max_device_bytes > 0
     federation = make_federation(dataset, roles, public, logits, on_host=on_host)
     return Loaded(task, dataset, roles, public, answers, federation)
 
@@ -147,7 +147,7 @@ def load_sources(
     return dataset, public, answers
 
 
-def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> Phases:
+def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> RoundProgram:
     """The method over the clients of the loaded data.
 
     Args:
@@ -193,12 +193,12 @@ def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> Phases:
         scheduled = setup._replace(**_client_optimizers(config, factor))
         return method.build(scheduled, config.algorithm.settings)
 
-    return Phases(
+    return RoundProgram(
         method.build(setup, config.algorithm.settings),
         loaded.task,
         num_clients(loaded.federation),
         mapping,
-        participation=config.participation,
+        participation_rate=config.participation_rate,
         client_weights=config.client_weights,
         eval_batch_size=_eval_batch_size(sample_shape[:-1]),
         algorithm_at=algorithm_at if config.learning_rate_schedule == "cosine" else None,
@@ -325,9 +325,7 @@ def _server_optimizer(config: ServerConfig) -> optax.GradientTransformation | No
     if config.optimizer == "sgd":
         return optax.sgd(config.learning_rate, momentum=config.momentum)
     adaptive = {"adam": optax.adam, "yogi": optax.yogi}[config.optimizer]
-    return adaptive(
-        config.learning_rate, b1=config.momentum, b2=config.beta2, eps=config.adaptivity
-    )
+    return adaptive(config.learning_rate, b1=config.momentum, b2=config.beta2, eps=config.eps)
 
 
 def _eval_batch_size(spatial: tuple[int, ...]) -> int:

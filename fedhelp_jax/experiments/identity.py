@@ -130,7 +130,7 @@ def sources(
     """Returns path, bytes of the file, number of examples and their hash, of each source."""
     asked = [m.store if is_asked(m) else m.path for m in members(config.teacher)]
     found: dict[str, tuple[list[str | None], int, str]] = {
-        "data": ([config.data.dir], len(dataset.images), dataset.content_sha256)
+        "data": ([config.data.path], len(dataset.images), dataset.content_sha256)
     }
     if public is not None:
         found["public"] = [config.public.path], len(public.images), public.content_sha256
@@ -175,13 +175,13 @@ def _place(paths: list[str | None]) -> dict[str, Any]:
 def program(experiment: Experiment) -> dict[str, Any]:
     """Returns what decides the last bits of a result besides settings and data."""
     mapping, count = experiment.simulation.mapping, jax.process_count()
-    pool_bytes = experiment.config.mapping.pool_bytes
+    max_device_bytes = experiment.config.mapping.max_device_bytes
     return {
         "platform": mapping.mesh.devices.flat[0].platform,
         "devices": mapping.num_devices,
         "chunk_size": mapping.chunk_size,
         **({"processes": count} if count > 1 else {}),
-        **({"pool_bytes": pool_bytes} if pool_bytes else {}),
+        **({"max_device_bytes": max_device_bytes} if max_device_bytes else {}),
     }
 
 
@@ -235,13 +235,13 @@ def as_started(config: RunConfig, workdir: Path, cpu_devices: int | None = None)
     before, asked = recorded["program"], config.mapping
     on_cpu = before["platform"] == "cpu"
     devices = before["devices"] // before.get("processes", 1) if on_cpu else asked.cpu_devices
-    pool_bytes = before.get("pool_bytes", 0)
+    max_device_bytes = before.get("max_device_bytes", 0)
     # All clients at once, as accelerators do by themselves, have no number among the settings.
-    kept = MappingConfig(devices, before["chunk_size"] or None, pool_bytes)
+    kept = MappingConfig(devices, before["chunk_size"] or None, max_device_bytes)
     wanted = MappingConfig(
         (asked.cpu_devices or cpu_devices or devices) if on_cpu else devices,
         asked.chunk_size or kept.chunk_size,
-        asked.pool_bytes,
+        asked.max_device_bytes,
     )
     for name, value in vars(wanted).items():
         if value != vars(kept)[name]:

@@ -90,15 +90,15 @@ def train(
 
 
 def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dict[str, Any]:
-    if overwrite and distributed.first():
+    if overwrite and distributed.is_coordinator():
         _remove_run(workdir)
-    distributed.share("removed")
+    distributed.all_gather_text("removed")
 
     def prepare() -> Experiment:
         _check_same_config(config, workdir)
         return build_experiment(identity.as_started(config, workdir))
 
-    experiment = distributed.together(prepare)
+    experiment = distributed.run_on_all(prepare)
     _check_same_sources(experiment)
     checkpointer = Checkpointer(workdir / _CHECKPOINTS)
     try:
@@ -108,7 +108,7 @@ def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dic
                 f"config.rounds = {config.rounds}, but the run in {workdir} has done {done}: give "
                 "at least as many, or name another folder"
             )
-        if distributed.first():
+        if distributed.is_coordinator():
             run_files.write_json(workdir / _CONFIG, configs.to_dict(experiment.config))
             identity.write_provenance(workdir, identity.provenance(experiment))
             write_shares(workdir, experiment.dataset, experiment.roles)
@@ -122,7 +122,7 @@ def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dic
         summary = _finish(experiment, workdir, state, done, split, health)
         if _must_stop(experiment.config, health):
             raise Diverged(health.message(done, workdir), summary)
-        if distributed.any_of(stop.requested):
+        if distributed.any_process(stop.requested):
             raise Interrupted(f"asked to stop in the last round; the run in {workdir} is finished")
         return summary
     finally:
@@ -143,7 +143,7 @@ def evaluate(workdir: Path, config: RunConfig | None = None) -> dict[str, Any]:
       UserError: If the folder holds no checkpoint or is not as the run left it.
       Diverged: As in `train`.
     """
-    found: RunConfig = config or distributed.together(lambda: configs.load(workdir / _CONFIG))
+    found: RunConfig = config or distributed.run_on_all(lambda: configs.load(workdir / _CONFIG))
     _check_together(found, workdir)
     with folder_lock(workdir):
         return _evaluate(found, workdir)
@@ -155,7 +155,7 @@ def _evaluate(config: RunConfig, workdir: Path) -> dict[str, Any]:
             raise UserError(f"--workdir={workdir}: there is no checkpoint; train first")
         return build_experiment(config)
 
-    experiment = distributed.together(prepare)
+    experiment = distributed.run_on_all(prepare)
     checkpointer = Checkpointer(workdir / _CHECKPOINTS, read_only=True)
     try:
         done, state, meta = _restore(experiment, checkpointer, workdir, same_program=False)
@@ -189,7 +189,9 @@ def _run_rounds(
     config, simulation = experiment.config, experiment.simulation
     metric, payload = experiment.task.headline, None
     shown = (
-        Progress(config.rounds, first_round=done, metric=metric) if distributed.first() else None
+        Progress(config.rounds, first_round=done, metric=metric)
+        if distributed.is_coordinator()
+        else None
     )
     with shown or contextlib.nullcontext():
         while done < config.rounds and not _must_stop(config, health):
@@ -223,7 +225,7 @@ def _run_rounds(
                 run_files.append_metrics(workdir / _METRICS, row)
                 shown.update(run_files.plain(row) | {"seconds": wall_s - compile_s})
             # Whichever process was asked: all stop after the same round.
-            stopping = distributed.any_of(stop.requested)
+            stopping = distributed.any_process(stop.requested)
             last = last or _must_stop(config, health)
             if last or stopping or done % config.checkpoint_every == 0:
                 checkpointer.save(done, state, identity.of_checkpoint(experiment))
@@ -237,10 +239,10 @@ def _run_rounds(
 
 def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
     """Which clients had diverged after a round."""
-    rows = _rows(workdir, done) if distributed.first() else []
-    before = distributed.share(json.dumps(rows[-1].get("diverged") if rows else None))[0]
+    rows = _rows(workdir, done) if distributed.is_coordinator() else []
+    before = distributed.all_gather_text(json.dumps(rows[-1].get("diverged") if rows else None))[0]
     names = {group.role: group.names for group in experiment.simulation.groups}
-    return Divergence(names, json.loads(before), warns=distributed.first())
+    return Divergence(names, json.loads(before), warns=distributed.is_coordinator())
 
 
 def _rows(workdir: Path, done: int) -> list[dict[str, Any]]:
@@ -286,10 +288,10 @@ def _finish(
         bfloat16=half,
     )
     if experiment.task.predict is not None and split == "test":
-        pictures = workdir / _PICTURES if distributed.first() else None
+        pictures = workdir / _PICTURES if distributed.is_coordinator() else None
         found = final_masks(simulation, state, experiment.dataset, pictures, config.algorithm.name)
         results["test"] = measured = merged(measured, found)
-    if not distributed.first():
+    if not distributed.is_coordinator():
         return {}
     names = {group.role: group.names for group in simulation.groups}
     run_files.write_csv(workdir / _CLIENTS, run_files.CLIENT_COLUMNS, client_rows(names, results))
@@ -411,10 +413,10 @@ def _check_together(config: RunConfig, workdir: Path) -> None:
         return "; ".join(identity.changes(json.loads(theirs), ours))
 
     distributed.check_same("settings", json.dumps(ours, sort_keys=True), differences)
-    probe = workdir / f".shared.{distributed.share(uuid.uuid4().hex)[0]}"
-    if distributed.first():
+    probe = workdir / f".shared.{distributed.all_gather_text(uuid.uuid4().hex)[0]}"
+    if distributed.is_coordinator():
         probe.touch()
-    distributed.share("written")
+    distributed.all_gather_text("written")
 
     def look() -> None:
         if not probe.exists():
@@ -424,9 +426,9 @@ def _check_together(config: RunConfig, workdir: Path) -> None:
             )
 
     try:
-        distributed.together(look)
+        distributed.run_on_all(look)
     finally:
-        if distributed.first():
+        if distributed.is_coordinator():
             probe.unlink()
 
 

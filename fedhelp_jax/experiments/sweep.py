@@ -41,7 +41,7 @@ from fedhelp_jax.report.summary import group_summary, headline
 from fedhelp_jax.report.sweeps import write_sweep
 from fedhelp_jax.simulation.divergence import Divergence
 from fedhelp_jax.simulation.recheck import recheck
-from fedhelp_jax.simulation.round import Arrays, Phases, RunState, num_clients
+from fedhelp_jax.simulation.round import FederationArrays, RoundProgram, RunState, num_clients
 from fedhelp_jax.simulation.vectorize import make_mapping, over_clients
 
 
@@ -72,9 +72,9 @@ def sweep(
     Raises:
       UserError: If the data do not fit the settings, or the runs do not fit the memory.
     """
-    if any(run.config.mapping.pool_bytes for run in runs):
+    if any(run.config.mapping.max_device_bytes for run in runs):
         raise UserError(
-            "config.mapping.pool_bytes must be 0: a sweep keeps all images on the devices"
+            "config.mapping.max_device_bytes must be 0: a sweep keeps all images on the devices"
         )
     if len({run.fingerprint for run in runs}) < len(runs):
         raise UserError(
@@ -108,7 +108,7 @@ def _sweep(
     finished = finished_runs(workdir, split)
     names = list(dict.fromkeys(name for run in runs for name in run.swept))
     table = [{**run.swept, **_measures(finished[run.fingerprint])} for run in runs]
-    if distributed.first():
+    if distributed.is_coordinator():
         write_sweep(workdir, names, table, split)
     return table
 
@@ -303,18 +303,18 @@ class Program:
         }
         return jax.device_put(point, self.mapping.by_client)
 
-    def _data(self, leaves: Any, point: Any) -> Arrays:
+    def _data(self, leaves: Any, point: Any) -> FederationArrays:
         picked = [
             leaf[point["data"]] if apart else leaf
             for leaf, apart in zip(leaves, self.block.by_seed, strict=True)
         ]
         return jax.tree.unflatten(self.block.structure, picked)
 
-    def _phases(self, config: RunConfig) -> Phases:
+    def _phases(self, config: RunConfig) -> RoundProgram:
         one_device = make_mapping(config.mapping.chunk_size, 1, local=True)
         return make_phases(config, self.block.loaded, one_device)
 
-    def _at(self, point: Any) -> Phases:
+    def _at(self, point: Any) -> RoundProgram:
         return self._phases(with_numbers(self.config, point["numbers"]))
 
     def _init_one(self, leaves: Any, point: Any, _: Any) -> RunState:

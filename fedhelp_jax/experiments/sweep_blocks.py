@@ -14,10 +14,10 @@ from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import Loaded, load
 from fedhelp_jax.experiments.identity import identity, sources
-from fedhelp_jax.simulation.round import Arrays, federation_arrays, num_clients
+from fedhelp_jax.simulation.round import FederationArrays, federation_arrays, num_clients
 
 _TOP_LEVEL = ("learning_rate", "weight_decay")
-_SERVER = ("learning_rate", "momentum", "beta2", "adaptivity")
+_SERVER = ("learning_rate", "momentum", "beta2", "eps")
 
 
 class Run(NamedTuple):
@@ -106,7 +106,7 @@ def blocks(runs: Sequence[Run]) -> list[Block]:
 def _by_shape(runs: list[Run]) -> list[Block]:
     """Runs that differ in numbers and seeds only, apart where the seed changes shapes."""
     by_seed = {run.config.seed: run.config for run in runs}
-    first: Arrays | None = None
+    first: FederationArrays | None = None
     shapes: dict[Any, dict[int, Any]] = {}
     loaded: dict[int, Loaded] = {}
     widths = []
@@ -164,7 +164,7 @@ def _shared_with(first: Any, arrays: Any) -> Any:
     return jax.tree.map(lambda a, b: a if np.array_equal(a, b) else b, first, arrays)
 
 
-def _widths(arrays: Arrays) -> dict[str, int]:
+def _widths(arrays: FederationArrays) -> dict[str, int]:
     """How wide the tables are; of all roles, as only the widest decides."""
     tables = [group["train"] for group in arrays.groups.values()]
     return {
@@ -173,7 +173,7 @@ def _widths(arrays: Arrays) -> dict[str, int]:
     }
 
 
-def _padded(arrays: Arrays, width: Mapping[str, int]) -> Arrays:
+def _padded(arrays: FederationArrays, width: Mapping[str, int]) -> FederationArrays:
     """Tables as wide as those of the other seeds, so that one program takes all."""
 
     def pad(table: Any, to: int) -> Any:

@@ -29,9 +29,9 @@ def finished_runs(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
 
     def found() -> str:
         # A shared folder may show the others less.
-        return json.dumps(_finished(workdir, split)) if distributed.first() else ""
+        return json.dumps(_finished(workdir, split)) if distributed.is_coordinator() else ""
 
-    return json.loads(distributed.share(distributed.together(found))[0])
+    return json.loads(distributed.all_gather_text(distributed.run_on_all(found))[0])
 
 
 def _finished(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
@@ -71,11 +71,11 @@ def refuse_other_data(
 
     def check() -> None:
         seen: dict[str, dict[str, Any]] = {}
-        for config, line in finished if distributed.first() else ():
+        for config, line in finished if distributed.is_coordinator() else ():
             read = config.task, config.seed, config.data, config.public, config.teacher
             key = repr((*read, config.algorithm.name))
             if key not in seen:
                 seen[key] = sources(config, *load_sources(config))
             refuse_other_sources(line["sources"], seen[key], f"--workdir={workdir}")
 
-    distributed.together(check)
+    distributed.run_on_all(check)

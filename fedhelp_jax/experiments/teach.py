@@ -18,7 +18,7 @@ from fedhelp_jax.tasks import segmentation
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.base import PublicImages, clear_public
 from fedhelp_jax.teachers.heads import linear_probe_logits
-from fedhelp_jax.teachers.query import Pace, Plan, carry_out, make_plan
+from fedhelp_jax.teachers.query import Plan, QueryLimits, execute, make_plan
 from fedhelp_jax.teachers.resolve import (
     foundation_model,
     is_asked,
@@ -143,8 +143,8 @@ def _ask_one(
 ) -> None:
     if find_spec("tenacity") is None or find_spec("filelock") is None:
         raise UserError("fedhelp teach needs pip install 'fedhelp_jax[teach]'")
-    fields = {field: getattr(config, field) for field in Pace._fields}
-    model, pace = foundation_model(config, public), Pace(**fields)
+    fields = {field: getattr(config, field) for field in QueryLimits._fields}
+    model, pace = foundation_model(config, public), QueryLimits(**fields)
     try:
         with open_store(config, model, write=False) as store:
             plan = make_plan(model, images, store, pace)
@@ -156,16 +156,16 @@ def _ask_one(
             return
         if plan.batches:
             with open_store(config, model, write=True) as store:
-                with store.alone(lambda: AskingProgress.note_waiting(config.store)):
+                with store.exclusive_lock(lambda: AskingProgress.note_waiting(config.store)):
                     # Anew: another process may have asked since.
                     plan = make_plan(model, images, store, pace)
                     _check_budget(plan, pace)
                     with AskingProgress(plan.to_ask) as progress:
-                        carry_out(plan, model, images, store, pace, progress.advance)
+                        execute(plan, model, images, store, pace, progress.advance)
     finally:
         model.close()
     with open_store(config, model, write=False) as store:
-        lost = list(store.nats_lost(images.sha256).values())
+        lost = list(store.truncation_kl(images.sha256).values())
         print_stored(config.name, config.store, store.sent, float(np.mean(lost)))
 
 
@@ -182,7 +182,7 @@ def _check_same_classes(config: TeacherConfig, public: PublicDataset) -> None:
         )
 
 
-def _check_budget(plan: Plan, pace: Pace) -> None:
+def _check_budget(plan: Plan, pace: QueryLimits) -> None:
     limit = pace.max_queries
     if limit is not None and plan.sent_before + plan.to_ask > limit:
         raise UserError(

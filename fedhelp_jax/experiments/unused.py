@@ -27,7 +27,7 @@ def needed_for(config: RunConfig, key: str, *, by_method: bool = True) -> str:
         by_method: Whether the chosen method counts, or only the other settings.
 
     Example:
-        >>> needed_for(RunConfig(), "data.shards")
+        >>> needed_for(RunConfig(), "data.shards_per_client")
         'data.split_by = shards'
     """
     *_, uses = _found(config, key)

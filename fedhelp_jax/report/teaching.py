@@ -32,14 +32,14 @@ def print_plan(
         _say(f"budget     {plan.sent_before:,} of {config.max_queries:,} images sent so far")
 
 
-def print_stored(name: str, store: str = "", sent: int = 0, nats_lost: float = 0.0) -> None:
+def print_stored(name: str, store: str = "", sent: int = 0, truncation_kl: float = 0.0) -> None:
     """Prints where a model's answers are, what was sent for them, and what storing them lost."""
     if not store:
         _say(f"teacher    {name}: there is nothing to ask")
         return
     _say(f"stored     in {store}; {sent:,} images asked about so far, tries counted")
-    if nats_lost:
-        _say(f"lost       {nats_lost:.2g} nats an image by storing less than float32 logits")
+    if truncation_kl:
+        _say(f"lost       {truncation_kl:.2g} nats an image by storing less than float32 logits")
 
 
 def print_agreement(fingerprint: str, public: str, found: Mapping[str, Any]) -> None:

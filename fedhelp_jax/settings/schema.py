@@ -167,7 +167,7 @@ class DataConfig:
         "private data set; tfds:NAME is one that fedhelp data has prepared",
         one_of_or(PREPARED, "phantoms", "phantom_volumes", "fed_isic2019", "medmnist", "npz_masks"),
     )
-    dir: str | None = setting(
+    path: str | None = setting(
         None,
         "folder or zip of images (fed_isic2019), .npz file (medmnist, npz_masks), "
         "folder of prepared sets (tfds:; TFDS's default if None)",
@@ -212,7 +212,7 @@ class DataConfig:
         COUNT,
         only=where("data.split_by", "iid", "quantity", "dirichlet", "shards", "clusters"),
     )
-    alpha: float = setting(
+    dirichlet_alpha: float = setting(
         0.5,
         "dirichlet, quantity: concentration; the smaller, the more unlike",
         more_than(0),
@@ -224,7 +224,7 @@ class DataConfig:
         COUNT,
         only=where("data.name", "medmnist", PREPARED),
     )
-    shards: int = setting(
+    shards_per_client: int = setting(
         2,
         "shards: pieces a client, each of about one class",
         COUNT,
@@ -415,7 +415,7 @@ class FoundationConfig:
     max_attempts: int = setting(
         5, "times a request is tried", COUNT, only=_teacher(*_ASKED), identity=False
     )
-    max_wait: float = setting(
+    max_backoff: float = setting(
         60.0,
         "longest pause in seconds before a try",
         at_least(0),
@@ -504,7 +504,7 @@ class ServerConfig:
         _PART_OR_NONE,
         only=where("server.optimizer", "adam", "yogi"),
     )
-    adaptivity: float = setting(
+    eps: float = setting(
         1e-3,
         "tau of adam and yogi, in the denominator",
         more_than(0),
@@ -525,7 +525,7 @@ class MappingConfig:
         COUNT,
         identity=False,
     )
-    pool_bytes: int = setting(
+    max_device_bytes: int = setting(
         0,
         "most bytes of private images on a device, the rest waiting on the host; 0: all are there",
         at_least(0),

@@ -15,9 +15,9 @@ import numpy as np
 
 from fedhelp_jax.core.compilation import jit
 from fedhelp_jax.core.errors import Failure
-from fedhelp_jax.data.federation import Group, Pool, PublicPool, Table
+from fedhelp_jax.data.federation import ClientIndex, Group, Pool, PublicPool
 from fedhelp_jax.data.types import FederatedDataset
-from fedhelp_jax.simulation.round import Arrays, Part, Phases, RunState
+from fedhelp_jax.simulation.round import ClientChunk, FederationArrays, RoundProgram, RunState
 from fedhelp_jax.simulation.vectorize import make_mapping
 
 # Which metrics are compared, and how far they may be apart, relative to the larger one but at least
@@ -28,7 +28,7 @@ _BFLOAT16 = 50
 
 
 def recheck(
-    phases: Phases,
+    phases: RoundProgram,
     groups: Sequence[Group],
     public: PublicPool | None,
     state: RunState,
@@ -78,7 +78,7 @@ def recheck(
 
 
 def measured_alone(
-    phases: Phases,
+    phases: RoundProgram,
     group: Group,
     public: PublicPool | None,
     state: RunState,
@@ -102,13 +102,17 @@ def measured_alone(
     adapts = phases.algorithm.clients[role].adapts
     parts = [getattr(client, split), *([client.train] if adapts else [])]
     starts = np.cumsum([0, *map(len, parts)])
+    on_host: Any = np.asarray  # NumPy arrays, in place of JAX's
     tables = [
-        Table(np.arange(start, start + len(part), dtype=np.int32)[None], np.int32([len(part)]))  # pyright: ignore[reportArgumentType]
+        ClientIndex(
+            on_host(np.arange(start, start + len(part), dtype=np.int32)[None]),
+            on_host([len(part)], np.int32),
+        )
         for start, part in zip(starts, parts, strict=False)
     ]
     index = np.concatenate(parts)
     pool: Any = Pool(dataset.images[index], dataset.labels[index])  # pyright: ignore[reportArgumentType]
-    part = Part(np.zeros(1, np.int32), None, pool, tables[1] if adapts else None, tables[0])
+    part = ClientChunk(np.zeros(1, np.int32), None, pool, tables[1] if adapts else None, tables[0])
     alone = dataclasses.replace(
         phases,
         num_clients={role: 1},
@@ -116,4 +120,4 @@ def measured_alone(
         eval_batch_size=phases.eval_batch_size // 2 + 1,
     )
     measure = jit(functools.partial(alone.evaluate_part, role), platform=mapping.platform)
-    return measure(states, server, Arrays(None, public, {}, None), part)
+    return measure(states, server, FederationArrays(None, public, {}, None), part)

@@ -15,7 +15,7 @@ from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData
 from fedhelp_jax.algorithms.client import predict
 from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.core.tree import choose, means, zeros_of
-from fedhelp_jax.data.federation import ClientData, Federation, Pool, Table
+from fedhelp_jax.data.federation import ClientData, ClientIndex, Federation, Pool
 from fedhelp_jax.metrics import finite_examples
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.simulation.divergence import NON_FINITE, NonFinite, quarantine
@@ -39,7 +39,7 @@ class RunState(NamedTuple):
     clients: dict[str, Any]
 
 
-class Trained(NamedTuple):
+class ClientUpdates(NamedTuple):
     """What a group's training phase returns; leaves have a leading axis of the M slots.
 
     Attributes:
@@ -69,12 +69,12 @@ class RoundInfo(NamedTuple):
     non_finite: dict[str, NonFinite]
 
 
-class Arrays(NamedTuple):
-    """The arrays of a federation; by role ``ids`` and a `Table` a split; names stay on the host.
+class FederationArrays(NamedTuple):
+    """The arrays of a federation: by role ``ids``, and a `ClientIndex` for each split.
 
     Where the mapping is private, the pool is one of equal length for each device, and each table
     holds places in the pool of its client's device; nothing is pooled. Where the images come in
-    parts, there are neither pool nor tables, see `Part`.
+    parts, there are neither pool nor tables, see `ClientChunk`.
     """
 
     pool: Any
@@ -83,7 +83,7 @@ class Arrays(NamedTuple):
     pooled: Any
 
 
-class Part(NamedTuple):
+class ClientChunk(NamedTuple):
     """Clients of a role that are computed together, and what they need of the private images.
 
     Attributes:
@@ -98,17 +98,17 @@ class Part(NamedTuple):
     slot: Any
     place: Any
     pool: Pool
-    train: Table | None
-    split: Table | None
+    train: ClientIndex | None
+    split: ClientIndex | None
 
 
-def federation_arrays(federation: Federation) -> Arrays:
+def federation_arrays(federation: Federation) -> FederationArrays:
     """The traced part of a federation."""
     tables = {
         g.role: {"ids": g.ids, "train": g.train, "validation": g.validation, "test": g.test}
         for g in federation.groups
     }
-    return Arrays(federation.pool, federation.public, tables, federation.pooled)
+    return FederationArrays(federation.pool, federation.public, tables, federation.pooled)
 
 
 def num_clients(federation: Federation) -> dict[str, int]:
@@ -117,7 +117,7 @@ def num_clients(federation: Federation) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Phases:
+class RoundProgram:
     """A method over a federation's clients; everything here is fixed while it is traced.
 
     Attributes:
@@ -125,7 +125,7 @@ class Phases:
       task: Gives the metrics.
       num_clients: By role.
       mapping: How clients run.
-      participation: Fraction of each group that takes part in a round, rounded up.
+      participation_rate: Fraction of each group that takes part in a round, rounded up.
       client_weights: "uniform" or "examples" (by number of training examples).
       eval_batch_size: Examples at a time in evaluation.
       algorithm_at: The method as clients follow it in a round, by the round's number, where a
@@ -136,12 +136,12 @@ class Phases:
     task: Task
     num_clients: Mapping[str, int]
     mapping: ClientMapping
-    participation: float = 1.0
+    participation_rate: float = 1.0
     client_weights: str = "uniform"
     eval_batch_size: int = 64
     algorithm_at: Callable[[jax.Array], FederatedAlgorithm] | None = None
 
-    def init(self, run_key: jax.Array, data: Arrays) -> RunState:
+    def init(self, run_key: jax.Array, data: FederationArrays) -> RunState:
         """The state before the first round."""
         clients = {}
         for role in self.num_clients:
@@ -167,7 +167,7 @@ class Phases:
 
     def num_participants(self, role: str) -> int:
         """How many clients of a role take part in a round."""
-        return max(1, math.ceil(self.participation * self.num_clients[role] - 1e-9))
+        return max(1, math.ceil(self.participation_rate * self.num_clients[role] - 1e-9))
 
     def num_slots(self, role: str) -> int:
         """Participants rounded up to whole devices and chunks; all clients where it is private."""
@@ -202,12 +202,12 @@ class Phases:
         server: Any,
         run_key: jax.Array,
         round: jax.Array,
-        data: Arrays,
-    ) -> Trained:
+        data: FederationArrays,
+    ) -> ClientUpdates:
         """A role's clients train; ``states`` are theirs, ``server`` the server's."""
         tables = data.groups[role]
         slot = self.participants(role, tables["ids"], run_key, round)
-        part = Part(slot, None, data.pool, self._of(role, slot, tables["train"]), None)
+        part = ClientChunk(slot, None, data.pool, self._of(role, slot, tables["train"]), None)
         return self._train(role, states, server, run_key, round, data, part, self.mapping.own)
 
     def begin(
@@ -217,10 +217,10 @@ class Phases:
         server: Any,
         run_key: jax.Array,
         round: jax.Array,
-        data: Arrays,
+        data: FederationArrays,
         *,
-        shapes: Part,
-    ) -> Trained:
+        shapes: ClientChunk,
+    ) -> ClientUpdates:
         """What :meth:`train` returns, with who takes part, and zeros where they have yet to train.
 
         ``shapes`` are those of the pool and table of a part; of as many clients as there are slots.
@@ -238,10 +238,10 @@ class Phases:
         server: Any,
         run_key: jax.Array,
         round: jax.Array,
-        data: Arrays,
-        part: Part,
-        before: Trained,
-    ) -> Trained:
+        data: FederationArrays,
+        part: ClientChunk,
+        before: ClientUpdates,
+    ) -> ClientUpdates:
         """Some of those who take part train; their results are put among those of ``before``."""
         mean_only, held = self.algorithm.mean_only, self.mapping.by_client.spec
         begun = (before.upload, before.weight) if mean_only else None
@@ -258,11 +258,11 @@ class Phases:
         server: Any,
         run_key: jax.Array,
         round: jax.Array,
-        data: Arrays,
-        part: Part,
+        data: FederationArrays,
+        part: ClientChunk,
         held: Any,
         begun: Any = None,
-    ) -> Trained:
+    ) -> ClientUpdates:
         """The clients of a part train, whose pool is ``held`` so on devices.
 
         ``begun`` are sums of uploads and of weights that theirs are added to.
@@ -299,7 +299,7 @@ class Phases:
             (updated, info, found), upload, counts = run(shared, own)
             weight = jnp.where(counts, weight, 0)
         found = jax.tree.map(lambda leaf: leaf & present, found)
-        return Trained(updated, upload, weight, part.slot, info, found)
+        return ClientUpdates(updated, upload, weight, part.slot, info, found)
 
     def aggregate(
         self,
@@ -307,7 +307,7 @@ class Phases:
         trained: dict[str, Any],
         run_key: jax.Array,
         round: jax.Array,
-        data: Arrays,
+        data: FederationArrays,
     ) -> RunState:
         """The server's turn, on what :meth:`train` gave: by role state, upload, weight, slot.
 
@@ -331,7 +331,7 @@ class Phases:
         return RunState(choose(some, updated, state.server), clients)
 
     def round(
-        self, state: RunState, run_key: jax.Array, round: jax.Array, data: Arrays
+        self, state: RunState, run_key: jax.Array, round: jax.Array, data: FederationArrays
     ) -> tuple[RunState, RoundInfo]:
         """A whole round: every role trains, then the server has its turn."""
         trained = {
@@ -347,7 +347,7 @@ class Phases:
         run_key: jax.Array,
         first: jax.Array,
         last: jax.Array,
-        data: Arrays,
+        data: FederationArrays,
         *,
         most: int,
     ) -> tuple[RunState, RoundInfo]:
@@ -372,7 +372,7 @@ class Phases:
         role: str,
         states: Any,
         server: Any,
-        data: Arrays,
+        data: FederationArrays,
         table: Any,
     ) -> dict[str, Rows]:
         """Metrics of a role's deployed models, ``[K]`` rounded up to whole devices and chunks."""
@@ -385,7 +385,7 @@ class Phases:
         return self._evaluate(role, server, data.pool, data.public, own, self.mapping.own)
 
     def evaluate_part(
-        self, role: str, states: Any, server: Any, data: Arrays, part: Part
+        self, role: str, states: Any, server: Any, data: FederationArrays, part: ClientChunk
     ) -> dict[str, Rows]:
         """The same of the clients of a part, in its slots."""
         own = (self._of(role, part.slot, states), part.train, part.split)
@@ -427,7 +427,7 @@ class Phases:
         role: str,
         states: Any,
         server: Any,
-        data: Arrays,
+        data: FederationArrays,
         table: Any,
         row: jax.Array,
         places: jax.Array,
@@ -446,7 +446,7 @@ class Phases:
         return one(shared, jax.tree.map(lambda leaf: leaf[row], own))
 
     def predict_part(
-        self, role: str, states: Any, server: Any, data: Arrays, part: Part
+        self, role: str, states: Any, server: Any, data: FederationArrays, part: ClientChunk
     ) -> jax.Array:
         """The same of a part of one client, on all examples of its split."""
         assert part.split is not None
@@ -469,12 +469,12 @@ class Phases:
         return self.task.predict(logits, pool.targets[index])
 
 
-def server_part(trained: Mapping[str, Trained]) -> dict[str, Any]:
+def server_part(trained: Mapping[str, ClientUpdates]) -> dict[str, Any]:
     """What the server's turn takes of the training phases: by role state, upload, weight, slot."""
     return {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()}
 
 
-def round_info(trained: Mapping[str, Trained]) -> RoundInfo:
+def round_info(trained: Mapping[str, ClientUpdates]) -> RoundInfo:
     """What a round reports of its training phases."""
     return RoundInfo(
         {role: t.slot for role, t in trained.items()},

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from fedhelp_jax.data.federation import SPLITS, Federation, Table
-from fedhelp_jax.simulation.round import Arrays, federation_arrays
+from fedhelp_jax.data.federation import SPLITS, ClientIndex, Federation
+from fedhelp_jax.simulation.round import FederationArrays, federation_arrays
 from fedhelp_jax.simulation.vectorize import Mapping
 
 
-def place(federation: Federation, mapping: Mapping) -> Arrays:
+def place(federation: Federation, mapping: Mapping) -> FederationArrays:
     """The arrays of a federation on the devices of a mapping.
 
     Args:
@@ -52,7 +52,7 @@ def place(federation: Federation, mapping: Mapping) -> Arrays:
         | {s: put(_renumbered(tables[s], owned), mapping.by_client) for s in SPLITS}
         for role, tables in padded.items()
     }
-    return Arrays(pool, put(arrays.public, mapping.replicated), groups, None)
+    return FederationArrays(pool, put(arrays.public, mapping.replicated), groups, None)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
@@ -82,7 +82,7 @@ def _owned(groups: Any, devices: int) -> list[np.ndarray]:
     return [np.unique(np.concatenate(parts)) for parts in found]
 
 
-def _renumbered(table: Table, owned: list[np.ndarray]) -> Table:
+def _renumbered(table: ClientIndex, owned: list[np.ndarray]) -> ClientIndex:
     """The table with places among the device's own examples; past a client's last one stands 0."""
     index: Any = np.zeros_like(table.index)
     for row, (examples, n) in enumerate(zip(table.index, table.size, strict=True)):

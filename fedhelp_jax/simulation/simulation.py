@@ -16,12 +16,12 @@ from fedhelp_jax.core.compilation import jit
 from fedhelp_jax.core.tree import num_bytes
 from fedhelp_jax.data.federation import Federation, Group
 from fedhelp_jax.simulation.round import (
-    Arrays,
-    Phases,
+    ClientUpdates,
+    FederationArrays,
     RoundInfo,
+    RoundProgram,
     Rows,
     RunState,
-    Trained,
     round_info,
     server_part,
 )
@@ -32,7 +32,7 @@ class Simulation:
     """The compiled phases of a run: ``init``, ``round``, ``evaluate``."""
 
     def __init__(
-        self, phases: Phases, federation: Federation, *, seed: int, rounds_at_once: int = 1
+        self, phases: RoundProgram, federation: Federation, *, seed: int, rounds_at_once: int = 1
     ):
         """Prepares the phases; nothing is compiled before its first call.
 
@@ -76,7 +76,7 @@ class Simulation:
         self._predict = {r: program(functools.partial(phases.predict, r)) for r in roles}
         self._gather = program(lambda tree: tree, out_shardings=mapping.replicated)
 
-    def _placed(self, federation: Federation) -> Arrays:
+    def _placed(self, federation: Federation) -> FederationArrays:
         """What lies on the devices for the whole run."""
         return place(federation, self.mapping)
 
@@ -133,7 +133,7 @@ class Simulation:
         )
         return state, self._reported(round_info(trained))
 
-    def _trained(self, state: RunState, round: np.int32) -> dict[str, Trained]:
+    def _trained(self, state: RunState, round: np.int32) -> dict[str, ClientUpdates]:
         """What the training phase of each role gives."""
         return {
             role: train(state.clients[role], state.server, self.run_key, round, self.federation)
@@ -243,7 +243,7 @@ class Simulation:
             )
         return payload
 
-    def train_shapes(self, group: Group, state: RunState) -> Trained:
+    def train_shapes(self, group: Group, state: RunState) -> ClientUpdates:
         """Shapes of all that a group's training phase returns, without running it."""
         # By the compiled function, which has been traced already when a run asks.
         return self._train[group.role].eval_shape(

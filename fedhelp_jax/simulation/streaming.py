@@ -16,8 +16,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.data.federation import SPLITS, Federation, Group, Table
-from fedhelp_jax.simulation.round import Arrays, Part, Phases, RunState, Trained
+from fedhelp_jax.data.federation import SPLITS, ClientIndex, Federation, Group
+from fedhelp_jax.simulation.round import (
+    ClientChunk,
+    ClientUpdates,
+    FederationArrays,
+    RoundProgram,
+    RunState,
+)
 from fedhelp_jax.simulation.sharding import put
 from fedhelp_jax.simulation.simulation import Simulation
 
@@ -29,25 +35,25 @@ class Buffer(NamedTuple):
     examples: int
 
 
-class Feed:
+class HostFeeder:
     """The private images on the host, and the parts that they are cut into.
 
     Attributes:
       batch_size: Examples of a part that :meth:`predicting` gives.
     """
 
-    def __init__(self, federation: Federation, phases: Phases, pool_bytes: int):
+    def __init__(self, federation: Federation, phases: RoundProgram, max_device_bytes: int):
         """Chooses the buffers.
 
         Args:
           federation: The data, left on the host.
           phases: Whose clients.
-          pool_bytes: The most bytes of images and targets on a device, in two buffers together.
+          max_device_bytes: The most bytes of images and targets on a device, in both buffers.
 
         Raises:
           UserError: If a client's examples alone are more.
         """
-        self.mapping, self._limit = phases.mapping, pool_bytes
+        self.mapping, self._limit = phases.mapping, max_device_bytes
         self._pool = jax.tree.map(_on_host, federation.pool)
         self._tables = {
             g.role: {split: jax.tree.map(np.asarray, getattr(g, split)) for split in SPLITS}
@@ -55,7 +61,7 @@ class Feed:
         }
         self._adapts = {role: phases.algorithm.clients[role].adapts for role in self._tables}
         self._example_bytes = sum(leaf.nbytes // len(leaf) for leaf in self._pool)
-        self._capacity = pool_bytes // 2 // self._example_bytes
+        self._capacity = max_device_bytes // 2 // self._example_bytes
         self._training, self._measuring, largest = {}, {}, 0
         for group in federation.groups:
             role, splits = group.role, [self._needs(group.role, split) for split in SPLITS]
@@ -85,7 +91,7 @@ class Feed:
         largest = int(needs.argmax())
         count = int(needs[largest])
         raise UserError(
-            f"config.mapping.pool_bytes = {self._limit} must be at least "
+            f"config.mapping.max_device_bytes = {self._limit} must be at least "
             f"{2 * count * self._example_bytes}: twice the {count} images that {names[largest]} "
             "needs at once, since the next client's come meanwhile"
         )
@@ -99,7 +105,7 @@ class Feed:
         examples = int(np.sort(needs)[-clients:].sum())
         return Buffer(clients, max(1, min(self._capacity, examples)))
 
-    def shapes(self, role: str, slots: int) -> Part:
+    def shapes(self, role: str, slots: int) -> ClientChunk:
         """The shapes of a part of training, if as many clients were in it as there are slots."""
         length = self.mapping.num_devices * self._training[role].examples
         pool = jax.tree.map(
@@ -109,20 +115,20 @@ class Feed:
         index, size = (
             jax.ShapeDtypeStruct(shape, np.int32) for shape in ((slots, width), (slots,))
         )
-        return Part(None, None, pool, _table(index, size), None)
+        return ClientChunk(None, None, pool, _table(index, size), None)
 
-    def training(self, role: str, slot: np.ndarray) -> Iterator[Part]:
+    def training(self, role: str, slot: np.ndarray) -> Iterator[ClientChunk]:
         """The parts of those who train, ``[M]`` rows of their group."""
         return self._parts(role, slot, None, self._training[role])
 
-    def measuring(self, role: str, split: str) -> Iterator[Part]:
+    def measuring(self, role: str, split: str) -> Iterator[ClientChunk]:
         """The parts of all clients that are measured on a split."""
         count = len(self._tables[role][split].size)
         slot = np.full(self.mapping.slots(count), count)
         slot[:count] = np.arange(count)
         return self._parts(role, slot, split, self._measuring[role])
 
-    def predicting(self, role: str, row: int, split: str, places: np.ndarray) -> Part:
+    def predicting(self, role: str, row: int, split: str, places: np.ndarray) -> ClientChunk:
         """A part of one client, and of the examples at ``places`` of its split.
 
         Args:
@@ -144,16 +150,16 @@ class Feed:
             train = _table(count + own[None], size[row : row + 1])
         asked = _table(np.arange(count, dtype=np.int32)[None], np.array([count], np.int32))
         pool = self._gathered([np.concatenate(examples)], length)
-        return Part(np.array([row], np.int32), None, pool, train, asked)
+        return ClientChunk(np.array([row], np.int32), None, pool, train, asked)
 
-    def on_devices(self, part: Part, pool: NamedSharding) -> Part:
+    def on_devices(self, part: ClientChunk, pool: NamedSharding) -> ClientChunk:
         """A part on the devices, its pool placed so; the transfer need not have ended."""
         rest = put(part._replace(pool=None), self.mapping.replicated)
         return rest._replace(pool=put(part.pool, pool))
 
     def _parts(
         self, role: str, slot: np.ndarray, split: str | None, buffer: Buffer
-    ) -> Iterator[Part]:
+    ) -> Iterator[ClientChunk]:
         needs = self._needs(role, split)
         blocks = slot.reshape(self.mapping.num_devices, -1)
         cuts = [_cut(needs[block[block < len(needs)]], buffer) for block in blocks]
@@ -168,7 +174,7 @@ class Feed:
         places: Sequence[range],
         split: str | None,
         buffer: Buffer,
-    ) -> Part:
+    ) -> ClientChunk:
         """The part of those at ``places`` of each device's block of slots."""
         tables, shape = self._tables[role], (len(blocks), buffer.clients)
         slot = np.full(shape, len(tables["train"].size), np.int32)
@@ -189,7 +195,7 @@ class Feed:
             for name, (index, size) in found.items()
         }
         measured = None if split is None else flat[split]
-        return Part(slot.reshape(-1), place.reshape(-1), pool, flat.get("train"), measured)
+        return ClientChunk(slot.reshape(-1), place.reshape(-1), pool, flat.get("train"), measured)
 
     def _gathered(self, examples: Sequence[np.ndarray], length: int) -> Any:
         """A pool of ``length`` examples for each device."""
@@ -204,9 +210,9 @@ class Feed:
         return jax.tree.map(one, self._pool)
 
 
-def _table(index: Any, size: Any) -> Table:
+def _table(index: Any, size: Any) -> ClientIndex:
     """Of what is no array of JAX."""
-    return Table(index, size)
+    return ClientIndex(index, size)
 
 
 def _on_host(leaf: Any) -> np.ndarray:
@@ -247,26 +253,28 @@ class StreamedSimulation(Simulation):
     It ends as a `Simulation` does, up to rounding.
     """
 
-    def __init__(self, phases: Phases, federation: Federation, *, seed: int, pool_bytes: int):
+    def __init__(
+        self, phases: RoundProgram, federation: Federation, *, seed: int, max_device_bytes: int
+    ):
         """Prepares the phases; nothing is compiled before its first call.
 
         Args:
           phases: The method, and how its clients run.
           federation: The data, left on the host.
           seed: All randomness of the run.
-          pool_bytes: The most bytes of private images and targets on a device at a time: those of
-            the part that is computed and of the next.
+          max_device_bytes: The most bytes of private images and targets on a device at a time:
+            those of the part that is computed and of the next.
 
         Raises:
           UserError: If a client's examples alone are more, or there are several processes.
         """
         if phases.mapping.private:
             raise UserError(
-                f"config.mapping.pool_bytes = {pool_bytes} must be 0 in a --distributed run, where "
-                "each process's devices hold their own clients' images only"
+                f"config.mapping.max_device_bytes = {max_device_bytes} must be 0 in a "
+                "--distributed run, where a process's devices hold only its own clients' images"
             )
         super().__init__(phases, federation, seed=seed)
-        self._feed = feed = Feed(federation, phases, pool_bytes)
+        self._feed = feed = HostFeeder(federation, phases, max_device_bytes)
         self._batch_size = feed.batch_size
         self._begin = {}
         for role in self._train:
@@ -279,19 +287,19 @@ class StreamedSimulation(Simulation):
             self._evaluate[role] = self._by_client(functools.partial(phases.evaluate_part, role))
             self._predict[role] = self._jit(functools.partial(phases.predict_part, role))
 
-    def _placed(self, federation: Federation) -> Arrays:
+    def _placed(self, federation: Federation) -> FederationArrays:
         groups = {g.role: {"ids": g.ids} for g in federation.groups}
-        arrays = Arrays(None, federation.public, groups, None)
+        arrays = FederationArrays(None, federation.public, groups, None)
         return jax.device_put(arrays, self.mapping.replicated)
 
-    def _trained(self, state: RunState, round: np.int32) -> dict[str, Trained]:
+    def _trained(self, state: RunState, round: np.int32) -> dict[str, ClientUpdates]:
         trained = {
             role: begin(state.clients[role], state.server, self.run_key, round, self.federation)
             for role, begin in self._begin.items()
         }
         slots = {role: np.asarray(begun.slot) for role, begun in trained.items()}
 
-        def train(role: str, part: Part) -> Trained:
+        def train(role: str, part: ClientChunk) -> ClientUpdates:
             trained[role] = self._train[role](
                 *(state.clients[role], state.server, self.run_key, round, self.federation),
                 *(part, trained[role]),
@@ -305,7 +313,7 @@ class StreamedSimulation(Simulation):
     def _measured(self, state: RunState, split: str) -> dict[str, Any]:
         found: dict[str, list[Any]] = {role: [] for role in self._evaluate}
 
-        def measure(role: str, part: Part) -> Any:
+        def measure(role: str, part: ClientChunk) -> Any:
             rows = self._evaluate[role](state.clients[role], state.server, self.federation, part)
             found[role].append((part.slot, rows))
             return rows
@@ -321,7 +329,7 @@ class StreamedSimulation(Simulation):
         part = self._feed.on_devices(part, self.mapping.replicated)
         return self._predict[role](state.clients[role], state.server, self.federation, part)
 
-    def train_shapes(self, group: Group, state: RunState) -> Trained:
+    def train_shapes(self, group: Group, state: RunState) -> ClientUpdates:
         """Shapes of all that a group's training phase returns, without running it."""
         return self._begin[group.role].eval_shape(
             *(state.clients[group.role], state.server, self.run_key, np.int32(0), self.federation)
@@ -330,8 +338,8 @@ class StreamedSimulation(Simulation):
     def _stream(
         self,
         state: RunState,
-        parts: Iterable[tuple[str, Part]],
-        compute: Callable[[str, Part], Any],
+        parts: Iterable[tuple[str, ClientChunk]],
+        compute: Callable[[str, ClientChunk], Any],
     ) -> None:
         """Computes parts one after the other, the next one's images coming in the meantime.
 

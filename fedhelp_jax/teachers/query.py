@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _FIRST_PAUSE = 0.5  # seconds
 
 
-class Pace(NamedTuple):
+class QueryLimits(NamedTuple):
     """How fast, how often and how much may be asked.
 
     Attributes:
@@ -26,7 +26,7 @@ class Pace(NamedTuple):
       concurrency: Requests under way at once.
       requests_per_second: At most; None sets no limit.
       max_attempts: Times that a request is tried.
-      max_wait: Longest pause in seconds before a try.
+      max_backoff: Longest pause in seconds before a try.
       max_queries: Images ever sent to this model, each try counted; None sets no limit.
     """
 
@@ -34,7 +34,7 @@ class Pace(NamedTuple):
     concurrency: int
     requests_per_second: float | None
     max_attempts: int
-    max_wait: float
+    max_backoff: float
     max_queries: int | None
 
 
@@ -61,7 +61,9 @@ class Plan(NamedTuple):
         return self.images - self.known
 
 
-def make_plan(model: FoundationModel, images: PublicImages, store: AnswerStore, pace: Pace) -> Plan:
+def make_plan(
+    model: FoundationModel, images: PublicImages, store: AnswerStore, pace: QueryLimits
+) -> Plan:
     """Returns what is to be asked; asks nothing."""
     known = store.known(images.sha256)
     by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -81,12 +83,12 @@ def make_plan(model: FoundationModel, images: PublicImages, store: AnswerStore, 
     return Plan(len(images), len(known), batches, bytes_out, store.sent)
 
 
-def carry_out(
+def execute(
     plan: Plan,
     model: FoundationModel,
     images: PublicImages,
     store: AnswerStore,
-    pace: Pace,
+    pace: QueryLimits,
     on_answers: Callable[[int], None],
 ) -> None:
     """Asks what is planned and stores each answer as it comes.
@@ -107,7 +109,7 @@ def carry_out(
         ``max_queries`` is spent.
     """
     stop = threading.Event()
-    turns = _Turns(pace.requests_per_second, stop)
+    turns = _RateLimiter(pace.requests_per_second, stop)
 
     def ask(batch: tuple[int, ...]) -> np.ndarray:
         asked = images.take(batch)
@@ -116,7 +118,7 @@ def carry_out(
             turns.take()
             if stop.is_set():
                 raise TransientError("stopped")
-            store.spend(len(asked), pace.max_queries)
+            store.consume_quota(len(asked), pace.max_queries)
             try:
                 return _checked(model, model.answer(asked), len(asked))
             except TransientError as error:
@@ -151,10 +153,10 @@ def carry_out(
         pool.shutdown()
     if isinstance(failure, TransientError):
         why = f"gave up after {pace.max_attempts} tries (teacher.max_attempts)"
-        if (failure.retry_after or 0) > pace.max_wait:
+        if (failure.retry_after or 0) > pace.max_backoff:
             why = (
-                f"it asks to wait {failure.retry_after:.0f} s, longer than teacher.max_wait = "
-                f"{pace.max_wait:g}"
+                f"it asks to wait {failure.retry_after:.0f} s, longer than teacher.max_backoff = "
+                f"{pace.max_backoff:g}"
             )
         raise UserError(
             f"teacher: {failure}; {why}. What was answered is kept: the same command asks for "
@@ -164,7 +166,7 @@ def carry_out(
         raise failure
 
 
-class _Turns:
+class _RateLimiter:
     """Lets requests go one after another: so many a second, and none while the server rests."""
 
     def __init__(self, per_second: float | None, stop: threading.Event):
@@ -184,7 +186,7 @@ class _Turns:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
-def _retrying(pace: Pace, stop: threading.Event) -> "tenacity.Retrying":
+def _retrying(pace: QueryLimits, stop: threading.Event) -> "tenacity.Retrying":
     """Returns what calls a function again on a `TransientError`: backing off, with jitter."""
     import tenacity
 
@@ -197,10 +199,10 @@ def _retrying(pace: Pace, stop: threading.Event) -> "tenacity.Retrying":
         stop=lambda state: (
             state.attempt_number >= pace.max_attempts
             or stop.is_set()
-            or asked_pause(state) > pace.max_wait
+            or asked_pause(state) > pace.max_backoff
         ),
-        # What the server asked for is waited for by `_Turns`, for all requests.
-        wait=tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=pace.max_wait),
+        # What the server asked for is waited for by `_RateLimiter`, for all requests.
+        wait=tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=pace.max_backoff),
         sleep=tenacity.sleep_using_event(stop),
         reraise=True,
     )

@@ -57,13 +57,13 @@ class Precision(NamedTuple):
 class Stored(NamedTuple):
     """A stored answer: float32 ``[*spatial, P]``, its precision, and the nats lost by it.
 
-    ``nats_lost`` is ``KL(softmax(answer) || softmax(as stored))``, averaged over pixels; of one
+    ``truncation_kl`` is ``KL(softmax(answer) || softmax(as stored))``, averaged over pixels; of one
     class, of the sigmoids.
     """
 
     answer: np.ndarray
     precision: Precision
-    nats_lost: float
+    truncation_kl: float
 
 
 def encode(answer: np.ndarray, precision: Precision) -> bytes:
@@ -90,8 +90,8 @@ def encode(answer: np.ndarray, precision: Precision) -> bytes:
         payload = answer.astype(dtype).tobytes()
     axes = struct.pack(f"<{answer.ndim}I", *answer.shape)
 
-    def record(nats_lost: float) -> bytes:
-        header = _HEADER.pack(_VERSION, dtype.itemsize, top_k, nats_lost, answer.ndim)
+    def record(truncation_kl: float) -> bytes:
+        header = _HEADER.pack(_VERSION, dtype.itemsize, top_k, truncation_kl, answer.ndim)
         return header + axes + payload
 
     return record(_nats_lost(answer, decode(record(0.0)).answer))
@@ -99,12 +99,12 @@ def encode(answer: np.ndarray, precision: Precision) -> bytes:
 
 def decode(record: Any) -> Stored:
     """Returns the answer in a record, bytes or a view of them."""
-    precision, nats_lost, shape, start = _header(record)
+    precision, truncation_kl, shape, start = _header(record)
     dtype, top_k = _FLOATS[precision.dtype], precision.top_k
     rows, classes = math.prod(shape[:-1]), shape[-1]
     if top_k is None:
         answer = np.frombuffer(record, dtype, rows * classes, start).reshape(shape)
-        return Stored(answer.astype(np.float32), precision, nats_lost)
+        return Stored(answer.astype(np.float32), precision, truncation_kl)
     count = rows * top_k
     kept = np.frombuffer(record, "<u4", count, start).reshape(rows, top_k)
     values = np.frombuffer(record, dtype, count, start + 4 * count).reshape(rows, top_k)
@@ -112,17 +112,17 @@ def decode(record: Any) -> Stored:
     answer = np.repeat((others - np.log(classes - top_k))[:, None], classes, axis=1)
     np.put_along_axis(answer, kept.astype(np.int64), values.astype(np.float32), axis=1)
     answer = answer.astype(np.float32).reshape(shape)
-    return Stored(answer, precision, nats_lost)
+    return Stored(answer, precision, truncation_kl)
 
 
 def _header(record: Any) -> tuple[Precision, float, tuple[int, ...], int]:
     """Returns precision, nats lost, shape of the answer, and where its numbers begin."""
-    version, itemsize, top_k, nats_lost, ndim = _HEADER.unpack_from(record)
+    version, itemsize, top_k, truncation_kl, ndim = _HEADER.unpack_from(record)
     if version != _VERSION:
         raise UserError(f"teacher.store: holds records of version {version}, this reads {_VERSION}")
     shape = struct.unpack_from(f"<{ndim}I", record, _HEADER.size)
     name = next(name for name, dtype in _FLOATS.items() if dtype.itemsize == itemsize)
-    return Precision(name, top_k or None), nats_lost, shape, _HEADER.size + 4 * ndim
+    return Precision(name, top_k or None), truncation_kl, shape, _HEADER.size + 4 * ndim
 
 
 def _nats_lost(answer: np.ndarray, stored: np.ndarray) -> float:
@@ -183,13 +183,13 @@ class AnswerStore:
         """Returns which images have an answer that is kept precisely enough."""
         return set(self._each(sha256, lambda record: None))
 
-    def nats_lost(self, sha256: Sequence[str]) -> dict[str, float]:
-        """Returns `Stored.nats_lost` of what `read` returns, by hash, without logits if it can."""
+    def truncation_kl(self, sha256: Sequence[str]) -> dict[str, float]:
+        """Returns `Stored.truncation_kl` of what `read` returns, by hash."""
 
         def lost(record: Any) -> float:
-            precision, nats_lost, *_ = _header(record)
+            precision, truncation_kl, *_ = _header(record)
             whole = self._precision.covers(precision)
-            return nats_lost if whole else self._reduced(decode(record)).nats_lost
+            return truncation_kl if whole else self._reduced(decode(record)).truncation_kl
 
         return self._each(sha256, lost)
 
@@ -224,7 +224,7 @@ class AnswerStore:
             return 0
         return self._read(lambda transaction: _number(transaction.get(self._key(b"q"))))
 
-    def spend(self, images: int, limit: int | None) -> None:
+    def consume_quota(self, images: int, limit: int | None) -> None:
         """Counts images that are about to be sent.
 
         Raises:
@@ -243,7 +243,7 @@ class AnswerStore:
         self._write(write)
 
     @contextmanager
-    def alone(self, on_wait: Callable[[], None]) -> Iterator[None]:
+    def exclusive_lock(self, on_wait: Callable[[], None]) -> Iterator[None]:
         """While held, no other process asks this model; freed by the system if we are killed.
 
         Args:
@@ -276,7 +276,7 @@ class AnswerStore:
         if self._precision.covers(stored.precision):
             return stored
         less = decode(encode(stored.answer, self._precision))
-        return less._replace(nats_lost=stored.nats_lost + less.nats_lost)
+        return less._replace(truncation_kl=stored.truncation_kl + less.truncation_kl)
 
     def _open(self, write: bool) -> "lmdb.Environment":
         import lmdb

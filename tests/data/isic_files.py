@@ -79,7 +79,7 @@ class IsicFiles:
             "validation_fraction": 0.1,
             "max_train": None,
             "cache_dir": str(self.path / "cache"),
-            "dir": str(self.zip),
+            "path": str(self.zip),
             "split_csv": str(self.table),
         }
         return load_fed_isic2019(seed=seed, **(settings | changes))

@@ -111,7 +111,7 @@ def absurd(monkeypatch):
 def test_the_reader_of_raw_files_refuses_an_absurdly_large_picture(tmp_path, absurd):
     with zipfile.ZipFile(tmp_path / "raw.zip", "w") as archive:
         archive.writestr("a.png", absurd)
-    with pytest.raises(UserError, match=r"data.dir: image a.png in .*raw.zip cannot be decoded"):
+    with pytest.raises(UserError, match=r"data.path: image a.png in .*raw.zip cannot be decoded"):
         load_images(tmp_path / "raw.zip", ["a.png"], 8, cache_dir=str(tmp_path / "cache"))
 
 

@@ -103,7 +103,7 @@ def isic(file: str = "images/i03.png", content: bytes = b"-", *, masks=False, as
         name = Path(file).stem
         write_pictures(folder / "isic", {file: content} if broken else {name: None}, masks=masks)
         source = zipped(folder / "isic") if as_zip else folder / "isic"
-        where = {"dir": str(source), "split_csv": str(folder / "isic" / "split.csv")}
+        where = {"path": str(source), "split_csv": str(folder / "isic" / "split.csv")}
         return private(folder, masks, name="fed_isic2019", **where)
 
     return write
@@ -151,7 +151,9 @@ def stored(kind: str, break_it: Callable[[dict[str, np.ndarray]], None], **setti
         if kind == "npz":
             return public(folder, False, name="npz", path=str(folder / "pneumoniamnist.npz"))
         masks = kind == "npz_masks"
-        return private(folder, masks, name=kind, dir=str(folder / "pneumoniamnist.npz"), **settings)
+        return private(
+            folder, masks, name=kind, path=str(folder / "pneumoniamnist.npz"), **settings
+        )
 
     return write
 
@@ -205,7 +207,7 @@ def prepared(break_it: Callable[[dict[str, Any]], None], *, what: str, is_public
         masks = what != "classes"
         if is_public:
             return public(folder, masks, name="tfds:toy", path=str(folder / "data"), **settings)
-        return private(folder, masks, name="tfds:toy", dir=str(folder / "data"), **settings)
+        return private(folder, masks, name="tfds:toy", path=str(folder / "data"), **settings)
 
     return write
 
@@ -369,7 +371,7 @@ def test_left_out_examples_of_nobody_have_a_row_of_their_own(tmp_path):
 
 def test_more_than_half_is_refused(tmp_path):
     write_pictures(tmp_path, {f"images/i{n:02}.png": b"-" for n in range(1, 12)}, masks=False)
-    source = {"dir": str(tmp_path), "split_csv": str(tmp_path / "split.csv")}
+    source = {"path": str(tmp_path), "split_csv": str(tmp_path / "split.csv")}
     load = private(tmp_path, False, name="fed_isic2019", **source)
     assert "11 of 20 examples cannot be used: too many to be left out" in refused(
         lambda: load("skip")
@@ -385,7 +387,7 @@ def test_a_client_without_any_example_left_is_named(tmp_path, caplog):
     lines = table.read_text().splitlines()
     kept = [line for line in lines if line[:3] not in names[9::2]]
     table.write_text("\n".join(kept).replace("i07,7,1,train", "i07,7,1,test") + "\n")
-    source = {"dir": str(tmp_path), "split_csv": str(table)}
+    source = {"path": str(tmp_path), "split_csv": str(table)}
     data = private(tmp_path, False, name="fed_isic2019", **source)("skip")
     assert isinstance(data, FederatedDataset)
     assert [client.name for client in data.clients] == ["centre_0"]
@@ -436,7 +438,7 @@ def test_a_run_tells_what_it_left_out(tmp_path, capsys, caplog):
         f"train --config={Path(__file__).parents[1] / 'tiny_config.py'} --workdir={folder} "
         f"--config.mapping.cpu_devices={jax.device_count()} --config.rounds=1 {small} "
         "--config.algorithm.name=feddf --config.teacher.name=none --config.public.num_examples=8 "
-        f"--config.data.name=fed_isic2019 --config.data.dir={tmp_path / 'isic'} "
+        f"--config.data.name=fed_isic2019 --config.data.path={tmp_path / 'isic'} "
         f"--config.data.split_csv={tmp_path / 'isic/split.csv'} "
         f"--config.public.name=folder --config.public.path={tmp_path / 'shown'} "
         f"--config.data.cache_dir={tmp_path / 'cache'}"

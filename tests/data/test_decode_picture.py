@@ -51,8 +51,8 @@ DEEP = {
 @pytest.mark.parametrize("kind", DEEP)
 def test_more_than_8_bits_are_refused(kind):
     data, bits = DEEP[kind]
-    line = refusal(lambda: decode_picture(data, "data.dir: x"))
-    assert line.startswith(f"data.dir: x has {bits} bits a channel; pictures must have 8")
+    line = refusal(lambda: decode_picture(data, "data.path: x"))
+    assert line.startswith(f"data.path: x has {bits} bits a channel; pictures must have 8")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "JPEG2000", "PPM"])

@@ -81,8 +81,8 @@ def test_folder_and_zip_and_cache_are_equal(fixture):
     first, second = fixture.load(), fixture.load()
     with zipfile.ZipFile(fixture.zip) as file:
         file.extractall(fixture.path / "folder")
-    third = fixture.load(dir=str(fixture.path / "folder"))
-    fourth = fixture.load(dir=str(fixture.path / "folder" / "images"))
+    third = fixture.load(path=str(fixture.path / "folder"))
+    fourth = fixture.load(path=str(fixture.path / "folder" / "images"))
     for data in (second, third, fourth):
         assert np.array_equal(first.images, data.images)
 
@@ -132,7 +132,8 @@ def test_missing_images_are_counted(fixture):
     with pytest.raises(UserError) as caught:
         fixture.load()
     assert str(caught.value) == (
-        f"data.dir: image ISIC_005 of {fixture.table} is not in {fixture.zip} (2 of 42 are missing)"
+        f"data.path: image ISIC_005 of {fixture.table} is not in {fixture.zip} "
+        "(2 of 42 are missing)"
     )
     fixture.write_zip(["other"])
     with pytest.raises(UserError, match="has none of the 42 images .* such as ISIC_000.jpg"):
@@ -188,8 +189,8 @@ def test_files_that_are_no_tables(fixture, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dir": None}, "data.dir is not set; it must name a folder or zip file of images"),
-        ({"dir": "/no/where"}, "data.dir: /no/where does not exist"),
+        ({"dir": None}, "data.path is not set; it must name a folder or zip file of images"),
+        ({"dir": "/no/where"}, "data.path: /no/where does not exist"),
         ({"split_csv": None}, "data.split_csv is not set"),
         ({"split_csv": "/no/split.csv"}, "data.split_csv: /no/split.csv does not exist"),
         ({"split": "random"}, "data.split must be grouped or official, got 'random'"),

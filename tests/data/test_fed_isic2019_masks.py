@@ -32,7 +32,7 @@ def test_masks_come_from_a_folder_too(fixture, tmp_path):
     fixture.add_masks()
     with zipfile.ZipFile(fixture.zip) as file:
         file.extractall(tmp_path / "folder")
-    one, two = fixture.load(masks=True), fixture.load(masks=True, dir=str(tmp_path / "folder"))
+    one, two = fixture.load(masks=True), fixture.load(masks=True, path=str(tmp_path / "folder"))
     assert np.array_equal(one.labels, two.labels) and np.array_equal(one.images, two.images)
 
 
@@ -65,7 +65,7 @@ def test_a_bad_mask_is_named_before_images_are_decoded(fixture, monkeypatch, con
 
     monkeypatch.setattr(fed_isic2019, "load_images", load_images)
     fixture.add_masks(ISIC_007=content)
-    with pytest.raises(UserError, match=f"^data.dir: .*{message}"):
+    with pytest.raises(UserError, match=f"^data.path: .*{message}"):
         fixture.load(masks=True)
 
 
@@ -76,7 +76,7 @@ def test_empty_masks(fixture, caplog):
         fixture.load(masks=True)
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"data.dir: {fixture.zip}: 2 of 42 masks are empty, "
+        f"data.path: {fixture.zip}: 2 of 42 masks are empty, "
         f"the first is masks/ISIC_007_segmentation.png"
     )
     fixture.write_zip(row[0] for row in fixture.rows)

@@ -159,21 +159,23 @@ def test_a_cache_that_cannot_be_written_is_done_without(archive, tmp_path, caplo
 def test_corrupt_image_is_named(folder, tmp_path, content):
     file = folder / NAMES[0]
     file.write_bytes(file.read_bytes()[:300] if content == "cut" else content)
-    with pytest.raises(UserError, match="data.dir: image images/a.jpg in .*pictures cannot be dec"):
+    with pytest.raises(
+        UserError, match="data.path: image images/a.jpg in .*pictures cannot be dec"
+    ):
         load_images(folder, NAMES, 8, cache_dir=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_file_that_is_no_zip(tmp_path):
     (tmp_path / "x.zip").write_text("no zip")
-    with pytest.raises(UserError, match="data.dir: .*x.zip is neither a folder nor a zip file"):
+    with pytest.raises(UserError, match="data.path: .*x.zip is neither a folder nor a zip file"):
         find_images(tmp_path / "x.zip", "a")
 
 
 def test_paths_that_are_missing():
-    with pytest.raises(UserError, match="data.dir is not set; it must name a folder"):
-        existing_path(None, "data.dir", "a folder")
+    with pytest.raises(UserError, match="data.path is not set; it must name a folder"):
+        existing_path(None, "data.path", "a folder")
     with pytest.raises(
-        UserError, match="data.dir: /no/where does not exist; it must name a folder"
+        UserError, match="data.path: /no/where does not exist; it must name a folder"
     ):
-        existing_path("/no/where", "data.dir", "a folder")
+        existing_path("/no/where", "data.path", "a folder")

@@ -46,7 +46,7 @@ def test_real_centres(real, split, tmp_path, monkeypatch):
         monkeypatch.setattr(fed_isic2019, "load_images", blank)
     config = DataConfig(
         name="fed_isic2019",
-        dir=str(real / "ham10000_200x150.zip"),
+        path=str(real / "ham10000_200x150.zip"),
         split_csv=str(real / "fed_isic2019_ham_split.csv"),
         split=split,
         cache_dir=os.environ.get("FEDHELP_CACHE_DIR", str(tmp_path)),
@@ -67,7 +67,7 @@ def test_real_centres(real, split, tmp_path, monkeypatch):
 
 def test_real_pneumonia(real):
     config = DataConfig(
-        name="medmnist", dir=str(real / "pneumoniamnist_rebuilt.npz"), image_size=28
+        name="medmnist", path=str(real / "pneumoniamnist_rebuilt.npz"), image_size=28
     )
     data = load_federated(config, seed=0)
     assert data.label_names == ("normal", "pneumonia")

@@ -27,21 +27,21 @@ def changed(masks, value, place=(2, 1, 1)):
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.uint16, np.int64])
 def test_masks_of_any_whole_type_become_classes(dtype):
-    masks = class_masks(BINARY.astype(dtype), ONE, NAMES, "data.dir: f")
+    masks = class_masks(BINARY.astype(dtype), ONE, NAMES, "data.path: f")
     assert masks.dtype == np.uint8 and np.array_equal(masks, BINARY)
     if dtype is not bool:
-        masks = class_masks(CLASSES.astype(dtype), THREE, NAMES, "data.dir: f")
+        masks = class_masks(CLASSES.astype(dtype), THREE, NAMES, "data.path: f")
         assert masks.dtype == np.uint8 and np.array_equal(masks, CLASSES)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
 def test_white_is_one_foreground_class(dtype):
-    masks = class_masks(255 * BINARY.astype(dtype), ONE, NAMES, "data.dir: f")
+    masks = class_masks(255 * BINARY.astype(dtype), ONE, NAMES, "data.path: f")
     assert masks.dtype == np.uint8 and np.array_equal(masks, BINARY)
 
 
 def test_volumes_and_a_class_that_is_not_there():
-    masks = class_masks(np.minimum(CLASSES, 1), THREE, NAMES, "data.dir: f")
+    masks = class_masks(np.minimum(CLASSES, 1), THREE, NAMES, "data.path: f")
     assert masks.shape == (4, 6, 5, 3) and masks.max() == 1
 
 
@@ -70,20 +70,20 @@ def test_volumes_and_a_class_that_is_not_there():
     ],
 )
 def test_bad_masks_are_refused_by_file_and_value(masks, label_names, message):
-    line = refusal(lambda: class_masks(masks, label_names, NAMES, "data.dir: f: masks"))
-    assert re.search(f"^data.dir: f: masks.*{message}", line), line
+    line = refusal(lambda: class_masks(masks, label_names, NAMES, "data.path: f: masks"))
+    assert re.search(f"^data.path: f: masks.*{message}", line), line
 
 
 @pytest.mark.parametrize("white", [1, 255])
 def test_some_empty_masks_are_said_once(white, caplog):
     masks = white * np.ones((4, 2, 2), np.uint8)
     with caplog.at_level(logging.WARNING):
-        class_masks(masks, ONE, NAMES, "data.dir: f")
+        class_masks(masks, ONE, NAMES, "data.path: f")
         assert not caplog.records
         masks[[1, 3]] = 0
-        class_masks(masks, ONE, NAMES, "data.dir: f")
+        class_masks(masks, ONE, NAMES, "data.path: f")
     (record,) = caplog.records
-    assert record.getMessage() == "data.dir: f: 2 of 4 masks are empty, the first is b.png"
+    assert record.getMessage() == "data.path: f: 2 of 4 masks are empty, the first is b.png"
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32])
@@ -130,7 +130,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("kind", PICTURES)
 def test_all_ways_to_draw_a_mask(kind):
-    mask = decode_mask(reopened(PICTURES[kind]), "m.png", "data.dir: f")
+    mask = decode_mask(reopened(PICTURES[kind]), "m.png", "data.path: f")
     assert mask.dtype == bool and np.array_equal(mask, DISC)
 
 
@@ -140,14 +140,14 @@ def test_a_resized_mask_is_cut_at_its_border(method):
     image = grey(255 * large).resize((131, 113), method)
     pixels = np.asarray(image)
     assert np.any((pixels > 32) & (pixels < 223))
-    mask = decode_mask(image, "m.png", "data.dir: f")
+    mask = decode_mask(image, "m.png", "data.path: f")
     assert np.array_equal(mask, pixels > 127)
     assert abs(mask.mean() - DISC.mean()) < 0.005
 
 
 @pytest.mark.parametrize("value", [0, 255])
 def test_all_of_one_kind(value):
-    mask = decode_mask(grey(np.full((3, 4), value)), "m.png", "data.dir: f")
+    mask = decode_mask(grey(np.full((3, 4), value)), "m.png", "data.path: f")
     assert mask.shape == (3, 4) and np.all(mask == (value == 255))
 
 
@@ -170,5 +170,5 @@ VOID = np.where(np.hypot(*np.mgrid[-20:20, -25:25]).round() == 13, 255, DISC)
     ],
 )
 def test_pictures_that_are_no_masks(image, message):
-    line = refusal(lambda: decode_mask(image, "m.png", "data.dir: f"))
-    assert re.search(f"^data.dir: f: mask m.png.*{message}", line), line
+    line = refusal(lambda: decode_mask(image, "m.png", "data.path: f"))
+    assert re.search(f"^data.path: f: mask m.png.*{message}", line), line

@@ -251,7 +251,7 @@ def test_medmnist_colour_flat_labels_resized_and_capped(tmp_path):
 )
 def test_medmnist_bad_files(tmp_path, changes, message):
     path = saved(tmp_path / "pneumoniamnist.npz", **medmnist(**changes))
-    with pytest.raises(UserError, match=f"^data.dir: .*pneumoniamnist.npz.*{message}"):
+    with pytest.raises(UserError, match=f"^data.path: .*pneumoniamnist.npz.*{message}"):
         load(path)
 
 
@@ -259,5 +259,5 @@ def test_medmnist_bad_settings(tmp_path):
     path = saved(tmp_path / "m.npz", **medmnist())
     with pytest.raises(UserError, match="data.fractions: 24 examples are too few for 25 clients"):
         load(path, fractions=(0.04,) * 25)
-    with pytest.raises(UserError, match="data.dir is not set; it must name a MedMNIST .npz file"):
+    with pytest.raises(UserError, match="data.path is not set; it must name a MedMNIST .npz file"):
         load(None)

@@ -204,7 +204,7 @@ ODD[7, 2, 2] = 9
 def test_bad_files(tmp_path, arrays, message):
     path = saved(tmp_path / "x.npz", **arrays)
     line = refusal(lambda: load(path))
-    assert re.search(f"^data.dir: .*x.npz.*{message}", line), line
+    assert re.search(f"^data.path: .*x.npz.*{message}", line), line
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_bad_files(tmp_path, arrays, message):
 def test_bad_sites(tmp_path, arrays, message):
     path = saved(tmp_path / "x.npz", **GOOD, **arrays)
     line = refusal(lambda: load(path, split_by="site"))
-    assert re.search(f"^data.dir: .*x.npz.*{message}", line), line
+    assert re.search(f"^data.path: .*x.npz.*{message}", line), line
 
 
 def test_bad_settings(tmp_path):
@@ -235,8 +235,8 @@ def test_bad_settings(tmp_path):
         ({"fractions": (0.02,) * 50}, "data.fractions: 40 examples are too few for 50 clients of"),
     ):
         assert refusal(lambda changes=changes: load(path, **changes)).startswith(start)
-    assert refusal(lambda: load(None)).startswith("data.dir is not set; it must name an .npz file")
-    assert refusal(lambda: load(str(tmp_path))).startswith(f"data.dir: {tmp_path} cannot be read")
+    assert refusal(lambda: load(None)).startswith("data.path is not set; it must name an .npz file")
+    assert refusal(lambda: load(str(tmp_path))).startswith(f"data.path: {tmp_path} cannot be read")
 
 
 # --- real data ------------------------------------------------------------------------------------
@@ -284,4 +284,4 @@ def test_real_hippocampi(real):
 def test_masks_of_another_aspect_are_refused(tmp_path, arrays):
     np.savez(tmp_path / "x.npz", **arrays)
     line = refusal(lambda: load(tmp_path / "x.npz"))
-    assert re.search("^data.dir: .*x.npz: (masks|labels) of shape .* are of another aspect", line)
+    assert re.search("^data.path: .*x.npz: (masks|labels) of shape .* are of another aspect", line)

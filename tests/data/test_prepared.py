@@ -29,11 +29,11 @@ def both(files, seed=0, **settings):
     common = {"image_size": 8, "cache_dir": str(folder / "cache")} | settings
     raw = DataConfig(
         name="fed_isic2019",
-        dir=str(files.zip),
+        path=str(files.zip),
         split_csv=str(files.path / "train_test_split.csv"),
         **common,
     )
-    made = DataConfig(name="tfds:fed_isic2019", dir=str(folder / "data"), **common)
+    made = DataConfig(name="tfds:fed_isic2019", path=str(folder / "data"), **common)
     return load_federated(raw, seed), load_federated(made, seed)
 
 
@@ -60,10 +60,10 @@ def test_a_run_on_a_prepared_set_is_the_run_on_the_raw_files(files, monkeypatch)
     for name, rest in [
         (
             "fed_isic2019",
-            f"--config.data.dir={files.zip} "
+            f"--config.data.path={files.zip} "
             f"--config.data.split_csv={files.path / 'train_test_split.csv'}",
         ),
-        ("tfds:fed_isic2019", f"--config.data.dir={folder / 'data'}"),
+        ("tfds:fed_isic2019", f"--config.data.path={folder / 'data'}"),
     ]:
         workdir = folder / name.replace(":", "_")
         settings = f"--config.data.name={name} {rest} --config.data.split=official"
@@ -82,12 +82,12 @@ def test_what_cannot_be_read_is_one_line(files, tmp_path):
         return load_federated(DataConfig(**settings), 0, masks=masks)
 
     with pytest.raises(UserError, match="fed_isic2019 is not prepared in .*: fedhelp data prepare"):
-        load(name="tfds:fed_isic2019", dir=str(tmp_path / "elsewhere"))
+        load(name="tfds:fed_isic2019", path=str(tmp_path / "elsewhere"))
     with pytest.raises(UserError, match="none of fedhelp data list; did you mean fed_isic2019"):
         load(name="tfds:fed_isic2018")
     data = str(files.path.parent / "data")
     with pytest.raises(UserError, match="fed_isic2019 has no masks to learn.*it has .*label"):
-        load(name="tfds:fed_isic2019", dir=data, masks=True)
+        load(name="tfds:fed_isic2019", path=data, masks=True)
 
 
 def test_a_name_without_a_set_is_refused(capsys, tmp_path):
@@ -103,6 +103,6 @@ def test_the_real_data(real, image_cache, tmp_path):
     table.symlink_to(real / "fed_isic2019_ham_split.csv")
     prepare("fed_isic2019", str(zip_.parent), str(tmp_path / "data"), say=lambda text: None)
     common = {"image_size": 32, "cache_dir": image_cache}
-    raw = DataConfig(name="fed_isic2019", dir=str(zip_), split_csv=str(table), **common)
-    made = DataConfig(name="tfds:fed_isic2019", dir=str(tmp_path / "data"), **common)
+    raw = DataConfig(name="fed_isic2019", path=str(zip_), split_csv=str(table), **common)
+    made = DataConfig(name="tfds:fed_isic2019", path=str(tmp_path / "data"), **common)
     assert_equal(load_federated(raw, 0), load_federated(made, 0))

@@ -19,7 +19,7 @@ FRACTIONS = (0.5, 0.3, 0.2)
 
 def private(folder, name, *, masks=False, seed=0, **settings):
     common = {"image_size": 8, "cache_dir": str(folder / "cache"), "fractions": FRACTIONS}
-    config = DataConfig(name=name, **({"dir": str(folder / "data")} | common | settings))
+    config = DataConfig(name=name, **({"path": str(folder / "data")} | common | settings))
     return load_federated(config, seed, masks=masks)
 
 
@@ -59,9 +59,9 @@ def pneumonia(tmp_path):
     "by", ["fractions", "iid", "quantity", "dirichlet", "shards", "clusters", None]
 )
 def test_a_prepared_medmnist_is_its_file(pneumonia, by):
-    settings = {"split_by": by, "num_clients": 3, "seed": 4, "alpha": 5.0}
+    settings = {"split_by": by, "num_clients": 3, "seed": 4, "dirichlet_alpha": 5.0}
     file = str(pneumonia / "download/pneumoniamnist.npz")
-    raw = private(pneumonia, "medmnist", dir=file, **settings)
+    raw = private(pneumonia, "medmnist", path=file, **settings)
     for _ in range(2):  # the second time from the cache
         made = private(pneumonia, "tfds:medmnist/pneumoniamnist_28", **settings)
         assert made.name == "medmnist_pneumoniamnist_28" and made.label_names == raw.label_names

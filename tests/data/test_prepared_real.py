@@ -47,7 +47,7 @@ def test_lungs_of_two_hospitals(real, tmp_path):
     assert not any("officially" in line for line in said)
     config = DataConfig(
         name="tfds:lung_masks",
-        dir=str(tmp_path / "data"),
+        path=str(tmp_path / "data"),
         image_size=128,
         cache_dir=str(tmp_path / "cache"),
     )
@@ -94,7 +94,7 @@ def test_hippocampi(real, tmp_path):
     assert len(cases) == 260 and not any("officially" in line for line in said)
     config = DataConfig(
         name="tfds:msd/task04_hippocampus",
-        dir=str(tmp_path / "data"),
+        path=str(tmp_path / "data"),
         volume_size=volumes.shape[1:],
         fractions=(0.45, 0.45, 0.10),
         cache_dir=str(tmp_path / "cache"),

@@ -13,10 +13,10 @@ from fedhelp_jax.data.partition import sharing as sharings
 from fedhelp_jax.data.partition.fractions import partition, rng_for
 from fedhelp_jax.data.partition.sharing import (
     Sharing,
-    looks,
+    partition_like,
     share_out,
-    share_out_alike,
     share_out_by_looks,
+    thumbnail_features,
     units_of,
 )
 from fedhelp_jax.settings.schema import SHARINGS
@@ -59,7 +59,7 @@ def test_a_dirichlet_share_has_the_mean_and_variance_of_the_formula():
     """Of a class of n, client k gets p n: mean 1/K, variance (1/K)(1 - 1/K)/(K alpha + 1)."""
     labels = np.zeros(10000, int)
     for alpha in (0.5, 5.0):
-        how = Sharing("dirichlet", num_clients=4, alpha=alpha)
+        how = Sharing("dirichlet", num_clients=4, dirichlet_alpha=alpha)
         draws = [len(share_out(labels, how, rng(seed))[0]) / 10000 for seed in range(600)]
         # With a minimum of one example next to nothing is drawn again.
         assert np.mean(draws) == pytest.approx(0.25, abs=0.04)
@@ -69,13 +69,15 @@ def test_a_dirichlet_share_has_the_mean_and_variance_of_the_formula():
 def test_a_small_alpha_makes_classes_unlike_and_a_large_one_alike():
     spread = {}
     for alpha in (0.1, 1000.0):
-        found = counts(share_out(LABELS, EQUAL._replace(by="dirichlet", alpha=alpha), rng()))
+        found = counts(
+            share_out(LABELS, EQUAL._replace(by="dirichlet", dirichlet_alpha=alpha), rng())
+        )
         spread[alpha] = (found / found.sum(0)).std(0).mean()
     assert spread[1000.0] < 0.03 < 0.25 < spread[0.1]
 
 
 def test_quantity_makes_sizes_unlike_and_classes_alike():
-    found = counts(share_out(LABELS, EQUAL._replace(by="quantity", alpha=0.3), rng(2)))
+    found = counts(share_out(LABELS, EQUAL._replace(by="quantity", dirichlet_alpha=0.3), rng(2)))
     sizes = found.sum(1)
     assert sizes.max() > 3 * sizes.min()
     large = sizes > 100
@@ -88,15 +90,17 @@ def test_quantity_makes_sizes_unlike_and_classes_alike():
 
 def test_shards_give_a_client_few_classes():
     labels = np.repeat(np.arange(8), 50)
-    parts = share_out(labels, Sharing("shards", num_clients=4, shards=2), rng())
+    parts = share_out(labels, Sharing("shards", num_clients=4, shards_per_client=2), rng())
     assert_partition(parts, 400)
     assert {len(part) for part in parts} == {100}
     assert all(len(np.unique(labels[part])) <= 2 for part in parts)
 
 
 def test_a_draw_that_cannot_end_is_refused_and_a_tiny_alpha_draws_a_corner():
-    how = Sharing("dirichlet", num_clients=4, alpha=1e-6, min_examples=1)
-    with pytest.raises(UserError, match=r"data.alpha = 1e-06: in 100 draws .*min_examples = 1 of"):
+    how = Sharing("dirichlet", num_clients=4, dirichlet_alpha=1e-6, min_examples=1)
+    with pytest.raises(
+        UserError, match=r"data.dirichlet_alpha = 1e-06: in 100 draws .*min_examples = 1 of"
+    ):
         share_out(np.zeros(50, int), how, rng())
     corner = sharings._dirichlet(1e-9, 4, rng())
     assert sorted(corner) == [0, 0, 0, 1]
@@ -107,7 +111,7 @@ def test_groups_stay_whole(by):
     """Of 300 patients with one to five images each."""
     groups = np.repeat(rng().permutation(300), rng().integers(1, 6, 300))
     labels = rng(1).integers(0, 5, len(groups))
-    how = EQUAL._replace(by=by, alpha=5.0, shards=4)
+    how = EQUAL._replace(by=by, dirichlet_alpha=5.0, shards_per_client=4)
     parts = share_out(labels, how, rng(2), groups)
     assert_partition(parts, len(groups))
     owners = [set(groups[part].tolist()) for part in parts]
@@ -115,7 +119,7 @@ def test_groups_stay_whole(by):
     if by in ("fractions", "iid"):
         # A client's size is off by less than the largest group.
         assert max(abs(len(part) - len(groups) / 4) for part in parts) < 5
-    tests = share_out_alike([labels[part] for part in parts], labels, rng(3), groups)
+    tests = partition_like([labels[part] for part in parts], labels, rng(3), groups)
     assert_partition(tests, len(groups))
     assert sum(len(set(groups[part].tolist())) for part in tests) == 300
 
@@ -149,7 +153,7 @@ def test_groups_too_large_to_share_out_are_refused():
 
 
 def pictures(kinds):
-    """Grey images of a few looks, with noise."""
+    """Grey images of a few thumbnail_features, with noise."""
     draw = np.random.default_rng(0)
     base = draw.uniform(40, 210, (max(kinds) + 1, 12, 10, 1))
     noise = draw.normal(0, 3, (len(kinds), 12, 10, 1))
@@ -187,7 +191,7 @@ def test_looks_are_means_of_cells():
         for a, b in itertools.pairwise(cuts)
         for column in range(3)
     ]
-    np.testing.assert_allclose(looks(images), np.concatenate(expected, 1), rtol=1e-12)
+    np.testing.assert_allclose(thumbnail_features(images), np.concatenate(expected, 1), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -196,12 +200,12 @@ def test_looks_are_means_of_cells():
         (Sharing("quantity", num_clients=6, min_examples=2), "11 examples are too few for 6"),
         # Of eight pieces three are larger, and here the other client has them all.
         (
-            Sharing("shards", num_clients=2, shards=4, min_examples=5),
+            Sharing("shards", num_clients=2, shards_per_client=4, min_examples=5),
             "pieces of 4 a client: 11 examples leave one of 2 clients with fewer than 5",
         ),
         (
-            Sharing("shards", num_clients=4, shards=2**30),
-            "data.shards = 1073741824: 11 examples are too few for 4 clients",
+            Sharing("shards", num_clients=4, shards_per_client=2**30),
+            "data.shards_per_client = 1073741824: 11 examples are too few for 4 clients",
         ),
         (Sharing("site"), "data.split_by must be one of fractions, iid"),
     ],
@@ -214,17 +218,17 @@ def test_what_cannot_be_shared_out_is_refused(how, words):
 def test_test_examples_follow_the_classes_of_training():
     train = [np.array([0] * 30 + [1] * 10), np.array([0] * 10 + [1] * 30), np.array([2])]
     labels = np.repeat([0, 1, 2, 3], [40, 80, 5, 6])
-    parts = share_out_alike(train, labels, rng())
+    parts = partition_like(train, labels, rng())
     assert_partition(parts, len(labels))
     found = np.array([np.bincount(labels[part], minlength=4) for part in parts])
     np.testing.assert_array_equal(found, [[30, 20, 0, 2], [10, 60, 0, 2], [0, 0, 5, 2]])
 
 
 def test_everyone_gets_a_test_example():
-    parts = share_out_alike([np.array([0]), np.array([0] * 999)], np.zeros(3, int), rng())
+    parts = partition_like([np.array([0]), np.array([0] * 999)], np.zeros(3, int), rng())
     assert sorted(map(len, parts)) == [1, 2]
     with pytest.raises(UserError, match="1 test examples are too few for 2 clients"):
-        share_out_alike([np.array([0])] * 2, np.zeros(1, int), rng())
+        partition_like([np.array([0])] * 2, np.zeros(1, int), rng())
 
 
 def test_a_run_shows_who_has_what(tmp_path, monkeypatch):
@@ -238,7 +242,7 @@ def test_a_run_shows_who_has_what(tmp_path, monkeypatch):
     np.savez(tmp_path / "pneumoniamnist.npz", **arrays)
     flags = {
         "data.name": "medmnist",
-        "data.dir": tmp_path / "pneumoniamnist.npz",
+        "data.path": tmp_path / "pneumoniamnist.npz",
         "data.split_by": "dirichlet",
         "data.num_clients": 3,
         "data.min_examples": 5,
@@ -276,6 +280,6 @@ def test_a_run_shows_who_has_what(tmp_path, monkeypatch):
 )
 def test_what_a_data_set_cannot_be_split_by_is_refused(capsys, tmp_path, name, by, right):
     code = train(
-        tmp_path, f"--config.data.name={name} --config.data.split_by={by} --config.data.dir=x"
+        tmp_path, f"--config.data.name={name} --config.data.split_by={by} --config.data.path=x"
     )
     assert f"is not for data {name}: it must be {right}" in refusal(capsys, code)

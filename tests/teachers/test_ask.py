@@ -10,16 +10,16 @@ from helpers import public_images, refusal, tiny_public
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.teachers import query
 from fedhelp_jax.teachers.base import TransientError
-from fedhelp_jax.teachers.query import Pace, carry_out, make_plan
+from fedhelp_jax.teachers.query import QueryLimits, execute, make_plan
 from fedhelp_jax.teachers.store import AnswerStore, Precision
 
 COUNT, BATCH = 22, 4
-PACE = Pace(
+PACE = QueryLimits(
     batch_size=BATCH,
     concurrency=1,
     requests_per_second=None,
     max_attempts=3,
-    max_wait=1.0,
+    max_backoff=1.0,
     max_queries=None,
 )
 
@@ -61,7 +61,7 @@ class Asking:
                 assert begun - stored <= self.pace.concurrency * self.pace.batch_size
                 self._on_answers(count)
 
-            carry_out(plan, self.model, self.images, store, self.pace, told)
+            execute(plan, self.model, self.images, store, self.pace, told)
 
     def stored(self):
         """The images with an answer, once each answer is known to be right."""
@@ -128,7 +128,7 @@ def test_what_is_known_is_not_asked(asking):
     with one.store(write=True) as store:
         sha256 = [one.images.sha256[place] for place in places]
         store.put(sha256, np.stack([one.model.expected(sha) for sha in sha256]))
-        store.spend(9, None)
+        store.consume_quota(9, None)
     plan = one.plan()
     assert (plan.images, plan.known, plan.to_ask, plan.sent_before) == (COUNT, 4, COUNT - 4, 9)
     planned = {place for batch in plan.batches for place in batch}
@@ -240,7 +240,7 @@ def test_pauses_double_up_to_the_longest(asking, monkeypatch):
         times.append(time.monotonic())
         failing(0, 1, 2, 3)(number)
 
-    asking(FakeModel(before=before), max_attempts=5, max_wait=0.1).ask()
+    asking(FakeModel(before=before), max_attempts=5, max_backoff=0.1).ask()
     pauses = np.diff(times)[:4]
     assert (pauses >= [0.04, 0.08, 0.1, 0.1]).all()
     assert (pauses < np.array([0.04, 0.08, 0.1, 0.1]) + 1).all()
@@ -291,12 +291,12 @@ def test_all_keep_a_pause_that_one_was_asked_for(asking):
 
 def test_a_pause_beyond_the_longest_ends_it_at_once(asking):
     error = TransientError("it rests", retry_after=3.0)
-    one = asking(FakeModel(before=failing(2, error=error)), max_wait=2.9)
+    one = asking(FakeModel(before=failing(2, error=error)), max_backoff=2.9)
     start = time.monotonic()
     message = refusal(one.ask)
     assert time.monotonic() - start < 2
     assert message.startswith("teacher: it rests; it asks to wait 3 s, longer than ")
-    assert "teacher.max_wait = 2.9. What was answered is kept" in message
+    assert "teacher.max_backoff = 2.9. What was answered is kept" in message
     assert len(one.model.asked) == 3 and len(one.stored()) == 2 * BATCH
 
 
@@ -404,7 +404,7 @@ def test_an_image_is_counted_before_it_is_sent(asking):
     one = asking(Counting())
     plan = one.plan()
     with one.store(write=True) as store:
-        carry_out(plan, one.model, one.images, store, one.pace, lambda count: None)
+        execute(plan, one.model, one.images, store, one.pace, lambda count: None)
     assert sent == [4, 8, 12, 16, 20, 22]
 
 
@@ -442,7 +442,7 @@ def test_an_interruption_ends_a_pause(asking):
     def interrupt(count):
         raise KeyboardInterrupt
 
-    one = asking(FakeModel(before=before), interrupt, concurrency=2, max_wait=30.0)
+    one = asking(FakeModel(before=before), interrupt, concurrency=2, max_backoff=30.0)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         one.ask()

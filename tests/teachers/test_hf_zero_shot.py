@@ -14,7 +14,7 @@ from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.teachers.backends.hf_zero_shot import HuggingFaceZeroShot
 from fedhelp_jax.teachers.base import FoundationModel, TransientError
 from fedhelp_jax.teachers.http import Transport
-from fedhelp_jax.teachers.query import Pace, carry_out, make_plan
+from fedhelp_jax.teachers.query import QueryLimits, execute, make_plan
 from fedhelp_jax.teachers.store import AnswerStore, Precision
 
 LABELS = ("naevus", "mélanome", "benign keratosis", "other")
@@ -22,12 +22,12 @@ PATH = "/models/clip"
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (3, 7, 5, 3), dtype=np.uint8)
 GREY = RNG.integers(0, 256, (3, 6, 9), dtype=np.uint8)
-PACE = Pace(
+PACE = QueryLimits(
     batch_size=16,
     concurrency=2,
     requests_per_second=None,
     max_attempts=1,
-    max_wait=1.0,
+    max_backoff=1.0,
     max_queries=None,
 )
 
@@ -275,7 +275,7 @@ def test_each_image_is_a_request(tmp_path, endpoint, model):
         plan = make_plan(model, images, store, PACE)
     assert [len(batch) for batch in plan.batches] == [1] * 6 and plan.to_ask == 6
     with AnswerStore(tmp_path / "store", model.fingerprint, Precision(), write=True) as store:
-        carry_out(plan, model, images, store, PACE, lambda count: None)
+        execute(plan, model, images, store, PACE, lambda count: None)
         found = store.read(images.sha256)
     assert len(endpoint.requests) == 6
     for sha, image in zip(images.sha256, [*COLOUR, *GREY], strict=True):

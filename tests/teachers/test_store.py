@@ -63,7 +63,7 @@ def test_float32_comes_back_bit_by_bit(shape):
     assert stored.answer.dtype == np.float32 and stored.answer.shape == shape
     assert stored.answer.tobytes() == answer.tobytes()
     assert stored.precision == FLOAT32
-    assert stored.nats_lost == 0
+    assert stored.truncation_kl == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -109,7 +109,7 @@ def test_what_is_lost_is_told_in_nats(shape, precision):
     expected = divergence(answer, stored.answer)
     assert expected > 0
     # As a float32, of differences between numbers near 1.
-    assert stored.nats_lost == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert stored.truncation_kl == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 def test_nothing_is_lost_where_the_rest_is_even():
@@ -117,7 +117,7 @@ def test_nothing_is_lost_where_the_rest_is_even():
     answer[2] = 3.0
     stored = decode(encode(answer, Precision("float32", 1)))
     np.testing.assert_allclose(stored.answer, answer, rtol=0, atol=1e-6)
-    assert abs(stored.nats_lost) < 1e-12
+    assert abs(stored.truncation_kl) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -145,7 +145,7 @@ def test_as_many_as_there_are_is_all(top_k):
 def test_extreme_logits_keep_their_probabilities():
     answer = np.array([3e38, 0, -3e38, 1e4], np.float32)
     stored = decode(encode(answer, Precision("float32", 1)))
-    assert np.isfinite(stored.answer).all() and np.isfinite(stored.nats_lost)
+    assert np.isfinite(stored.answer).all() and np.isfinite(stored.truncation_kl)
     np.testing.assert_array_equal(softmax(stored.answer.astype(np.float64)), [1, 0, 0, 0])
 
 
@@ -206,8 +206,8 @@ def test_what_is_lost_is_that_of_what_is_read(tmp_path, kept, asked):
     """Also where more was stored than is asked for: training sees no more than that."""
     with opened(filled(tmp_path, logits(3, CLASSES), kept), asked) as store:
         found = store.read(shas(4))
-        lost = store.nats_lost(shas(4))
-    assert lost == {key: stored.nats_lost for key, stored in found.items()}
+        lost = store.truncation_kl(shas(4))
+    assert lost == {key: stored.truncation_kl for key, stored in found.items()}
 
 
 LESS = [FLOAT16, Precision("float32", 4), Precision("float16", 4), Precision("float16", 1)]
@@ -226,7 +226,7 @@ def test_more_precision_gives_what_storing_less_would_have_given(tmp_path, shape
     for key, stored in expected.items():
         assert reduced[key].answer.tobytes() == stored.answer.tobytes()
         assert reduced[key].precision == stored.precision == asked
-        assert reduced[key].nats_lost == stored.nats_lost > 0
+        assert reduced[key].truncation_kl == stored.truncation_kl > 0
 
 
 @pytest.mark.parametrize("kept", [Precision("float32", 6), Precision("float16", 6)])
@@ -244,7 +244,7 @@ def test_of_more_logits_fewer_are_given(tmp_path, kept):
         np.testing.assert_array_equal(reduced[key].answer[places], stored.answer[places])
         np.testing.assert_allclose(reduced[key].answer, stored.answer, rtol=0, atol=tolerance)
         assert reduced[key].precision == asked
-        assert reduced[key].nats_lost == pytest.approx(stored.nats_lost, rel=10 * tolerance)
+        assert reduced[key].truncation_kl == pytest.approx(stored.truncation_kl, rel=10 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_answers_belong_to_one_model(tmp_path, field):
     filled(tmp_path, logits(3, CLASSES))
     with opened(tmp_path, fingerprint=other, write=True) as store:
         assert store.read(shas(3)) == {}
-        store.spend(7, None)
+        store.consume_quota(7, None)
         store.put([sha(0)], logits(1, 2, 2, CLASSES))  # of another shape too
     with opened(tmp_path) as store:
         assert store.known(shas(3)) == set(shas(3)) and store.sent == 0
@@ -322,18 +322,18 @@ def test_another_shape_is_another_model(tmp_path, shape):
 def test_what_is_sent_is_counted_over_all_runs(tmp_path):
     with opened(tmp_path, write=True) as store:
         assert store.sent == 0
-        store.spend(3, None)
-        store.spend(4, 7)
+        store.consume_quota(3, None)
+        store.consume_quota(4, 7)
         assert store.sent == 7
     with opened(tmp_path) as store:
         assert store.sent == 7
     with opened(tmp_path, write=True) as store:
         for images, limit in ((1, 7), (4, 10), (1, 0)):
-            message = refusal(lambda i=images, n=limit: store.spend(i, n))
+            message = refusal(lambda i=images, n=limit: store.consume_quota(i, n))
             assert f"teacher.max_queries = {limit}" in message
             assert "7 images were sent to tiny" in message
         assert store.sent == 7
-        store.spend(3, 10)
+        store.consume_quota(3, 10)
         assert store.sent == 10
 
 
@@ -348,7 +348,7 @@ def test_threads_may_write_at_once(tmp_path, monkeypatch):
         def write(thread):
             try:
                 for batch in range(batches):
-                    store.spend(2, None)
+                    store.consume_quota(2, None)
                     numbers = 2 * (thread * batches + batch) + np.arange(2)
                     store.put([sha(n) for n in numbers.tolist()], answers[thread, batch])
             except BaseException as error:
@@ -453,7 +453,7 @@ def test_a_writer_follows_what_another_process_has_made_larger(tmp_path, monkeyp
     with opened(tmp_path, fingerprint=WIDE, write=True) as store:
         write_elsewhere(tmp_path, 1, 40, WIDE)
         store.put([sha(40)], np.full((1, 2000), 40, np.float32))
-        store.spend(1, None)
+        store.consume_quota(1, None)
         assert_numbers(store.read(shas(41)), range(41))
         assert store.sent == 40
 
@@ -528,7 +528,7 @@ def test_a_read_only_folder_cannot_be_written_to(unprivileged, mode):
     close_to_writers(folder, mode)
 
     def write():
-        with opened(folder, write=True) as store, store.alone(lambda: None):
+        with opened(folder, write=True) as store, store.exclusive_lock(lambda: None):
             store.put([sha(3)], logits(1, CLASSES))
 
     with unprivileged():

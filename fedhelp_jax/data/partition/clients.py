@@ -17,8 +17,8 @@ from fedhelp_jax.data.partition.sharing import (
     ALIKE,
     BY_CLASS,
     Sharing,
+    partition_like,
     share_out,
-    share_out_alike,
     share_out_by_looks,
 )
 from fedhelp_jax.data.readers.tables import group_of, is_unknown
@@ -250,7 +250,7 @@ def _shared_out(
         tests = share_out(labels[test], few, test_rng, examples.groups[test])
     else:
         like = [labels[train[own]] for own in trains]
-        tests = share_out_alike(like, labels[test], test_rng, examples.groups[test])
+        tests = partition_like(like, labels[test], test_rng, examples.groups[test])
     owner = np.full(total, -1)
     for client, (own, own_test) in enumerate(zip(trains, tests, strict=True)):
         owner[train[own]] = client

@@ -32,17 +32,18 @@ class Sharing(NamedTuple):
             else "fractions".
         fractions: With "fractions", each client's share; positive, with sum 1.
         num_clients: Otherwise, how many clients there are.
-        alpha: With "dirichlet" and "quantity", the concentration: the smaller, the more unlike.
+        dirichlet_alpha: With "dirichlet" and "quantity", the concentration: the smaller, the more
+            unlike.
         min_examples: The least a client has, validation examples too.
-        shards: With "shards", how many a client has: about as many classes.
+        shards_per_client: With "shards", how many a client has: about as many classes.
     """
 
     by: str | None = "fractions"
     fractions: tuple[float, ...] = ()
     num_clients: int = 6
-    alpha: float = 0.5
+    dirichlet_alpha: float = 0.5
     min_examples: int = 1
-    shards: int = 2
+    shards_per_client: int = 2
 
 
 class Units(NamedTuple):
@@ -128,26 +129,29 @@ def share_out(
             shares = np.full(clients, 1.0)
             if sharing.by == "quantity":
                 # A draw may round to 0, which is no share.
-                shares = np.maximum(_dirichlet(sharing.alpha, clients, rng), 1e-9)
+                shares = np.maximum(_dirichlet(sharing.dirichlet_alpha, clients, rng), 1e-9)
             sizes = split_sizes(total, (shares / shares.sum()).tolist(), least)
             dealt = _cut(rng.permutation(len(units.sizes)), units.sizes, np.cumsum(sizes)[:-1])
             return _checked(dealt, units, least, "data.num_clients")
         case "shards":
-            if total < clients * sharing.shards:
+            if total < clients * sharing.shards_per_client:
                 raise UserError(
-                    f"data.shards = {sharing.shards}: {total} examples are too few for {clients} "
-                    "clients of so many pieces each"
+                    f"data.shards_per_client = {sharing.shards_per_client}: {total} examples are "
+                    f"too few for {clients} clients of so many pieces each"
                 )
             # A random order of equals, then one that keeps it.
             order = rng.permutation(len(units.sizes))
             order = order[np.argsort(units.labels[order], kind="stable")]
-            count = clients * sharing.shards
+            count = clients * sharing.shards_per_client
             ends = np.cumsum([len(piece) for piece in np.array_split(np.arange(total), count)])
             pieces = _cut(order, units.sizes, ends[:-1])
-            places = rng.permutation(count).reshape(clients, sharing.shards)
+            places = rng.permutation(count).reshape(clients, sharing.shards_per_client)
             dealt = [np.concatenate([pieces[i] for i in own]) for own in places]
             return _checked(
-                dealt, units, least, f"data.shards: pieces of {sharing.shards} a client"
+                dealt,
+                units,
+                least,
+                f"data.shards_per_client: pieces of {sharing.shards_per_client} a client",
             )
         case "dirichlet":
             return _by_dirichlet(units, sharing, rng)
@@ -160,7 +164,7 @@ def _by_dirichlet(units: Units, sharing: Sharing, rng: np.random.Generator) -> l
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
         for label in np.unique(units.labels):
             members = rng.permutation(np.flatnonzero(units.labels == label))
-            shares = np.cumsum(_dirichlet(sharing.alpha, clients, rng))[:-1]
+            shares = np.cumsum(_dirichlet(sharing.dirichlet_alpha, clients, rng))[:-1]
             places = np.rint(shares * units.sizes[members].sum()).astype(int)
             for own, cut in zip(parts, _cut(members, units.sizes, places), strict=True):
                 own.append(cut)
@@ -168,13 +172,13 @@ def _by_dirichlet(units: Units, sharing: Sharing, rng: np.random.Generator) -> l
         if min(units.sizes[own].sum() for own in dealt) >= least:
             return _examples(dealt, units)
     raise UserError(
-        f"data.alpha = {sharing.alpha:g}: in {_TRIES} draws some of {clients} clients always had "
-        f"fewer than data.min_examples = {least} of {units.sizes.sum()} examples; a larger alpha, "
-        "fewer clients or a smaller minimum would do"
+        f"data.dirichlet_alpha = {sharing.dirichlet_alpha:g}: in {_TRIES} draws some of {clients} "
+        f"clients always had fewer than data.min_examples = {least} of {units.sizes.sum()} "
+        "examples; a larger alpha, fewer clients or a smaller minimum would do"
     )
 
 
-def share_out_alike(
+def partition_like(
     like: Sequence[np.ndarray],
     labels: np.ndarray,
     rng: np.random.Generator,
@@ -227,9 +231,9 @@ def share_out_by_looks(
 ) -> np.ndarray:
     """Returns whose each example is, int [n]: clients are clusters of images that look alike.
 
-    k-means on images of 8 cells a side (see `looks`), each number less its mean and over its
-    deviation; groups are clustered by their means. Test examples are of the client whose centre is
-    nearest. The largest client is the first.
+    k-means on images of 8 cells a side (see `thumbnail_features`), each number less its mean and
+    over its deviation; groups are clustered by their means. Test examples are of the client whose
+    centre is nearest. The largest client is the first.
 
     Args:
         images: [n, *spatial, C].
@@ -246,7 +250,7 @@ def share_out_by_looks(
     from scipy.cluster.vq import ClusterError, kmeans2, vq
 
     clients, least = sharing.num_clients, sharing.min_examples
-    seen = looks(images)
+    seen = thumbnail_features(images)
     mean, deviation = seen[~is_test].mean(0), seen[~is_test].std(0)
     seen = (seen - mean) / np.where(deviation > 0, deviation, 1)
     units = units_of(groups, np.zeros(len(groups), int))
@@ -277,7 +281,7 @@ def share_out_by_looks(
     )
 
 
-def looks(images: np.ndarray) -> np.ndarray:
+def thumbnail_features(images: np.ndarray) -> np.ndarray:
     """Returns images as the means of their cells, float64 [n, cells].
 
     Each axis is cut into 8 nearly equal parts, or as many as it is long; channels are kept.

@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 def load_fed_isic2019(
-    dir: str | None,
+    path: str | None,
     split_csv: str | None,
     *,
     split: str,
@@ -48,11 +48,11 @@ def load_fed_isic2019(
 ) -> FederatedDataset:
     """Returns Fed-ISIC2019, one client `centre_<k>` per centre that has images.
 
-    A centre none of whose images is in `dir` is left out, with a warning. Labels are diagnoses,
+    A centre none of whose images is in `path` is left out, with a warning. Labels are diagnoses,
     or the lesions' masks; the clients' splits are the same.
 
     Args:
-        dir: `data.dir`, a folder or zip file with `images/<id>` or `<id>`, with the ending
+        path: `data.path`, a folder or zip file with `images/<id>` or `<id>`, with the ending
             of any picture.
         split_csv: `data.split_csv`, a file with columns image_id, target (0..7), center,
             fold (train or test), lesion_id.
@@ -64,7 +64,7 @@ def load_fed_isic2019(
         seed: The run's seed.
         cache_dir: Folder of the image cache; None takes the default.
         masks: Labels are masks, uint8 [N, H, W] of one size and of the aspect of the images, from
-            `masks/<id>` or `masks/<id>_segmentation` in `dir`.
+            `masks/<id>` or `masks/<id>_segmentation` in `path`.
         bad: Is told of images and masks that cannot be used; None refuses the first.
 
     Raises:
@@ -76,7 +76,7 @@ def load_fed_isic2019(
     if split not in ("grouped", "official"):
         raise UserError(f"data.split must be grouped or official, got {split!r}")
     bad = bad or Bad()
-    source = existing_path(dir, "data.dir", "a folder or zip file of images")
+    source = existing_path(path, "data.path", "a folder or zip file of images")
     table = existing_path(split_csv, "data.split_csv", "the Fed-ISIC2019 split file")
     rows, has_lesions = read_split(table)
     rows, files = _with_images(rows, source, table)
@@ -106,7 +106,7 @@ def load_fed_isic2019(
     names = [files[row.image_id] for row in rows]
     # Masks first, since missing ones are found sooner than images are decoded.
     mask_names = _find_masks(rows, source, table) if masks else []
-    where = f"data.dir: {source}"
+    where = f"data.path: {source}"
     labels = np.array([row.target for row in rows], np.int32)
     if masks:
         labels = load_masks(source, mask_names, cache_dir=cache_dir, bad=bad)
@@ -188,17 +188,17 @@ def _with_images(rows: list[Row], source: Path, table: Path) -> tuple[list[Row],
     present = {row.center for row in rows if row.image_id in files}
     if not present:
         raise UserError(
-            f"data.dir: {source} has none of the {len(rows)} images of {table}, "
+            f"data.path: {source} has none of the {len(rows)} images of {table}, "
             f"such as {rows[0].image_id}.jpg or images/{rows[0].image_id}.jpg"
         )
     absent = sorted({row.center for row in rows} - present)
     if absent:
-        logger.warning("data.dir: %s has no image of centres %s: left out", source, absent)
+        logger.warning("data.path: %s has no image of centres %s: left out", source, absent)
     rows = [row for row in rows if row.center in present]
     missing = [row.image_id for row in rows if row.image_id not in files]
     if missing:
         raise UserError(
-            f"data.dir: image {missing[0]} of {table} is not in {source} "
+            f"data.path: image {missing[0]} of {table} is not in {source} "
             f"({len(missing)} of {len(rows)} are missing)"
         )
     return rows, files
@@ -210,7 +210,7 @@ def _find_masks(rows: list[Row], source: Path, table: Path) -> list[str]:
     missing = [row.image_id for row in rows if row.image_id not in files]
     if missing:
         raise UserError(
-            f"data.dir: mask masks/{missing[0]}.png or masks/{missing[0]}_segmentation.png of an "
+            f"data.path: mask masks/{missing[0]}.png or masks/{missing[0]}_segmentation.png of an "
             f"image of {table} is not in {source} ({len(missing)} of {len(rows)} are missing)"
         )
     return [files[row.image_id] for row in rows]

@@ -84,7 +84,7 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name in _LITTER
 
 
-def find_images(source: Path, ids: Iterable[str], key: str = "data.dir") -> dict[str, str]:
+def find_images(source: Path, ids: Iterable[str], key: str = "data.path") -> dict[str, str]:
     """Returns where each image is: `images/<id>` or `<id>`, with the ending of any picture.
 
     Args:
@@ -103,7 +103,7 @@ def find_images(source: Path, ids: Iterable[str], key: str = "data.dir") -> dict
     return _find(names, ids, ("",), f"{key}: {source}")
 
 
-def find_masks(source: Path, ids: Iterable[str], key: str = "data.dir") -> dict[str, str]:
+def find_masks(source: Path, ids: Iterable[str], key: str = "data.path") -> dict[str, str]:
     """Returns where each mask is, `masks/<id>` or `masks/<id>_segmentation`.
 
     Otherwise as `find_images`.
@@ -113,7 +113,7 @@ def find_masks(source: Path, ids: Iterable[str], key: str = "data.dir") -> dict[
     return _find(names, ids, _MASK_ENDS, f"{key}: {source}")
 
 
-def image_ids(source: Path, key: str = "data.dir") -> list[str]:
+def image_ids(source: Path, key: str = "data.path") -> list[str]:
     """Returns the sorted ids of all that `find_images` would find in the folder `images`.
 
     What else there is in that folder is counted, and the first three named, in a warning.

@@ -93,7 +93,7 @@ def load_images(
     *,
     hashed: bool = False,
     cache_dir: str | None = None,
-    key: str = "data.dir",
+    key: str = "data.path",
     bad: Bad | None = None,
 ) -> Decoded:
     """Returns the images called `names`, decoded and resized, from the cache where possible.
@@ -140,7 +140,7 @@ def load_masks(
     names: Sequence[str],
     *,
     cache_dir: str | None = None,
-    key: str = "data.dir",
+    key: str = "data.path",
     bad: Bad | None = None,
 ) -> np.ndarray:
     """Returns the masks called `names` at their own size, from the cache where possible.

@@ -27,7 +27,7 @@ def load_medmnist(
     test split for testing, as `make_clients` does it. Every client gets one example of either.
 
     Args:
-        path: `data.dir`, an .npz file with {train,val,test}_{images,labels}.
+        path: `data.path`, an .npz file with {train,val,test}_{images,labels}.
         image_size: Height and width of the result.
         sharing: How the examples are shared out.
         splitting: How each client's are split.
@@ -40,9 +40,9 @@ def load_medmnist(
         MedMNIST files hold no patient ids, so a validation split cannot be grouped.
     """
     bad = bad or Bad()
-    file = existing_path(path, "data.dir", "a MedMNIST .npz file")
-    where = f"data.dir: {file}"
-    arrays = read_npz(file, "data.dir")
+    file = existing_path(path, "data.path", "a MedMNIST .npz file")
+    where = f"data.path: {file}"
+    arrays = read_npz(file, "data.path")
     images = {part: take_images(arrays, f"{part}_images", where) for part in _PARTS}
     if len({part.shape[1:] for part in images.values()}) > 1:
         raise UserError(f"{where}: the splits hold images of different shapes")

@@ -42,7 +42,7 @@ def load_npz_masks(
     (a whole number each) and `site_names`.
 
     Args:
-        path: `data.dir`, the file.
+        path: `data.path`, the file.
         fractions: Each client's share with `split_by="fractions"`; positive, with sum 1.
         split_by: "fractions" deals the examples out at random to `client_0`, ...; "site" makes
             a client of each site, by its name, or `site_<k>`. None is "site" where there are sites.
@@ -62,9 +62,9 @@ def load_npz_masks(
         Files hold no patients' ids, so splits go by example: one with several of a patient leaks.
     """
     bad = bad or Bad()
-    file = existing_path(path, "data.dir", "an .npz file with images or volumes and masks")
-    where = f"data.dir: {file}"
-    arrays = read_npz(file, "data.dir", WITH_MASKS)
+    file = existing_path(path, "data.path", "an .npz file with images or volumes and masks")
+    where = f"data.path: {file}"
+    arrays = read_npz(file, "data.path", WITH_MASKS)
     pictures, volumes = take_pictures(arrays, where)
     if scanner_shift and not volumes:
         raise UserError(f"data.scanner_shift is for volumes; {file} has images")

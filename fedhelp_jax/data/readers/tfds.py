@@ -47,7 +47,7 @@ def load_prepared(
 
     Args:
         name: `data.name` without its prefix: NAME or NAME/CONFIG.
-        data_dir: `data.dir`, where prepared sets lie; None takes TFDS's default.
+        data_dir: `data.path`, where prepared sets lie; None takes TFDS's default.
         masks: Labels are masks, at the size of the result (nearest neighbour), not classes.
         image_size: Height and width of the result.
         volume_size: Sides of the result where it is volumes; they stay floats where they are.
