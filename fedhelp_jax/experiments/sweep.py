@@ -333,7 +333,11 @@ class Program:
         phases, data = self._at(point), self._data(leaves, point)
         return {
             role: phases.evaluate(
-                role, state.clients[role], state.server, data, data.groups[role][self.split]
+                role,
+                state.clients[role],
+                state.server,
+                data,
+                phases.everyone(role, data, self.split),
             )
             for role in phases.num_clients
         }

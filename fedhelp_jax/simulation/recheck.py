@@ -119,5 +119,5 @@ def measured_alone(
         mapping=make_mapping(1, 1, local=True),
         eval_batch_size=phases.eval_batch_size // 2 + 1,
     )
-    measure = jit(functools.partial(alone.evaluate_part, role), platform=mapping.platform)
+    measure = jit(functools.partial(alone.evaluate, role), platform=mapping.platform)
     return measure(states, server, FederationArrays(None, public, {}, None), part)

@@ -84,15 +84,16 @@ class FederationArrays(NamedTuple):
 
 
 class ClientChunk(NamedTuple):
-    """Clients of a role that are computed together, and what they need of the private images.
+    """Clients of a role that are computed together, and the private images that they need.
 
     Attributes:
-      slot: ``[M]`` rows of the group; K, past the end, for nobody.
-      place: ``[M]`` where each stands among its device's slots of the round, past their end for
-        nobody; None where these are all of them.
+      slot: ``[M]`` rows of the group; K, past the end, for an empty slot. None where the chunk is
+        the whole group, each client in its own row.
+      place: ``[M]`` where each client stands among its device's slots of the round, past their end
+        for an empty slot; None where these are all of them.
       pool: The examples, or one pool of equal length for each device.
-      train: Each one's training examples, places in the pool of its device; or None.
-      split: What they are measured on, likewise.
+      train: Each client's training examples, as places in the pool of its device; or None.
+      split: The examples that they are measured on, likewise.
     """
 
     slot: Any
@@ -157,13 +158,24 @@ class RoundProgram:
     def _algorithm(self, round: jax.Array) -> FederatedAlgorithm:
         return self.algorithm if self.algorithm_at is None else self.algorithm_at(round)
 
-    def _of(self, role: str, slot: jax.Array, tree: Any) -> Any:
-        """Those in the slots, of what there is of all clients; of nobody, anybody's."""
-        # Nobody leaves their own slot where the mapping is private.
-        if self.mapping.private:
+    def _rows(self, role: str, slot: jax.Array | None, tree: Any) -> Any:
+        """Selects the clients in the slots; an empty slot holds an arbitrary client's row."""
+        # Every client has its own slot where the mapping is private.
+        if self.mapping.private or slot is None:
             return tree
         rows = jnp.minimum(slot, self.num_clients[role] - 1)
         return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+    def _held(self, chunk: ClientChunk) -> Any:
+        """How the pool of a chunk lies on the devices."""
+        return self.mapping.own if chunk.place is None else self.mapping.by_client.spec
+
+    def everyone(self, role: str, data: FederationArrays, split: str) -> ClientChunk:
+        """The whole group, to be measured on a split, where all images lie on the devices."""
+        tables, adapts = data.groups[role], self.algorithm.clients[role].adapts
+        return ClientChunk(
+            None, None, data.pool, tables["train"] if adapts else None, tables[split]
+        )
 
     def num_participants(self, role: str) -> int:
         """How many clients of a role take part in a round."""
@@ -195,21 +207,6 @@ class RoundProgram:
             return jnp.where(jnp.isin(rows, chosen), rows, size)
         return jnp.pad(chosen, (0, slots - count), constant_values=size)
 
-    def train(
-        self,
-        role: str,
-        states: Any,
-        server: Any,
-        run_key: jax.Array,
-        round: jax.Array,
-        data: FederationArrays,
-    ) -> ClientUpdates:
-        """A role's clients train; ``states`` are theirs, ``server`` the server's."""
-        tables = data.groups[role]
-        slot = self.participants(role, tables["ids"], run_key, round)
-        part = ClientChunk(slot, None, data.pool, self._of(role, slot, tables["train"]), None)
-        return self._train(role, states, server, run_key, round, data, part, self.mapping.own)
-
     def begin(
         self,
         role: str,
@@ -221,17 +218,18 @@ class RoundProgram:
         *,
         shapes: ClientChunk,
     ) -> ClientUpdates:
-        """What :meth:`train` returns, with who takes part, and zeros where they have yet to train.
+        """What :meth:`train` returns of all who take part, with zeros for what is to be trained.
 
-        ``shapes`` are those of the pool and table of a part; of as many clients as there are slots.
+        ``shapes`` are those of the pool and table of a chunk with as many clients as there are
+        slots.
         """
         slot = self.participants(role, data.groups[role]["ids"], run_key, round)
-        train = functools.partial(self._train, role, held=self.mapping.by_client.spec)
-        part = shapes._replace(slot=slot)
-        trained = jax.eval_shape(train, states, server, run_key, round, data, part)
-        return zeros_of(trained)._replace(slot=slot)
+        train = functools.partial(self.train, role)
+        chunk = shapes._replace(slot=slot)
+        updates = jax.eval_shape(train, states, server, run_key, round, data, chunk)
+        return zeros_of(updates)._replace(slot=slot)
 
-    def train_part(
+    def train(
         self,
         role: str,
         states: Any,
@@ -239,38 +237,34 @@ class RoundProgram:
         run_key: jax.Array,
         round: jax.Array,
         data: FederationArrays,
-        part: ClientChunk,
-        before: ClientUpdates,
+        chunk: ClientChunk | None = None,
+        before: ClientUpdates | None = None,
     ) -> ClientUpdates:
-        """Some of those who take part train; their results are put among those of ``before``."""
-        mean_only, held = self.algorithm.mean_only, self.mapping.by_client.spec
-        begun = (before.upload, before.weight) if mean_only else None
-        now = self._train(role, states, server, run_key, round, data, part, held, begun)
-        stacked = ("state", "info", "non_finite", *(() if mean_only else ("upload", "weight")))
-        rows = [{name: getattr(t, name) for name in stacked} for t in (before, now)]
-        filled = fill(self.mapping, rows[0], part.place, rows[1])
-        return now._replace(slot=before.slot, **filled)
+        """Clients of a role train.
 
-    def _train(
-        self,
-        role: str,
-        states: Any,
-        server: Any,
-        run_key: jax.Array,
-        round: jax.Array,
-        data: FederationArrays,
-        part: ClientChunk,
-        held: Any,
-        begun: Any = None,
-    ) -> ClientUpdates:
-        """The clients of a part train, whose pool is ``held`` so on devices.
+        Args:
+          role: The role.
+          states: The states of all its clients.
+          server: The server's state.
+          run_key: The key of the run.
+          round: The number of the round, from 0.
+          data: The federation.
+          chunk: Which clients train; None takes all who take part in the round.
+          before: What came of other chunks in this round, as `begin` starts it. The results of this
+            chunk are added to it.
 
-        ``begun`` are sums of uploads and of weights that theirs are added to.
+        Returns:
+          The updates.
         """
+        if chunk is None:
+            tables = data.groups[role]
+            slot = self.participants(role, tables["ids"], run_key, round)
+            table = self._rows(role, slot, tables["train"])
+            chunk = ClientChunk(slot, None, data.pool, table, None)
         algorithm = self._algorithm(round)
-        client, table = algorithm.clients[role], part.train
+        client, table = algorithm.clients[role], chunk.train
         assert table is not None
-        present = part.slot < self.num_clients[role]
+        present = chunk.slot < self.num_clients[role]
 
         def one(shared: Any, own: Any) -> Any:
             download, pool, public = shared
@@ -280,26 +274,37 @@ class RoundProgram:
             found, upload = quarantine(state, upload, info)
             return (state, info, found), upload, ~found.upload
 
-        ids = self._of(role, part.slot, data.groups[role]["ids"])
+        ids = self._rows(role, chunk.slot, data.groups[role]["ids"])
         own = (
             jax.vmap(functools.partial(client_round_key, run_key, round))(ids),
-            self._of(role, part.slot, states),
+            self._rows(role, chunk.slot, states),
             table.index,
             jnp.where(present, table.size, 0),
         )
-        placed = P(), held, P()
-        shared = (algorithm.download(server, role), part.pool, data.public)
+        placed = P(), self._held(chunk), P()
+        shared = (algorithm.download(server, role), chunk.pool, data.public)
         weight = table.size if self.client_weights == "examples" else jnp.ones_like(table.size)
         weight = jnp.where(present, weight, 0)
         if algorithm.mean_only:
             run = sum_over_clients(one, self.mapping, placed)
-            (updated, info, found), (upload, weight) = run(shared, own, weight, begun)
+            begun = None if before is None else (before.upload, before.weight)
+            (state, info, found), (upload, weight) = run(shared, own, weight, begun)
         else:
             run = over_clients(one, self.mapping, placed)
-            (updated, info, found), upload, counts = run(shared, own)
+            (state, info, found), upload, counts = run(shared, own)
             weight = jnp.where(counts, weight, 0)
         found = jax.tree.map(lambda leaf: leaf & present, found)
-        return ClientUpdates(updated, upload, weight, part.slot, info, found)
+        updates = ClientUpdates(state, upload, weight, chunk.slot, info, found)
+        return updates if before is None else self._added(before, updates, chunk.place)
+
+    def _added(self, before: ClientUpdates, now: ClientUpdates, place: jax.Array) -> ClientUpdates:
+        """Puts the rows of some clients in their place among those of all who take part."""
+        # Sums of uploads and weights are those of all before already.
+        sums = ("upload", "weight") if self.algorithm.mean_only else ()
+        stacked = [name for name in ClientUpdates._fields if name not in (*sums, "slot")]
+        rows = [{name: getattr(updates, name) for name in stacked} for updates in (before, now)]
+        filled = fill(self.mapping, rows[0], place, rows[1])
+        return now._replace(slot=before.slot, **filled)
 
     def aggregate(
         self,
@@ -368,33 +373,19 @@ class RoundProgram:
         return lax.fori_loop(first, last, one, (state, infos))
 
     def evaluate(
-        self,
-        role: str,
-        states: Any,
-        server: Any,
-        data: FederationArrays,
-        table: Any,
+        self, role: str, states: Any, server: Any, data: FederationArrays, chunk: ClientChunk
     ) -> dict[str, Rows]:
-        """Metrics of a role's deployed models, ``[K]`` rounded up to whole devices and chunks."""
-        slots = self.mapping.slots(self.num_clients[role])
-        train = data.groups[role]["train"] if self.algorithm.clients[role].adapts else None
-        own = jax.tree.map(
-            lambda leaf: jnp.pad(leaf, [(0, slots - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)),
-            (states, train, table),
-        )
-        return self._evaluate(role, server, data.pool, data.public, own, self.mapping.own)
+        """Metrics of the deployed models of a chunk's clients, a row for each slot.
 
-    def evaluate_part(
-        self, role: str, states: Any, server: Any, data: FederationArrays, part: ClientChunk
-    ) -> dict[str, Rows]:
-        """The same of the clients of a part, in its slots."""
-        own = (self._of(role, part.slot, states), part.train, part.split)
-        held = self.mapping.by_client.spec
-        return self._evaluate(role, server, part.pool, data.public, own, held)
-
-    def _evaluate(
-        self, role: str, server: Any, pool: Pool, public: Any, own: Any, held: Any
-    ) -> dict[str, Rows]:
+        Of `everyone`, slots are the clients rounded up to whole devices and chunks of the mapping.
+        """
+        own = (self._rows(role, chunk.slot, states), chunk.train, chunk.split)
+        if chunk.slot is None:
+            slots = self.mapping.slots(self.num_clients[role])
+            own = jax.tree.map(
+                lambda leaf: jnp.pad(leaf, [(0, slots - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)),
+                own,
+            )
         client = self.algorithm.clients[role]
 
         def one(shared: Any, own: Any) -> dict[str, Rows]:
@@ -419,8 +410,8 @@ class RoundProgram:
                     results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], rows)
             return results
 
-        shared = (self.algorithm.download(server, role), pool, public)
-        return over_clients(one, self.mapping, (P(), held, P()))(shared, own)
+        shared = (self.algorithm.download(server, role), chunk.pool, data.public)
+        return over_clients(one, self.mapping, (P(), self._held(chunk), P()))(shared, own)
 
     def predict(
         self,
@@ -428,33 +419,35 @@ class RoundProgram:
         states: Any,
         server: Any,
         data: FederationArrays,
-        table: Any,
+        chunk: ClientChunk,
         row: jax.Array,
         places: jax.Array,
     ) -> jax.Array:
-        """What the headline model of one client says of its examples at ``places`` of a split.
+        """What the headline model of one client of a chunk says of examples of its split.
 
-        Where the mapping is private, ``[D, ...]``: zeros but for the client's own device.
+        Args:
+          role: The role.
+          states: The states of all its clients.
+          server: The server's state.
+          data: The federation.
+          chunk: The client's.
+          row: Its slot in the chunk.
+          places: Which examples of the split.
+
+        Returns:
+          ``[n, ...]``; where the mapping is private ``[D, n, ...]``, zeros but for the client's own
+          device.
         """
         one = functools.partial(self._predict, role)
-        train = data.groups[role]["train"] if self.algorithm.clients[role].adapts else None
-        shared = (self.algorithm.download(server, role), data.pool, data.public, places)
-        own = (states, train, table)
+        shared = (self.algorithm.download(server, role), chunk.pool, data.public, places)
         if self.mapping.private:
             placed = (P(), self.mapping.own, P(), P())
+            own = (states, chunk.train, chunk.split)
             return of_one_client(one, self.mapping, placed)(shared, own, row)
-        return one(shared, jax.tree.map(lambda leaf: leaf[row], own))
-
-    def predict_part(
-        self, role: str, states: Any, server: Any, data: FederationArrays, part: ClientChunk
-    ) -> jax.Array:
-        """The same of a part of one client, on all examples of its split."""
-        assert part.split is not None
-        state = jax.tree.map(lambda leaf: leaf[part.slot[0]], states)
-        train, split = jax.tree.map(lambda leaf: leaf[0], (part.train, part.split))
-        places = jnp.arange(len(split.index))
-        shared = (self.algorithm.download(server, role), part.pool, data.public, places)
-        return self._predict(role, shared, (state, train, split))
+        number = row if chunk.slot is None else chunk.slot[row]
+        state = jax.tree.map(lambda leaf: leaf[number], states)
+        tables = jax.tree.map(lambda leaf: leaf[row], (chunk.train, chunk.split))
+        return one(shared, (state, *tables))
 
     def _predict(self, role: str, shared: Any, own: Any) -> jax.Array:
         client = self.algorithm.clients[role]

@@ -185,10 +185,12 @@ class Simulation:
 
     def _measured(self, state: RunState, split: str) -> dict[str, Any]:
         """By role, model and metric a row for every slot; only the clients' are real."""
-        tables = {g.role: self.federation.groups[g.role][split] for g in self.groups}
         return self._reported(
             {
-                role: evaluate(state.clients[role], state.server, self.federation, tables[role])
+                role: evaluate(
+                    *(state.clients[role], state.server, self.federation),
+                    self.phases.everyone(role, self.federation, split),
+                )
                 for role, evaluate in self._evaluate.items()
             }
         )
@@ -217,14 +219,14 @@ class Simulation:
         self, state: RunState, role: str, row: int, split: str, places: np.ndarray
     ) -> Any:
         """The same of the examples at ``places`` of the split."""
-        table = self.federation.groups[role][split]
+        chunk = self.phases.everyone(role, self.federation, split)
         out = self._reported(
             self._predict[role](
-                state.clients[role], state.server, self.federation, table, row, places
+                state.clients[role], state.server, self.federation, chunk, row, places
             )
         )
         # Every client has a slot where the mapping is private, and a device as many as another.
-        device = row * self.mapping.num_devices // len(table.size)
+        device = row * self.mapping.num_devices // len(self.federation.groups[role][split].size)
         return out[device] if self.mapping.private else out
 
     def payload_bytes(self) -> dict[str, tuple[int, int]]:

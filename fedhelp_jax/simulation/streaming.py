@@ -282,10 +282,8 @@ class StreamedSimulation(Simulation):
             self._begin[role] = self._by_client(
                 functools.partial(phases.begin, role, shapes=shapes)
             )
-            train = functools.partial(phases.train_part, role)
+            train = functools.partial(phases.train, role)
             self._train[role] = self._by_client(train, donate_argnums=6)
-            self._evaluate[role] = self._by_client(functools.partial(phases.evaluate_part, role))
-            self._predict[role] = self._jit(functools.partial(phases.predict_part, role))
 
     def _placed(self, federation: Federation) -> FederationArrays:
         groups = {g.role: {"ids": g.ids} for g in federation.groups}
@@ -327,7 +325,8 @@ class StreamedSimulation(Simulation):
     ) -> Any:
         part = self._feed.predicting(role, row, split, places)
         part = self._feed.on_devices(part, self.mapping.replicated)
-        return self._predict[role](state.clients[role], state.server, self.federation, part)
+        at = state.clients[role], state.server, self.federation, part
+        return self._predict[role](*at, 0, np.arange(len(places)))
 
     def train_shapes(self, group: Group, state: RunState) -> ClientUpdates:
         """Shapes of all that a group's training phase returns, without running it."""
