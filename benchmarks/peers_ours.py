@@ -107,7 +107,7 @@ def main() -> None:
     federation = make_federation(dataset, ["small"] * users, on_host=max_device_bytes > 0)
     mapping = make_mapping()
     phases = RoundProgram(
-        fedavg(setup, FedAvgSettings(personal=False)),
+        fedavg.build(setup, FedAvgSettings(personal=False)),
         classification,
         num_clients(federation),
         mapping,

@@ -91,7 +91,7 @@ def main() -> None:
     roles = [role] * OPTIONS["clients"]
     mapping = make_mapping(OPTIONS.get("chunk_size"))
     federation = make_federation(dataset, roles, public, answers)
-    method = fedhelp(setup, FedHelpSettings())
+    method = fedhelp.build(setup, FedHelpSettings())
     phases = RoundProgram(method, classification, num_clients(federation), mapping)
     simulation = Simulation(phases, federation, seed=0)
     compiled = compilation.compile_totals().seconds

@@ -66,7 +66,7 @@ def refusal(capsys, code: int) -> str:
 
 
 def test_help_is_quick_and_shows_each_command():
-    script = "import sys; from fedhelp_jax import cli; sys.exit(cli.main(['fedhelp', '--help']))"
+    script = "import sys; from fedhelp_jax.cli.main import main; sys.exit(main(['fedhelp', '--help']))"
     start = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", script],

@@ -4,7 +4,7 @@ import json
 import pytest
 from ml_collections import config_dict
 
-from fedhelp_jax.algorithms import SETTINGS
+from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.experiments import config as config_lib
 from fedhelp_jax.experiments.config import (
@@ -17,7 +17,6 @@ from fedhelp_jax.experiments.config import (
 )
 from fedhelp_jax.experiments.identity import differences
 from fedhelp_jax.experiments.unused import warn_unused
-from fedhelp_jax.settings.schema import SETTING_CHECKS, SETTING_USES
 
 
 def changed(**changes):
@@ -35,7 +34,8 @@ def changed(**changes):
 
 
 def all_uses():
-    found = [use for uses in SETTING_USES.values() for use in uses]
+    own = [f for method in ALGORITHMS.values() for f in dataclasses.fields(method.settings)]
+    found = [use for field in own for use in field.metadata["only"]]
     for field in dataclasses.fields(RunConfig):
         found += field.metadata.get("only", ())
         if dataclasses.is_dataclass(field.type):
@@ -56,15 +56,15 @@ def test_defaults_are_those_of_the_schema():
     assert validate(default_config()) == from_dict(to_dict(RunConfig()))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_method_gets_its_own_defaults(name):
     config = validate(changed(algorithm__name=name))
-    assert config.algorithm.settings == SETTINGS[name]()
+    assert config.algorithm.settings == ALGORITHMS[name].settings()
 
 
 def test_settings_of_the_method_are_filled_in_and_converted():
     config = validate(changed(algorithm__k=3, algorithm__temperature=2))
-    assert config.algorithm.settings == SETTINGS["fedhelp"](k=3, temperature=2.0)
+    assert config.algorithm.settings == ALGORITHMS["fedhelp"].settings(k=3, temperature=2.0)
     assert isinstance(config.algorithm.settings.temperature, float)
 
 
@@ -135,12 +135,12 @@ REFUSED = [
     ({"data__fractions": (1.5, -0.5)}, ["config.data.fractions", "positive"]),
     ({"data__fractions": ("a",)}, ["config.data.fractions", "number"]),
     ({"data__fractions": ()}, ["config.data.fractions"]),
-    ({"data__name": "medmnist", "data__dir": "gs://b/x.npz"}, ["config.data.path", "mount"]),
+    ({"data__name": "medmnist", "data__path": "gs://b/x.npz"}, ["config.data.path", "mount"]),
     ({"data__cache_dir": "s3://bucket"}, ["config.data.cache_dir", "a path of this machine"]),
     ({"teacher__store": "s3://bucket"}, ["config.teacher.store = 's3://bucket'"]),
     ({"data__max_train": 0}, ["config.data.max_train"]),
     ({"data__name": "fed_isic2019"}, ["config.data.path", "--config.data.path"]),
-    ({"data__name": "fed_isic2019", "data__dir": "x"}, ["config.data.split_csv"]),
+    ({"data__name": "fed_isic2019", "data__path": "x"}, ["config.data.split_csv"]),
     ({"data__name": "medmnist"}, ["config.data.path", ".npz"]),
     ({"public__name": "npz"}, ["config.public.path"]),
     ({"teacher__name": "stored"}, ["config.teacher.path"]),
@@ -153,7 +153,7 @@ REFUSED = [
         ["config.model.compute_dtype", "one of float32, bfloat16"],
     ),
     ({"mapping__chunk_size": 0}, ["config.mapping.chunk_size"]),
-    ({"mapping__pool_bytes": -1}, ["config.mapping.max_device_bytes", "at least 0"]),
+    ({"mapping__max_device_bytes": -1}, ["config.mapping.max_device_bytes", "at least 0"]),
     ({"algorithm__name": "fedhlp"}, ["config.algorithm.name", "did you mean fedhelp"]),
     ({"algorithm__name": 3}, ["config.algorithm.name", "string"]),
     ({"algorithm__tempreature": 1.0}, ["config.algorithm.tempreature", "temperature"]),
@@ -195,10 +195,11 @@ def test_whole_numbers_that_32_bits_do_not_hold_are_refused_wherever_they_stand(
     """But for seeds, which are unsigned, and bytes, which no program counts."""
     wider = {"seed", "mapping.max_device_bytes"}
     tried = set()
-    for name in SETTINGS:
+    for name in ALGORITHMS:
+        fields = {field.name for field in dataclasses.fields(ALGORITHMS[name].settings)}
         for key, *_ in config_lib.describe():
             own = key.startswith("algorithm.")
-            if own and key.removeprefix("algorithm.") not in SETTINGS[name]._fields:
+            if own and key.removeprefix("algorithm.") not in fields:
                 continue
             flag = key.replace(".", "__")
             base = {"algorithm__name": name}
@@ -279,7 +280,7 @@ def test_differences_name_the_keys():
 
 
 def test_a_config_file_may_set_what_a_run_does_not_use_and_is_told(caplog):
-    config = validate(changed(data__shards=3, server__beta2=0.5, teacher__accuracy=0.5))
+    config = validate(changed(data__shards_per_client=3, server__beta2=0.5, teacher__accuracy=0.5))
     warn_unused(config)
     assert [record.getMessage().split(" in this run")[0] for record in caplog.records] == [
         "config.data.shards_per_client changes nothing",
@@ -293,7 +294,10 @@ def test_what_a_setting_is_for_is_a_value_that_another_can_have(use):
     owner, _, name = use.key.replace(".settings", "").rpartition(".")
     for value in use.values:
         if owner == "algorithm":
-            check = SETTING_CHECKS[name]
+            settings = ALGORITHMS["fedhelp"].settings
+            check = next(f for f in dataclasses.fields(settings) if f.name == name).metadata[
+                "check"
+            ]
         else:
             part = next(f.type for f in dataclasses.fields(RunConfig) if f.name == owner)
             check = next(f for f in dataclasses.fields(part) if f.name == name).metadata["check"]

@@ -32,12 +32,11 @@ from fedhelp_jax.algorithms.fedhelp import (
     large_step,
     small_step,
 )
-from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings, with_released_code
+from fedhelp_jax.algorithms.fedhelp_losses import RELEASED_CODE, FedHelpSettings, with_released_code
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.experiments.config import default_config, validate
 from fedhelp_jax.models.model import apply_model
-from fedhelp_jax.settings.schema import RELEASED_CODE
 from fedhelp_jax.tasks import segmentation
 
 RATE, T, K = 0.1, 2.0, 2
@@ -48,7 +47,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def settings(**changes):
     given = {"temperature": T, "k": K, "lambda_fm": LAMBDA_FM}
-    return FedHelpSettings(**given, lambda_f=LAMBDA_F, lambda_b=LAMBDA_B)._replace(**changes)
+    given |= {"lambda_f": LAMBDA_F, "lambda_b": LAMBDA_B} | changes
+    return FedHelpSettings(**given)
 
 
 def given_setup():

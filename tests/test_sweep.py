@@ -12,7 +12,7 @@ from commands import CONFIG, fedhelp, refusal
 from helpers import use_tiny_networks
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from fedhelp_jax.algorithms import ALGORITHMS, SETTINGS
+from fedhelp_jax.algorithms import ALGORITHMS, settings_of
 from fedhelp_jax.core.compilation import compile_totals
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.experiments import sweep as sweeps
@@ -164,7 +164,7 @@ def phases_of(config):
     return phases, federation_arrays(loaded.federation)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("server", ["none", "adam", "sgd"])
 def test_every_number_of_every_method_can_be_traced(name, server):
     """So that a sweep over it is one program; and each that has an effect is read, no other."""
@@ -173,7 +173,7 @@ def test_every_number_of_every_method_can_be_traced(name, server):
     loaded = load(config)
     arrays = federation_arrays(loaded.federation)
     swept = numbers(config)
-    own = SETTINGS[name]()._asdict()
+    own = settings_of(ALGORITHMS[name].settings())
     assert {f"algorithm.{k}" for k, v in own.items() if isinstance(v, float)} <= set(swept)
 
     def one_round(values):

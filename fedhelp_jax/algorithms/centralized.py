@@ -9,8 +9,9 @@ the broadcast model on a client's training data. The optimizer starts anew each 
 methods.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -24,15 +25,18 @@ from fedhelp_jax.algorithms.base import (
     train_locally,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, run_epochs
+from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
 
 
-class CentralizedSettings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class CentralizedSettings:
     """Centralized training has no settings of its own."""
 
 
+@method(CentralizedSettings, pools_data=True, unused=AVERAGING)
 def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorithm:
     """Training of both architectures on all clients' data."""
     del settings

@@ -11,7 +11,8 @@ Notes: ``v_i`` takes as many steps as ``w``, on the same batches, against the ``
 gradient of the term is added before Adam. ``lam = 0`` is local training of the small architecture.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -25,20 +26,24 @@ from fedhelp_jax.algorithms.base import (
     proximal,
     train_locally,
 )
+from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.settings import at_least, setting
 
 
-class DittoSettings(NamedTuple):
-    """Settings of Ditto.
+@dataclasses.dataclass(frozen=True)
+class DittoSettings:
+    """Settings of Ditto."""
 
-    Attributes:
-      lam: Weight of the distance to the broadcast model (lambda); 0 is local training.
-    """
+    lam: float = setting(
+        1.0,
+        "weight of the distance to the broadcast model (lambda); 0 is local training",
+        at_least(0),
+    )
 
-    lam: float = 1.0
 
-
+@method(DittoSettings, unused=LARGE_NETWORK)
 def ditto(setup: Setup, settings: DittoSettings) -> FederatedAlgorithm:
     """Ditto on the small architecture."""
     model = setup.models["small"]

@@ -13,8 +13,8 @@ fine-tuned FedAvg.
 Notes: batch statistics are averaged like parameters.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 from fedhelp_jax.algorithms.base import (
     FederatedAlgorithm,
@@ -23,19 +23,21 @@ from fedhelp_jax.algorithms.base import (
     train_locally,
     training_client,
 )
+from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES
+from fedhelp_jax.settings import setting
 
 
-class FedAvgSettings(NamedTuple):
-    """Settings of FedAvg.
+@dataclasses.dataclass(frozen=True)
+class FedAvgSettings:
+    """Settings of FedAvg."""
 
-    Attributes:
-      personal: Whether a client's copy is kept, to be measured; off for thousands of clients.
-    """
-
-    personal: bool = True
+    personal: bool = setting(
+        True, "whether a client's copy is kept, to be measured; off for thousands of clients"
+    )
 
 
+@method(FedAvgSettings, unused=LARGE_NETWORK)
 def fedavg(setup: Setup, settings: FedAvgSettings) -> FederatedAlgorithm:
     """FedAvg on the small architecture."""
     train = functools.partial(train_locally, setup, setup.models["small"])

@@ -10,8 +10,9 @@ after an underscore, as in all networks here, shortcuts included, and Flax's own
 network without any this is FedAvg.
 """
 
+import dataclasses
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -24,6 +25,7 @@ from fedhelp_jax.algorithms.base import (
     init_shared,
     train_locally,
 )
+from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.core.tree import merge, select
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
@@ -31,10 +33,12 @@ from fedhelp_jax.models.model import Variables
 _NORMALISATION = re.compile(r".*norm.*|(.*_)?bn\d*", re.IGNORECASE)
 
 
-class FedBNSettings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FedBNSettings:
     """FedBN has no settings of its own."""
 
 
+@method(FedBNSettings, unused=LARGE_NETWORK)
 def fedbn(setup: Setup, settings: FedBNSettings) -> FederatedAlgorithm:
     """FedBN on the small architecture."""
     del settings

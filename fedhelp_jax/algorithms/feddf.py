@@ -18,9 +18,9 @@ learns in evaluation mode, as the ensemble answers: see ``on_public``. A foundat
 have no place in it, being over other classes. ``server_steps = 0`` is FedAvg within each role.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 
@@ -33,22 +33,26 @@ from fedhelp_jax.algorithms.base import (
     train_locally,
     training_client,
 )
+from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.algorithms.on_public import check_public, learn_answers, public_logits
 from fedhelp_jax.core.tree import choose, weighted_mean
 from fedhelp_jax.data.federation import ROLES, PublicPool
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.settings import setting, whole
 
 
-class FedDFSettings(NamedTuple):
-    """Settings of FedDF.
+@dataclasses.dataclass(frozen=True)
+class FedDFSettings:
+    """Settings of FedDF."""
 
-    Attributes:
-      server_steps: Public batches the server learns from each round; 0 is FedAvg within each role.
-    """
+    server_steps: int = setting(
+        100,
+        "public batches the server learns from each round; 0 is FedAvg within each role",
+        whole(0),
+    )
 
-    server_steps: int = 100
 
-
+@method(FedDFSettings, uses_public=True, unused=("server",))
 def feddf(setup: Setup, settings: FedDFSettings) -> FederatedAlgorithm:
     """FedDF on each client's own architecture.
 

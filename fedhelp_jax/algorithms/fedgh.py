@@ -15,8 +15,9 @@ is deployed is the model after its local training, head included. All clients ne
 width.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,24 +33,27 @@ from fedhelp_jax.algorithms.base import (
     train_locally,
 )
 from fedhelp_jax.algorithms.client import apply_gradient, sgd_l2
+from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import cross_entropy_loss
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.settings import more_than, setting, whole
 
 
-class FedGHSettings(NamedTuple):
-    """Settings of FedGH.
+@dataclasses.dataclass(frozen=True)
+class FedGHSettings:
+    """Settings of FedGH."""
 
-    Attributes:
-      server_epochs: Steps of the server's head on all class means of a round.
-      server_learning_rate: Of these steps, plain SGD (eta); it follows the clients' schedule.
-    """
+    server_epochs: int = setting(
+        1, "steps of the server's head on all class means of a round", whole(0)
+    )
+    server_learning_rate: float = setting(
+        0.01, "of these steps, plain SGD (eta); it follows the clients' schedule", more_than(0)
+    )
 
-    server_epochs: int = 1
-    server_learning_rate: float = 0.01
 
-
+@method(FedGHSettings, unused=AVERAGING)
 def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
     """FedGH on each client's own architecture.
 

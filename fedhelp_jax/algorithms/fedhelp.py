@@ -61,6 +61,7 @@ from fedhelp_jax.algorithms.fedhelp_losses import (
     forward_loss,
     with_released_code,
 )
+from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.data.federation import ClientData
@@ -107,6 +108,7 @@ class LargeCarry(NamedTuple):
     opt_large: Any
 
 
+@method(FedHelpSettings, uses_public=True, uses_teacher=True)
 def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
     """FedHelp for the given models, task and public set.
 

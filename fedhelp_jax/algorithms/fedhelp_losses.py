@@ -4,7 +4,7 @@ The method itself is in ``fedhelp``. What the released code does otherwise (docs
 is kept here, so that the method's own steps read as the paper has them.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -16,41 +16,91 @@ from fedhelp_jax.losses.reference_code import (
     released_ranking_loss,
     released_stored_logits_loss,
 )
-from fedhelp_jax.settings.schema import RELEASED_CODE
+from fedhelp_jax.settings import (
+    COUNT,
+    Check,
+    at_least,
+    more_than,
+    one_of,
+    setting,
+    unless,
+    where,
+    whole,
+)
+
+# Oddities of the released code, as the setting `released_code` names them.
+RELEASED_CODE = (
+    "inverted_ranking",
+    "no_large_gradient",
+    "undetached_teacher",
+    "mean_kl",
+    "raw_answers",
+    "fresh_heads",
+)
+_RELEASED = Check(
+    lambda names: set(names) <= {"all", *RELEASED_CODE},
+    f"a tuple of some of all, {', '.join(RELEASED_CODE)}",
+)
 
 
-class FedHelpSettings(NamedTuple):
-    """Settings of FedHelp; the paper's symbols in brackets.
+@dataclasses.dataclass(frozen=True)
+class FedHelpSettings:
+    """Settings of FedHelp; the paper's symbols in brackets."""
 
-    Attributes:
-      temperature: Softens both distillations (T).
-      lambda_fm: Weight of the foundation model's answers; 0 turns them off.
-      lambda_f: Weight of the forward distillation, large model to proxy; 0 turns it off.
-      lambda_b: Weight of the backward ranking, proxy to large model; 0 turns it off.
-      k: Classes above the line in the ranking; None takes 5 of 8 classes, 1 of 2, and that share
-        elsewhere.
-      margin: Margin of the ranking, in logits.
-      kd_warmup_rounds: Rounds at the start with lambda_f = lambda_b = 0.
-      public_batch_stats: "discard" or "shared", see the notes above.
-      joint: Small clients take one step on the sum of both losses instead of two.
-      public_labels: Small clients learn the public labels, where known; without, the answers only.
-      backward: "ranking", or "kl": the proxy teaches the large model in full too (symmetric).
-      released_code: Oddities of the released code to reproduce, or ("all",); their names and what
-        they do stand in docs/method.md, section 11.
-    """
-
-    temperature: float = 1.0
-    lambda_fm: float = 1.0
-    lambda_f: float = 1.0
-    lambda_b: float = 0.2
-    k: int | None = None
-    margin: float = 0.0
-    kd_warmup_rounds: int = 1
-    public_batch_stats: str = "discard"
-    joint: bool = False
-    public_labels: bool = True
-    backward: str = "ranking"
-    released_code: tuple[str, ...] = ()
+    temperature: float = setting(1.0, "softens both distillations (T)", more_than(0))
+    lambda_fm: float = setting(
+        1.0,
+        "weight of the foundation model's answers; 0 turns them off",
+        at_least(0),
+        only=(unless("public.name", "none"), unless("teacher.name", "none")),
+    )
+    lambda_f: float = setting(
+        1.0, "weight of the forward distillation, large model to proxy; 0 turns it off", at_least(0)
+    )
+    lambda_b: float = setting(
+        0.2, "weight of the backward ranking, proxy to large model; 0 turns it off", at_least(0)
+    )
+    k: int | None = setting(
+        None,
+        "classes above the line in the ranking; None takes 5 of 8 classes, 1 of 2, and that share "
+        "elsewhere",
+        COUNT,
+        only=where("algorithm.settings.backward", "ranking"),
+    )
+    margin: float = setting(
+        0.0,
+        "margin of the ranking, in logits",
+        at_least(0),
+        only=where("algorithm.settings.backward", "ranking"),
+    )
+    kd_warmup_rounds: int = setting(1, "rounds at the start with lambda_f = lambda_b = 0", whole(0))
+    public_batch_stats: str = setting(
+        "discard",
+        '"discard" or "shared", see docs/method.md',
+        one_of("discard", "shared"),
+        only=unless("public.name", "none"),
+    )
+    joint: bool = setting(
+        False,
+        "small clients take one step on the sum of both losses instead of two",
+        only=unless("public.name", "none"),
+    )
+    public_labels: bool = setting(
+        True,
+        "small clients learn the public labels, where known; without, the answers only",
+        only=unless("public.name", "none"),
+    )
+    backward: str = setting(
+        "ranking",
+        '"ranking", or "kl": the proxy teaches the large model in full too (symmetric)',
+        one_of("ranking", "kl"),
+    )
+    released_code: tuple[str, ...] = setting(
+        (),
+        'oddities of the released code to reproduce, or ("all",); what each does stands in '
+        "docs/method.md, section 11",
+        _RELEASED,
+    )
 
 
 def with_released_code(setup: Setup, settings: FedHelpSettings) -> FedHelpSettings:
@@ -63,7 +113,8 @@ def with_released_code(setup: Setup, settings: FedHelpSettings) -> FedHelpSettin
         raise UserError(f"algorithm.released_code: there is none of {setup.task.name} that runs")
     if "all" not in settings.released_code:
         return settings
-    return settings._replace(
+    return dataclasses.replace(
+        settings,
         released_code=RELEASED_CODE,
         public_labels=False,
         public_batch_stats="shared",

@@ -25,6 +25,7 @@ too, which stays with its client. The paper's attention terms have no place in t
 ``energy_start = energy_end = 1`` sends all.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -47,24 +48,24 @@ from fedhelp_jax.algorithms.base import (
     local_epochs,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.core.tree import num_bytes
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.layers import he_normal
 from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.settings import between, setting
 
 
-class FedKDSettings(NamedTuple):
-    """Settings of FedKD.
+@dataclasses.dataclass(frozen=True)
+class FedKDSettings:
+    """Settings of FedKD."""
 
-    Attributes:
-      energy_start: Share of an update's energy that is sent at the start.
-      energy_end: The same in the last round.
-    """
-
-    energy_start: float = 0.95
-    energy_end: float = 0.98
+    energy_start: float = setting(
+        0.95, "share of an update's energy that is sent at the start", between(0, 1)
+    )
+    energy_end: float = setting(0.98, "the same in the last round", between(0, 1))
 
 
 class Server(NamedTuple):
@@ -99,6 +100,7 @@ class Seen(NamedTuple):
     loss: jax.Array
 
 
+@method(FedKDSettings, schedules=lambda s: s.energy_start != s.energy_end)
 def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
     """FedKD: a mentor of the client's own architecture beside the small mentee."""
     small = setup.models["small"]

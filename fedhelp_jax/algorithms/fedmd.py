@@ -19,6 +19,7 @@ order, the last filled up from its start; the authors draw a subset of the image
 ``digest_epochs = 0`` is local training.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from fedhelp_jax.algorithms.base import (
     private_client,
     train_locally,
 )
+from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.algorithms.on_public import (
     check_public,
     learn_answers,
@@ -42,17 +44,18 @@ from fedhelp_jax.algorithms.on_public import (
 from fedhelp_jax.core.tree import weighted_mean
 from fedhelp_jax.data.federation import ROLES, ClientData, PublicPool
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.settings import setting, whole
 
 
-class FedMDSettings(NamedTuple):
-    """Settings of FedMD.
+@dataclasses.dataclass(frozen=True)
+class FedMDSettings:
+    """Settings of FedMD."""
 
-    Attributes:
-      digest_epochs: Passes over the public images towards the consensus each round; 0 is local
-        training.
-    """
-
-    digest_epochs: int = 1
+    digest_epochs: int = setting(
+        1,
+        "passes over the public images towards the consensus each round; 0 is local training",
+        whole(0),
+    )
 
 
 class Consensus(NamedTuple):
@@ -62,6 +65,7 @@ class Consensus(NamedTuple):
     known: jax.Array
 
 
+@method(FedMDSettings, uses_public=True, unused=("server",))
 def fedmd(setup: Setup, settings: FedMDSettings) -> FederatedAlgorithm:
     """FedMD on each client's own architecture.
 

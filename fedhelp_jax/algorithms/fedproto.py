@@ -21,9 +21,10 @@ example. Of masks, each place of the features is an example, at borders shared b
 clients need features of one width. ``lam = 0`` is local training.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from fedhelp_jax.algorithms.base import (
     train_locally,
 )
 from fedhelp_jax.algorithms.client import Batch
+from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.algorithms.prototypes import (
     Prototypes,
     class_means,
@@ -48,18 +50,19 @@ from fedhelp_jax.algorithms.prototypes import (
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.settings import at_least, setting
 
 
-class FedProtoSettings(NamedTuple):
-    """Settings of FedProto.
+@dataclasses.dataclass(frozen=True)
+class FedProtoSettings:
+    """Settings of FedProto."""
 
-    Attributes:
-      lam: Weight of the distance to the prototypes (lambda); 0 is local training.
-    """
-
-    lam: float = 1.0
+    lam: float = setting(
+        1.0, "weight of the distance to the prototypes (lambda); 0 is local training", at_least(0)
+    )
 
 
+@method(FedProtoSettings, unused=AVERAGING)
 def fedproto(setup: Setup, settings: FedProtoSettings) -> FederatedAlgorithm:
     """FedProto on each client's own architecture.
 

@@ -11,7 +11,7 @@ Notes: the gradient of the term, ``mu (w_i - w)``, is added before Adam, as weig
 paper tunes mu over 0.001 to 1. ``mu = 0`` is FedAvg.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import optax
@@ -25,22 +25,21 @@ from fedhelp_jax.algorithms.base import (
     training_client,
 )
 from fedhelp_jax.algorithms.client import Info
+from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.settings import at_least, setting
 
 
-class FedProxSettings(NamedTuple):
-    """Settings of FedProx.
+@dataclasses.dataclass(frozen=True)
+class FedProxSettings:
+    """Settings of FedProx."""
 
-    Attributes:
-      mu: Weight of the proximal term; 0 is FedAvg.
-      personal: As in FedAvg.
-    """
-
-    mu: float = 0.1
-    personal: bool = True
+    mu: float = setting(0.1, "weight of the proximal term; 0 is FedAvg", at_least(0))
+    personal: bool = setting(True, "as in FedAvg")
 
 
+@method(FedProxSettings, unused=LARGE_NETWORK)
 def fedprox(setup: Setup, settings: FedProxSettings) -> FederatedAlgorithm:
     """FedProx on the small architecture."""
 

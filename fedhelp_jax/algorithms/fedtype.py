@@ -29,8 +29,9 @@ outcome. Masks: each pixel is an example, of the class that covers most of it. `
 puts all classes into S, which leaves W_i as trained alone.
 """
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,30 +47,30 @@ from fedhelp_jax.algorithms.base import (
     supervised_loss,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean, set_ranking_loss
 from fedhelp_jax.models.model import Model, Variables, apply_model
+from fedhelp_jax.settings import at_least, between, setting, whole
 
 BINS = 2048
 
 
-class FedTypeSettings(NamedTuple):
-    """Settings of FedType.
+@dataclasses.dataclass(frozen=True)
+class FedTypeSettings:
+    """Settings of FedType."""
 
-    Attributes:
-      miscoverage: Share of examples whose set may miss the true class (alpha); 0 turns the ranking
-        off.
-      k_reg: Sets up to this size are not penalised.
-      penalty_proxy: Penalty of larger sets of the proxy (lambda).
-      penalty_private: The same of the client's own network.
-    """
-
-    miscoverage: float = 0.1
-    k_reg: int = 5
-    penalty_proxy: float = 0.5
-    penalty_private: float = 1.0
+    miscoverage: float = setting(
+        0.1,
+        "share of examples whose set may miss the true class (alpha); 0 turns the ranking off",
+        between(0, 1),
+    )
+    k_reg: int = setting(5, "sets up to this size are not penalised", whole(0))
+    penalty_proxy: float = setting(0.5, "penalty of larger sets of the proxy (lambda)", at_least(0))
+    penalty_private: float = setting(1.0, "the same of the client's own network", at_least(0))
 
 
+@method(FedTypeSettings)
 def fedtype(setup: Setup, settings: FedTypeSettings) -> FederatedAlgorithm:
     """FedType: a network of the client's own architecture beside the small proxy."""
 

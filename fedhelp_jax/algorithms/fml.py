@@ -12,7 +12,8 @@ Each takes the other's output as given. The server averages the v_i; W_i stays a
 Notes: ``alpha = beta = 1`` turns the method off: local training, and FedAvg of the memes.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 
@@ -26,23 +27,26 @@ from fedhelp_jax.algorithms.base import (
     supervised_loss,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
+from fedhelp_jax.settings import between, setting
 
 
-class FMLSettings(NamedTuple):
-    """Settings of FML.
+@dataclasses.dataclass(frozen=True)
+class FMLSettings:
+    """Settings of FML."""
 
-    Attributes:
-      alpha: Share of the labels in the loss of a client's own network; 1 turns distillation off.
-      beta: The same of the shared network.
-    """
+    alpha: float = setting(
+        0.5,
+        "share of the labels in the loss of a client's own network; 1 turns distillation off",
+        between(0, 1),
+    )
+    beta: float = setting(0.5, "the same of the shared network", between(0, 1))
 
-    alpha: float = 0.5
-    beta: float = 0.5
 
-
+@method(FMLSettings)
 def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
     """FML: the client's own architecture beside the small one."""
     meme = setup.models["small"]

@@ -4,7 +4,8 @@ A small client trains the small architecture, a large one the large architecture
 weights it would have started from under any other method.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 
@@ -15,20 +16,20 @@ from fedhelp_jax.algorithms.base import (
     private_client,
     train_locally,
 )
+from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.settings import setting
 
 
-class LocalSettings(NamedTuple):
-    """Settings of local training.
+@dataclasses.dataclass(frozen=True)
+class LocalSettings:
+    """Settings of local training."""
 
-    Attributes:
-      small_only: Large clients train the small architecture too.
-    """
-
-    small_only: bool = False
+    small_only: bool = setting(False, "large clients train the small architecture too")
 
 
+@method(LocalSettings, unused=AVERAGING)
 def local(setup: Setup, settings: LocalSettings) -> FederatedAlgorithm:
     """Local training of each client's own architecture."""
 

@@ -14,7 +14,8 @@ step at deployment normalises by batches and keeps the broadcast statistics. Wei
 at w, as an optimizer does.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,17 @@ from fedhelp_jax.algorithms.base import (
     supervised_loss,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, apply_gradient
+from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Model, Variables
 
 
-class PerFedAvgSettings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class PerFedAvgSettings:
     """Per-FedAvg has no settings of its own."""
 
 
+@method(PerFedAvgSettings, plain_sgd=True, unused=LARGE_NETWORK)
 def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
     """Per-FedAvg on the small architecture."""
     del settings

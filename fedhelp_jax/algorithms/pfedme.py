@@ -15,7 +15,8 @@ Notes: plain SGD, ``rate = eta = setup.learning_rate``. theta starts each round 
 no parameters are shared.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -31,22 +32,23 @@ from fedhelp_jax.algorithms.base import (
     supervised_loss,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, apply_gradient
+from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.settings import COUNT, at_least, setting
 
 
-class PFedMeSettings(NamedTuple):
-    """Settings of pFedMe.
+@dataclasses.dataclass(frozen=True)
+class PFedMeSettings:
+    """Settings of pFedMe."""
 
-    Attributes:
-      lam: Weight of the distance between personal and local model (lambda).
-      prox_steps: Steps of the personal model on each batch (K).
-    """
-
-    lam: float = 15.0
-    prox_steps: int = 5
+    lam: float = setting(
+        15.0, "weight of the distance between personal and local model (lambda)", at_least(0)
+    )
+    prox_steps: int = setting(5, "steps of the personal model on each batch (K)", COUNT)
 
 
+@method(PFedMeSettings, plain_sgd=True, unused=LARGE_NETWORK)
 def pfedme(setup: Setup, settings: PFedMeSettings) -> FederatedAlgorithm:
     """PFedMe on the small architecture."""
     model = setup.models["small"]

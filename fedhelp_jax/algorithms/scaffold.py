@@ -14,6 +14,7 @@ the server's rate is 1, another is that of ``setup.server_tx``. A client without
 Batch statistics are averaged.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -32,12 +33,14 @@ from fedhelp_jax.algorithms.base import (
     init_shared,
     train_locally,
 )
+from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.core.tree import weighted_mean
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
 
 
-class ScaffoldSettings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ScaffoldSettings:
     """SCAFFOLD has no settings of its own."""
 
 
@@ -55,6 +58,7 @@ class Server(NamedTuple):
     control: Any
 
 
+@method(ScaffoldSettings, plain_sgd=True, unused=("client_weights", *LARGE_NETWORK))
 def scaffold(setup: Setup, settings: ScaffoldSettings) -> FederatedAlgorithm:
     """SCAFFOLD on the small architecture."""
     del settings

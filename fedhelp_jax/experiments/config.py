@@ -4,14 +4,13 @@
 files and ``--config.a.b=...`` change, and `validate` turns that back into a `RunConfig`, which is
 all that the rest of the package sees: no other module reads a `ConfigDict`.
 
-A method's own settings live with the method (`fedhelp_jax.algorithms.SETTINGS`). A config declares
+A method's own settings live with the method (`fedhelp_jax.algorithms.Method`). A config declares
 those of all methods, as None (the method's default), because ml_collections refuses to override a
 key that is not there; one that is set but that the chosen method does not have is refused.
 """
 
 import dataclasses
 import json
-import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,17 +18,23 @@ from typing import Any, cast
 
 from ml_collections import config_dict
 
-from fedhelp_jax.algorithms import ALGORITHMS, SETTINGS
+from fedhelp_jax.algorithms import ALGORITHMS, make_settings, settings_of
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.settings.checks import at_least, more_than, one_of, unless
-from fedhelp_jax.settings.schema import (
-    CNNS,
+from fedhelp_jax.settings import (
     COUNT,
     FRACTION,
+    SEED,
+    at_least,
+    more_than,
+    one_of,
+    part,
+    setting,
+    unless,
+)
+from fedhelp_jax.settings.schema import (
+    CNNS,
     PREPARED,
     RESNETS,
-    SEED,
-    SETTING_CHECKS,
     SHARINGS,
     UNETS,
     DataConfig,
@@ -40,8 +45,6 @@ from fedhelp_jax.settings.schema import (
     RolesConfig,
     ServerConfig,
     TeacherConfig,
-    part,
-    setting,
 )
 from fedhelp_jax.settings.values import as_dict, refuse_unknown, value_as
 from fedhelp_jax.teachers.settings import check_teacher
@@ -51,8 +54,8 @@ from fedhelp_jax.teachers.settings import check_teacher
 class AlgorithmConfig:
     """The method, and its own settings with the defaults filled in."""
 
-    name: str = setting("fedhelp", "the method", one_of(*SETTINGS))
-    settings: Any = dataclasses.field(default_factory=lambda: SETTINGS["fedhelp"]())
+    name: str = setting("fedhelp", "the method; package.module:object is one of your own")
+    settings: Any = dataclasses.field(default_factory=lambda: ALGORITHMS["fedhelp"].settings())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +127,32 @@ class RunConfig:
 def default_config() -> Any:
     """Returns a locked `ConfigDict` of all settings at their defaults, for config files to change.
 
+    Those of a method that is not of this package are there after `declare_method`.
+
     Example:
         >>> config = default_config()
         >>> config.data.name, config.rounds, config.algorithm.lambda_b
         ('phantoms', 50, None)
     """
     return config_dict.ConfigDict(_declare(RunConfig)).lock()
+
+
+def declare_method(config: Any, name: str) -> None:
+    """Chooses a method in a `ConfigDict`, and declares its settings, as None, if they are not yet.
+
+    Raises:
+        UserError: There is no such method.
+
+    Example:
+        >>> config = default_config()
+        >>> declare_method(config, "fedhelp_jax.algorithms:fedprox")
+        >>> config.algorithm.mu = 0.01
+    """
+    config.algorithm.name = name
+    with config.unlocked():
+        for field in dataclasses.fields(ALGORITHMS.find(name, "config.algorithm.name").settings):
+            if field.name not in config.algorithm:
+                config.algorithm[field.name] = config_dict.placeholder(object)
 
 
 def validate(config: config_dict.ConfigDict) -> RunConfig:
@@ -145,25 +168,24 @@ def validate(config: config_dict.ConfigDict) -> RunConfig:
     values = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
     values = as_dict(values, "config")
     algorithm = as_dict(values.get("algorithm", {}), "config.algorithm")
-    refuse_unknown(algorithm, _algorithm_keys(), "config.algorithm")
-    chosen = {key: v for key, v in algorithm.items() if key != "name" and v is not None}
     name = algorithm.get("name")
-    if isinstance(name, str) and name in SETTINGS:
-        for key in chosen:
-            if key not in SETTINGS[name]._fields:
-                having = [method for method, cls in SETTINGS.items() if key in cls._fields]
-                raise UserError(
-                    f"config.algorithm.{key} is set, but {name} has no such setting "
-                    f"({' and '.join(having)} has)"
-                )
-        chosen = SETTINGS[name]()._asdict() | chosen
+    known = {} if not isinstance(name, str) else _settings(name)
+    refuse_unknown(algorithm, [*_algorithm_keys(), *known], "config.algorithm")
+    chosen = {key: v for key, v in algorithm.items() if key != "name" and v is not None}
+    for key in chosen if known is not None and isinstance(name, str) else ():
+        if key not in known:
+            having = [method for method in ALGORITHMS if key in _settings(method)]
+            raise UserError(
+                f"config.algorithm.{key} is set, but {name} has no such setting "
+                f"({' and '.join(having)} has)"
+            )
+    chosen = {key: field.default for key, field in known.items()} | chosen
     return _run_config({**values, "algorithm": {"name": name, "settings": chosen}})
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the settings as plain dicts, lists, numbers and strings, which JSON keeps exactly."""
     values = dataclasses.asdict(config)
-    values["algorithm"]["settings"] = config.algorithm.settings._asdict()
     return _listed(values)
 
 
@@ -202,8 +224,9 @@ def load(path: Path) -> RunConfig:
 def to_config_dict(config: RunConfig) -> Any:
     """Returns the `ConfigDict` that `validate` turns into `config`, for flags to change."""
     values = dataclasses.asdict(config)
-    settings = config.algorithm.settings._asdict()
+    settings = settings_of(config.algorithm.settings)
     changed = default_config()
+    declare_method(changed, config.algorithm.name)
     changed.update({**values, "algorithm": {"name": config.algorithm.name, **settings}})
     return changed
 
@@ -222,16 +245,14 @@ def kinds() -> dict[str, Any]:
             found |= {f"{field.name}.{own.name}": own.type for own in inner}
         else:
             found[field.name] = field.type
-    for cls in SETTINGS.values():
-        found |= {f"algorithm.{key}": kind for key, kind in typing.get_type_hints(cls).items()}
+    for method in ALGORITHMS:
+        hints = typing.get_type_hints(ALGORITHMS[method].settings)
+        found |= {f"algorithm.{key}": kind for key, kind in hints.items()}
     return found
 
 
 def describe() -> list[tuple[str, Any, str]]:
-    """Returns (key, default, help) of each setting, in the order of the schema.
-
-    A method's settings are told by the "Attributes" of its settings' docstring.
-    """
+    """Returns (key, default, help) of each setting, in the order of the schema."""
     rows: list[tuple[str, Any, str]] = []
     for field in dataclasses.fields(RunConfig):
         if field.name == "algorithm":
@@ -241,13 +262,12 @@ def describe() -> list[tuple[str, Any, str]]:
             continue
         for inner in dataclasses.fields(field.type):
             rows.append((f"{field.name}.{inner.name}", inner.default, inner.metadata["about"]))
-    rows.append(("algorithm.name", "fedhelp", f"the method: {', '.join(SETTINGS)}"))
-    for method, cls in SETTINGS.items():
-        # A name, and its text with the further lines of it, which are indented more.
-        found = re.findall(r"^( +)(\w+): (.+(?:\n\1 +.+)*)", cls.__doc__ or "", re.MULTILINE)
-        abouts = {key: " ".join(text.split()) for _, key, text in found}
-        for key, default in cls()._asdict().items():
-            rows.append((f"algorithm.{key}", default, f"{method}: {abouts.get(key, '')}"))
+    methods = f"{', '.join(ALGORITHMS)}, or package.module:object"
+    rows.append(("algorithm.name", "fedhelp", f"the method: {methods}"))
+    for method in ALGORITHMS:
+        for key, field in _settings(method).items():
+            about = field.metadata["about"]
+            rows.append((f"algorithm.{key}", field.default, f"{method}: {about}"))
     return rows
 
 
@@ -274,11 +294,18 @@ def _declare(cls: type) -> dict[str, Any]:
     return declared
 
 
+def _settings(method: str) -> dict[str, dataclasses.Field[Any]]:
+    """Returns the settings of a method by name.
+
+    Raises:
+        UserError: There is no such method.
+    """
+    cls = ALGORITHMS.find(method, "config.algorithm.name").settings
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
 def _algorithm_keys() -> list[str]:
-    keys = {"name": None}
-    for cls in SETTINGS.values():
-        keys.update(dict.fromkeys(cls._fields))
-    return list(keys)
+    return ["name", *dict.fromkeys(key for method in ALGORITHMS for key in _settings(method))]
 
 
 def _run_config(values: Mapping[str, Any]) -> RunConfig:
@@ -323,7 +350,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
             )
         value = values[field.name]
         if cls is AlgorithmConfig and field.name == "settings":
-            built["settings"] = _build_settings(SETTINGS[built["name"]], value, path)
+            built["settings"] = _build_settings(built["name"], value, path)
         elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             built[field.name] = _build(field.type, value, key)
         elif field.name == "members":
@@ -356,19 +383,12 @@ def _build_members(
     return tuple(built)
 
 
-def _build_settings(cls: Any, values: Any, path: str) -> Any:
+def _build_settings(method: str, values: Any, path: str) -> Any:
     values = as_dict(values, f"{path}.settings")
-    refuse_unknown(values, cls._fields, path)
-    for key in cls._fields:
+    for key in _settings(method):
         if key not in values:
             raise UserError(f"{path}.{key} is missing; the method has this setting")
-    hints = typing.get_type_hints(cls)
-    return cls(
-        **{
-            key: value_as(values[key], hints[key], SETTING_CHECKS.get(key), f"{path}.{key}")
-            for key in cls._fields
-        }
-    )
+    return make_settings(ALGORITHMS[method].settings, values, path)
 
 
 # How clients may be made of what a data set knows; of a prepared one only its files tell.

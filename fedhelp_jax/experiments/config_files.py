@@ -74,6 +74,7 @@ def load_run(path: Path, overrides: list[str]) -> RunConfig:
 
 
 def _changed(config: Any, overrides: list[str]) -> RunConfig:
+    _declare_own(config, overrides)
     types = _types(config)
     _refuse_unknown_flags(overrides, types)
     values = flags.FlagValues()
@@ -93,6 +94,16 @@ def _changed(config: Any, overrides: list[str]) -> RunConfig:
     asked = [name.removeprefix("config.") for name in names]
     refuse_unused(checked, asked, by_method=False)
     return checked
+
+
+def _declare_own(config: Any, overrides: Sequence[str]) -> None:
+    """Declares the settings of a method that is not of this package, which flags may change."""
+    flag = "--config.algorithm.name="
+    named = [text.removeprefix(flag) for text in overrides if text.startswith(flag)]
+    algorithm = config.get("algorithm")
+    name = named[-1] if named else getattr(algorithm, "name", None)
+    if algorithm is not None and isinstance(name, str) and ":" in name:
+        config_lib.declare_method(config, name)
 
 
 def load_study(source: str) -> "Study":

@@ -1,9 +1,9 @@
 """From settings to what runs: data, roles, teacher, models and method put together."""
 
 import dataclasses
+import functools
 import logging
-import math
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from fedhelp_jax import tasks
-from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.algorithms.base import FederatedAlgorithm, PublicSpec, Setup
+from fedhelp_jax.algorithms import ALGORITHMS, Algorithm, Given
 from fedhelp_jax.algorithms.client import adam_l2, sgd_l2
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.memory import check_fits
@@ -25,7 +24,7 @@ from fedhelp_jax.models.model import Model, with_compute_dtype
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
 from fedhelp_jax.settings.schema import ModelConfig, ServerConfig
-from fedhelp_jax.simulation.round import RoundProgram, num_clients
+from fedhelp_jax.simulation.round import RoundProgram, make_program, public_spec
 from fedhelp_jax.simulation.simulation import Simulation
 from fedhelp_jax.simulation.streaming import StreamedSimulation
 from fedhelp_jax.simulation.vectorize import Mapping, make_mapping
@@ -158,50 +157,59 @@ def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> RoundPro
     Returns:
       The phases of a round.
     """
-    method, dataset = ALGORITHMS[config.algorithm.name], loaded.dataset
+    dataset = loaded.dataset
     num_classes, sample_shape = len(dataset.label_names), dataset.images.shape[1:]
     batches = {"batch_size": config.batch_size}
     if loaded.public is not None:
         batches["public_batch_size"] = config.public_batch_size
     for key, size in batches.items():
         check_fits((size, *sample_shape), "float32", key, "the images of one step")
-    setup = Setup(
+    algorithm = algorithm_of(config, num_classes)
+    given = Given(
         task=loaded.task,
         num_classes=num_classes,
         sample_shape=sample_shape,
-        models={
-            "small": build_model(
-                config.model.small, config.model.small_widths, config.model, num_classes
-            ),
-            "large": build_model(
-                config.model.large, config.model.large_widths, config.model, num_classes
-            ),
-        },
-        **_client_optimizers(config, 1.0),
         batch_size=config.batch_size,
         public_batch_size=config.public_batch_size,
         local_epochs=config.local_epochs,
+        public=public_spec(loaded.public, loaded.answers),
         augment=config.data.augment,
         rounds=config.rounds,
-        public=_public_spec(loaded.public, loaded.answers),
-        server_tx=_server_optimizer(config.server),
     )
-
-    def algorithm_at(round: jax.Array) -> FederatedAlgorithm:
-        done = round.astype(float) / config.rounds
-        factor = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        scheduled = setup._replace(**_client_optimizers(config, factor))
-        return method.build(scheduled, config.algorithm.settings)
-
-    return RoundProgram(
-        method.build(setup, config.algorithm.settings),
-        loaded.task,
-        num_clients(loaded.federation),
+    return make_program(
+        algorithm,
+        given,
+        loaded.federation,
         mapping,
         participation_rate=config.participation_rate,
         client_weights=config.client_weights,
-        eval_batch_size=_eval_batch_size(sample_shape[:-1]),
-        algorithm_at=algorithm_at if config.learning_rate_schedule == "cosine" else None,
+    )
+
+
+def algorithm_of(config: RunConfig, num_classes: int) -> Algorithm:
+    """The method of a run with its networks and optimizers."""
+    assert config.learning_rate is not None, "not validated"
+    optimizer = {"adam": adam_l2, "sgd": sgd_l2}[str(config.optimizer)]
+    networks = {
+        "small": (config.model.small, config.model.small_widths),
+        "large": (config.model.large, config.model.large_widths),
+    }
+
+    def cosine(round: jax.Array) -> jax.Array:
+        return 0.5 * (1 + jnp.cos(jnp.pi * (round.astype(float) / config.rounds)))
+
+    return Algorithm(
+        method=ALGORITHMS[config.algorithm.name],
+        models={
+            role: build_model(*network, config.model, num_classes)
+            for role, network in networks.items()
+        },
+        settings=config.algorithm.settings,
+        optimizer=functools.partial(optimizer, weight_decay=config.weight_decay),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        schedule=cosine if config.learning_rate_schedule == "cosine" else None,
+        server_optimizer=_server_optimizer(config.server),
     )
 
 
@@ -304,19 +312,6 @@ def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_cla
     return model if config.compute_dtype == "float32" else with_compute_dtype(model, "bfloat16")
 
 
-def _client_optimizers(config: RunConfig, factor: float | jax.Array) -> dict[str, Any]:
-    """Fields of `Setup`, every learning rate times ``factor``."""
-    assert config.learning_rate is not None, "not validated"
-    rate, decay = config.learning_rate * factor, config.weight_decay
-    optimizer = {"adam": adam_l2, "sgd": sgd_l2}[str(config.optimizer)]
-    return {
-        "tx": optimizer(rate, decay),
-        "learning_rate": rate,
-        "weight_decay": decay,
-        "schedule": factor,
-    }
-
-
 def _server_optimizer(config: ServerConfig) -> optax.GradientTransformation | None:
     """The optimizers of Reddi et al., arXiv:2003.00295, as optax has them; None for the mean."""
     if config.optimizer == "none":
@@ -326,22 +321,3 @@ def _server_optimizer(config: ServerConfig) -> optax.GradientTransformation | No
         return optax.sgd(config.learning_rate, momentum=config.momentum)
     adaptive = {"adam": optax.adam, "yogi": optax.yogi}[config.optimizer]
     return adaptive(config.learning_rate, b1=config.momentum, b2=config.beta2, eps=config.eps)
-
-
-def _eval_batch_size(spatial: tuple[int, ...]) -> int:
-    """64, or as many large images as have the pixels of 64 of 64x64; changes memory only."""
-    return max(1, min(64, 2**18 // math.prod(spatial)))
-
-
-def _public_spec(public: PublicDataset | None, answers: Answers | None) -> PublicSpec | None:
-    if public is None:
-        return None
-    labels = None if public.label_names is None else len(public.label_names)
-    return PublicSpec(
-        num_images=len(public.images),
-        num_labels=labels,
-        num_answers=None if answers is None else len(answers.label_names),
-        shared=answers is not None
-        and labels is not None
-        and answers.label_names == public.label_names,
-    )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedhelp_jax.algorithms import settings_of
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import Loaded, load
@@ -45,7 +46,7 @@ def numbers(config: RunConfig) -> dict[str, float]:
     """The settings that no shape depends on, by dotted key."""
     found = {name: vars(config)[name] for name in _TOP_LEVEL}
     found |= {f"server.{name}": vars(config.server)[name] for name in _SERVER}
-    settings = config.algorithm.settings._asdict()
+    settings = settings_of(config.algorithm.settings)
     found |= {f"algorithm.{name}": value for name, value in settings.items()}
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
@@ -56,9 +57,8 @@ def with_numbers(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     for name, value in values.items():
         part, _, own = name.rpartition(".")
         {"": top, "server": server, "algorithm": settings}[part][own] = value
-    algorithm = dataclasses.replace(
-        config.algorithm, settings=config.algorithm.settings._replace(**settings)
-    )
+    own = dataclasses.replace(config.algorithm.settings, **settings)
+    algorithm = dataclasses.replace(config.algorithm, settings=own)
     return dataclasses.replace(
         config, **top, server=dataclasses.replace(config.server, **server), algorithm=algorithm
     )

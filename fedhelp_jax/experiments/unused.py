@@ -13,7 +13,6 @@ from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.experiments.config import RunConfig, flat, to_dict
 from fedhelp_jax.settings.checks import Either, Use
-from fedhelp_jax.settings.schema import SETTING_USES
 
 _log = logging.getLogger(__name__)
 
@@ -76,11 +75,11 @@ def _found(config: RunConfig, key: str) -> tuple[Any, Any, tuple[Use | Either, .
     """Returns a setting's value and default, and what must hold for it to have an effect."""
     owner, last = key.rpartition(".")[::2]
     if owner == "algorithm" and last != "name":
-        settings = config.algorithm.settings
-        default = type(settings)._field_defaults[last]
-        return getattr(settings, last), default, SETTING_USES.get(last, ())
+        owner = "algorithm.settings"
     parent, uses = config, ()
-    if owner:
+    if owner == "algorithm.settings":
+        parent = config.algorithm.settings
+    elif owner:
         parent = getattr(config, owner)
         uses = next(f for f in dataclasses.fields(config) if f.name == owner).metadata["only"]
     field = next(f for f in dataclasses.fields(parent) if f.name == last)

@@ -35,6 +35,11 @@ def within(low: float, high: float, *, closed: bool) -> Check:
     return Check(lambda value: low < value < high, f"more than {low:g} and less than {high:g}")
 
 
+def between(low: float, high: float) -> Check:
+    """From `low` to `high`, both included."""
+    return Check(lambda value: low <= value <= high, f"from {low:g} to {high:g}")
+
+
 def one_of(*names: str) -> Check:
     """Any of `names`."""
     return Check(lambda value: value in names, f"one of {', '.join(names)}", names)
@@ -63,6 +68,9 @@ LOCAL = Check(
     lambda value: "://" not in value,
     "a path of this machine; mount what lies in a bucket as a folder, or copy it",
 )
+COUNT = whole(1)
+FRACTION = within(0, 1, closed=True)
+SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
 
 
 class Use(NamedTuple):

@@ -5,12 +5,12 @@ them.
 """
 
 import dataclasses
-from typing import Any
 
 from fedhelp_jax.settings.checks import (
+    COUNT,
+    FRACTION,
     LOCAL,
     Check,
-    Either,
     Use,
     at_least,
     either,
@@ -23,6 +23,7 @@ from fedhelp_jax.settings.checks import (
     whole,
     within,
 )
+from fedhelp_jax.settings.declare import setting
 
 # --- checks --------------------------------------------------------------------------------------
 
@@ -31,10 +32,6 @@ def _are_fractions(values: tuple[float, ...]) -> bool:
     return bool(values) and min(values) > 0 and abs(sum(values) - 1) <= 1e-6
 
 
-COUNT = whole(1)
-SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
-FRACTION = within(0, 1, closed=True)
-_SHARE = Check(lambda value: 0 <= value <= 1, "from 0 to 1")
 _PART_OR_NONE = Check(lambda value: 0 <= value < 1, "at least 0 and less than 1")
 _FRACTIONS = Check(_are_fractions, "positive numbers that add up to 1")
 _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
@@ -59,50 +56,6 @@ _SIDES = Check(
 )
 _DEVICES = Check(lambda value: 1 <= value <= 1024, "at least 1 and at most 1024")
 
-# Oddities of FedHelp's released code, as the setting `released_code` names them.
-RELEASED_CODE = (
-    "inverted_ranking",
-    "no_large_gradient",
-    "undetached_teacher",
-    "mean_kl",
-    "raw_answers",
-    "fresh_heads",
-)
-_RELEASED = Check(
-    lambda names: set(names) <= {"all", *RELEASED_CODE},
-    f"a tuple of some of all, {', '.join(RELEASED_CODE)}",
-)
-
-# For the settings of the methods, by name: a name means the same in every method that has it.
-SETTING_CHECKS: dict[str, Check] = {
-    "temperature": more_than(0),
-    "lambda_fm": at_least(0),
-    "lambda_f": at_least(0),
-    "lambda_b": at_least(0),
-    "k": COUNT,
-    "margin": at_least(0),
-    "kd_warmup_rounds": whole(0),
-    "public_batch_stats": one_of("discard", "shared"),
-    "backward": one_of("ranking", "kl"),
-    "released_code": _RELEASED,
-    "mu": at_least(0),
-    "lam": at_least(0),
-    "prox_steps": COUNT,
-    "digest_epochs": whole(0),
-    "server_steps": whole(0),
-    "server_epochs": whole(0),
-    "server_learning_rate": more_than(0),
-    "alpha": _SHARE,
-    "beta": _SHARE,
-    "miscoverage": _SHARE,
-    "energy_start": _SHARE,
-    "energy_end": _SHARE,
-    "k_reg": whole(0),
-    "penalty_private": at_least(0),
-    "penalty_proxy": at_least(0),
-}
-
-
 _ENDPOINTS = ("open_inference", "hf_zero_shot")
 _WITH_IMAGES = ("open_inference", "litert", "onnx")  # told how pixels are sent
 _FILES = ("fed_isic2019", "medmnist", "npz_masks", PREPARED)
@@ -114,48 +67,7 @@ def _teacher(*names: str) -> Use:
     return where("teacher.name", *names, "ensemble")
 
 
-# Those of the settings of the methods, by name, as in `SETTING_CHECKS`.
-SETTING_USES: dict[str, tuple[Use, ...]] = {
-    "k": (where("algorithm.settings.backward", "ranking"),),
-    "margin": (where("algorithm.settings.backward", "ranking"),),
-    "joint": (unless("public.name", "none"),),
-    "public_labels": (unless("public.name", "none"),),
-    "public_batch_stats": (unless("public.name", "none"),),
-    "lambda_fm": (unless("public.name", "none"), unless("teacher.name", "none")),
-}
-
-
 # --- the schema ---------------------------------------------------------------------------------
-
-
-def setting(
-    default: Any,
-    about: str,
-    check: Check | None = None,
-    *,
-    only: Use | Either | tuple[Use | Either, ...] = (),
-    identity: bool = True,
-) -> Any:
-    """Returns a dataclass field.
-
-    Args:
-        default: Its default.
-        about: Its help.
-        check: What it must pass; None is never given to the check.
-        only: What must hold for it to have an effect; a setting that has none is refused where a
-            command asks for it (`fedhelp_jax.experiments.unused.refuse_unused`).
-        identity: Whether another value makes another run. It does not where a setting says where
-            data lie (their content is compared instead), how fast a teacher is asked, or how
-            clients are spread over devices.
-    """
-    only = (only,) if isinstance(only, Use | Either) else only
-    metadata = {"about": about, "check": check, "only": only, "identity": identity}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def part(cls: type, *, only: Use | None = None) -> Any:
-    """Returns a dataclass field that holds settings of its own; ``only`` is for each of them."""
-    return dataclasses.field(default_factory=cls, metadata={"only": (only,) if only else ()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData
+from fedhelp_jax.algorithms import Algorithm, Given
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, PublicSpec, ServerData
 from fedhelp_jax.algorithms.client import predict
 from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.core.tree import choose, means, zeros_of
 from fedhelp_jax.data.federation import ClientData, ClientIndex, Federation, Pool
+from fedhelp_jax.data.types import PublicDataset
 from fedhelp_jax.metrics import finite_examples
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.simulation.divergence import NON_FINITE, NonFinite, quarantine
@@ -460,6 +462,48 @@ class RoundProgram:
         logits = predict(model, deployed, pool, index, jnp.int32(len(index)), len(index))
         assert self.task.predict is not None
         return self.task.predict(logits, pool.targets[index])
+
+
+def make_program(
+    algorithm: Algorithm,
+    given: Given,
+    federation: Federation,
+    mapping: ClientMapping,
+    *,
+    participation_rate: float = 1.0,
+    client_weights: str = "uniform",
+) -> RoundProgram:
+    """Returns the round of an algorithm over the clients of a federation."""
+    return RoundProgram(
+        algorithm.build(given),
+        given.task,
+        num_clients(federation),
+        mapping,
+        participation_rate=participation_rate,
+        client_weights=client_weights,
+        eval_batch_size=_eval_batch_size(given.sample_shape[:-1]),
+        algorithm_at=algorithm.at(given),
+    )
+
+
+def _eval_batch_size(spatial: tuple[int, ...]) -> int:
+    """64, or as many large images as have the pixels of 64 of 64x64; changes memory only."""
+    return max(1, min(64, 2**18 // math.prod(spatial)))
+
+
+def public_spec(public: PublicDataset | None, answers: Any) -> PublicSpec | None:
+    """The label spaces of a public set, and of a teacher's `Answers` about it."""
+    if public is None:
+        return None
+    labels = None if public.label_names is None else len(public.label_names)
+    return PublicSpec(
+        num_images=len(public.images),
+        num_labels=labels,
+        num_answers=None if answers is None else len(answers.label_names),
+        shared=answers is not None
+        and labels is not None
+        and answers.label_names == public.label_names,
+    )
 
 
 def server_part(trained: Mapping[str, ClientUpdates]) -> dict[str, Any]:

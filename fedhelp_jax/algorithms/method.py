@@ -1,0 +1,91 @@
+"""`Method`: a federated method with its name, its settings, and what it needs."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.configured import Algorithm, configure
+from fedhelp_jax.models.model import Model
+
+# For `unused`: the settings of servers that average networks, and those of large networks.
+AVERAGING = ("server", "client_weights")
+LARGE_NETWORK = ("model.large", "model.large_widths")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A federated method; the function that `method` decorates becomes one.
+
+    Attributes:
+      name: What it is called in configs and tables.
+      build: ``(setup, settings) -> FederatedAlgorithm``.
+      settings: The type of its settings, a dataclass whose fields are made by
+        `fedhelp_jax.settings.setting`.
+      uses_public: Whether it learns from the public images.
+      uses_teacher: Whether it learns from the foundation model's answers about them.
+      pools_data: Whether it needs all clients' data in one place, as no federated method does.
+      plain_sgd: Whether its rule takes plain SGD, and no other optimizer.
+      unused: Settings of a run, or sections of them, that change nothing in it, besides those that
+        follow from the above.
+      schedules: ``settings -> bool``, whether anything in it depends on the number of rounds.
+    """
+
+    name: str
+    build: Callable[[Setup, Any], FederatedAlgorithm]
+    settings: type[Any]
+    uses_public: bool = False
+    uses_teacher: bool = False
+    pools_data: bool = False
+    plain_sgd: bool = False
+    unused: tuple[str, ...] = ()
+    schedules: Callable[[Any], bool] = lambda settings: False
+
+    def __call__(self, *, small: Model, large: Model | None = None, **options: Any) -> Algorithm:
+        """Returns the method with its networks, optimizer and settings, for a `Simulation`.
+
+        Args:
+          small: The network of small clients, and of the proxies of large ones.
+          large: The network of large clients; the small one if None.
+          **options: ``optimizer``, ``learning_rate``, ``weight_decay`` and ``server_optimizer`` as
+            of `configure`, and the method's own settings.
+
+        Raises:
+          UserError: If the method has no such option, or a value is not right.
+
+        Example:
+          >>> import fedhelp_jax as fh
+          >>> cnn = fh.models.cnn("cnn_small", num_classes=8)
+          >>> fh.algorithms.fedprox(small=cnn, learning_rate=1e-3, mu=0.01).settings.mu
+          0.01
+        """
+        return configure(self, {"small": small, "large": large or small}, **options)
+
+    @property
+    def about(self) -> str:
+        """What it is, in one line."""
+        return (self.build.__doc__ or "").strip().split("\n", 1)[0]
+
+    def ignores(self, key: str) -> bool:
+        """Whether a setting of a run, by its dotted key, changes nothing in this method."""
+        unused = self.unused
+        if not self.uses_public:
+            unused += ("public", "public_batch_size")
+        if not self.uses_teacher:
+            unused += ("teacher",)
+        return any(key == name or key.startswith(f"{name}.") for name in unused)
+
+
+def method(settings: type[Any], **needs: Any) -> Callable[[Callable[..., Any]], Method]:
+    """Decorates ``(setup, settings) -> FederatedAlgorithm``, which becomes a `Method` of its name.
+
+    Args:
+      settings: The type of the settings.
+      **needs: Other attributes of `Method`.
+    """
+    return lambda build: Method(build.__name__, build, settings, **needs)
+
+
+def settings_of(config: Any) -> Mapping[str, Any]:
+    """A method's settings by name."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

@@ -1,0 +1,88 @@
+"""Things by name: ours, those of installed packages, and anybody's as ``package.module:object``."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from fedhelp_jax.core.errors import UserError, suggest
+
+
+class Registry(Mapping[str, Any]):
+    """Objects of one kind by their names.
+
+    A package adds to a registry by an entry point, whose group is ``fedhelp_jax.<kind>``. Without
+    one, ``package.module:object`` names any object that can be imported. Only the former are listed
+    when one iterates; both can be looked up.
+    """
+
+    def __init__(self, kind: str, ours: Mapping[str, Any], check: Callable[[Any], str]):
+        """Starts with the objects of this package.
+
+        Args:
+          kind: What is in it, in the plural, such as "algorithms".
+          ours: By name, the objects, or where they are, as ``module:object``.
+          check: Says what an object lacks to be of that kind; nothing if it is.
+        """
+        self.kind, self._ours, self._check = kind, dict(ours), check
+        self._found: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        """Returns the object of that name.
+
+        Raises:
+          KeyError: If there is no such name; `find` says it for users.
+        """
+        if name not in self._found:
+            source = self._ours.get(name) or self._installed().get(name) or name
+            if isinstance(source, str) and ":" not in source:
+                raise KeyError(name)
+            found = self._imported(source) if isinstance(source, str) else source
+            lacking = self._check(found)
+            if lacking:
+                raise UserError(f"{source}: {lacking}")
+            self._found[name] = found
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._ours, *self._installed()]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (":" in name or name in iter(self))
+
+    def find(self, name: str, key: str) -> Any:
+        """Returns the object of that name, which the setting `key` gives.
+
+        Raises:
+          UserError: If there is none, or it cannot be imported.
+        """
+        try:
+            return self[name]
+        except KeyError:
+            raise UserError(
+                f"{key} = {name!r} must be one of {', '.join(self)}, or package.module:object"
+                f"{suggest(name, list(self))}"
+            ) from None
+        except UserError as error:
+            raise UserError(f"{key} = {error}") from None
+
+    def _installed(self) -> dict[str, str]:
+        group = f"fedhelp_jax.{self.kind}"
+        return {point.name: point.value for point in entry_points(group=group)}
+
+    def _imported(self, source: str) -> Any:
+        module, _, name = source.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+        except AttributeError:
+            raise UserError(f"{source}: module {module} has no {name}") from None
+        except Exception as error:
+            raise UserError(
+                f"{source}: {module} cannot be imported ({type(error).__name__}: {error})"
+            ) from error
+        return found
