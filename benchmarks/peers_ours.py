@@ -22,9 +22,9 @@ from fedhelp_jax.data.types import ClientSplit, FederatedDataset
 from fedhelp_jax.models.conv import conv, max_pool
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model
+from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RoundProgram, num_clients
-from fedhelp_jax.simulation.simulation import Simulation
-from fedhelp_jax.simulation.streaming import StreamedSimulation
+from fedhelp_jax.simulation.streaming import StreamedRounds
 from fedhelp_jax.simulation.vectorize import make_mapping
 from fedhelp_jax.tasks import classification
 
@@ -114,11 +114,9 @@ def main() -> None:
         participation_rate=options["cohort"] / users,
     )
     if max_device_bytes:
-        simulation = StreamedSimulation(
-            phases, federation, seed=0, max_device_bytes=max_device_bytes
-        )
+        simulation = StreamedRounds(phases, federation, seed=0, max_device_bytes=max_device_bytes)
     else:
-        simulation = Simulation(phases, federation, seed=0)
+        simulation = CompiledRounds(phases, federation, seed=0)
     compile_totals()  # counts from here on
     state, number = simulation.init(), 0
 

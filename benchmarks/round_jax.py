@@ -21,8 +21,8 @@ from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose
 from fedhelp_jax.data.federation import make_federation
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
 from fedhelp_jax.models.resnet import resnet
+from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RoundProgram, num_clients
-from fedhelp_jax.simulation.simulation import Simulation
 from fedhelp_jax.simulation.vectorize import make_mapping
 from fedhelp_jax.tasks import classification
 
@@ -93,7 +93,7 @@ def main() -> None:
     federation = make_federation(dataset, roles, public, answers)
     method = fedhelp.build(setup, FedHelpSettings())
     phases = RoundProgram(method, classification, num_clients(federation), mapping)
-    simulation = Simulation(phases, federation, seed=0)
+    simulation = CompiledRounds(phases, federation, seed=0)
     compiled = compilation.compile_totals().seconds
     state = simulation.init()
     start = {

@@ -10,7 +10,7 @@ import jax
 from benchmarks.alternate import serve
 from fedhelp_jax.core.compilation import keep_programs
 from fedhelp_jax.data.cache import cache_folder
-from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.config_files import read_settings
 from fedhelp_jax.experiments.experiment import build_experiment
 from fedhelp_jax.report.summary import group_summary, headline
 
@@ -24,7 +24,7 @@ def main() -> None:
     def one(point: dict[str, str]) -> tuple[float, float]:
         settings = [f"--config.{name}={value}" for name, value in point.items()]
         began = time.perf_counter()
-        experiment = build_experiment(load_config(options["config"], settings))
+        experiment = build_experiment(read_settings(options["config"], settings))
         simulation = experiment.simulation
         state, _ = simulation.rounds(simulation.init(), 0, experiment.config.rounds)
         results = simulation.evaluate(state, "validation")

@@ -23,9 +23,9 @@ from fedhelp_jax.data.types import (
 from fedhelp_jax.experiments import experiment
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RoundProgram, num_clients
-from fedhelp_jax.simulation.simulation import Simulation
-from fedhelp_jax.simulation.streaming import StreamedSimulation
+from fedhelp_jax.simulation.streaming import StreamedRounds
 from fedhelp_jax.simulation.vectorize import make_mapping
 from fedhelp_jax.tasks import classification
 from fedhelp_jax.teachers.base import PublicImages, clear_public
@@ -167,13 +167,13 @@ def simulate(
     rounds_at_once: int = 1,
     max_device_bytes: int = 0,
     **options: Any,
-) -> Simulation:
+) -> CompiledRounds:
     """A simulation on one device, clients one after the other, unless told otherwise."""
     mapping = make_mapping(chunk_size, num_devices, private=private)
     phases = RoundProgram(algorithm, classification, num_clients(federation), mapping, **options)
     if max_device_bytes:
-        return StreamedSimulation(phases, federation, seed=seed, max_device_bytes=max_device_bytes)
-    return Simulation(phases, federation, seed=seed, rounds_at_once=rounds_at_once)
+        return StreamedRounds(phases, federation, seed=seed, max_device_bytes=max_device_bytes)
+    return CompiledRounds(phases, federation, seed=seed, rounds_at_once=rounds_at_once)
 
 
 def on_host(tree: Any) -> Any:
@@ -186,7 +186,7 @@ def row(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def run(simulation: Simulation, rounds: int, state: Any = None) -> Any:
+def run(simulation: CompiledRounds, rounds: int, state: Any = None) -> Any:
     """The state on the host after some rounds."""
     state = simulation.init() if state is None else state
     for round in range(rounds):

@@ -33,9 +33,9 @@ from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
 from fedhelp_jax.models.model import Model, apply_model
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
+from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RoundProgram, num_clients
-from fedhelp_jax.simulation.simulation import Simulation
-from fedhelp_jax.simulation.streaming import StreamedSimulation
+from fedhelp_jax.simulation.streaming import StreamedRounds
 from fedhelp_jax.simulation.vectorize import make_mapping
 
 CLASSES, PUBLIC, ANSWERS = 8, 32, 6
@@ -97,7 +97,9 @@ def datasets(options: dict[str, Any]) -> tuple[FederatedDataset, PublicDataset, 
     return dataset, public_data, answers
 
 
-def simulation_of(options: dict[str, Any], federation: Federation, **streaming: Any) -> Simulation:
+def simulation_of(
+    options: dict[str, Any], federation: Federation, **streaming: Any
+) -> CompiledRounds:
     """The method over the federation."""
     masks, model = options["task"] == "segmentation", build_network(options["network"])
     setup = Setup(
@@ -127,7 +129,7 @@ def simulation_of(options: dict[str, Any], federation: Federation, **streaming: 
         make_mapping(num_devices=options["devices"]),
         eval_batch_size=options["eval_batch"],
     )
-    return (StreamedSimulation if streaming else Simulation)(
+    return (StreamedRounds if streaming else CompiledRounds)(
         phases, federation, seed=0, **streaming
     )
 
@@ -182,7 +184,7 @@ def outcomes(times: int, compute: Callable[[], Any], other_work: OtherWork) -> i
         return len(seen.union(bits() for _ in range(times)))
 
 
-def error_of_evaluation(simulation: Simulation, federation: Federation, state: Any) -> float:
+def error_of_evaluation(simulation: CompiledRounds, federation: Federation, state: Any) -> float:
     """How far logits are from those of the networks applied to one batch after the other."""
     worst, measured = 0.0, simulation.evaluate(state, "test")
     for group in simulation.groups:
@@ -201,7 +203,7 @@ def error_of_evaluation(simulation: Simulation, federation: Federation, state: A
     return worst
 
 
-def error_of_training(simulation: Simulation, federation: Federation, state: Any) -> float:
+def error_of_training(simulation: CompiledRounds, federation: Federation, state: Any) -> float:
     """How far clients' states after a round are from those of one client after the other."""
     got, _ = simulation.round(jax.tree.map(jnp.copy, state), 0)
     worst, moved = 0.0, 0.0
@@ -221,7 +223,7 @@ def error_of_training(simulation: Simulation, federation: Federation, state: Any
     return worst
 
 
-def one_client(simulation: Simulation, state: Any, role: str, row: int) -> tuple[Any, Any]:
+def one_client(simulation: CompiledRounds, state: Any, role: str, row: int) -> tuple[Any, Any]:
     """What a client gets from the server, and its state, on the host."""
     server, states = jax.tree.map(np.asarray, (state.server, state.clients[role]))
     download = simulation.phases.algorithm.download(server, role)

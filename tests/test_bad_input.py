@@ -15,11 +15,11 @@ from PIL import Image
 
 from fedhelp_jax.core import memory
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.data.load import load_public
+from fedhelp_jax.data.sources import load_public
 from fedhelp_jax.experiments import runner
 from fedhelp_jax.settings.schema import PublicConfig
 from fedhelp_jax.teachers.answers import Answers, save_answers
-from fedhelp_jax.teachers.backends.simulated import simulate_answers
+from fedhelp_jax.teachers.backends.simulated import simulated
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_a_failed_allocation_is_one_line(tmp_path, capsys, monkeypatch, error, w
 def answers():
     """What the tiny run's public images are, and answers to all of them."""
     public = load_public(PublicConfig(num_examples=12), image_size=8, seed=0)
-    return simulate_answers(public, 0.9)._replace(fingerprint="a model of mine")
+    return simulated(public, 0.9)._replace(fingerprint="a model of mine")
 
 
 def with_nan(answers: Answers) -> Answers:

@@ -14,7 +14,7 @@ import fedhelp_jax
 from fedhelp_jax.cli.main import main
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.experiments.config import default_config, to_dict, validate
-from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.config_files import read_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -66,7 +66,9 @@ def refusal(capsys, code: int) -> str:
 
 
 def test_help_is_quick_and_shows_each_command():
-    script = "import sys; from fedhelp_jax.cli.main import main; sys.exit(main(['fedhelp', '--help']))"
+    script = (
+        "import sys; from fedhelp_jax.cli.main import main; sys.exit(main(['fedhelp', '--help']))"
+    )
     start = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", script],
@@ -197,7 +199,7 @@ def test_configs_without_a_data_folder_say_what_to_set(tmp_path, runner, capsys,
 )
 def test_names_are_taken_with_and_without_brackets_and_quotes(text, names):
     def read(key):
-        return load_config(str(CONFIGS / "quickstart.py"), [f"--config.{key}={text}"])
+        return read_settings(str(CONFIGS / "quickstart.py"), [f"--config.{key}={text}"])
 
     assert read("roles.large").roles.large == names
     assert read("algorithm.released_code").algorithm.settings.released_code == names
@@ -205,10 +207,10 @@ def test_names_are_taken_with_and_without_brackets_and_quotes(text, names):
 
 @pytest.mark.parametrize("name", ["site 2, ward (B)", "2019"])
 def test_a_name_may_hold_what_else_parts_names(name):
-    config = load_config(str(CONFIGS / "quickstart.py"), [f"--config.roles.large={(name,)!r}"])
+    config = read_settings(str(CONFIGS / "quickstart.py"), [f"--config.roles.large={(name,)!r}"])
     assert config.roles.large == (name,)
     if "," not in name:
-        assert load_config(
+        assert read_settings(
             str(CONFIGS / "quickstart.py"), [f"--config.roles.large={name}"]
         ).roles.large == (name,)
 
@@ -226,7 +228,7 @@ def test_a_config_file_imports_what_lies_beside_it(tmp_path):
             "    return config\n"
         )
     path, modules = list(sys.path), set(sys.modules)
-    rounds = [load_config(str(tmp_path / name / "config.py"), []).rounds for name in ("a", "b")]
+    rounds = [read_settings(str(tmp_path / name / "config.py"), []).rounds for name in ("a", "b")]
     assert rounds == [3, 4]
     assert sys.path == path and set(sys.modules) == modules
 

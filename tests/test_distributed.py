@@ -32,7 +32,7 @@ from fedhelp_jax.experiments import config as config_lib
 from fedhelp_jax.experiments import runner
 from fedhelp_jax.experiments.checkpoint import Checkpointer
 from fedhelp_jax.experiments.experiment import load, make_phases
-from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.vectorize import make_mapping
 
 pytestmark = pytest.mark.usefixtures("float64", "kept_programs")
@@ -111,7 +111,7 @@ def without_times(values: dict) -> dict:
     return {k: v for k, v in values.items() if not k.endswith("_s") and k != "versions"}
 
 
-def last_state(workdir: Path, simulation: Simulation):
+def last_state(workdir: Path, simulation: CompiledRounds):
     checkpointer = Checkpointer(workdir / "checkpoints")
     found = checkpointer.restore_latest(simulation.state_shapes())
     checkpointer.close()
@@ -119,14 +119,14 @@ def last_state(workdir: Path, simulation: Simulation):
     return found[1]
 
 
-def simulation_of(workdir: Path, *, num_devices: int, private: bool) -> Simulation:
+def simulation_of(workdir: Path, *, num_devices: int, private: bool) -> CompiledRounds:
     config = config_lib.load(workdir / "config.json")
     mapping = make_mapping(1, num_devices, private=private)
     loaded = load(config)
-    return Simulation(make_phases(config, loaded, mapping), loaded.federation, seed=config.seed)
+    return CompiledRounds(make_phases(config, loaded, mapping), loaded.federation, seed=config.seed)
 
 
-def of_clients(state, simulation: Simulation):
+def of_clients(state, simulation: CompiledRounds):
     """The state without the rows of nobody."""
     sizes = {group.role: len(group.names) for group in simulation.groups}
     clients = {

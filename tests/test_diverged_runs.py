@@ -13,7 +13,7 @@ from commands import CONFIG, fedhelp, read, train
 from helpers import use_tiny_networks
 from tiny_study import get_study
 
-from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.config_files import read_settings
 from fedhelp_jax.experiments.study import Failed, compare, tune
 from fedhelp_jax.experiments.sweep import sweep
 from fedhelp_jax.experiments.sweep_blocks import Run
@@ -192,7 +192,7 @@ def test_in_a_sweep_the_others_go_on(tmp_path, caplog):
     for rate in (TOO_MUCH, 1e-3):
         settings = {"algorithm.name": "local", "optimizer": "sgd", "rounds": 4}
         flags = [f"--config.{k}={v}" for k, v in (settings | {"learning_rate": rate}).items()]
-        runs.append(Run({"learning_rate": rate}, load_config(str(CONFIG), flags)))
+        runs.append(Run({"learning_rate": rate}, read_settings(str(CONFIG), flags)))
     wild, calm = sweep(runs, tmp_path, say=lambda text: None)
     (line, *_) = caplog.messages
     assert line.startswith(f"learning_rate {TOO_MUCH}: round 1: NaN or infinity in the training of")

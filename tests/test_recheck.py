@@ -11,10 +11,10 @@ from helpers import use_tiny_networks
 from fedhelp_jax.core.errors import Failure
 from fedhelp_jax.experiments import runner
 from fedhelp_jax.experiments import sweep as sweeps
-from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.config_files import read_settings
 from fedhelp_jax.experiments.sweep_blocks import Run
 from fedhelp_jax.simulation import recheck as rechecks
-from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.compiled import CompiledRounds
 
 MASKS = Path(__file__).parent / "mask_config.py"
 
@@ -74,7 +74,7 @@ def test_so_it_is_of_masks(tmp_path, measured):
 
 def test_wrong_results_stop_the_run_in_one_line(tmp_path, monkeypatch, capsys):
     use_tiny_networks(monkeypatch)
-    evaluate = Simulation.evaluate
+    evaluate = CompiledRounds.evaluate
 
     def wrong(self, state, split):
         results = evaluate(self, state, split)
@@ -83,20 +83,20 @@ def test_wrong_results_stop_the_run_in_one_line(tmp_path, monkeypatch, capsys):
                 metrics["loss"] = metrics["loss"] * 1.01
         return results
 
-    monkeypatch.setattr(Simulation, "evaluate", wrong)
+    monkeypatch.setattr(CompiledRounds, "evaluate", wrong)
     assert train(tmp_path / "run") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "fedhelp: " in line]
     assert len(lines) == 1 and "Traceback" not in lines[0]
     assert "the test loss of " in lines[0] and "(large, " in lines[0]
     assert not (tmp_path / "run" / "summary.json").exists()
-    monkeypatch.setattr(Simulation, "evaluate", evaluate)
+    monkeypatch.setattr(CompiledRounds, "evaluate", evaluate)
     assert fedhelp(f"evaluate --workdir={tmp_path / 'run'}") == 0
     assert read(tmp_path / "run" / "summary.json")["split"] == "test"
 
 
 def runs_of(method):
     flags = (f"--config.algorithm.name={method}", "--config.rounds=2")
-    settings = [load_config(str(CONFIG), [*flags, f"--config.seed={seed}"]) for seed in (3, 4)]
+    settings = [read_settings(str(CONFIG), [*flags, f"--config.seed={seed}"]) for seed in (3, 4)]
     return [Run({"seed": config.seed}, config) for config in settings]
 
 

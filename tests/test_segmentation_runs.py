@@ -16,7 +16,7 @@ from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments.experiment import build_experiment, load_data
 from fedhelp_jax.metrics.surface_distance import surface_metrics
 from fedhelp_jax.teachers.answers import Answers, save_answers
-from fedhelp_jax.teachers.backends.simulated import simulate_answers
+from fedhelp_jax.teachers.backends.simulated import simulated
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -179,7 +179,7 @@ def test_simulated_masks_are_wrong_where_they_should_be(names):
     masks = rng.integers(0, max(2, len(names)), (4, 20, 30)).astype(np.uint8)
     sha256 = tuple(image_sha256(image) for image in images)
     public = PublicDataset("p", True, images, masks, names, sha256, images)
-    answers = simulate_answers(public, 0.8)
+    answers = simulated(public, 0.8)
     assert answers.logits.shape == (4, 20, 30, len(names))
     if len(names) == 1:
         said = answers.logits[..., 0] > 0
@@ -189,4 +189,4 @@ def test_simulated_masks_are_wrong_where_they_should_be(names):
     np.testing.assert_allclose(wrong.mean((1, 2)), 0.2, atol=0.01)
     # In blobs: a wrong pixel's neighbour is mostly wrong too.
     assert (wrong[:, 1:] & wrong[:, :-1]).sum() > 0.7 * wrong[:, 1:].sum()
-    np.testing.assert_array_equal(simulate_answers(public, 0.8).logits, answers.logits)
+    np.testing.assert_array_equal(simulated(public, 0.8).logits, answers.logits)

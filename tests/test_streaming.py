@@ -25,7 +25,7 @@ from helpers import refusal as refused
 from marks import two_devices
 
 from fedhelp_jax.core.compilation import compile_totals
-from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.config_files import read_settings
 from fedhelp_jax.experiments.experiment import build_experiment
 from fedhelp_jax.simulation import streaming
 
@@ -149,7 +149,7 @@ def masks(max_device_bytes):
         f"mapping.max_device_bytes={max_device_bytes}",
     ]
     flags += ["model.small_widths=(2,)", "model.large_widths=(3,)"]  # which compile sooner
-    config = load_config(f"{MASK_CONFIG}:2d", [f"--config.{flag}" for flag in flags])
+    config = read_settings(f"{MASK_CONFIG}:2d", [f"--config.{flag}" for flag in flags])
     return build_experiment(config).simulation
 
 

@@ -24,7 +24,7 @@ from fedhelp_jax.experiments import identity, runner
 from fedhelp_jax.experiments import study as studies
 from fedhelp_jax.experiments.config_files import load_study
 from fedhelp_jax.experiments.study import Failed, compare, grid_points, tune
-from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.compiled import CompiledRounds
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -236,13 +236,13 @@ def test_clients_are_grouped_so_where_the_reference_was_refused_too(tmp_path):
 
 def test_trials_are_judged_on_validation_and_never_look_at_test(tmp_path, monkeypatch):
     looked_at = []
-    evaluate = Simulation.evaluate
+    evaluate = CompiledRounds.evaluate
 
     def watched(self, state, split):
         looked_at.append(split)
         return evaluate(self, state, split)
 
-    monkeypatch.setattr(Simulation, "evaluate", watched)
+    monkeypatch.setattr(CompiledRounds, "evaluate", watched)
     chosen, failures = tune(study("tuned"), tmp_path)
     assert not failures
     assert set(looked_at) == {"validation"}

@@ -16,7 +16,7 @@ from fedhelp_jax.algorithms import ALGORITHMS, settings_of
 from fedhelp_jax.core.compilation import compile_totals
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.experiments import sweep as sweeps
-from fedhelp_jax.experiments.config_files import load_config
+from fedhelp_jax.experiments.config_files import read_settings
 from fedhelp_jax.experiments.experiment import build_experiment, load, make_phases
 from fedhelp_jax.experiments.sweep import sweep
 from fedhelp_jax.experiments.sweep_blocks import Run, blocks, numbers, with_numbers
@@ -39,7 +39,7 @@ def tiny_networks(monkeypatch):
 
 def config_of(seed=0, **settings):
     flags = {"rounds": ROUNDS, "checkpoint_every": 1, "seed": seed, **settings}
-    return load_config(str(CONFIG), [f"--config.{k}={v}" for k, v in flags.items()])
+    return read_settings(str(CONFIG), [f"--config.{k}={v}" for k, v in flags.items()])
 
 
 def runs_of(points=POINTS, **settings):

@@ -20,7 +20,7 @@ from commands import fedhelp
 from PIL import Image
 from serve.server import Served, mlserver, serve_python
 
-from fedhelp_jax.data.load import load_public
+from fedhelp_jax.data.sources import load_public
 from fedhelp_jax.data.types import image_sha256
 from fedhelp_jax.experiments.config import validate
 from fedhelp_jax.teachers.resolve import resolve_answers

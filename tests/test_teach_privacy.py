@@ -8,8 +8,8 @@ from teach_config import get_config
 from teaching import Study
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.data.load import load_federated
 from fedhelp_jax.data.readers.images import resize_arrays
+from fedhelp_jax.data.sources import load_federated
 from fedhelp_jax.data.types import PublicDataset, image_sha256
 from fedhelp_jax.settings.schema import DataConfig
 from fedhelp_jax.teachers.base import PublicImages, clear_public

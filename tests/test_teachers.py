@@ -12,7 +12,7 @@ from helpers import PUBLIC_CLASSES, tiny_public
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.types import image_sha256
 from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers, save_answers
-from fedhelp_jax.teachers.backends.simulated import simulate_answers
+from fedhelp_jax.teachers.backends.simulated import simulated
 
 COUNT, CLASSES = 10, 7
 SUFFIXES = (".npz", ".safetensors", ".npy")
@@ -399,7 +399,7 @@ def test_images_without_an_answer_are_counted(public, answers):
 def test_a_simulated_teacher_is_as_often_right_as_asked():
     public = tiny_public(2000)
     for accuracy in (0.3, 0.85, 1.0):
-        answers = simulate_answers(public, accuracy)
+        answers = simulated(public, accuracy)
         assert answers.logits.shape == (2000, PUBLIC_CLASSES)
         hits = np.mean(answers.logits.argmax(axis=1) == public.labels)
         spread = (accuracy * (1 - accuracy) / 2000) ** 0.5
@@ -407,22 +407,22 @@ def test_a_simulated_teacher_is_as_often_right_as_asked():
 
 
 def test_a_simulated_answer_depends_on_the_image_alone(public):
-    answers = simulate_answers(public, 0.85)
-    np.testing.assert_array_equal(simulate_answers(public, 0.85).logits, answers.logits)
+    answers = simulated(public, 0.85)
+    np.testing.assert_array_equal(simulated(public, 0.85).logits, answers.logits)
     order = np.random.default_rng(2).permutation(COUNT)[:6]
     some = public._replace(
         images=public.images[order],
         labels=public.labels[order],
         sha256=tuple(public.sha256[i] for i in order),
     )
-    again = simulate_answers(some, 0.85)
+    again = simulated(some, 0.85)
     np.testing.assert_array_equal(again.logits, answers.logits[order])
     np.testing.assert_array_equal(join_answers(answers, some), again.logits)
     assert len(np.unique(answers.logits, axis=0)) == COUNT
 
 
 def test_a_simulated_teacher_says_so(public):
-    answers = simulate_answers(public, 0.85)
+    answers = simulated(public, 0.85)
     assert answers.fingerprint == "simulated (accuracy 0.85)"
     assert answers.label_names == public.label_names
     assert answers.sha256 == public.sha256
@@ -430,11 +430,11 @@ def test_a_simulated_teacher_says_so(public):
 
 def test_a_simulated_teacher_of_one_class_has_nothing_to_get_wrong(public):
     one = public._replace(labels=np.zeros(COUNT, np.int32), label_names=("only",))
-    assert simulate_answers(one, 0.1).logits.shape == (COUNT, 1)
+    assert simulated(one, 0.1).logits.shape == (COUNT, 1)
 
 
 def test_a_simulated_teacher_needs_labels(public):
     with pytest.raises(
         UserError, match="^teacher.name: .*tiny_public has none; use stored answers"
     ):
-        simulate_answers(public._replace(labels=None, label_names=None), 0.85)
+        simulated(public._replace(labels=None, label_names=None), 0.85)

@@ -20,7 +20,7 @@ from helpers import use_tiny_networks
 from fedhelp_jax.cli import main as cli
 from fedhelp_jax.experiments import checkpoint, sweep
 from fedhelp_jax.report import run_files
-from fedhelp_jax.simulation.simulation import Simulation
+from fedhelp_jax.simulation.compiled import CompiledRounds
 
 
 def main() -> int:
@@ -29,7 +29,7 @@ def main() -> int:
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_networks(patch)
         if where == "pool":
-            init = Simulation.__init__
+            init = CompiledRounds.__init__
 
             def init_then_write(self, *arguments, **options):
                 init(self, *arguments, **options)
@@ -37,7 +37,7 @@ def main() -> int:
                 file = f"{name}/pool{jax.process_index()}.npz"
                 np.savez(file, *(shard.data for shard in shards))
 
-            patch.setattr(Simulation, "__init__", init_then_write)
+            patch.setattr(CompiledRounds, "__init__", init_then_write)
         elif where == "after-row":
             append = run_files.append_metrics
 
@@ -49,7 +49,7 @@ def main() -> int:
 
             patch.setattr(run_files, "append_metrics", append_then_stop)
         elif where == "after-rounds":
-            rounds = Simulation.rounds
+            rounds = CompiledRounds.rounds
 
             def make_then_stop(self, state, first, last):
                 made = rounds(self, state, first, last)
@@ -57,7 +57,7 @@ def main() -> int:
                     os.kill(os.getpid(), number)
                 return made
 
-            patch.setattr(Simulation, "rounds", make_then_stop)
+            patch.setattr(CompiledRounds, "rounds", make_then_stop)
         elif where == "after-program":
             results = sweep.Program.results
 

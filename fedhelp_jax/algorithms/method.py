@@ -55,7 +55,7 @@ class Method:
 
         Example:
           >>> import fedhelp_jax as fh
-          >>> cnn = fh.models.cnn("cnn_small", num_classes=8)
+          >>> cnn = fh.models.cnn((8, 32), num_classes=8)
           >>> fh.algorithms.fedprox(small=cnn, learning_rate=1e-3, mu=0.01).settings.mu
           0.01
         """

@@ -113,7 +113,7 @@ def _teach(arguments: list[str]) -> int:
     arguments = [a.replace("--dry-run", "--dry_run", 1) for a in arguments]
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     dry_run = bool(own["dry_run"].value)
-    from fedhelp_jax.experiments.config_files import load_config, load_study, refuse_rest
+    from fedhelp_jax.experiments.config_files import load_study, read_settings, refuse_rest
 
     if own["study"].value:
         if own["config"].value:
@@ -124,7 +124,7 @@ def _teach(arguments: list[str]) -> int:
 
         studies.teach(study, dry_run=dry_run)
         return 0
-    config = load_config(_required(own, "config", "configs/fed_isic2019.py"), overrides)
+    config = read_settings(_required(own, "config", "configs/fed_isic2019.py"), overrides)
     from fedhelp_jax.experiments.teach import teach
 
     teach(config, dry_run=dry_run)
@@ -137,10 +137,10 @@ def _train(arguments: list[str]) -> int:
     _define_address(own)
     overrides = own(["fedhelp", *arguments], known_only=True)[1:]
     source = _required(own, "config", "configs/quickstart.py")
-    from fedhelp_jax.experiments.config_files import load_config
+    from fedhelp_jax.experiments.config_files import read_settings
     from fedhelp_jax.experiments.unused import warn_unused
 
-    config = load_config(source, overrides)
+    config = read_settings(source, overrides)
     workdir = _workdir(own, "runs/demo")
 
     from fedhelp_jax.report import run_files
@@ -246,10 +246,10 @@ def _sweep(arguments: list[str]) -> int:
     source = _required(own, "config", "configs/quickstart.py")
     workdir = _workdir(own, "runs/sweep")
     axes = dict(_axis(text) for text in own["sweep"].value or [])
-    from fedhelp_jax.experiments.config_files import load_config
+    from fedhelp_jax.experiments.config_files import read_settings
     from fedhelp_jax.experiments.unused import refuse_unused
 
-    base = load_config(source, overrides)
+    base = read_settings(source, overrides)
     seeds = _seeds(own["seeds"].value) if own["seeds"].value else [base.seed]
     if not axes and len(seeds) == 1:
         raise UserError("--sweep is missing; e.g. --sweep=learning_rate=1e-4,1e-3")
@@ -261,7 +261,7 @@ def _sweep(arguments: list[str]) -> int:
     found = []
     for point, seed in points:
         own_flags = [f"--config.{key}={value}" for key, value in point.items()]
-        config = load_config(source, [*overrides, *own_flags, f"--config.seed={seed}"])
+        config = read_settings(source, [*overrides, *own_flags, f"--config.seed={seed}"])
         refuse_unused(config, point, by_method=True)
         found.append(({**{key: _literal(v) for key, v in point.items()}, "seed": seed}, config))
 

@@ -53,6 +53,11 @@ class FederatedDataset(NamedTuple):
     left_out: tuple[BadExample, ...] = ()
     left_out_images: np.ndarray | None = None
 
+    @property
+    def num_classes(self) -> int:
+        """How many outputs a network of these data has."""
+        return len(self.label_names)
+
 
 class PublicDataset(NamedTuple):
     """Images known to everyone, with what is needed to join a teacher's answers to them.

@@ -41,15 +41,25 @@ def refuse_rest(arguments: Sequence[str]) -> None:
         raise UserError(f"{arguments[0]!r} is one argument too many; flags are --name=value")
 
 
-def load_config(source: str, overrides: list[str]) -> RunConfig:
+def read_settings(source: str, overrides: list[str]) -> RunConfig:
     """Returns the settings of a config file, changed by ``--config.a.b=...`` and checked."""
+    return _changed(load_config(source), overrides)
+
+
+# Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
+def load_config(source: str) -> Any:
+    """Returns the `ConfigDict` of a config file, ``file.py`` or ``file.py:argument``.
+
+    Raises:
+        UserError: The file cannot be read, or does not return one.
+    """
     config = _call(source, "config")
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(
             f"{source}: get_config() must return fedhelp_jax.experiments.config.default_config(), "
             f"changed; it returned {type(config).__name__}"
         )
-    return _changed(config, overrides)
+    return config
 
 
 def load_run(path: Path, overrides: list[str]) -> RunConfig:

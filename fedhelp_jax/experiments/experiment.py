@@ -16,7 +16,7 @@ from fedhelp_jax.algorithms.client import adam_l2, sgd_l2
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.memory import check_fits
 from fedhelp_jax.data.federation import Federation, assign_roles, make_federation
-from fedhelp_jax.data.load import load_federated, load_public
+from fedhelp_jax.data.sources import load_federated, load_public
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, of_federated, of_public
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.models.cnn import CNNS, cnn
@@ -24,9 +24,9 @@ from fedhelp_jax.models.model import Model, with_compute_dtype
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNETS, unet
 from fedhelp_jax.settings.schema import ModelConfig, ServerConfig
+from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RoundProgram, make_program, public_spec
-from fedhelp_jax.simulation.simulation import Simulation
-from fedhelp_jax.simulation.streaming import StreamedSimulation
+from fedhelp_jax.simulation.streaming import StreamedRounds
 from fedhelp_jax.simulation.vectorize import Mapping, make_mapping
 from fedhelp_jax.tasks import Task
 from fedhelp_jax.teachers.answers import Answers
@@ -63,7 +63,7 @@ class Experiment:
     roles: tuple[str, ...]
     public: PublicDataset | None
     answers: Answers | None
-    simulation: Simulation
+    simulation: CompiledRounds
 
 
 def build_experiment(config: RunConfig) -> Experiment:
@@ -84,11 +84,11 @@ def build_experiment(config: RunConfig) -> Experiment:
     mapping = make_mapping(config.mapping.chunk_size, config.mapping.cpu_devices if alone else None)
     phases = make_phases(config, loaded, mapping)
     if max_device_bytes:
-        simulation = StreamedSimulation(
+        simulation = StreamedRounds(
             phases, loaded.federation, seed=config.seed, max_device_bytes=max_device_bytes
         )
     else:
-        simulation = Simulation(
+        simulation = CompiledRounds(
             phases,
             loaded.federation,
             seed=config.seed,

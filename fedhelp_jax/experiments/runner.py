@@ -13,24 +13,27 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.core import distributed
-from fedhelp_jax.core.compilation import compile_totals
+from fedhelp_jax.core.compilation import compile_totals, jit
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.locks import folder_lock
 from fedhelp_jax.data.bad_examples import QUARANTINE
+from fedhelp_jax.data.federation import ClientData, Group, Pool, normalize_images
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments import identity
 from fedhelp_jax.experiments.checkpoint import Checkpointer
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import Experiment, build_experiment, rounds_at_once
+from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.report import run_files
 from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write_shares
 from fedhelp_jax.report.console import Progress
@@ -48,7 +51,7 @@ from fedhelp_jax.simulation.round import RoundInfo, RunState
 
 _log = logging.getLogger(__name__)
 
-_CONFIG, _METRICS, _CLIENTS, _SUMMARY = (
+CONFIG, METRICS, CLIENTS, _SUMMARY = (
     "config.json",
     "metrics.jsonl",
     "clients.csv",
@@ -65,7 +68,12 @@ class Interrupted(Exception):
 
 
 def train(
-    config: RunConfig, workdir: Path, overwrite: bool = False, *, split: str = "test"
+    config: RunConfig,
+    workdir: Path,
+    overwrite: bool = False,
+    *,
+    split: str = "test",
+    callbacks: Sequence[Callable[[int, Mapping[str, Any], RunState], bool | None]] = (),
 ) -> dict[str, Any]:
     """Runs, or goes on with, a run in a folder.
 
@@ -74,6 +82,8 @@ def train(
       workdir: The run folder.
       overwrite: Begin anew, removing what an earlier run left there.
       split: What the last models are measured on; with "validation" no test image is looked at.
+      callbacks: Called after every round with its number, its row of ``metrics.jsonl`` and the
+        state; if one returns True, the run ends there and is measured.
 
     Returns:
       The content of ``summary.json``; nothing in other processes than the first.
@@ -86,10 +96,12 @@ def train(
     """
     _check_together(config, workdir)
     with folder_lock(workdir):
-        return _train(config, workdir, overwrite, split)
+        return _train(config, workdir, overwrite, split, callbacks)
 
 
-def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dict[str, Any]:
+def _train(
+    config: RunConfig, workdir: Path, overwrite: bool, split: str, callbacks: Sequence[Any]
+) -> dict[str, Any]:
     if overwrite and distributed.is_coordinator():
         _remove_run(workdir)
     distributed.all_gather_text("removed")
@@ -109,16 +121,18 @@ def _train(config: RunConfig, workdir: Path, overwrite: bool, split: str) -> dic
                 "at least as many, or name another folder"
             )
         if distributed.is_coordinator():
-            run_files.write_json(workdir / _CONFIG, configs.to_dict(experiment.config))
+            run_files.write_json(workdir / CONFIG, configs.to_dict(experiment.config))
             identity.write_provenance(workdir, identity.provenance(experiment))
             write_shares(workdir, experiment.dataset, experiment.roles)
             write_left_out(workdir, experiment.dataset, experiment.public)
-            run_files.cut_metrics(workdir / _METRICS, done)
+            run_files.cut_metrics(workdir / METRICS, done)
         if done:
             _log.warning("going on after round %d of %d", done, config.rounds)
         health = _health(experiment, workdir, done)
         with _StopRequest() as stop:
-            done, state = _run_rounds(experiment, checkpointer, workdir, state, done, stop, health)
+            done, state = _run_rounds(
+                experiment, checkpointer, workdir, state, done, stop, health, callbacks
+            )
         summary = _finish(experiment, workdir, state, done, split, health)
         if _must_stop(experiment.config, health):
             raise Diverged(health.message(done, workdir), summary)
@@ -143,7 +157,7 @@ def evaluate(workdir: Path, config: RunConfig | None = None) -> dict[str, Any]:
       UserError: If the folder holds no checkpoint or is not as the run left it.
       Diverged: As in `train`.
     """
-    found: RunConfig = config or distributed.run_on_all(lambda: configs.load(workdir / _CONFIG))
+    found: RunConfig = config or distributed.run_on_all(lambda: configs.load(workdir / CONFIG))
     _check_together(found, workdir)
     with folder_lock(workdir):
         return _evaluate(found, workdir)
@@ -176,6 +190,42 @@ def _evaluate(config: RunConfig, workdir: Path) -> dict[str, Any]:
     return summary
 
 
+def restore(config: RunConfig, workdir: Path) -> tuple[Experiment, RunState]:
+    """Returns a run's data and its last checkpoint, to look at.
+
+    Raises:
+      UserError: If the folder holds no checkpoint or is not as the run left it.
+    """
+    experiment = build_experiment(config)
+    checkpointer = Checkpointer(workdir / _CHECKPOINTS, read_only=True)
+    try:
+        return experiment, _restore(experiment, checkpointer, workdir, same_program=False)[1]
+    finally:
+        checkpointer.close()
+
+
+def deployed(
+    experiment: Experiment, state: RunState, group: Group, row: int
+) -> tuple[Model, Variables]:
+    """Returns the network that one client deploys, and its variables."""
+    dataset = experiment.dataset
+    train = dataset.clients[int(np.asarray(group.ids)[row])].train
+    pool = Pool(jnp.asarray(dataset.images[train]), jnp.asarray(dataset.labels[train]))
+    data = ClientData(pool, None, jnp.arange(len(train)), jnp.int32(len(train)))
+    return experiment.simulation.deployed(state, group, row, data)
+
+
+def logits_of(model: Model, variables: Variables, images: np.ndarray) -> np.ndarray:
+    """Returns a network's logits on images, a batch at a time."""
+    apply = jit(lambda v, x: apply_model(model, v, normalize_images(x))[0])
+    size = 64
+    # The last batch is filled up, so that there is one program.
+    padded = np.concatenate([images, np.repeat(images[-1:], -len(images) % size, axis=0)])
+    starts = range(0, len(padded), size)
+    logits = [np.asarray(apply(variables, padded[i : i + size])) for i in starts]
+    return np.concatenate(logits)[: len(images)]
+
+
 def _run_rounds(
     experiment: Experiment,
     checkpointer: Checkpointer,
@@ -184,6 +234,7 @@ def _run_rounds(
     done: int,
     stop: "_StopRequest",
     health: Divergence,
+    callbacks: Sequence[Any],
 ) -> tuple[int, RunState]:
     """Makes the rounds that are missing; returns how many are done, and the state after them."""
     config, simulation = experiment.config, experiment.simulation
@@ -196,7 +247,7 @@ def _run_rounds(
     with shown or contextlib.nullcontext():
         while done < config.rounds and not _must_stop(config, health):
             started, compiled = time.perf_counter(), compile_totals()
-            first, done = done, _next_stop(config, done)
+            first, done = done, done + 1 if callbacks else _next_stop(config, done)
             state, infos = simulation.rounds(state, first, done)
             payload = payload or simulation.payload_bytes()
             rows: list[dict[str, Any]] = [
@@ -222,11 +273,14 @@ def _run_rounds(
                 if shown is None:
                     continue
                 row |= {"wall_s": wall_s, "compile_s": compile_s}
-                run_files.append_metrics(workdir / _METRICS, row)
+                run_files.append_metrics(workdir / METRICS, row)
                 shown.update(run_files.plain(row) | {"seconds": wall_s - compile_s})
             # Whichever process was asked: all stop after the same round.
             stopping = distributed.any_process(stop.requested)
-            last = last or _must_stop(config, health)
+            ends = [callback(done, run_files.plain(rows[-1]), state) for callback in callbacks]
+            # Processes end together, even if a callback does so in one of them only.
+            ended = bool(callbacks) and distributed.any_process(True in ends)
+            last = last or _must_stop(config, health) or ended
             if last or stopping or done % config.checkpoint_every == 0:
                 checkpointer.save(done, state, identity.of_checkpoint(experiment))
             if stopping and not last:
@@ -234,6 +288,8 @@ def _run_rounds(
                     f"stopped after round {done} of {config.rounds}, saved in {workdir}; "
                     "the same command goes on from there"
                 )
+            if ended:
+                break
     return done, state
 
 
@@ -247,7 +303,7 @@ def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
 
 def _rows(workdir: Path, done: int) -> list[dict[str, Any]]:
     """What is written down of the first rounds: a killed run may have told more than it saved."""
-    return [row for row in run_files.read_metrics(workdir / _METRICS) if row["round"] <= done]
+    return [row for row in run_files.read_metrics(workdir / METRICS) if row["round"] <= done]
 
 
 def _must_stop(config: RunConfig, health: Divergence) -> bool:
@@ -294,7 +350,7 @@ def _finish(
     if not distributed.is_coordinator():
         return {}
     names = {group.role: group.names for group in simulation.groups}
-    run_files.write_csv(workdir / _CLIENTS, run_files.CLIENT_COLUMNS, client_rows(names, results))
+    run_files.write_csv(workdir / CLIENTS, run_files.CLIENT_COLUMNS, client_rows(names, results))
     rows = _rows(workdir, done)
     metric = experiment.task.headline
     sizes = {
@@ -448,13 +504,13 @@ def _check_same_sources(experiment: Experiment) -> None:
 
 
 def _check_same_config(config: RunConfig, workdir: Path) -> None:
-    path = workdir / _CONFIG
+    path = workdir / CONFIG
     if path.exists():
         identity.refuse_other_settings(configs.load(path), config, f"--workdir={workdir}")
 
 
 def _remove_run(workdir: Path) -> None:
-    for name in (_CONFIG, identity.PROVENANCE, _METRICS, _CLIENTS, _SUMMARY, QUARANTINE, *SHARES):
+    for name in (CONFIG, identity.PROVENANCE, METRICS, CLIENTS, _SUMMARY, QUARANTINE, *SHARES):
         (workdir / name).unlink(missing_ok=True)
     for name in (_CHECKPOINTS, _PICTURES):
         shutil.rmtree(workdir / name, ignore_errors=True)

@@ -9,14 +9,14 @@ from fedhelp_jax.data.types import FederatedDataset
 from fedhelp_jax.metrics import NO_CLASS
 from fedhelp_jax.metrics.surface_distance import surface_metrics
 from fedhelp_jax.report.pictures import Row, segmentation_panel
+from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RunState
-from fedhelp_jax.simulation.simulation import Simulation
 
 _SHOWN_CLIENTS = 3
 
 
 def final_masks(
-    simulation: Simulation,
+    simulation: CompiledRounds,
     state: RunState,
     dataset: FederatedDataset,
     folder: Path | None,

@@ -124,7 +124,7 @@ class Divergence:
 
         Args:
           when: Round and split, for the log.
-          results: As `Simulation.evaluate` returns them.
+          results: As `CompiledRounds.evaluate` returns them.
         """
         lines = []
         for role, models in results.items():

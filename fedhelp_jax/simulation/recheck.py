@@ -47,7 +47,7 @@ def recheck(
       state: What was measured.
       dataset: The private data, on the host.
       split: What it was measured on.
-      results: ``{role: {model name: {metric: [K]}}}``, as :meth:`Simulation.evaluate` returns them.
+      results: ``{role: {model name: {metric: [K]}}}``, as `CompiledRounds.evaluate` returns them.
       bfloat16: Whether activations are computed in bfloat16.
 
     Raises:

@@ -1,262 +1,180 @@
-"""A federated method compiled over a federation: one dispatch per group and phase of a round.
+"""`Simulation`: an algorithm over hospitals' data, round by round, from Python."""
 
-Everything here is computation; files, logging and resuming are the runner's.
-"""
-
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
-from fedhelp_jax.core.compilation import jit
-from fedhelp_jax.core.tree import num_bytes
-from fedhelp_jax.data.federation import Federation, Group
-from fedhelp_jax.simulation.round import (
-    ClientUpdates,
-    FederationArrays,
-    RoundInfo,
-    RoundProgram,
-    Rows,
-    RunState,
-    round_info,
-    server_part,
-)
-from fedhelp_jax.simulation.sharding import place, put
+from fedhelp_jax import tasks
+from fedhelp_jax.algorithms import Algorithm, Given
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.federation import assign_roles, make_federation
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset
+from fedhelp_jax.simulation.compiled import CompiledRounds
+from fedhelp_jax.simulation.round import RoundInfo, Rows, RunState, make_program, public_spec
+from fedhelp_jax.simulation.streaming import StreamedRounds
+from fedhelp_jax.simulation.vectorize import make_mapping
+from fedhelp_jax.tasks import Task
+
+
+class SimulationState(NamedTuple):
+    """A run between two rounds.
+
+    Attributes:
+      key: All randomness of the run follows from it.
+      round: How many rounds are done.
+      run: The state of the server, and by role the stacked states of the clients.
+    """
+
+    key: jax.Array
+    round: int
+    run: RunState
 
 
 class Simulation:
-    """The compiled phases of a run: ``init``, ``round``, ``evaluate``."""
+    """An algorithm over the clients of a federated data set.
+
+    A run is a pure function of the state that `init` returns: the same key gives the same bits, on
+    any number of devices.
+
+    Attributes:
+      algorithm: The algorithm's pure functions, for who wants to call them directly.
+      federation: The data on the device.
+      roles: "small" or "large" for each client of the data.
+    """
 
     def __init__(
-        self, phases: RoundProgram, federation: Federation, *, seed: int, rounds_at_once: int = 1
+        self,
+        algorithm: Algorithm,
+        data: FederatedDataset,
+        *,
+        public: PublicDataset | None = None,
+        teacher: Any = None,
+        task: Task | None = None,
+        large: int | Sequence[str] = 2,
+        batch_size: int = 4,
+        public_batch_size: int | None = None,
+        local_epochs: int = 1,
+        augment: Sequence[str] = (),
+        participation_rate: float = 1.0,
+        client_weights: str = "uniform",
+        rounds: int = 1,
+        chunk_size: int | None = None,
+        num_devices: int | None = None,
+        max_device_bytes: int = 0,
+        donate: bool = True,
     ):
-        """Prepares the phases; nothing is compiled before its first call.
+        """Puts the data on the device; nothing is compiled before it is called for.
 
         Args:
-          phases: The method, and how its clients run.
-          federation: The data, of as many clients.
-          seed: All randomness of the run.
-          rounds_at_once: The most rounds that :meth:`rounds` is asked for at a time. With more than
-            one it makes them in a single dispatch, but not on several CPU devices.
+          algorithm: A method with its networks, such as ``fh.algorithms.fedhelp(small=...)``.
+          data: The private data, such as of ``fh.data.load`` or ``fh.data.from_arrays``.
+          public: The public images, for methods that learn from them.
+          teacher: A foundation model's logits about the public images, of `fedhelp_jax.teachers`.
+          task: Losses and metrics; those of classification or segmentation, by the data, if None.
+            ``fh.tasks.classification._replace(loss=...)`` has a loss of one's own.
+          large: Which clients are large: how many with the most training images, or their names.
+          batch_size: Private images a step.
+          public_batch_size: Public images a step; ``batch_size`` if None.
+          local_epochs: Passes over its images a client makes in a round.
+          augment: How training batches are changed, of ``fh.transforms.AUGMENTATIONS``.
+          participation_rate: Fraction of each role that takes part in a round, rounded up.
+          client_weights: A client's weight in the server's mean: "uniform", or "examples", its
+            number of training images.
+          rounds: How many rounds will be run, for methods with a schedule over them (FedKD).
+          chunk_size: Clients vectorised at a time on a device; the back end's best if None.
+          num_devices: Over how many devices clients are spread; all if None.
+          max_device_bytes: The most bytes of private images on a device, the rest waiting on the
+            host; 0 keeps all on the devices.
+          donate: Whether `step` takes over the memory of the state that it is given. Without, older
+            states stay usable, for twice the memory.
+
+        Raises:
+          UserError: If the method, the data and the options do not go together.
         """
-        self.phases = phases
-        self.mapping = mapping = phases.mapping
-        self.groups = federation.groups
-        self.federation = self._placed(federation)
-        self._batch_size = phases.eval_batch_size
-        self._jit = program = functools.partial(jit, platform=mapping.platform)
-        # Made where it is needed: to send it there, processes would compare what they have.
-        self.run_key = program(lambda: jax.random.key(seed), out_shardings=mapping.replicated)()
-        self._state_sharding = RunState(
-            mapping.replicated,
-            {g.role: NamedSharding(mapping.mesh, mapping.own) for g in self.groups},
+        method = algorithm.method
+        if max_device_bytes and method.pools_data:
+            raise UserError(f"max_device_bytes must be 0: {method.name} needs all data at once")
+        if method.uses_public and public is None and method.name != "fedhelp":
+            raise UserError(f"{method.name} learns from public images: give public=...")
+        if not method.uses_public:
+            public = teacher = None
+        masks = data.labels.ndim > 1
+        if task is None:
+            task = tasks.segmentation(data.label_names) if masks else tasks.classification
+        top_n, names = (large, ()) if isinstance(large, int) else (0, tuple(large))
+        self.roles = assign_roles(data, top_n=top_n, large=names)
+        logits = None
+        if teacher is not None:
+            if public is None:
+                raise UserError("teacher: its answers are about public images: give public=...")
+            logits = teacher.about(public)
+        on_host = max_device_bytes > 0
+        federation = make_federation(data, self.roles, public, logits, on_host=on_host)
+        given = Given(
+            task=task,
+            num_classes=len(data.label_names),
+            sample_shape=data.images.shape[1:],
+            batch_size=batch_size,
+            public_batch_size=public_batch_size or batch_size,
+            local_epochs=local_epochs,
+            public=public_spec(public, teacher),
+            augment=tuple(augment),
+            rounds=rounds,
         )
-        whole = functools.partial(program, out_shardings=self._state_sharding)
-        self._by_client = by_client = functools.partial(program, out_shardings=mapping.by_client)
-        # What starts a run and what files its results only moves memory.
-        self._init = whole(phases.init, optimized=False)
-        self._aggregate = whole(
-            phases.aggregate, donate_argnums=0, optimized=phases.algorithm.server_trains
+        program = make_program(
+            algorithm,
+            given,
+            federation,
+            make_mapping(chunk_size, num_devices),
+            participation_rate=participation_rate,
+            client_weights=client_weights,
         )
-        # Over CPU devices a round waits for the clients before the mean, see there.
-        waits = mapping.platform == "cpu" and mapping.num_devices > 1
-        self.rounds_at_once = 1 if waits else rounds_at_once
-        self._rounds = program(
-            functools.partial(phases.rounds, most=rounds_at_once),
-            out_shardings=(self._state_sharding, mapping.replicated),
-            donate_argnums=0,
-        )
-        roles = [group.role for group in self.groups]
-        self._train = {r: by_client(functools.partial(phases.train, r)) for r in roles}
-        self._evaluate = {r: by_client(functools.partial(phases.evaluate, r)) for r in roles}
-        self._predict = {r: program(functools.partial(phases.predict, r)) for r in roles}
-        self._gather = program(lambda tree: tree, out_shardings=mapping.replicated)
+        self.algorithm = program.algorithm
+        if max_device_bytes:
+            compiled = StreamedRounds(
+                program, federation, max_device_bytes=max_device_bytes, donate=donate
+            )
+        else:
+            compiled = CompiledRounds(program, federation, donate=donate)
+        self._compiled, self._task = compiled, task
+        self.federation = federation
 
-    def _placed(self, federation: Federation) -> FederationArrays:
-        """What lies on the devices for the whole run."""
-        return place(federation, self.mapping)
+    def init(self, key: jax.Array) -> SimulationState:
+        """Returns the state before the first round; ``key`` is of ``jax.random.key``."""
+        return SimulationState(key, 0, self._compiled.init(key))
 
-    def init(self) -> RunState:
-        """The state before the first round."""
-        return self._init(self.run_key, self.federation)
+    def step(self, state: SimulationState) -> tuple[SimulationState, RoundInfo]:
+        """Returns the state after one round, and what its clients report.
 
-    def state_shapes(self) -> RunState:
-        """The shapes of :meth:`init`'s state and where it lies, without computing it."""
-        shapes = self._init.eval_shape(self.run_key, self.federation)
+        The memory of ``state`` is taken over, unless the simulation was made with
+        ``donate=False``.
+        """
+        run, info = self._compiled.round(state.run, state.round, state.key)
+        return SimulationState(state.key, state.round + 1, run), info
 
-        def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return self._each(placed, shapes)
-
-    def put(self, state: RunState) -> RunState:
-        """A restored state on the devices: from the host, but for what lies there already."""
-        return self._each(lambda x, s: x if isinstance(x, jax.Array) else put(x, s), state)
-
-    def _each(self, fn: Callable[[Any, NamedSharding], Any], state: RunState) -> RunState:
-        """``fn(leaf, sharding)`` over a state."""
-        server, clients = self._state_sharding
-        return RunState(
-            jax.tree.map(lambda leaf: fn(leaf, server), state.server),
-            {
-                role: jax.tree.map(lambda leaf, s=clients[role]: fn(leaf, s), own)
-                for role, own in state.clients.items()
-            },
-        )
-
-    def round(self, state: RunState, round: int) -> tuple[RunState, RoundInfo]:
-        """One round: every group trains, then the server aggregates. ``state`` is consumed.
+    def evaluate(
+        self, state: SimulationState, split: str = "test"
+    ) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+        """Returns the metrics of every client's deployed models on a split.
 
         Args:
-          state: The state before the round.
-          round: Its number, from 0; decides batches and participants.
-
-        Returns:
-          The state after it and what it reports.
-        """
-        # The round as a NumPy scalar: to make it jax's would be a dispatch of its own.
-        trained = self._trained(state, np.int32(round))
-        if self.mapping.num_devices > 1:
-            # The server's mean is a collective. A CPU device that reaches it long before the others
-            # warns that it may be stuck, and in the end gives up.
-            jax.block_until_ready(trained)
-        state = self._aggregate(
-            state,
-            server_part(trained),
-            self.run_key,
-            np.int32(round),
-            self.federation,
-        )
-        return state, self._reported(round_info(trained))
-
-    def _trained(self, state: RunState, round: np.int32) -> dict[str, ClientUpdates]:
-        """What the training phase of each role gives."""
-        return {
-            role: train(state.clients[role], state.server, self.run_key, round, self.federation)
-            for role, train in self._train.items()
-        }
-
-    def _reported(self, tree: Any) -> Any:
-        """What every process may look at."""
-        if not self.mapping.private:
-            return tree
-        return self._gather(jax.block_until_ready(tree))
-
-    def rounds(self, state: RunState, first: int, last: int) -> tuple[RunState, list[RoundInfo]]:
-        """The rounds from ``first`` to before ``last``. ``state`` is consumed.
-
-        Returns:
-          The state after them, and what each of them reported.
-        """
-        if self.rounds_at_once == 1:
-            infos = []
-            for round in range(first, last):
-                state, info = self.round(state, round)
-                infos.append(info)
-            return state, infos
-        numbers = np.int32(first), np.int32(last)
-        state, rows = self._rounds(state, self.run_key, *numbers, self.federation)
-        rows = jax.device_get(rows)
-        return state, [jax.tree.map(lambda x, i=i: x[i], rows) for i in range(last - first)]
-
-    def evaluate(self, state: RunState, split: str) -> dict[str, dict[str, Rows]]:
-        """Metrics of every client's deployed models on a split.
-
-        Args:
-          state: The state of the run.
+          state: A state.
           split: "train", "validation" or "test".
 
         Returns:
-          ``{role: {model name: {metric: [K]}}}`` on the host, the headline model of a role first.
+          ``{role: {model: {metric: [K]}}}``, the model that clients of a role deploy first.
         """
-        rows = self._measured(state, split)
-        # In the method's own order, the headline model first; JAX sorts a dict by its keys.
-        return {
-            g.role: {
-                name: _first(rows[g.role][name], len(g.names))
-                for name in self.phases.algorithm.clients[g.role].models
-            }
-            for g in self.groups
-        }
+        measured: dict[str, dict[str, Rows]] = self._compiled.evaluate(state.run, split)
+        return measured  # pyright: ignore[reportReturnType]
 
-    def _measured(self, state: RunState, split: str) -> dict[str, Any]:
-        """By role, model and metric a row for every slot; only the clients' are real."""
-        return self._reported(
-            {
-                role: evaluate(
-                    *(state.clients[role], state.server, self.federation),
-                    self.phases.everyone(role, self.federation, split),
-                )
-                for role, evaluate in self._evaluate.items()
-            }
-        )
-
-    def predictions(self, state: RunState, group: Group, row: int, split: str) -> np.ndarray:
-        """What one client's deployed model says of a split, as the task's ``predict`` gives it.
-
-        Args:
-          state: The state of the run.
-          group: The client's group.
-          row: Its place there.
-          split: "train", "validation" or "test".
-
-        Returns:
-          ``[n, ...]`` on the host, in the order of the client's split.
-        """
-        size, batch = int(getattr(group, split).size[row]), self._batch_size
-        found = []
-        for start in range(0, size, batch):
-            places = np.minimum(np.arange(start, start + batch), size - 1)
-            out = self._predicted(state, group.role, row, split, places)
-            found.append(np.asarray(out)[: size - start])
-        return np.concatenate(found)
-
-    def _predicted(
-        self, state: RunState, role: str, row: int, split: str, places: np.ndarray
-    ) -> Any:
-        """The same of the examples at ``places`` of the split."""
-        chunk = self.phases.everyone(role, self.federation, split)
-        out = self._reported(
-            self._predict[role](
-                state.clients[role], state.server, self.federation, chunk, row, places
-            )
-        )
-        # Every client has a slot where the mapping is private, and a device as many as another.
-        device = row * self.mapping.num_devices // len(self.federation.groups[role][split].size)
-        return out[device] if self.mapping.private else out
-
-    def payload_bytes(self) -> dict[str, tuple[int, int]]:
-        """Per role, what one client sends and receives in a round, in bytes ``(up, down)``."""
-        state = self.state_shapes()
-        payload = {}
-        for group in self.groups:
-            trained = self.train_shapes(group, state)
-            down = jax.eval_shape(
-                lambda server, role=group.role: self.phases.algorithm.download(server, role),
-                state.server,
-            )
-            payload[group.role] = (
-                num_bytes(trained.upload) // trained.weight.shape[0],
-                num_bytes(down),
-            )
-        return payload
-
-    def train_shapes(self, group: Group, state: RunState) -> ClientUpdates:
-        """Shapes of all that a group's training phase returns, without running it."""
-        # By the compiled function, which has been traced already when a run asks.
-        return self._train[group.role].eval_shape(
-            state.clients[group.role],
-            state.server,
-            self.run_key,
-            jnp.int32(0),
-            self.federation,
-        )
-
-
-def _first(rows: Any, count: int) -> Any:
-    """The rows of real clients, on the host; past them stand the empty slots of the last device."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], rows)
+    def summary(self, state: SimulationState, split: str = "test") -> dict[str, dict[str, float]]:
+        """Returns for each client's name its metrics by the model that it deploys."""
+        rows = {}
+        for group in self._compiled.groups:
+            models = self._compiled.evaluate(state.run, split)[group.role]
+            metrics = next(iter(models.values()))
+            for i, name in enumerate(group.names):
+                rows[name] = {metric: float(values[i]) for metric, values in metrics.items()}
+        return rows

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.federation import SPLITS, ClientIndex, Federation, Group
+from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import (
     ClientChunk,
     ClientUpdates,
@@ -25,7 +26,6 @@ from fedhelp_jax.simulation.round import (
     RunState,
 )
 from fedhelp_jax.simulation.sharding import put
-from fedhelp_jax.simulation.simulation import Simulation
 
 
 class Buffer(NamedTuple):
@@ -247,14 +247,20 @@ def _numbered(
     return np.concatenate(examples)
 
 
-class StreamedSimulation(Simulation):
+class StreamedRounds(CompiledRounds):
     """A simulation whose private images stay in host memory and come to the devices in parts.
 
-    It ends as a `Simulation` does, up to rounding.
+    It ends as a `CompiledRounds` does, up to rounding.
     """
 
     def __init__(
-        self, phases: RoundProgram, federation: Federation, *, seed: int, max_device_bytes: int
+        self,
+        phases: RoundProgram,
+        federation: Federation,
+        *,
+        seed: int = 0,
+        max_device_bytes: int,
+        donate: bool = True,
     ):
         """Prepares the phases; nothing is compiled before its first call.
 
@@ -264,6 +270,7 @@ class StreamedSimulation(Simulation):
           seed: All randomness of the run.
           max_device_bytes: The most bytes of private images and targets on a device at a time:
             those of the part that is computed and of the next.
+          donate: As of `CompiledRounds`.
 
         Raises:
           UserError: If a client's examples alone are more, or there are several processes.
@@ -273,7 +280,7 @@ class StreamedSimulation(Simulation):
                 f"config.mapping.max_device_bytes = {max_device_bytes} must be 0 in a "
                 "--distributed run, where a process's devices hold only its own clients' images"
             )
-        super().__init__(phases, federation, seed=seed)
+        super().__init__(phases, federation, seed=seed, donate=donate)
         self._feed = feed = HostFeeder(federation, phases, max_device_bytes)
         self._batch_size = feed.batch_size
         self._begin = {}
@@ -290,16 +297,18 @@ class StreamedSimulation(Simulation):
         arrays = FederationArrays(None, federation.public, groups, None)
         return jax.device_put(arrays, self.mapping.replicated)
 
-    def _trained(self, state: RunState, round: np.int32) -> dict[str, ClientUpdates]:
+    def _trained(
+        self, state: RunState, key: jax.Array, round: np.int32
+    ) -> dict[str, ClientUpdates]:
         trained = {
-            role: begin(state.clients[role], state.server, self.run_key, round, self.federation)
+            role: begin(state.clients[role], state.server, key, round, self.federation)
             for role, begin in self._begin.items()
         }
         slots = {role: np.asarray(begun.slot) for role, begun in trained.items()}
 
         def train(role: str, part: ClientChunk) -> ClientUpdates:
             trained[role] = self._train[role](
-                *(state.clients[role], state.server, self.run_key, round, self.federation),
+                *(state.clients[role], state.server, key, round, self.federation),
                 *(part, trained[role]),
             )
             return trained[role]

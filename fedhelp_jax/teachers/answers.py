@@ -5,6 +5,7 @@ import importlib
 import json
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,10 @@ class Answers(NamedTuple):
     fingerprint: str
     content_sha256: str = ""
 
+    def about(self, public: PublicDataset) -> np.ndarray:
+        """Returns the logits in the order of the public images, as `join_answers` does."""
+        return join_answers(self, public)
+
 
 class _Stored(NamedTuple):
     """What a file holds, unchecked; ``name`` is that of the array of answers."""
@@ -47,6 +52,31 @@ class _Stored(NamedTuple):
     sha256: np.ndarray
     label_names: np.ndarray
     fingerprint: str
+
+
+def from_logits(
+    public: PublicDataset, logits: Any, *, label_names: Sequence[str], name: str
+) -> Answers:
+    """Returns a foundation model's answers out of an array.
+
+    Args:
+      public: The images that they are about.
+      logits: ``[P, F]`` a row for each, or of masks ``[P, *spatial, F]``; finite.
+      label_names: The model's classes, which need not be those of any data.
+      name: Name and version of the model.
+
+    Raises:
+      UserError: If they do not fit the images or the names.
+    """
+    logits = np.asarray(logits, np.float32)
+    if len(logits) != len(public.images) or logits.shape[-1] != len(label_names):
+        raise UserError(
+            f"logits are of shape {list(logits.shape)}, but there are {len(public.images)} public "
+            f"images and {len(label_names)} label names"
+        )
+    if not np.isfinite(logits).all():
+        raise UserError("logits must be finite")
+    return Answers(logits, tuple(public.sha256), tuple(label_names), name)
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from fedhelp_jax.teachers.backends.litert import LiteRTModel
 from fedhelp_jax.teachers.backends.onnx import OnnxModel
 from fedhelp_jax.teachers.backends.open_inference import OpenInferenceModel
 from fedhelp_jax.teachers.backends.self_trained import SelfTrained
-from fedhelp_jax.teachers.backends.simulated import simulate_answers
+from fedhelp_jax.teachers.backends.simulated import simulated
 from fedhelp_jax.teachers.base import FoundationModel
 from fedhelp_jax.teachers.heads import class_vector_logits, linear_probe_logits
 from fedhelp_jax.teachers.http import Transport
@@ -128,7 +128,7 @@ def _one(config: FoundationConfig, public: PublicDataset) -> Answers | None:
         case "none":
             return None
         case "simulated":
-            return _with_sha256(simulate_answers(public, config.accuracy))
+            return _with_sha256(simulated(public, config.accuracy))
         case "stored":
             loaded = load_answers(Path(str(config.path)), config.array)
             answers = loaded._replace(

@@ -18,10 +18,10 @@ from toy_sets import write_set
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.bad_examples import Bad
-from fedhelp_jax.data.load import load_federated, load_public
 from fedhelp_jax.data.readers import images as images_module
 from fedhelp_jax.data.readers import stored_set
 from fedhelp_jax.data.readers.files import Files
+from fedhelp_jax.data.sources import load_federated, load_public
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, of_federated, of_public
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.unused import needed_for

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.data.load import load_federated, load_public
 from fedhelp_jax.data.readers import fed_isic2019
 from fedhelp_jax.data.readers.images import Decoded
+from fedhelp_jax.data.sources import load_federated, load_public
 from fedhelp_jax.settings.schema import DataConfig, PublicConfig
 
 

@@ -8,7 +8,7 @@ from isic_files import IsicFiles
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.prepare import prepare
-from fedhelp_jax.data.load import load_federated
+from fedhelp_jax.data.sources import load_federated
 from fedhelp_jax.settings.schema import DataConfig
 
 

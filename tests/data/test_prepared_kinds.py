@@ -9,8 +9,8 @@ from toy_sets import write_set
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.prepare import prepare
-from fedhelp_jax.data.load import load_federated, load_public
 from fedhelp_jax.data.readers.volumes import resize_mask, resize_volume, resize_volumes
+from fedhelp_jax.data.sources import load_federated, load_public
 from fedhelp_jax.data.types import image_sha256
 from fedhelp_jax.settings.schema import DataConfig, PublicConfig
 

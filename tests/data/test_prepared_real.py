@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedhelp_jax.data.builders.lung_masks import LungMasks
 from fedhelp_jax.data.builders.prepare import prepare
-from fedhelp_jax.data.load import load_federated
+from fedhelp_jax.data.sources import load_federated
 from fedhelp_jax.settings.schema import DataConfig
 
 

@@ -126,7 +126,7 @@ def test_hash_is_of_shape_and_pixels():
 
 
 def test_data_does_not_bring_jax_along():
-    code = "import sys, fedhelp_jax.data.load; print(*sys.modules)"
+    code = "import sys, fedhelp_jax.data.sources; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -10,7 +10,7 @@ from fedhelp_jax.teachers.answers import Answers
 _LEAD = 2.0
 
 
-def simulate_answers(public: PublicDataset, accuracy: float) -> Answers:
+def simulated(public: PublicDataset, accuracy: float = 0.85) -> Answers:
     """Logits that name the true class with probability ``accuracy``, else another one.
 
     Of an image: ``z ~ N(0, 1)`` per class, and the named class leads the rest by ``2 + |N(0, 1)|``.

@@ -1,0 +1,311 @@
+"""A federated method compiled over a federation: one dispatch per group and phase of a round.
+
+Everything here is computation; files, logging and resuming are the runner's.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from fedhelp_jax.core.compilation import jit
+from fedhelp_jax.core.tree import num_bytes
+from fedhelp_jax.data.federation import ClientData, Federation, Group
+from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.simulation.round import (
+    ClientUpdates,
+    FederationArrays,
+    RoundInfo,
+    RoundProgram,
+    Rows,
+    RunState,
+    round_info,
+    server_part,
+)
+from fedhelp_jax.simulation.sharding import place, put
+
+
+class CompiledRounds:
+    """The compiled phases of a run: ``init``, ``round``, ``evaluate``."""
+
+    def __init__(
+        self,
+        phases: RoundProgram,
+        federation: Federation,
+        *,
+        seed: int = 0,
+        rounds_at_once: int = 1,
+        donate: bool = True,
+    ):
+        """Prepares the phases; nothing is compiled before its first call.
+
+        Args:
+          phases: The method, and how its clients run.
+          federation: The data, of as many clients.
+          seed: All randomness of the run, where methods are given no key.
+          rounds_at_once: The most rounds that :meth:`rounds` is asked for at a time. With more than
+            one it makes them in a single dispatch, but not on several CPU devices.
+          donate: Whether a round takes over the memory of the state that it is given, which then
+            cannot be used again.
+        """
+        self.phases = phases
+        self.mapping = mapping = phases.mapping
+        self.groups = federation.groups
+        self.federation = self._placed(federation)
+        self._batch_size = phases.eval_batch_size
+        self._jit = program = functools.partial(jit, platform=mapping.platform)
+        # Made where it is needed: to send it there, processes would compare what they have.
+        self.run_key = program(lambda: jax.random.key(seed), out_shardings=mapping.replicated)()
+        self._state_sharding = RunState(
+            mapping.replicated,
+            {g.role: NamedSharding(mapping.mesh, mapping.own) for g in self.groups},
+        )
+        whole = functools.partial(program, out_shardings=self._state_sharding)
+        self._by_client = by_client = functools.partial(program, out_shardings=mapping.by_client)
+        # What starts a run and what files its results only moves memory.
+        self._init = whole(phases.init, optimized=False)
+        self._aggregate = whole(
+            phases.aggregate,
+            donate_argnums=0 if donate else (),
+            optimized=phases.algorithm.server_trains,
+        )
+        # Over CPU devices a round waits for the clients before the mean, see there.
+        waits = mapping.platform == "cpu" and mapping.num_devices > 1
+        self.rounds_at_once = 1 if waits else rounds_at_once
+        self._rounds = program(
+            functools.partial(phases.rounds, most=rounds_at_once),
+            out_shardings=(self._state_sharding, mapping.replicated),
+            donate_argnums=0 if donate else (),
+        )
+        roles = [group.role for group in self.groups]
+        self._train = {r: by_client(functools.partial(phases.train, r)) for r in roles}
+        self._evaluate = {r: by_client(functools.partial(phases.evaluate, r)) for r in roles}
+        self._predict = {r: program(functools.partial(phases.predict, r)) for r in roles}
+        self._gather = program(lambda tree: tree, out_shardings=mapping.replicated)
+
+    def _placed(self, federation: Federation) -> FederationArrays:
+        """What lies on the devices for the whole run."""
+        return place(federation, self.mapping)
+
+    def init(self, key: jax.Array | None = None) -> RunState:
+        """The state before the first round; ``key`` stands for the seed."""
+        return self._init(self._key(key), self.federation)
+
+    def _key(self, key: jax.Array | None) -> jax.Array:
+        return self.run_key if key is None else key
+
+    def state_shapes(self) -> RunState:
+        """The shapes of :meth:`init`'s state and where it lies, without computing it."""
+        shapes = self._init.eval_shape(self.run_key, self.federation)
+
+        def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return self._each(placed, shapes)
+
+    def put(self, state: RunState) -> RunState:
+        """A restored state on the devices: from the host, but for what lies there already."""
+        return self._each(lambda x, s: x if isinstance(x, jax.Array) else put(x, s), state)
+
+    def _each(self, fn: Callable[[Any, NamedSharding], Any], state: RunState) -> RunState:
+        """``fn(leaf, sharding)`` over a state."""
+        server, clients = self._state_sharding
+        return RunState(
+            jax.tree.map(lambda leaf: fn(leaf, server), state.server),
+            {
+                role: jax.tree.map(lambda leaf, s=clients[role]: fn(leaf, s), own)
+                for role, own in state.clients.items()
+            },
+        )
+
+    def round(
+        self, state: RunState, round: int, key: jax.Array | None = None
+    ) -> tuple[RunState, RoundInfo]:
+        """One round: every group trains, then the server aggregates. ``state`` is donated.
+
+        Args:
+          state: The state before the round.
+          round: Its number, from 0; decides batches and participants.
+          key: In place of the seed.
+
+        Returns:
+          The state after it and what it reports.
+        """
+        # The round as a NumPy scalar: to make it jax's would be a dispatch of its own.
+        key = self._key(key)
+        trained = self._trained(state, key, np.int32(round))
+        if self.mapping.num_devices > 1:
+            # The server's mean is a collective. A CPU device that reaches it long before the others
+            # warns that it may be stuck, and in the end gives up.
+            jax.block_until_ready(trained)
+        state = self._aggregate(
+            state,
+            server_part(trained),
+            key,
+            np.int32(round),
+            self.federation,
+        )
+        return state, self._reported(round_info(trained))
+
+    def _trained(
+        self, state: RunState, key: jax.Array, round: np.int32
+    ) -> dict[str, ClientUpdates]:
+        """What the training phase of each role gives."""
+        return {
+            role: train(state.clients[role], state.server, key, round, self.federation)
+            for role, train in self._train.items()
+        }
+
+    def _reported(self, tree: Any) -> Any:
+        """What every process may look at."""
+        if not self.mapping.private:
+            return tree
+        return self._gather(jax.block_until_ready(tree))
+
+    def rounds(
+        self, state: RunState, first: int, last: int, key: jax.Array | None = None
+    ) -> tuple[RunState, list[RoundInfo]]:
+        """The rounds from ``first`` to before ``last``. ``state`` is donated.
+
+        Returns:
+          The state after them, and what each of them reported.
+        """
+        if self.rounds_at_once == 1:
+            infos = []
+            for round in range(first, last):
+                state, info = self.round(state, round, key)
+                infos.append(info)
+            return state, infos
+        numbers = np.int32(first), np.int32(last)
+        state, rows = self._rounds(state, self._key(key), *numbers, self.federation)
+        rows = jax.device_get(rows)
+        return state, [jax.tree.map(lambda x, i=i: x[i], rows) for i in range(last - first)]
+
+    def evaluate(self, state: RunState, split: str) -> dict[str, dict[str, Rows]]:
+        """Metrics of every client's deployed models on a split.
+
+        Args:
+          state: The state of the run.
+          split: "train", "validation" or "test".
+
+        Returns:
+          ``{role: {model name: {metric: [K]}}}`` on the host, the headline model of a role first.
+        """
+        rows = self._measured(state, split)
+        # In the method's own order, the headline model first; JAX sorts a dict by its keys.
+        return {
+            g.role: {
+                name: _first(rows[g.role][name], len(g.names))
+                for name in self.phases.algorithm.clients[g.role].models
+            }
+            for g in self.groups
+        }
+
+    def _measured(self, state: RunState, split: str) -> dict[str, Any]:
+        """By role, model and metric a row for every slot; only the clients' are real."""
+        return self._reported(
+            {
+                role: evaluate(
+                    *(state.clients[role], state.server, self.federation),
+                    self.phases.everyone(role, self.federation, split),
+                )
+                for role, evaluate in self._evaluate.items()
+            }
+        )
+
+    def predictions(self, state: RunState, group: Group, row: int, split: str) -> np.ndarray:
+        """What one client's deployed model says of a split, as the task's ``predict`` gives it.
+
+        Args:
+          state: The state of the run.
+          group: The client's group.
+          row: Its place there.
+          split: "train", "validation" or "test".
+
+        Returns:
+          ``[n, ...]`` on the host, in the order of the client's split.
+        """
+        size, batch = int(getattr(group, split).size[row]), self._batch_size
+        found = []
+        for start in range(0, size, batch):
+            places = np.minimum(np.arange(start, start + batch), size - 1)
+            out = self._predicted(state, group.role, row, split, places)
+            found.append(np.asarray(out)[: size - start])
+        return np.concatenate(found)
+
+    def _predicted(
+        self, state: RunState, role: str, row: int, split: str, places: np.ndarray
+    ) -> Any:
+        """The same of the examples at ``places`` of the split."""
+        chunk = self.phases.everyone(role, self.federation, split)
+        out = self._reported(
+            self._predict[role](
+                state.clients[role], state.server, self.federation, chunk, row, places
+            )
+        )
+        # Every client has a slot where the mapping is private, and a device as many as another.
+        device = row * self.mapping.num_devices // len(self.federation.groups[role][split].size)
+        return out[device] if self.mapping.private else out
+
+    def deployed(
+        self, state: RunState, group: Group, row: int, data: ClientData
+    ) -> tuple[Model, Variables]:
+        """The network that one client deploys first, and its variables on the host.
+
+        Args:
+          state: The state of the run.
+          group: The client's group.
+          row: Its place there.
+          data: Its training examples, which some methods adapt the network to.
+        """
+        client = self.phases.algorithm.clients[group.role]
+        name, model = next(iter(client.models.items()))
+        pick = self._jit(
+            lambda tree, row: jax.tree.map(lambda leaf: leaf[row], tree),
+            optimized=False,
+            out_shardings=self.mapping.replicated,
+        )
+        own = jax.tree.map(np.asarray, pick(state.clients[group.role], np.int32(row)))
+        given = data if client.adapts else None
+        deploy = self._jit(
+            lambda server, own, data: client.deploy(
+                self.phases.algorithm.download(server, group.role), own, data
+            )[name]
+        )
+        return model, jax.tree.map(np.asarray, deploy(state.server, own, given))
+
+    def payload_bytes(self) -> dict[str, tuple[int, int]]:
+        """Per role, what one client sends and receives in a round, in bytes ``(up, down)``."""
+        state = self.state_shapes()
+        payload = {}
+        for group in self.groups:
+            trained = self.train_shapes(group, state)
+            down = jax.eval_shape(
+                lambda server, role=group.role: self.phases.algorithm.download(server, role),
+                state.server,
+            )
+            payload[group.role] = (
+                num_bytes(trained.upload) // trained.weight.shape[0],
+                num_bytes(down),
+            )
+        return payload
+
+    def train_shapes(self, group: Group, state: RunState) -> ClientUpdates:
+        """Shapes of all that a group's training phase returns, without running it."""
+        # By the compiled function, which has been traced already when a run asks.
+        return self._train[group.role].eval_shape(
+            state.clients[group.role],
+            state.server,
+            self.run_key,
+            jnp.int32(0),
+            self.federation,
+        )
+
+
+def _first(rows: Any, count: int) -> Any:
+    """The rows of real clients, on the host; past them stand the empty slots of the last device."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], rows)
