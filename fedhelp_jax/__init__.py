@@ -32,6 +32,7 @@ __getattr__, __dir__, _names = lazy_loader.attach(
         "transforms",
     ],
     submod_attrs={
+        "core.compilation": ["jit"],
         "core.errors": ["Failure", "UserError"],
         "experiments.config": ["default_config"],
         "experiments.config_files": ["load_config"],
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         teachers,
         transforms,
     )
+    from fedhelp_jax.core.compilation import jit
     from fedhelp_jax.core.errors import Failure, UserError
     from fedhelp_jax.experiments.config import default_config
     from fedhelp_jax.experiments.config_files import load_config
@@ -67,6 +69,7 @@ __all__ = [
     "algorithms",
     "data",
     "default_config",
+    "jit",
     "load_config",
     "load_run",
     "losses",

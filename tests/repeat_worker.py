@@ -31,8 +31,7 @@ from fedhelp_jax.core.random import client_round_key
 from fedhelp_jax.data.federation import ClientData, Federation, make_federation, normalize_images
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
 from fedhelp_jax.models.model import Model, apply_model
-from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
-from fedhelp_jax.models.unet import UNETS, unet
+from fedhelp_jax.models.registry import architecture
 from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RoundProgram, num_clients
 from fedhelp_jax.simulation.streaming import StreamedRounds
@@ -65,9 +64,10 @@ DEFAULTS: dict[str, Any] = {
 
 def build_network(name: str) -> Model:
     """A network of the package by its name in configs."""
-    if name in UNETS:
-        return unet(UNETS[name], 1)
-    return resnet(RESNET_DEPTHS[name], CLASSES)
+    found = architecture(name, "network")
+    if "segmentation" in found.tasks:
+        return found.build(1, widths=(), norm="batch", remat=False)
+    return found.build(CLASSES)
 
 
 def datasets(options: dict[str, Any]) -> tuple[FederatedDataset, PublicDataset, np.ndarray]:

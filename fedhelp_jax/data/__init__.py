@@ -9,6 +9,7 @@ __getattr__, __dir__, _names = lazy_loader.attach(
     submod_attrs={
         "arrays": ["from_arrays", "public_from_arrays"],
         "by_name": ["load", "load_public"],
+        "federation": ["ClientData"],
         "partition.sharing": ["Sharing"],
         "types": ["ClientSplit", "FederatedDataset", "PublicDataset"],
     },
@@ -17,10 +18,12 @@ __getattr__, __dir__, _names = lazy_loader.attach(
 if TYPE_CHECKING:
     from fedhelp_jax.data.arrays import from_arrays, public_from_arrays
     from fedhelp_jax.data.by_name import load, load_public
+    from fedhelp_jax.data.federation import ClientData
     from fedhelp_jax.data.partition.sharing import Sharing
     from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
 
 __all__ = [
+    "ClientData",
     "ClientSplit",
     "FederatedDataset",
     "PublicDataset",

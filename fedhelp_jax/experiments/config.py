@@ -20,6 +20,7 @@ from ml_collections import config_dict
 
 from fedhelp_jax.algorithms import ALGORITHMS, make_settings, settings_of
 from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.models.registry import MODELS, architecture
 from fedhelp_jax.settings import (
     COUNT,
     FRACTION,
@@ -32,11 +33,8 @@ from fedhelp_jax.settings import (
     unless,
 )
 from fedhelp_jax.settings.schema import (
-    CNNS,
     PREPARED,
-    RESNETS,
     SHARINGS,
-    UNETS,
     DataConfig,
     FoundationConfig,
     MappingConfig,
@@ -453,18 +451,19 @@ def _check_task(config: RunConfig) -> None:
                 f"config.task = {config.task!r}; it is for {other}"
             )
     models = config.model
-    right = UNETS if segmentation else (*CNNS, *RESNETS)
     roles = (
         ("small", models.small, models.small_widths),
         ("large", models.large, models.large_widths),
     )
     for role, name, widths in roles:
-        if name not in right:
+        found = architecture(name, f"config.model.{role}")
+        if config.task not in found.tasks:
+            right = [one for one in MODELS if config.task in architecture(one, "").tasks]
             raise UserError(
                 f"config.model.{role} = {name!r} cannot learn config.task = {config.task!r}; it "
                 f"must be one of {', '.join(right)}"
             )
-        if widths and not segmentation:
+        if widths and "widths" not in found.options:
             raise UserError(f"config.model.{role}_widths is for U-Nets; {name} has its own")
         if models.norm == "group" and any(width > 8 and width % 8 for width in widths):
             raise UserError(

@@ -19,10 +19,8 @@ from fedhelp_jax.data.federation import Federation, assign_roles, make_federatio
 from fedhelp_jax.data.sources import load_federated, load_public
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, of_federated, of_public
 from fedhelp_jax.experiments.config import RunConfig
-from fedhelp_jax.models.cnn import CNNS, cnn
 from fedhelp_jax.models.model import Model, with_compute_dtype
-from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
-from fedhelp_jax.models.unet import UNETS, unet
+from fedhelp_jax.models.registry import architecture
 from fedhelp_jax.settings.schema import ModelConfig, ServerConfig
 from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RoundProgram, make_program, public_spec
@@ -300,14 +298,9 @@ def task_of(config: RunConfig, dataset: FederatedDataset) -> Task:
 
 def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_classes: int) -> Model:
     """The network of that name, with ``num_classes`` outputs; ``widths`` replace a U-Net's own."""
-    if name in RESNET_DEPTHS:
-        model = resnet(RESNET_DEPTHS[name], num_classes)
-    elif name in CNNS:
-        model = cnn(CNNS[name], num_classes)
-    else:
-        size = UNETS[name]
-        size = size._replace(widths=widths or size.widths)
-        model = unet(size, num_classes, norm=config.norm, remat=config.remat)
+    found = architecture(name, "model")
+    given = {"widths": widths, "norm": config.norm, "remat": config.remat}
+    model = found.build(num_classes, **{option: given[option] for option in found.options})
     # "float32" leaves the networks alone: they compute in their parameters' dtype.
     return model if config.compute_dtype == "float32" else with_compute_dtype(model, "bfloat16")
 

@@ -43,10 +43,6 @@ COLUMN = "column:"  # before the name of what clients are the values of
 SHARINGS = ("fractions", "iid", "quantity", "dirichlet", "shards", "clusters")
 PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")
 PIXEL_LAYOUTS = ("nhwc", "nchw")
-CNNS = ("cnn_small", "cnn_large")
-RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
-UNETS = ("unet_small", "unet_large", "unet_small_cpu", "unet_large_cpu")
-_MODEL = one_of(*CNNS, *RESNETS, *UNETS)
 _WIDTHS = Check(
     lambda value: all(COUNT.passes(width) for width in value), f"numbers of {COUNT.right}"
 )
@@ -373,8 +369,8 @@ class RolesConfig:
 class ModelConfig:
     """The two architectures."""
 
-    small: str = setting("resnet20", "small clients, and the proxy of large ones", _MODEL)
-    large: str = setting("resnet110", "large clients", _MODEL)
+    small: str = setting("resnet20", "small clients, and the proxy of large ones")
+    large: str = setting("resnet110", "large clients")
     small_widths: tuple[int, ...] = setting(
         (), "channels of each level of the small U-Net; those of its name if empty", _WIDTHS
     )

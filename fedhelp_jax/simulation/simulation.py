@@ -169,11 +169,11 @@ class Simulation:
         measured: dict[str, dict[str, Rows]] = self._compiled.evaluate(state.run, split)
         return measured  # pyright: ignore[reportReturnType]
 
-    def summary(self, state: SimulationState, split: str = "test") -> dict[str, dict[str, float]]:
-        """Returns for each client's name its metrics by the model that it deploys."""
-        rows = {}
+    def clients(self, state: SimulationState, split: str = "test") -> dict[str, dict[str, float]]:
+        """Returns by client the metrics of the model that it deploys."""
+        rows, measured = {}, self._compiled.evaluate(state.run, split)
         for group in self._compiled.groups:
-            models = self._compiled.evaluate(state.run, split)[group.role]
+            models = measured[group.role]
             metrics = next(iter(models.values()))
             for i, name in enumerate(group.names):
                 rows[name] = {metric: float(values[i]) for metric, values in metrics.items()}
