@@ -292,6 +292,8 @@ def _sweep(arguments: list[str]) -> int:
 
 
 def _data(arguments: list[str]) -> int:
+    if arguments[:1] == ["check"]:
+        return _check_data(arguments[1:])
     from fedhelp_jax.settings.schema import ON_BAD_EXAMPLE
 
     own = _flags("manual_dir", "data_dir")
@@ -321,7 +323,20 @@ def _data(arguments: list[str]) -> int:
             on_bad_example=str(own["on_bad_example"].value),
         )
         return 0
-    raise UserError("fedhelp data takes list, describe NAME or prepare NAME; see --help")
+    raise UserError("fedhelp data takes list, describe NAME, prepare NAME or check; see --help")
+
+
+def _check_data(arguments: list[str]) -> int:
+    own = _flags("config", "workdir")
+    overrides = own(["fedhelp", *arguments], known_only=True)[1:]
+    source = _required(own, "config", "configs/quickstart.py")
+    folder = own["workdir"].value
+    from fedhelp_jax.experiments.check_data import check_data
+    from fedhelp_jax.experiments.config_files import read_settings
+
+    config = read_settings(source, overrides)
+    sheets = Path(_local("workdir", folder)) if folder else None
+    return 0 if check_data(config, sheets) else 2
 
 
 def _axis(text: str) -> tuple[str, list[str]]:

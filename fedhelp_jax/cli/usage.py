@@ -84,6 +84,10 @@ usage: fedhelp data list
        fedhelp data describe NAME[/CONFIG]
        fedhelp data prepare NAME[/CONFIG] [--manual_dir=FOLDER] [--data_dir=FOLDER]
                     [--allow_repacked] [--on_bad_example=refuse|skip]
+       fedhelp data check --config=FILE.py[:ARGUMENT] [--workdir=FOLDER] [--config.KEY=VALUE ...]
+
+check reads what a run would read, and prints clients, splits, classes, sizes and files that cannot
+be used; with --workdir it draws a sheet of each client's images there. Nothing is trained.
 
 NAME is one of the list, or of the catalogue of TensorFlow Datasets: fedhelp data describe cifar100
 

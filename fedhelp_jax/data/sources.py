@@ -9,7 +9,7 @@ from fedhelp_jax.data.bad_examples import Bad, BadExample
 from fedhelp_jax.data.partition.clients import Splitting
 from fedhelp_jax.data.partition.sharing import Sharing
 from fedhelp_jax.data.readers.fed_isic2019 import load_fed_isic2019
-from fedhelp_jax.data.readers.mask_folder import load_folder_public
+from fedhelp_jax.data.readers.folder import load_folder, load_folder_public
 from fedhelp_jax.data.readers.medmnist import load_medmnist
 from fedhelp_jax.data.readers.npz import load_npz_public
 from fedhelp_jax.data.readers.npz_masks import load_npz_masks
@@ -92,6 +92,8 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
                 seed=seed,
                 bad=bad,
             )
+        case "folder":
+            dataset = load_folder(config, sharing, splitting, masks=masks, bad=bad)
         case "fed_isic2019":
             dataset = load_fed_isic2019(
                 config.path,
@@ -178,12 +180,7 @@ def load_public(
             )
         case "folder":
             public = load_folder_public(
-                config.path,
-                config.num_examples,
-                image_size,
-                masks=masks,
-                cache_dir=cache_dir,
-                bad=bad,
+                config, image_size, masks=masks, cache_dir=cache_dir, bad=bad
             )
         case name if name.startswith(PREPARED):
             public = load_prepared_public(

@@ -41,6 +41,7 @@ class FederatedDataset(NamedTuple):
         left_out: Examples of the source that cannot be used; nothing above holds any of them.
         left_out_images: Images of those of them whose image could be decoded, as `images`: they
             are private all the same. None where there are none.
+        facts: What else a reader has seen, as pairs of a name and a text, for people.
     """
 
     name: str
@@ -52,6 +53,7 @@ class FederatedDataset(NamedTuple):
     content_sha256: str = ""
     left_out: tuple[BadExample, ...] = ()
     left_out_images: np.ndarray | None = None
+    facts: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -74,6 +76,7 @@ class PublicDataset(NamedTuple):
             [D, H, W, modalities] each; may be lazy.
         content_sha256: As of the private data.
         left_out: As of the private data.
+        facts: As of the private data.
     """
 
     name: str
@@ -85,6 +88,7 @@ class PublicDataset(NamedTuple):
     originals: Sequence[np.ndarray] | np.ndarray
     content_sha256: str = ""
     left_out: tuple[BadExample, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 def image_sha256(image: np.ndarray) -> str:

@@ -236,13 +236,7 @@ def kinds() -> dict[str, Any]:
         >>> kinds()["roles.large"]
         tuple[str, ...]
     """
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(RunConfig):
-        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            inner = dataclasses.fields(field.type)
-            found |= {f"{field.name}.{own.name}": own.type for own in inner}
-        else:
-            found[field.name] = field.type
+    found = {key: field.type for key, field in _fields(RunConfig)}
     for method in ALGORITHMS:
         hints = typing.get_type_hints(ALGORITHMS[method].settings)
         found |= {f"algorithm.{key}": kind for key, kind in hints.items()}
@@ -251,15 +245,11 @@ def kinds() -> dict[str, Any]:
 
 def describe() -> list[tuple[str, Any, str]]:
     """Returns (key, default, help) of each setting, in the order of the schema."""
-    rows: list[tuple[str, Any, str]] = []
-    for field in dataclasses.fields(RunConfig):
-        if field.name == "algorithm":
-            continue
-        if not dataclasses.is_dataclass(field.type):
-            rows.append((field.name, field.default, field.metadata["about"]))
-            continue
-        for inner in dataclasses.fields(field.type):
-            rows.append((f"{field.name}.{inner.name}", inner.default, inner.metadata["about"]))
+    rows = [
+        (key, field.default, field.metadata["about"])
+        for key, field in _fields(RunConfig)
+        if not key.startswith("algorithm.")
+    ]
     methods = f"{', '.join(ALGORITHMS)}, or package.module:object"
     rows.append(("algorithm.name", "fedhelp", f"the method: {methods}"))
     for method in ALGORITHMS:
@@ -270,6 +260,15 @@ def describe() -> list[tuple[str, Any, str]]:
 
 
 # --- how it is done -----------------------------------------------------------------------------
+
+
+def _fields(cls: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field[Any]]]:
+    """Gives each setting of a dataclass of the schema, sections' settings too, by dotted key."""
+    for field in dataclasses.fields(cls):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from _fields(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field
 
 
 def _declare(cls: type) -> dict[str, Any]:
@@ -389,7 +388,7 @@ def _build_settings(method: str, values: Any, path: str) -> Any:
     return make_settings(ALGORITHMS[method].settings, values, path)
 
 
-# How clients may be made of what a data set knows; of a prepared one only its files tell.
+# How clients may be made of what a data set knows; of folders and prepared sets, files tell.
 _SPLIT_BY = {
     "fed_isic2019": ("site",),
     "npz_masks": ("fractions", "site"),
@@ -407,12 +406,15 @@ def _check_together(config: RunConfig) -> None:
         ]
     if config.data.name in ("medmnist", "npz_masks"):
         needed = [("data.path", config.data.path, "its .npz file")]
+    if config.data.name == "folder":
+        needed = [("data.path", config.data.path, "the folder or zip of its images")]
     if config.public.name == "npz":
         needed.append(("public.path", config.public.path, "its .npz file"))
     if config.public.name == "folder":
         needed.append(("public.path", config.public.path, "the folder or zip of its images"))
     by, right = config.data.split_by, _SPLIT_BY.get(config.data.name, ("fractions",))
-    if by is not None and by not in right and not config.data.name.startswith(PREPARED):
+    told = config.data.name == "folder" or config.data.name.startswith(PREPARED)
+    if by is not None and not told and by not in right:
         raise UserError(
             f"config.data.split_by = {by!r} is not for data {config.data.name}: "
             f"it must be {' or '.join(right)}"

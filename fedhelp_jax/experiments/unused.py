@@ -80,7 +80,8 @@ def _found(config: RunConfig, key: str) -> tuple[Any, Any, tuple[Use | Either, .
     if owner == "algorithm.settings":
         parent = config.algorithm.settings
     elif owner:
-        parent = getattr(config, owner)
-        uses = next(f for f in dataclasses.fields(config) if f.name == owner).metadata["only"]
+        for name in owner.split("."):
+            uses += next(f for f in dataclasses.fields(parent) if f.name == name).metadata["only"]
+            parent = getattr(parent, name)
     field = next(f for f in dataclasses.fields(parent) if f.name == last)
     return getattr(parent, last), field.default, (*uses, *field.metadata["only"])

@@ -5,6 +5,7 @@ them.
 """
 
 import dataclasses
+from typing import Any
 
 from fedhelp_jax.settings.checks import (
     COUNT,
@@ -23,7 +24,7 @@ from fedhelp_jax.settings.checks import (
     whole,
     within,
 )
-from fedhelp_jax.settings.declare import setting
+from fedhelp_jax.settings.declare import part, setting
 
 # --- checks --------------------------------------------------------------------------------------
 
@@ -54,7 +55,7 @@ _DEVICES = Check(lambda value: 1 <= value <= 1024, "at least 1 and at most 1024"
 
 _ENDPOINTS = ("open_inference", "hf_zero_shot")
 _WITH_IMAGES = ("open_inference", "litert", "onnx")  # told how pixels are sent
-_FILES = ("fed_isic2019", "medmnist", "npz_masks", PREPARED)
+_FILES = ("folder", "fed_isic2019", "medmnist", "npz_masks", PREPARED)
 _PUBLIC_FILES = ("npz", "folder", PREPARED)
 
 
@@ -67,22 +68,59 @@ def _teacher(*names: str) -> Use:
 
 
 @dataclasses.dataclass(frozen=True)
+class ColumnsConfig:
+    """What the columns of a table of images are called; None is the name of the setting itself."""
+
+    image: str | None = setting(None, "column of files in the folder, with their ending or without")
+    label: str | None = setting(None, "column of classes, as words or as whole numbers from 0")
+    site: str | None = setting(None, "column of hospitals, each of which becomes a client")
+    group: str | None = setting(None, "column of patients or lesions, kept on one side of a split")
+    split: str | None = setting(None, "column of train, validation or test")
+    mask: str | None = setting(None, "column of mask files; masks/ID.png without it")
+
+
+def _table(section: str) -> Any:
+    return setting(
+        None,
+        "folder: the CSV or Parquet file beside the images; if None the only one in the folder, or "
+        "else the folders CLASS or SITE/CLASS tell (docs/own-images.md)",
+        LOCAL,
+        only=where(f"{section}.name", "folder"),
+        identity=False,
+    )
+
+
+def _label_names(section: str) -> Any:
+    return setting(
+        (),
+        "folder: the classes in their order; if empty, words in the order of the alphabet",
+        only=where(f"{section}.name", "folder"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The private images and how they are shared out among the clients."""
 
     name: str = setting(
         "phantoms",
         "private data set; tfds:NAME is one that fedhelp data has prepared",
-        one_of_or(PREPARED, "phantoms", "phantom_volumes", "fed_isic2019", "medmnist", "npz_masks"),
+        one_of_or(
+            *(PREPARED, "phantoms", "phantom_volumes", "folder"),
+            *("fed_isic2019", "medmnist", "npz_masks"),
+        ),
     )
     path: str | None = setting(
         None,
-        "folder or zip of images (fed_isic2019), .npz file (medmnist, npz_masks), "
+        "folder or zip of images (folder, fed_isic2019), .npz file (medmnist, npz_masks), "
         "folder of prepared sets (tfds:; TFDS's default if None)",
         LOCAL,
         only=where("data.name", *_FILES),
         identity=False,
     )
+    table: str | None = _table("data")
+    columns: ColumnsConfig = part(ColumnsConfig, only=where("data.name", "folder"))
+    label_names: tuple[str, ...] = _label_names("data")
     split_csv: str | None = setting(
         None,
         "the official Fed-ISIC2019 split",
@@ -106,7 +144,7 @@ class DataConfig:
         "grouped",
         "official, or grouped: no lesion or patient on both sides of it",
         one_of("grouped", "official"),
-        only=where("data.name", "fed_isic2019", PREPARED),
+        only=where("data.name", "folder", "fed_isic2019", PREPARED),
     )
     split_by: str | None = setting(
         None,
@@ -130,7 +168,7 @@ class DataConfig:
         1,
         "the least a client trains and validates on",
         COUNT,
-        only=where("data.name", "medmnist", PREPARED),
+        only=where("data.name", "folder", "medmnist", PREPARED),
     )
     shards_per_client: int = setting(
         2,
@@ -199,12 +237,15 @@ class PublicConfig:
     )
     path: str | None = setting(
         None,
-        "npz: the file; folder: of images/ and masks/, or a zip of it; tfds: folder of prepared "
+        "npz: the file; folder: of images, or a zip of it; tfds: folder of prepared "
         "sets (TFDS's default if None)",
         LOCAL,
         only=where("public.name", *_PUBLIC_FILES),
         identity=False,
     )
+    table: str | None = _table("public")
+    columns: ColumnsConfig = part(ColumnsConfig, only=where("public.name", "folder"))
+    label_names: tuple[str, ...] = _label_names("public")
     num_examples: int | None = setting(
         None, "how many of them to use; if None all, or 512 phantoms, or 64 phantom volumes", COUNT
     )

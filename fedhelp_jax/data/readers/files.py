@@ -52,6 +52,18 @@ class Files:
         entries = self._entries(folder).items()
         return {f"{folder}/{name}" for name, is_file in entries if not is_file}
 
+    def walk(self) -> list[str]:
+        """Returns all files, those in folders too; no litter."""
+        if self._archive:
+            found = [name for name in self._archive.namelist() if not name.endswith("/")]
+        else:
+            found = [
+                Path(folder, name).relative_to(self._folder).as_posix()
+                for folder, _, names in os.walk(self._folder)
+                for name in names
+            ]
+        return sorted(n for n in found if not any(map(is_litter, n.split("/"))))
+
     def _entries(self, folder: str) -> dict[str, bool]:
         """Returns by name what stands in a folder, and whether it is a file; no litter."""
         if self._archive:
