@@ -133,17 +133,18 @@ class _Pictures:
         exact = [name for name in candidates if name in self._all]
         found = exact or [name for c in candidates for name in self._by_stem.get(c, ())]
         if len(found) > 1:
-            raise UserError(
-                f"{self._where} has both {found[0]} and {found[1]}; {value} must be one"
-            )
+            self._refuse_both(found[0], found[1], value)
         return found[0] if found else ""
+
+    def _refuse_both(self, one: str, other: str, name: str) -> None:
+        raise UserError(f"{self._where} has both {one} and {other}; {name} must be one")
 
     def mask_of(self, identity: str) -> str:
         """The file of an image's mask, or ""."""
         found = [self.find(f"{identity}{end}", ("masks",)) for end in _MASK_ENDS]
         found = [name for name in found if name]
         if len(found) > 1:
-            raise UserError(f"{self._where} has both {found[0]} and {found[1]}")
+            self._refuse_both(found[0], found[1], identity)
         return found[0] if found else ""
 
     def by_folders(self) -> list[Entry]:
@@ -153,16 +154,19 @@ class _Pictures:
         others = [name for name in self._others if not name.startswith("masks/")]
         if others:
             logger.warning("%s: %s", self._where, unread(others))
-        for stem, found in self._by_stem.items():
-            if len(found) > 1 and not stem.startswith("masks/"):
-                raise UserError(f"{self._where} has both {found[0]} and {found[1]}")
+        by_id: dict[str, str] = {}
+        for name in names:
+            identity = _without_ending(name).removeprefix("images/")
+            if identity in by_id:
+                self._refuse_both(by_id[identity], name, identity)
+            by_id[identity] = name
         if not names:
             raise UserError(
                 f"{self._where} has no picture, such as images/a.jpg, CLASS/a.jpg or "
                 "SITE/CLASS/a.jpg"
             )
         entries, depths = [], Counter()
-        for name in names:
+        for identity, name in by_id.items():
             folders = list(PurePosixPath(name).parts[:-1])
             values: dict[str, str] = {}
             if folders and folders[0].lower() in SPLITS:
@@ -171,7 +175,6 @@ class _Pictures:
                 folders.pop(0)
             depths[len(folders)] += 1
             values |= dict(zip(("label", "site"), reversed(folders), strict=False))
-            identity = _without_ending(name).removeprefix("images/")
             entries.append(Entry(identity, name, self.mask_of(identity), values))
         if len(depths) > 1 or max(depths) > 2:
             raise UserError(

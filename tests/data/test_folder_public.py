@@ -10,10 +10,12 @@ import pytest
 from helpers import refusal
 from PIL import Image
 
+from fedhelp_jax.data.bad_examples import Bad
 from fedhelp_jax.data.readers import images as module
+from fedhelp_jax.data.readers.folder import load_folder_public
 from fedhelp_jax.data.readers.images import load_images
-from fedhelp_jax.data.readers.mask_folder import load_folder_public
 from fedhelp_jax.data.types import image_sha256
+from fedhelp_jax.settings.schema import PublicConfig
 
 RNG = np.random.default_rng(0)
 PIXELS = {
@@ -50,9 +52,8 @@ def folder(tmp_path):
 def load(tmp_path):
     def load(source, num_examples=None, image_size=8, masks=True):
         cache = str(tmp_path / "cache")
-        return load_folder_public(
-            str(source), num_examples, image_size, masks=masks, cache_dir=cache
-        )
+        config = PublicConfig(name="folder", path=str(source), num_examples=num_examples)
+        return load_folder_public(config, image_size, masks=masks, cache_dir=cache, bad=Bad())
 
     return load
 
@@ -202,7 +203,7 @@ def test_folders_that_are_no_data(folder, load, tmp_path):
     (folder / "masks").rename(tmp_path / "masks")
     assert "has no mask of its 4 images, such as masks/a.png" in refusal(lambda: load(folder))
     (folder / "images").rename(tmp_path / "images")
-    assert "has no images/<id>.jpg or images/<id>.png" in refusal(lambda: load(folder))
+    assert "has no picture, such as images/a.jpg" in refusal(lambda: load(folder))
     assert "is neither a folder nor a zip file" in refusal(lambda: load(tmp_path / "masks/a.png"))
     assert refusal(lambda: load("")).startswith("public.path is not set; it must name a folder")
     assert "does not exist" in refusal(lambda: load(tmp_path / "none"))
@@ -211,18 +212,22 @@ def test_folders_that_are_no_data(folder, load, tmp_path):
 @pytest.mark.parametrize("as_zip", [False, True])
 def test_pictures_of_all_endings_are_read_and_what_is_none_is_named(tmp_path, load, caplog, as_zip):
     folder = tmp_path / "mixed"
-    (folder / "images" / "more").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     endings = {"jpg": "JPEG", "JPG": "JPEG", "tif": "TIFF", "bmp": "BMP", "PNG": "PNG"}
     for number, (ending, kind) in enumerate(endings.items()):
         Image.fromarray(PIXELS["b"]).save(folder / "images" / f"x{number}.{ending}", kind)
-    for name in ("a.dcm", "b.txt", "more/x.png"):
+    for name in ("a.dcm", "b.txt"):
         (folder / "images" / name).write_bytes(b"-")
     with caplog.at_level(logging.WARNING):
         public = load(zipped(folder) if as_zip else folder, masks=False)
     assert len(public.images) == 5
     (record,) = caplog.records
-    words = "3 that are no pictures by their names are not read: "
-    assert record.getMessage().endswith(f"{words}images/a.dcm, images/b.txt, images/more/")
+    words = "2 that are no pictures by their names are not read: "
+    assert record.getMessage().endswith(f"{words}images/a.dcm, images/b.txt")
+    (folder / "images" / "more").mkdir()
+    (folder / "images" / "more" / "x.png").write_bytes(png(PIXELS["b"]))
+    source = zipped(folder) if as_zip else folder
+    assert "pictures lie at different depths" in refusal(lambda: load(source, masks=False))
 
 
 @pytest.mark.parametrize(
