@@ -16,15 +16,18 @@ class Registry(Mapping[str, Any]):
     when one iterates; both can be looked up.
     """
 
-    def __init__(self, kind: str, ours: Mapping[str, Any], check: Callable[[Any], str]):
+    def __init__(
+        self, kind: str, ours: Mapping[str, Any], check: Callable[[Any], str], also: str = ""
+    ):
         """Starts with the objects of this package.
 
         Args:
           kind: What is in it, in the plural, such as "algorithms".
           ours: By name, the objects, or where they are, as ``module:object``.
           check: Says what an object lacks to be of that kind; nothing if it is.
+          also: What else stands for one, for messages.
         """
-        self.kind, self._ours, self._check = kind, dict(ours), check
+        self.kind, self._ours, self._check, self._also = kind, dict(ours), check, also
         self._found: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -62,8 +65,9 @@ class Registry(Mapping[str, Any]):
         try:
             return self[name]
         except KeyError:
+            known = ", ".join([*self, *([self._also] if self._also else [])])
             raise UserError(
-                f"{key} = {name!r} must be one of {', '.join(self)}, or package.module:object"
+                f"{key} = {name!r} must be one of {known}, or package.module:object"
                 f"{suggest(name, list(self))}"
             ) from None
         except UserError as error:

@@ -1,10 +1,13 @@
-"""The private and the public data set that a configuration names."""
+"""Private and public data by the names that configs use."""
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.memory import check_fits
+from fedhelp_jax.core.registry import Registry
 from fedhelp_jax.data.bad_examples import Bad, BadExample
 from fedhelp_jax.data.partition.clients import Splitting
 from fedhelp_jax.data.partition.sharing import Sharing
@@ -21,9 +24,68 @@ from fedhelp_jax.data.synthetic.phantom_volumes import (
 )
 from fedhelp_jax.data.synthetic.phantoms import load_phantoms
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated, check_public
-from fedhelp_jax.settings.schema import PREPARED, DataConfig, PublicConfig
+from fedhelp_jax.settings.schema import PREPARED, SHARINGS, DataConfig, PublicConfig
 
 logger = logging.getLogger(__name__)
+
+TASKS = ("classification", "segmentation")
+
+
+class Request(NamedTuple):
+    """What a source is asked for besides its own settings.
+
+    Attributes:
+        seed: The run's seed.
+        masks: Whether labels are masks rather than classes of whole images.
+        bad: Is told of examples that cannot be used.
+        image_size: Height and width of public images, as of the private ones.
+        volume_size: Sides of public volumes, as of the private ones.
+        cache_dir: Folder of the image cache; None takes the default.
+    """
+
+    seed: int
+    masks: bool
+    bad: Bad
+    image_size: int = 0
+    volume_size: tuple[int, ...] = ()
+    cache_dir: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source of data by name.
+
+    Attributes:
+        load: ``(config, request) -> FederatedDataset``, or of public data ``PublicDataset``, with
+            the settings of ``data`` or ``public``.
+        about: What it is, in one line.
+        needs: Settings that must be given, by name, and what each must be.
+        tasks: What can be learned from it.
+        split_by: How clients may be made of it; None is for the loader to say.
+    """
+
+    load: Callable[[Any, Request], Any]
+    about: str
+    needs: tuple[tuple[str, str], ...] = ()
+    tasks: tuple[str, ...] = TASKS
+    split_by: tuple[str, ...] | None = None
+
+
+def source(registry: Registry, name: str, key: str) -> Source:
+    """Returns the source of that name, which the setting `key` gives.
+
+    ``tfds:NAME`` is a set that TensorFlow Datasets has prepared. A function of one's own,
+    ``(config, request) -> data``, is a source for any task.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name.startswith(PREPARED) and name != PREPARED:
+        return _PREPARED[registry.kind]
+    found = registry.find(name, key)
+    if isinstance(found, Source):
+        return found
+    return Source(found, (getattr(found, "__doc__", None) or "").strip().split("\n", 1)[0])
 
 
 def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> FederatedDataset:
@@ -37,98 +99,13 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
     Raises:
         UserError: The name is unknown, a file or value is unusable, or a client is empty.
     """
-    sharing = Sharing(
-        by=config.split_by,
-        fractions=config.fractions,
-        num_clients=config.num_clients,
-        dirichlet_alpha=config.dirichlet_alpha,
-        min_examples=config.min_examples,
-        shards_per_client=config.shards_per_client,
-    )
-    splitting = Splitting(
-        split=config.split,
-        validation_fraction=config.validation_fraction,
-        test_fraction=config.test_fraction,
-        max_train=config.max_train,
-        seed=seed,
-    )
-    bad = Bad(config.on_bad_example == "skip")
-    if config.name in ("phantoms", "phantom_volumes"):
-        sides = config.volume_size if config.name == "phantom_volumes" else (config.image_size,) * 2
-        _check_drawn(config.num_examples, sides, "data.num_examples", "private")
-    match config.name:
-        case "phantoms":
-            dataset = load_phantoms(
-                num_examples=config.num_examples,
-                fractions=config.fractions,
-                image_size=config.image_size,
-                validation_fraction=config.validation_fraction,
-                test_fraction=config.test_fraction,
-                max_train=config.max_train,
-                seed=seed,
-                masks=masks,
-            )
-        case "phantom_volumes":
-            dataset = load_phantom_volumes(
-                num_examples=config.num_examples,
-                fractions=config.fractions,
-                volume_size=config.volume_size,
-                validation_fraction=config.validation_fraction,
-                test_fraction=config.test_fraction,
-                max_train=config.max_train,
-                seed=seed,
-            )
-        case "npz_masks":
-            dataset = load_npz_masks(
-                config.path,
-                fractions=config.fractions,
-                split_by=config.split_by,
-                image_size=config.image_size,
-                volume_size=config.volume_size,
-                validation_fraction=config.validation_fraction,
-                test_fraction=config.test_fraction,
-                max_train=config.max_train,
-                scanner_shift=config.scanner_shift,
-                seed=seed,
-                bad=bad,
-            )
-        case "folder":
-            dataset = load_folder(config, sharing, splitting, masks=masks, bad=bad)
-        case "fed_isic2019":
-            dataset = load_fed_isic2019(
-                config.path,
-                config.split_csv,
-                split=config.split,
-                image_size=config.image_size,
-                validation_fraction=config.validation_fraction,
-                max_train=config.max_train,
-                seed=seed,
-                cache_dir=config.cache_dir,
-                masks=masks,
-                bad=bad,
-            )
-        case "medmnist":
-            dataset = load_medmnist(
-                config.path,
-                image_size=config.image_size,
-                sharing=sharing,
-                splitting=splitting,
-                bad=bad,
-            )
-        case name if name.startswith(PREPARED):
-            dataset = load_prepared(
-                name.removeprefix(PREPARED),
-                config.path,
-                masks=masks,
-                image_size=config.image_size,
-                volume_size=config.volume_size,
-                sharing=sharing,
-                splitting=splitting,
-                cache_dir=config.cache_dir,
-                bad=bad,
-            )
-        case name:
-            raise UserError(f"data.name: {name!r} is not known")
+    request = Request(seed, masks, Bad(config.on_bad_example == "skip"))
+    dataset = source(DATA, config.name, "data.name").load(config, request)
+    if not isinstance(dataset, FederatedDataset):
+        raise UserError(
+            f"data.name: {config.name} returned a {type(dataset).__name__}, and no "
+            "FederatedDataset (fh.data.from_arrays makes one)"
+        )
     _tell_left_out(dataset.left_out, len(dataset.images), "private")
     gone = {bad.client for bad in dataset.left_out if bad.client}
     if gone := sorted(gone - {client.name for client in dataset.clients}):
@@ -160,41 +137,13 @@ def load_public(
     Raises:
         UserError: The name is unknown, or the file or a value is unusable.
     """
-    if config.name in ("phantoms", "phantom_volumes"):
-        sides = volume_size if config.name == "phantom_volumes" else (image_size,) * 2
-        _check_drawn(config.num_examples or 1, sides, "public.num_examples", "public")
-    bad = Bad(skip_bad)
-    match config.name:
-        case "phantoms":
-            public = load_phantom_public(config.num_examples, image_size, seed, masks=masks)
-        case "phantom_volumes":
-            public = load_phantom_volume_public(config.num_examples, volume_size, seed)
-        case "npz":
-            public = load_npz_public(
-                config.path,
-                config.num_examples,
-                image_size,
-                masks=masks,
-                volume_size=volume_size,
-                bad=bad,
-            )
-        case "folder":
-            public = load_folder_public(
-                config, image_size, masks=masks, cache_dir=cache_dir, bad=bad
-            )
-        case name if name.startswith(PREPARED):
-            public = load_prepared_public(
-                name.removeprefix(PREPARED),
-                config.path,
-                config.num_examples,
-                masks=masks,
-                image_size=image_size,
-                volume_size=volume_size,
-                cache_dir=cache_dir,
-                bad=bad,
-            )
-        case name:
-            raise UserError(f"public.name: {name!r} is not known")
+    request = Request(seed, masks, Bad(skip_bad), image_size, volume_size, cache_dir)
+    public = source(PUBLIC, config.name, "public.name").load(config, request)
+    if not isinstance(public, PublicDataset):
+        raise UserError(
+            f"public.name: {config.name} returned a {type(public).__name__}, and no PublicDataset "
+            "(fh.data.public_from_arrays makes one)"
+        )
     _tell_left_out(public.left_out, len(public.images), "public")
     return check_public(public)
 
@@ -211,6 +160,228 @@ def _tell_left_out(left_out: Sequence[BadExample], used: int, whose: str) -> Non
         )
 
 
+# --- ours, private ------------------------------------------------------------------------------
+
+
+def _sharing(config: DataConfig) -> Sharing:
+    return Sharing(
+        by=config.split_by,
+        fractions=config.fractions,
+        num_clients=config.num_clients,
+        dirichlet_alpha=config.dirichlet_alpha,
+        min_examples=config.min_examples,
+        shards_per_client=config.shards_per_client,
+    )
+
+
+def _splitting(config: DataConfig, seed: int) -> Splitting:
+    return Splitting(
+        split=config.split,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        max_train=config.max_train,
+        seed=seed,
+    )
+
+
+def _phantoms(config: DataConfig, request: Request) -> FederatedDataset:
+    _check_drawn(config.num_examples, (config.image_size,) * 2, "data.num_examples", "private")
+    return load_phantoms(
+        num_examples=config.num_examples,
+        fractions=config.fractions,
+        image_size=config.image_size,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        max_train=config.max_train,
+        seed=request.seed,
+        masks=request.masks,
+    )
+
+
+def _phantom_volumes(config: DataConfig, request: Request) -> FederatedDataset:
+    _check_drawn(config.num_examples, config.volume_size, "data.num_examples", "private")
+    return load_phantom_volumes(
+        num_examples=config.num_examples,
+        fractions=config.fractions,
+        volume_size=config.volume_size,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        max_train=config.max_train,
+        seed=request.seed,
+    )
+
+
+def _folder(config: DataConfig, request: Request) -> FederatedDataset:
+    splitting = _splitting(config, request.seed)
+    return load_folder(config, _sharing(config), splitting, masks=request.masks, bad=request.bad)
+
+
+def _npz_masks(config: DataConfig, request: Request) -> FederatedDataset:
+    return load_npz_masks(
+        config.path,
+        fractions=config.fractions,
+        split_by=config.split_by,
+        image_size=config.image_size,
+        volume_size=config.volume_size,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        max_train=config.max_train,
+        scanner_shift=config.scanner_shift,
+        seed=request.seed,
+        bad=request.bad,
+    )
+
+
+def _fed_isic2019(config: DataConfig, request: Request) -> FederatedDataset:
+    return load_fed_isic2019(
+        config.path,
+        config.split_csv,
+        split=config.split,
+        image_size=config.image_size,
+        validation_fraction=config.validation_fraction,
+        max_train=config.max_train,
+        seed=request.seed,
+        cache_dir=config.cache_dir,
+        masks=request.masks,
+        bad=request.bad,
+    )
+
+
+def _medmnist(config: DataConfig, request: Request) -> FederatedDataset:
+    return load_medmnist(
+        config.path,
+        image_size=config.image_size,
+        sharing=_sharing(config),
+        splitting=_splitting(config, request.seed),
+        bad=request.bad,
+    )
+
+
+def _prepared(config: DataConfig, request: Request) -> FederatedDataset:
+    return load_prepared(
+        config.name.removeprefix(PREPARED),
+        config.path,
+        masks=request.masks,
+        image_size=config.image_size,
+        volume_size=config.volume_size,
+        sharing=_sharing(config),
+        splitting=_splitting(config, request.seed),
+        cache_dir=config.cache_dir,
+        bad=request.bad,
+    )
+
+
+# --- ours, public -------------------------------------------------------------------------------
+
+
+def _public_phantoms(config: PublicConfig, request: Request) -> PublicDataset:
+    sides = (request.image_size,) * 2
+    _check_drawn(config.num_examples or 1, sides, "public.num_examples", "public")
+    return load_phantom_public(
+        config.num_examples, request.image_size, request.seed, masks=request.masks
+    )
+
+
+def _public_phantom_volumes(config: PublicConfig, request: Request) -> PublicDataset:
+    sides = request.volume_size
+    _check_drawn(config.num_examples or 1, sides, "public.num_examples", "public")
+    return load_phantom_volume_public(config.num_examples, sides, request.seed)
+
+
+def _public_npz(config: PublicConfig, request: Request) -> PublicDataset:
+    return load_npz_public(
+        config.path,
+        config.num_examples,
+        request.image_size,
+        masks=request.masks,
+        volume_size=request.volume_size,
+        bad=request.bad,
+    )
+
+
+def _public_folder(config: PublicConfig, request: Request) -> PublicDataset:
+    return load_folder_public(
+        config,
+        request.image_size,
+        masks=request.masks,
+        cache_dir=request.cache_dir,
+        bad=request.bad,
+    )
+
+
+def _public_prepared(config: PublicConfig, request: Request) -> PublicDataset:
+    return load_prepared_public(
+        config.name.removeprefix(PREPARED),
+        config.path,
+        config.num_examples,
+        masks=request.masks,
+        image_size=request.image_size,
+        volume_size=request.volume_size,
+        cache_dir=request.cache_dir,
+        bad=request.bad,
+    )
+
+
 def _check_drawn(count: int, sides: tuple[int, ...], key: str, whose: str) -> None:
     channels, size = (1, "volume_size") if len(sides) == 3 else (3, "image_size")
     check_fits((count, *sides, channels), "uint8", f"{key} or data.{size}", f"the {whose} images")
+
+
+def _lacks(found: Any) -> str:
+    if isinstance(found, Source) or callable(found):
+        return ""
+    return "is no source of data; it must be a function (config, request) -> data"
+
+
+_NPZ = (("path", "its .npz file"),)
+_IMAGES = (("path", "the folder or zip of its images"),)
+_ISIC = (*_IMAGES, ("split_csv", "the CSV file of its official split"))
+_MASKS, _CLASSES = ("segmentation",), ("classification",)
+
+DATA = Registry(
+    "data",
+    {
+        "phantoms": Source(_phantoms, "dermoscopy-like images, synthetic", split_by=("fractions",)),
+        "phantom_volumes": Source(
+            _phantom_volumes,
+            "volumes with masks, synthetic",
+            tasks=_MASKS,
+            split_by=("fractions",),
+        ),
+        "folder": Source(_folder, "a folder or zip of images, with a table or without", _IMAGES),
+        "fed_isic2019": Source(
+            _fed_isic2019, "Fed-ISIC2019 with FLamby's split file", _ISIC, split_by=("site",)
+        ),
+        "medmnist": Source(
+            _medmnist, "a MedMNIST file of 2D images", _NPZ, _CLASSES, split_by=SHARINGS
+        ),
+        "npz_masks": Source(
+            _npz_masks,
+            "an .npz file of images or volumes with masks",
+            _NPZ,
+            _MASKS,
+            split_by=("fractions", "site"),
+        ),
+    },
+    _lacks,
+    also=f"{PREPARED}NAME",
+)
+PUBLIC = Registry(
+    "public",
+    {
+        "phantoms": Source(_public_phantoms, "tissue-like images, synthetic"),
+        "phantom_volumes": Source(
+            _public_phantom_volumes, "volumes with masks, synthetic", tasks=_MASKS
+        ),
+        "npz": Source(_public_npz, "an .npz file of images or volumes", _NPZ),
+        "folder": Source(
+            _public_folder, "a folder or zip of images, with a table or without", _IMAGES
+        ),
+    },
+    _lacks,
+    also=f"{PREPARED}NAME, none",
+)
+_PREPARED = {
+    "data": Source(_prepared, "a set that TensorFlow Datasets has prepared"),
+    "public": Source(_public_prepared, "a set that TensorFlow Datasets has prepared"),
+}

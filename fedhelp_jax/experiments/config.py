@@ -20,6 +20,7 @@ from ml_collections import config_dict
 
 from fedhelp_jax.algorithms import ALGORITHMS, make_settings, settings_of
 from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.sources import DATA, PUBLIC, source
 from fedhelp_jax.models.registry import MODELS, architecture
 from fedhelp_jax.settings import (
     COUNT,
@@ -33,8 +34,6 @@ from fedhelp_jax.settings import (
     unless,
 )
 from fedhelp_jax.settings.schema import (
-    PREPARED,
-    SHARINGS,
     DataConfig,
     FoundationConfig,
     MappingConfig,
@@ -388,48 +387,36 @@ def _build_settings(method: str, values: Any, path: str) -> Any:
     return make_settings(ALGORITHMS[method].settings, values, path)
 
 
-# How clients may be made of what a data set knows; of folders and prepared sets, files tell.
-_SPLIT_BY = {
-    "fed_isic2019": ("site",),
-    "npz_masks": ("fractions", "site"),
-    "medmnist": SHARINGS,
-}
-
-
 def _check_together(config: RunConfig) -> None:
     """Refuses settings of which each is right but which do not go together."""
-    needed = []
-    if config.data.name == "fed_isic2019":
-        needed = [
-            ("data.path", config.data.path, "the folder or zip of its images"),
-            ("data.split_csv", config.data.split_csv, "the CSV file of its official split"),
-        ]
-    if config.data.name in ("medmnist", "npz_masks"):
-        needed = [("data.path", config.data.path, "its .npz file")]
-    if config.data.name == "folder":
-        needed = [("data.path", config.data.path, "the folder or zip of its images")]
-    if config.public.name == "npz":
-        needed.append(("public.path", config.public.path, "its .npz file"))
-    if config.public.name == "folder":
-        needed.append(("public.path", config.public.path, "the folder or zip of its images"))
-    by, right = config.data.split_by, _SPLIT_BY.get(config.data.name, ("fractions",))
-    told = config.data.name == "folder" or config.data.name.startswith(PREPARED)
-    if by is not None and not told and by not in right:
-        raise UserError(
-            f"config.data.split_by = {by!r} is not for data {config.data.name}: "
-            f"it must be {' or '.join(right)}"
-        )
+    for section, registry in (("data", DATA), ("public", PUBLIC)):
+        given = getattr(config, section)
+        if section == "public" and given.name == "none":
+            continue
+        found = source(registry, given.name, f"config.{section}.name")
+        if config.task not in found.tasks:
+            other = "classification" if config.task == "segmentation" else "segmentation"
+            lacking = "masks" if config.task == "segmentation" else "labels"
+            raise UserError(
+                f"config.{section}.name = {given.name!r} has no {lacking} for config.task = "
+                f"{config.task!r}; it is for {other}"
+            )
+        for key, what in found.needs:
+            if not getattr(given, key):
+                raise UserError(
+                    f"config.{section}.{key} is not set, but {section} {given.name} needs {what}: "
+                    f"give --config.{section}.{key}=..."
+                )
+        by = config.data.split_by if section == "data" else None
+        if by is not None and found.split_by is not None and by not in found.split_by:
+            raise UserError(
+                f"config.data.split_by = {by!r} is not for data {given.name}: it must be "
+                f"{' or '.join(found.split_by)}"
+            )
     if config.data.scanner_shift and config.data.name != "npz_masks":
         raise UserError(
             f"config.data.scanner_shift = True is for data npz_masks, not {config.data.name}"
         )
-    for key, value, what in needed:
-        if not value:
-            owner = key.split(".")[0]
-            name = getattr(config, owner).name
-            raise UserError(
-                f"config.{key} is not set, but {owner} {name} needs {what}: give --config.{key}=..."
-            )
     if "z_score" in config.data.harmonize[:-1]:
         raise UserError(
             "config.data.harmonize: z_score must be the last, since it leaves no pixels"
@@ -438,20 +425,8 @@ def _check_together(config: RunConfig) -> None:
     check_teacher(config.teacher)
 
 
-# What a task cannot be learned from: data without masks, or with nothing but masks.
-_WITHOUT_MASKS = ("medmnist",)
-_MASKS_ONLY = ("phantom_volumes", "npz_masks")
-
-
 def _check_task(config: RunConfig) -> None:
     segmentation = config.task == "segmentation"
-    for key, name in (("data", config.data.name), ("public", config.public.name)):
-        if name in (_WITHOUT_MASKS if segmentation else _MASKS_ONLY):
-            other = "classification" if segmentation else "segmentation"
-            raise UserError(
-                f"config.{key}.name = {name!r} has no {'masks' if segmentation else 'labels'} for "
-                f"config.task = {config.task!r}; it is for {other}"
-            )
     models = config.model
     roles = (
         ("small", models.small, models.small_widths),

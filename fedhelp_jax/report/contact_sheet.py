@@ -70,7 +70,7 @@ def _thumbnail(image: np.ndarray) -> Image.Image:
         image = image[len(image) // 2]
     if image.dtype != np.uint8:
         low, high = float(image.min()), float(image.max())
-        image = np.uint8(255 * (image - low) / ((high - low) or 1))
+        image = (255 * (image - low) / ((high - low) or 1)).astype(np.uint8)
     if image.shape[-1] != 3:
         image = np.repeat(image[..., :1], 3, axis=-1)
     picture = Image.fromarray(np.ascontiguousarray(image))

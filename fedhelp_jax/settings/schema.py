@@ -104,11 +104,8 @@ class DataConfig:
 
     name: str = setting(
         "phantoms",
-        "private data set; tfds:NAME is one that fedhelp data has prepared",
-        one_of_or(
-            *(PREPARED, "phantoms", "phantom_volumes", "folder"),
-            *("fed_isic2019", "medmnist", "npz_masks"),
-        ),
+        "private data set; tfds:NAME is one that fedhelp data has prepared, "
+        "package.module:function is one of your own",
     )
     path: str | None = setting(
         None,
@@ -232,8 +229,8 @@ class PublicConfig:
 
     name: str = setting(
         "phantoms",
-        "public data set; tfds:NAME is any that TFDS or fedhelp data has prepared",
-        one_of_or(PREPARED, "phantoms", "phantom_volumes", "npz", "folder", "none"),
+        "public data set, or none; tfds:NAME is any that TFDS or fedhelp data has prepared, "
+        "package.module:function is one of your own",
     )
     path: str | None = setting(
         None,

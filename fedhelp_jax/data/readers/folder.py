@@ -222,7 +222,7 @@ def _about_groups(
     if not known:
         return (("groups", "none: an example stands for itself"),)
     sides = [np.concatenate([getattr(c, side) for c in clients]) for side in ("train", "test")]
-    both = np.intersect1d(*(groups[members] for members in sides))
+    both = np.intersect1d(groups[sides[0]], groups[sides[1]])
     text = f"{len(np.unique(groups))}, {len(both) or 'none'} of them both in train and in test"
     return (("groups", text),)
 
