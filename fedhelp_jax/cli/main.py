@@ -87,6 +87,7 @@ def _command(argv: list[str]) -> int:
         "tune": _tune,
         "sweep": _sweep,
         "data": _data,
+        "list": _list,
     }
     name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     asked = [word for word in argv[1:] if word in ("--help", "-h", "-help")]
@@ -100,8 +101,8 @@ def _command(argv: list[str]) -> int:
 
 
 def _help(name: str) -> str:
-    if name == "data":
-        return usage.DATA
+    if name in ("data", "list"):
+        return usage.DATA if name == "data" else usage.LIST
     usages = {"train": usage.TRAIN, "teach": usage.TEACH, "sweep": usage.SWEEP}
     return usages[name] + _settings_help() if name in usages else usage.COMMANDS
 
@@ -324,6 +325,18 @@ def _data(arguments: list[str]) -> int:
         )
         return 0
     raise UserError("fedhelp data takes list, describe NAME, prepare NAME or check; see --help")
+
+
+def _list(arguments: list[str]) -> int:
+    kinds = ("algorithms", "models", "data", "public", "teachers", "metrics")
+    if len(arguments) != 1 or arguments[0] not in kinds:
+        raise UserError(f"fedhelp list takes one of {', '.join(kinds)}")
+    from fedhelp_jax.cli.listing import about
+
+    rows = about(arguments[0])
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+    return _printed()
 
 
 def _check_data(arguments: list[str]) -> int:

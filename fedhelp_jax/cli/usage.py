@@ -20,6 +20,8 @@ commands:
                 --sweep=learning_rate=1e-4,1e-3 --sweep=algorithm.lambda_b=0,0.2 --seeds=0:4
   data      list, describe and prepare data sets, downloaded by hand or fetched
             fedhelp data prepare fed_isic2019 --manual_dir=DOWNLOAD
+  list      what can be named in a config, with a line on each
+            fedhelp list algorithms
   tune      only the study's trials, on validation images; compare makes them too
             fedhelp tune --study=configs/studies/baselines.py --workdir=runs/baselines
 
@@ -76,6 +78,14 @@ usage: fedhelp sweep --config=FILE.py[:ARGUMENT] --workdir=FOLDER --sweep=KEY=VA
                   The flags of fedhelp train --distributed go with it
 
 settings, with their defaults:
+"""
+
+
+LIST = """\
+usage: fedhelp list algorithms|models|data|public|teachers|metrics
+
+prints what a config may name, and what each is. package.module:object names one of your own
+(docs/extending.md); packages add theirs by entry points fedhelp_jax.algorithms and so on.
 """
 
 

@@ -9,7 +9,22 @@ from fedhelp_jax.metrics.classification import classification_metrics
 from fedhelp_jax.metrics.common import finite_examples
 from fedhelp_jax.metrics.segmentation import NO_CLASS, predict_masks, segmentation_metrics
 
+# What runs report, by name; masks of several classes have Dice and IoU of each class too.
+METRICS = {
+    "balanced_accuracy": "classification, the headline: mean recall over the classes there are",
+    "accuracy": "classification: share of right answers",
+    "macro_f1": "classification: mean F1 over classes",
+    "auroc": "classification: one-against-rest area under the ROC curve, mean over classes",
+    "ece": "classification: expected calibration error, 15 bins",
+    "loss": "classification: mean cross-entropy in nats",
+    "dice": "segmentation, the headline: mean Dice over foreground classes and examples",
+    "iou": "segmentation: mean intersection over union",
+    "hd95": "segmentation, final test: 95th percentile of distances between borders",
+    "non_finite": "both: examples whose logits are not all finite",
+}
+
 __all__ = [
+    "METRICS",
     "NO_CLASS",
     "classification_metrics",
     "finite_examples",

@@ -255,8 +255,8 @@ class FoundationConfig:
     name: str = setting(
         "simulated",
         "simulated, stored (a file of answers), ensemble, none, or asked by fedhelp teach: "
-        "open_inference, hf_zero_shot (endpoints), litert, onnx (files), self_trained",
-        one_of(*_ASKED, "simulated", "stored", "ensemble", "none"),
+        "open_inference, hf_zero_shot (endpoints), litert, onnx (files), self_trained; "
+        "package.module:function is one of your own",
     )
     path: str | None = setting(
         None,

@@ -1,10 +1,14 @@
 """From settings to a foundation model, or to its answers, which is all that training needs."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.registry import Registry
 from fedhelp_jax.data.readers.npz import read_npz
 from fedhelp_jax.data.types import PublicDataset, content_sha256
 from fedhelp_jax.settings.schema import FoundationConfig, TeacherConfig
@@ -31,9 +35,39 @@ def members(config: TeacherConfig) -> tuple[FoundationConfig, ...]:
     return config.members if config.name == "ensemble" else (config,)
 
 
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A foundation model, or a stand-in for one, by name.
+
+    Attributes:
+      make: ``(config, public)``, with the settings of ``teacher``, to a `FoundationModel` that
+        ``fedhelp teach`` asks; or, if it is not asked, to `Answers`, None for no teacher.
+      about: What it is, in one line.
+      asked: Whether it is asked over time and its answers are stored, rather than made at once.
+    """
+
+    make: Callable[[FoundationConfig, PublicDataset], Any]
+    about: str
+    asked: bool = False
+
+
+def teacher(name: str, key: str = "config.teacher.name") -> Teacher:
+    """Returns the teacher of that name, which the setting `key` gives.
+
+    A function of one's own, ``(config, public) -> Answers``, is one that is not asked.
+
+    Raises:
+      UserError: If there is none.
+    """
+    found = TEACHERS.find(name, key)
+    if isinstance(found, Teacher):
+        return found
+    return Teacher(found, (getattr(found, "__doc__", None) or "").strip().split("\n", 1)[0])
+
+
 def is_asked(config: FoundationConfig) -> bool:
     """Whether the model's answers come by ``fedhelp teach``, rather than with the settings."""
-    return config.name not in ("simulated", "stored", "none")
+    return teacher(config.name).asked
 
 
 def foundation_model(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
@@ -42,38 +76,7 @@ def foundation_model(config: FoundationConfig, public: PublicDataset) -> Foundat
     Raises:
       UserError: If a file is missing, or a setting is.
     """
-    labels = _labels(config, public)
-    preprocessing = Preprocessing(config.image_size, config.scale, config.layout)
-    match config.name:
-        case "open_inference":
-            return OpenInferenceModel(
-                _transport(config),
-                str(config.model),
-                config.version,
-                labels,
-                config.input or "input",
-                config.output,
-                preprocessing,
-            )
-        case "hf_zero_shot":
-            return HuggingFaceZeroShot(
-                _transport(config),
-                str(config.model),
-                config.version,
-                labels,
-                config.template,
-                config.scores,
-            )
-        case "litert":
-            return LiteRTModel(Path(str(config.path)), labels, config.output, preprocessing)
-        case "onnx":
-            return OnnxModel(
-                Path(str(config.path)), labels, config.input, config.output, preprocessing
-            )
-        case "self_trained":
-            return SelfTrained(public, config.epochs, seed=0)
-        case name:
-            raise UserError(f"teacher.name: {name} is not asked")
+    return teacher(config.name).make(config, public)
 
 
 def open_store(config: FoundationConfig, model: FoundationModel, *, write: bool) -> AnswerStore:
@@ -124,18 +127,15 @@ def resolve_answers(config: TeacherConfig, public: PublicDataset) -> Answers | N
 
 
 def _one(config: FoundationConfig, public: PublicDataset) -> Answers | None:
-    match config.name:
-        case "none":
-            return None
-        case "simulated":
-            return _with_sha256(simulated(public, config.accuracy))
-        case "stored":
-            loaded = load_answers(Path(str(config.path)), config.array)
-            answers = loaded._replace(
-                logits=join_answers(loaded, public), sha256=tuple(public.sha256)
-            )
-        case _:
-            answers = _from_store(config, public)
+    found = teacher(config.name)
+    answers = _from_store(config, public) if found.asked else found.make(config, public)
+    if answers is None:
+        return None
+    if not isinstance(answers, Answers):
+        raise UserError(
+            f"teacher.name: {config.name} returned a {type(answers).__name__}, and no Answers "
+            "(fh.teachers.from_logits makes them)"
+        )
     return _with_head(config, _with_sha256(answers), public)
 
 
@@ -242,3 +242,90 @@ def _labels(config: FoundationConfig, public: PublicDataset) -> tuple[str, ...]:
 
 def _transport(config: FoundationConfig) -> Transport:
     return Transport(str(config.url), config.timeout, config.api_key_env, config.api_key_file)
+
+
+def _preprocessing(config: FoundationConfig) -> Preprocessing:
+    return Preprocessing(config.image_size, config.scale, config.layout)
+
+
+def _open_inference(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
+    return OpenInferenceModel(
+        _transport(config),
+        str(config.model),
+        config.version,
+        _labels(config, public),
+        config.input or "input",
+        config.output,
+        _preprocessing(config),
+    )
+
+
+def _hf_zero_shot(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
+    return HuggingFaceZeroShot(
+        _transport(config),
+        str(config.model),
+        config.version,
+        _labels(config, public),
+        config.template,
+        config.scores,
+    )
+
+
+def _litert(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
+    labels = _labels(config, public)
+    return LiteRTModel(Path(str(config.path)), labels, config.output, _preprocessing(config))
+
+
+def _onnx(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
+    path, labels = Path(str(config.path)), _labels(config, public)
+    return OnnxModel(path, labels, config.input, config.output, _preprocessing(config))
+
+
+def _self_trained(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
+    return SelfTrained(public, config.epochs, seed=0)
+
+
+def _simulated(config: FoundationConfig, public: PublicDataset) -> Answers:
+    return simulated(public, config.accuracy)
+
+
+def _stored(config: FoundationConfig, public: PublicDataset) -> Answers:
+    loaded = load_answers(Path(str(config.path)), config.array)
+    return loaded._replace(logits=join_answers(loaded, public), sha256=tuple(public.sha256))
+
+
+def _none(config: FoundationConfig, public: PublicDataset) -> None:
+    del config, public
+
+
+def _ensemble(config: FoundationConfig, public: PublicDataset) -> None:
+    raise AssertionError("its members are resolved one by one")
+
+
+def _lacks(found: Any) -> str:
+    if isinstance(found, Teacher) or callable(found):
+        return ""
+    return "is no teacher; it must be a function (config, public) -> Answers"
+
+
+TEACHERS = Registry(
+    "teachers",
+    {
+        "simulated": Teacher(_simulated, "knows the public labels, and errs at a set rate"),
+        "stored": Teacher(_stored, "a file of answers: .npz, .npy or .safetensors"),
+        "open_inference": Teacher(
+            _open_inference, "an endpoint of the Open Inference Protocol (Triton, KServe)", True
+        ),
+        "hf_zero_shot": Teacher(
+            _hf_zero_shot, "a zero-shot image classification endpoint of Hugging Face", True
+        ),
+        "litert": Teacher(_litert, "a LiteRT (TensorFlow Lite) file, run here", True),
+        "onnx": Teacher(_onnx, "an ONNX file, run here", True),
+        "self_trained": Teacher(
+            _self_trained, "a stand-in: a network trained on the public labels", True
+        ),
+        "ensemble": Teacher(_ensemble, "the mean of several"),
+        "none": Teacher(_none, "no teacher"),
+    },
+    _lacks,
+)

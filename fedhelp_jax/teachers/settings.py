@@ -5,36 +5,38 @@ from urllib.parse import urlsplit
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.settings.schema import FoundationConfig, TeacherConfig
+from fedhelp_jax.teachers.resolve import teacher
 
 
-def check_teacher(teacher: TeacherConfig) -> None:
+def check_teacher(config: TeacherConfig) -> None:
     """Checks a teacher, alone or an ensemble of members.
 
     Raises:
         UserError: Something it needs is missing, or two of its settings exclude each other.
     """
-    ensemble = teacher.name == "ensemble"
-    if ensemble != bool(teacher.members):
+    ensemble = config.name == "ensemble"
+    if ensemble != bool(config.members):
         raise UserError(
             "config.teacher.members must name the members of a teacher called ensemble, and of no "
-            f"other; teacher.name = {teacher.name!r} has {len(teacher.members)} of them"
+            f"other; teacher.name = {config.name!r} has {len(config.members)} of them"
         )
-    weights = teacher.weights
-    if weights and (len(weights) != len(teacher.members) or min(weights) <= 0):
+    weights = config.weights
+    if weights and (len(weights) != len(config.members) or min(weights) <= 0):
         raise UserError(
-            f"config.teacher.weights = {weights} must be {len(teacher.members)} positive numbers, "
+            f"config.teacher.weights = {weights} must be {len(config.members)} positive numbers, "
             "one for each member"
         )
-    _check_keys(teacher, "config.teacher")
+    _check_keys(config, "config.teacher")
     if not ensemble:
-        _check_foundation(teacher, "config.teacher")
-    for i, member in enumerate(teacher.members):
+        _check_foundation(config, "config.teacher")
+    for i, member in enumerate(config.members):
         if member.name in ("ensemble", "none"):
             raise UserError(f"config.teacher.members[{i}].name must be a model of its own")
         _check_foundation(member, f"config.teacher.members[{i}]")
 
 
 def _check_foundation(config: FoundationConfig, path: str) -> None:
+    teacher(config.name, f"{path}.name")
     endpoint = [("url", "its address"), ("model", "the name of the model there")]
     needed = {
         "stored": [("path", "the file of its answers")],
