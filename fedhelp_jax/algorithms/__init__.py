@@ -2,7 +2,7 @@
 
 ``fh.algorithms.NAME(small=..., large=..., **options)`` makes one for a `fedhelp_jax.Simulation`;
 in configs a method has the same name. One's own is a function with the decorator `method`; configs
-name it as ``package.module:function`` (docs/add-an-algorithm.md).
+name it as ``package.module:function`` (docs/extending.md).
 """
 
 from typing import Any
