@@ -62,10 +62,9 @@ def from_linen(module: "nn.Module", num_classes: int) -> Model:
         forward pass, are not supported.
       num_classes: ``C`` of the head.
     """
-    taken = inspect.signature(type(module).__call__).parameters
 
     def given(train: bool, mask: Any) -> dict[str, Any]:
-        return {k: v for k, v in {"train": train, "mask": mask}.items() if k in taken}
+        return _taken(module, {"train": train, "mask": mask})
 
     def init(key: jax.Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
         variables = module.init(key, jnp.zeros((1, *shape)), **given(False, None))
@@ -85,10 +84,11 @@ def from_nnx(make: "Callable[[nnx.Rngs], nnx.Module]", num_classes: int) -> Mode
     """A network of a Flax NNX module and a linear head.
 
     Args:
-      make: ``rngs -> module``; the module is called with images ``[B, *spatial, channels]`` and
-        gives features. Layers such as ``nnx.BatchNorm`` are switched between training and
-        evaluation by ``module.train()`` and ``module.eval()``; their statistics count the padding
-        of a last, shorter batch too.
+      make: ``rngs -> module``. The module is called with images ``[B, *spatial, channels]``, and
+        with ``train`` and ``mask`` as keyword arguments if it takes them; if it does not take
+        ``train``, ``module.train()`` and ``module.eval()`` switch its layers. ``mask`` (``[B]``
+        boolean or None) are the real examples of a padded batch, which ``nnx.BatchNorm`` can be
+        given too.
       num_classes: ``C`` of the head.
     """
     from flax import nnx
@@ -106,13 +106,12 @@ def from_nnx(make: "Callable[[nnx.Rngs], nnx.Module]", num_classes: int) -> Mode
         return parts(make(nnx.Rngs(key)))
 
     def apply(params: Any, state: Any, x: jax.Array, train: bool, mask: Any) -> Any:
-        del mask
         module = nnx.merge(structure(), params, state)
-        module.train() if train else module.eval()
-        out = module(x)
-        if not train:
-            return out, state
-        return out, parts(module)[1]
+        given = _taken(module, {"train": train, "mask": mask})
+        if "train" not in given:
+            module.train() if train else module.eval()
+        out = module(x, **given)
+        return out, parts(module)[1] if train else state
 
     return _with_head(init, apply, num_classes)
 
@@ -140,6 +139,12 @@ def from_equinox(make: "Callable[[jax.Array], eqx.Module]", num_classes: int) ->
         return jax.vmap(eqx.combine(params, static()))(x)
 
     return from_functions(init, features, num_classes)
+
+
+def _taken(module: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of some keyword arguments that a module can be called with."""
+    parameters = inspect.signature(type(module).__call__).parameters
+    return {name: value for name, value in given.items() if name in parameters}
 
 
 def _with_head(
