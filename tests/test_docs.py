@@ -37,11 +37,18 @@ def test_links_inside_the_repository_lead_somewhere(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_is_at_most_100_characters_wide(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    wide = [line for line in text.splitlines() if len(line) > 100 and not line.startswith("|")]
+    assert not wide
+
+
 def test_the_commands_of_the_papers_tasks_go_as_far_as_the_data(tmp_path, monkeypatch, capsys):
     """There is no data here, which is all that they lack."""
     text = (ROOT / "docs/datasets.md").read_text().replace("\\\n", " ")
     commands = re.findall(
-        r"^    (fedhelp train --config=configs/.*workdir.*name=tfds:.*)$", text, re.M
+        r"^(fedhelp train --config=configs/.*workdir.*name=tfds:.*)$", text, re.M
     )
     assert len(commands) == 5
     monkeypatch.setenv("FEDHELP_DATA_DIR", str(tmp_path))
