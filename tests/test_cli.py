@@ -290,7 +290,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, runner, capsys, rest, 
 @pytest.mark.parametrize(
     ("command", "word"),
     [
-        ("", "train, evaluate, show"),
+        ("", "train, teach, evaluate, show"),
         ("tran", "tran"),
         ("train", "--config"),
         ("train --config=nowhere.py --workdir=x", "nowhere.py"),

@@ -47,9 +47,7 @@ def test_prose_is_at_most_100_characters_wide(page):
 def test_the_commands_of_the_papers_tasks_go_as_far_as_the_data(tmp_path, monkeypatch, capsys):
     """There is no data here, which is all that they lack."""
     text = (ROOT / "docs/datasets.md").read_text().replace("\\\n", " ")
-    commands = re.findall(
-        r"^(fedhelp train --config=configs/.*workdir.*name=tfds:.*)$", text, re.M
-    )
+    commands = re.findall(r"^(fedhelp train --config=configs/.*workdir.*name=tfds:.*)$", text, re.M)
     assert len(commands) == 5
     monkeypatch.setenv("FEDHELP_DATA_DIR", str(tmp_path))
     for command in commands:

@@ -21,19 +21,6 @@ from fedhelp_jax.experiments.unused import refuse_unused
 if TYPE_CHECKING:
     from fedhelp_jax.experiments.study import Study  # brings all that computes along
 
-# What is no setting, for who misspells it.
-_OWN_FLAGS = (
-    "config",
-    "workdir",
-    "overwrite",
-    "dry_run",
-    "distributed",
-    "coordinator_address",
-    "num_processes",
-    "process_id",
-    "heartbeat_timeout",
-)
-
 
 def refuse_rest(arguments: Sequence[str]) -> None:
     """Refuses what is left of a command line once its flags are taken."""
@@ -184,7 +171,7 @@ def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
 
 def _refuse_unknown_flags(arguments: Sequence[str], keys: Iterable[str]) -> None:
     """Refuses a misspelt flag by the closest known one; ml_collections would raise its own way."""
-    known = [f"--{key}" for key in (*keys, *_OWN_FLAGS)]
+    known = [f"--{key}" for key in keys]
     for name in _flag_names(arguments):
         # A switch is turned off by a leading "no".
         if f"--{name}" not in known and f"--{name.removeprefix('no')}" not in known:

@@ -1,0 +1,236 @@
+"""`Command`: what a command is called, which flags it takes, its help; and how flags are read."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from fedhelp_jax.core.errors import UserError, suggest
+from fedhelp_jax.settings.checks import LOCAL
+
+_WIDTH = 100
+_SETTINGS = "--config."
+
+
+class Flag(NamedTuple):
+    """A flag of a command.
+
+    Attributes:
+      name: Its name; a hyphen in it may be written for each underscore.
+      about: Its help.
+      kind: "text", "folder", "switch", "number" or "many" (text, given any number of times).
+      value: What its value is called in the help.
+      choices: Of a text, what it must be one of; the first is the default.
+      least: Of a number.
+      most: Of a number.
+      needed: An example, if the command cannot do without it.
+    """
+
+    name: str
+    about: str
+    kind: str = "text"
+    value: str = ""
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    most: int | None = None
+    needed: str = ""
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+      name: One word, or two.
+      about: What it does, in one sentence.
+      examples: Whole command lines.
+      run: From what was given to the exit code.
+      flags: Its own.
+      settings: Whether it takes ``--config.KEY=VALUE`` too.
+      arguments: What else may stand on the line, for the help; nothing if empty.
+      more: Further help, below the flags.
+    """
+
+    name: str
+    about: str
+    examples: tuple[str, ...]
+    run: Callable[["Given"], int]
+    flags: tuple[Flag, ...] = ()
+    settings: bool = False
+    arguments: str = ""
+    more: str = ""
+
+
+class Given(NamedTuple):
+    """What a command was given: its flags by name, and the rest of the line."""
+
+    values: dict[str, Any]
+    rest: list[str]
+
+    def __getitem__(self, name: Any) -> Any:
+        return self.values[name]
+
+
+CONFIG = Flag(
+    "config",
+    "a Python file with get_config(), which returns the settings",
+    value="FILE.py[:ARGUMENT]",
+    needed="configs/quickstart.py",
+)
+STUDY = Flag(
+    "study",
+    "a Python file with get_study()",
+    value="FILE.py[:ARGUMENT]",
+    needed="configs/studies/miniature.py",
+)
+DISTRIBUTED = (
+    Flag(
+        "distributed",
+        "one of many processes, on one host or many, that share the folder and run the same "
+        "command",
+        "switch",
+    ),
+    Flag(
+        "coordinator_address",
+        "HOST:PORT of process 0, which all can reach; this and the next two are left out where JAX "
+        "finds them itself: SLURM, Open MPI, GKE, TPU pods",
+        value="HOST:PORT",
+    ),
+    Flag("num_processes", "how many processes there are", "number", "N", least=1),
+    Flag("process_id", "which one this is, from 0", "number", "I", least=0),
+    Flag(
+        "heartbeat_timeout",
+        "seconds without a sign of life after which a process counts as lost: 60",
+        "number",
+        "SECONDS",
+        least=1,
+        most=90,
+    ),
+)
+
+
+def workdir(about: str, example: str) -> Flag:
+    """The flag of a command's folder."""
+    return Flag("workdir", about, "folder", "FOLDER", needed=example)
+
+
+def read(command: Command, arguments: Sequence[str]) -> Given:
+    """Reads a command line; flags of their own, so that calls share no state.
+
+    Raises:
+      UserError: If a flag is unknown, missing or wrong, or something is one argument too many.
+    """
+    found = flags.FlagValues()
+    found.set_gnu_getopt(True)
+    for flag in command.flags:
+        _define(flag, found)
+    try:
+        rest = found(["fedhelp", *_underscored(command, arguments)], known_only=True)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    own = [f"--{flag.name}" for flag in command.flags]
+    settings = ("--config.", "--noconfig.") if command.settings else ()
+    for word in rest:
+        if word.startswith("-") and word != "--" and not word.startswith(settings):
+            name = word.split("=", 1)[0]
+            raise UserError(
+                f"{name} is not a flag of fedhelp {command.name}{suggest(name, own)}; see fedhelp "
+                f"{command.name} --help"
+            )
+        if not word.startswith("-") and not command.arguments:
+            raise UserError(f"{word!r} is one argument too many; flags are --name=value")
+    values = {flag.name: found[flag.name].value for flag in command.flags}
+    for flag in command.flags:
+        _check(flag, values[flag.name])
+    return Given(values, rest)
+
+
+def help_of(command: Command) -> str:
+    """Returns the help of a command: examples first, then its flags, then the settings."""
+    lines = [f"fedhelp {command.name}: {command.about}", "", *_usage(command), ""]
+    lines += ["examples:", *(f"  {line}" for text in command.examples for line in text.split("\n"))]
+    if command.flags:
+        lines += ["", "flags:"]
+        for flag in command.flags:
+            lines += _described(_shown(flag), _about(flag))
+    if command.more:
+        lines += ["", *textwrap.wrap(command.more, _WIDTH)]
+    if command.settings:
+        from fedhelp_jax.experiments.config import describe
+
+        lines += ["", "settings, with their defaults:"]
+        for key, default, about in describe():
+            lines += _described(f"{_SETTINGS}{key}={default}", about)
+    return "\n".join(lines) + "\n"
+
+
+def _define(flag: Flag, values: flags.FlagValues) -> None:
+    if flag.kind == "switch":
+        flags.DEFINE_bool(flag.name, False, flag.about, flag_values=values)
+    elif flag.kind == "number":
+        flags.DEFINE_integer(flag.name, None, flag.about, flag.least, flag.most, flag_values=values)
+    elif flag.kind == "many":
+        flags.DEFINE_multi_string(flag.name, [], flag.about, flag_values=values)
+    elif flag.choices:
+        choices = list(flag.choices)
+        flags.DEFINE_enum(flag.name, choices[0], choices, flag.about, flag_values=values)
+    else:
+        flags.DEFINE_string(flag.name, None, flag.about, flag_values=values)
+
+
+def _underscored(command: Command, arguments: Sequence[str]) -> list[str]:
+    """The words of a line with the command's own flags spelt as they are defined."""
+    known = {flag.name for flag in command.flags}
+    changed = []
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        spelt = name.lstrip("-").replace("-", "_")
+        if name.startswith("--") and spelt.removeprefix("no") in known | {spelt} & known:
+            word = f"--{spelt}{equals}{value}"
+        changed.append(word)
+    return changed
+
+
+def _check(flag: Flag, value: Any) -> None:
+    if flag.needed and not value:
+        raise UserError(f"--{flag.name} is missing; e.g. --{flag.name}={flag.needed}")
+    # s3://... would be made as a folder s3: here.
+    if flag.kind == "folder" and value and not LOCAL.passes(value):
+        raise UserError(f"--{flag.name}={value} must be {LOCAL.right}")
+
+
+def _shown(flag: Flag) -> str:
+    if flag.kind == "switch":
+        return f"--{flag.name}"
+    return f"--{flag.name}={'|'.join(flag.choices) or flag.value or flag.name.upper()}"
+
+
+def _about(flag: Flag) -> str:
+    return f"{flag.about}; {flag.choices[0]} if left out" if flag.choices else flag.about
+
+
+def _usage(command: Command) -> list[str]:
+    parts = [_shown(flag) if flag.needed else f"[{_shown(flag)}]" for flag in command.flags]
+    parts += [command.arguments] if command.arguments else []
+    parts += [f"[{_SETTINGS}KEY=VALUE ...]"] if command.settings else []
+    start = f"usage: fedhelp {command.name} "
+    lines, line = [], start
+    for part in parts:
+        if len(line) + len(part) > _WIDTH and line.strip():
+            lines.append(line.rstrip())
+            line = " " * len(start)
+        line += f"{part} "
+    return [*lines, line.rstrip()]
+
+
+def _described(name: str, about: str) -> list[str]:
+    """A name and its help, beside or below it."""
+    indent = 34
+    text = textwrap.wrap(about, _WIDTH - indent) or [""]
+    first = f"  {name}"
+    if len(first) < indent - 1:
+        head = [f"{first:<{indent}}{text[0]}"]
+        text = text[1:]
+    else:
+        head = [first]
+    return head + [" " * indent + line for line in text]

@@ -1,0 +1,93 @@
+"""What commands share: other processes, JAX's start, exit codes of what only prints."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedhelp_jax.cli.command import Given
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.terminal import is_output_lost
+
+if TYPE_CHECKING:  # these bring jax along
+    from fedhelp_jax.core.distributed import Address
+    from fedhelp_jax.experiments.config import RunConfig
+
+
+def complain(message: str) -> None:
+    """Prints one line on stderr."""
+    print("fedhelp:", " ".join(message.split()), file=sys.stderr)
+
+
+def printed() -> int:
+    """The exit code of a command that does nothing but print."""
+    return 2 if is_output_lost() else 0
+
+
+def address(given: Given) -> "Address | None":
+    """Returns where the processes of a distributed run meet, or None for a run of one."""
+    from fedhelp_jax.core.distributed import Address
+
+    values = {name: given[name] for name in Address._fields if given[name] is not None}
+    if given["distributed"]:
+        return Address(**values)
+    if values:
+        raise UserError(f"--{next(iter(values))} is for --distributed, which is not given")
+    return None
+
+
+def teach_first(error: Exception, *flags: str) -> UserError:
+    """What to do where a teacher has not been asked yet."""
+    return UserError(f"{error}: {shlex.join(['fedhelp', 'teach', *flags])}")
+
+
+def prepare_jax(config: "RunConfig", run: Path | None = None) -> "RunConfig":
+    """Keeps compiled programs, and sets how many devices the CPU is, if JAX has not started yet.
+
+    Args:
+        config: The settings.
+        run: The folder of a run to go on with, on as many devices as it was started with.
+
+    Returns:
+        The settings, with the mapping of that run.
+    """
+    import jax
+
+    from fedhelp_jax.core.compilation import keep_programs, protect_process
+    from fedhelp_jax.data.cache import cache_folder
+
+    protect_process()
+    keep_programs(cache_folder(None) / "compiled")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = min(cores or 1, 8)
+    if run is not None:
+        from fedhelp_jax.experiments.identity import as_started
+
+        config = as_started(config, run, devices)
+    try:
+        jax.config.update("jax_num_cpu_devices", config.mapping.cpu_devices or devices)
+    except RuntimeError:
+        pass  # a back end is in use: a library's caller, or an earlier call, has chosen
+    return config
+
+
+def ready_folder(given: Given) -> Path:
+    """Returns the folder of ``--workdir``, made if there is none.
+
+    Raises:
+      UserError: If it cannot be made or written to.
+    """
+    from fedhelp_jax.report.run_files import prepare_folder
+
+    folder = Path(given["workdir"])
+    prepare_folder(folder)
+    return folder
+
+
+def settings_of(given: Given, more: Sequence[str] = ()) -> "RunConfig":
+    """Returns the settings of ``--config``, changed by the rest of the line and by more flags."""
+    from fedhelp_jax.experiments.config_files import read_settings
+
+    return read_settings(given["config"], [*given.rest, *more])
