@@ -189,8 +189,8 @@ def test_files_that_are_no_tables(fixture, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dir": None}, "data.path is not set; it must name a folder or zip file of images"),
-        ({"dir": "/no/where"}, "data.path: /no/where does not exist"),
+        ({"path": None}, "data.path is not set; it must name a folder or zip file of images"),
+        ({"path": "/no/where"}, "data.path: /no/where does not exist"),
         ({"split_csv": None}, "data.split_csv is not set"),
         ({"split_csv": "/no/split.csv"}, "data.split_csv: /no/split.csv does not exist"),
         ({"split": "random"}, "data.split must be grouped or official, got 'random'"),

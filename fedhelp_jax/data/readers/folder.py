@@ -82,6 +82,12 @@ def load_folder(
         columns=columns,
         names=[entry.id for entry in read.entries],
     )
+    if GROUP not in columns:
+        logger.warning(
+            "%s: no column says which patient an image is of (data.columns.group): if a patient has "
+            "several images, they may be on both sides of the split",
+            where,
+        )
     name = read.source.stem
     if (sides == "validation").any():
         # The rest is then for training: nothing more is held out for validation.
