@@ -29,9 +29,13 @@ def test_phantoms_are_the_default():
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="data.name = 'mnist' must be one of phantoms, .*package.module:object"):
+    with pytest.raises(
+        UserError, match="data.name = 'mnist' must be one of phantoms, .*package.module:object"
+    ):
         load_federated(DataConfig(name="mnist"), 0)
-    with pytest.raises(UserError, match="public.name = 'web' must be one of phantoms, .*, none, or package"):
+    with pytest.raises(
+        UserError, match="public.name = 'web' must be one of phantoms, .*, none, or package"
+    ):
         load_public(PublicConfig(name="web"), 8, 0)
 
 

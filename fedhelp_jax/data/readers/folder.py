@@ -84,8 +84,8 @@ def load_folder(
     )
     if GROUP not in columns:
         logger.warning(
-            "%s: no column says which patient an image is of (data.columns.group): if a patient has "
-            "several images, they may be on both sides of the split",
+            "%s: no column says which patient an image is of (data.columns.group); a patient with "
+            "several images may be on both sides of the split",
             where,
         )
     name = read.source.stem
