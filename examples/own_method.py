@@ -12,7 +12,8 @@ import functools
 import jax
 
 import fedhelp_jax as fh
-from fedhelp_jax.algorithms.base import averaging, train_locally, training_client
+from fedhelp_jax.algorithms.aggregation import averaging
+from fedhelp_jax.algorithms.local_training import train_locally, training_client
 from fedhelp_jax.settings import setting, within
 
 

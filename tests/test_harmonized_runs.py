@@ -24,7 +24,7 @@ from helpers import (
 )
 
 from fedhelp_jax import transforms
-from fedhelp_jax.algorithms.base import local_epochs
+from fedhelp_jax.algorithms.local_training import local_epochs
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.data.federation import ClientData, normalize_images

@@ -25,7 +25,7 @@ from helpers import (
 )
 from marks import two_devices
 
-from fedhelp_jax.algorithms.base import Averaged
+from fedhelp_jax.algorithms.aggregation import Averaged
 from fedhelp_jax.algorithms.client import ClientData, adam_l2
 from fedhelp_jax.core.compilation import compile_totals
 from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose

@@ -21,10 +21,9 @@ from fedhelp_jax.algorithms.base import (
     ServerData,
     Setup,
     init_shared,
-    supervised_loss,
-    train_locally,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, run_epochs
+from fedhelp_jax.algorithms.local_training import supervised_loss, train_locally
 from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.data.federation import ROLES, ClientData

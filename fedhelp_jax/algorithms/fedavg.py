@@ -16,13 +16,9 @@ Notes: batch statistics are averaged like parameters.
 import dataclasses
 import functools
 
-from fedhelp_jax.algorithms.base import (
-    FederatedAlgorithm,
-    Setup,
-    averaging,
-    train_locally,
-    training_client,
-)
+from fedhelp_jax.algorithms.aggregation import averaging
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.local_training import train_locally, training_client
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES
 from fedhelp_jax.settings import setting

@@ -16,15 +16,14 @@ from typing import Any
 
 import jax
 
+from fedhelp_jax.algorithms.aggregation import averaging, init_averaged
 from fedhelp_jax.algorithms.base import (
     ClientAlgorithm,
     FederatedAlgorithm,
     Setup,
-    averaging,
-    init_averaged,
     init_shared,
-    train_locally,
 )
+from fedhelp_jax.algorithms.local_training import train_locally
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.core.tree import merge, select
 from fedhelp_jax.data.federation import ROLES, ClientData

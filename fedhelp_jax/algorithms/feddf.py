@@ -30,9 +30,8 @@ from fedhelp_jax.algorithms.base import (
     ServerData,
     Setup,
     init_shared,
-    train_locally,
-    training_client,
 )
+from fedhelp_jax.algorithms.local_training import train_locally, training_client
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.algorithms.on_public import check_public, learn_answers, public_logits
 from fedhelp_jax.core.tree import choose, weighted_mean

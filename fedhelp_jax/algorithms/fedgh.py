@@ -29,10 +29,9 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     check_one_head,
     init_shared,
-    private_client,
-    train_locally,
 )
 from fedhelp_jax.algorithms.client import apply_gradient, sgd_l2
+from fedhelp_jax.algorithms.local_training import private_client, train_locally
 from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
 from fedhelp_jax.data.federation import ROLES, ClientData

@@ -38,20 +38,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedhelp_jax.algorithms.aggregation import Averaged, average, init_averaged
 from fedhelp_jax.algorithms.base import (
-    Averaged,
     ClientAlgorithm,
     FederatedAlgorithm,
     ServerData,
     Setup,
-    average,
     client_init_key,
     feature_width,
-    init_averaged,
     init_own,
     init_shared,
-    local_epochs,
-    supervised_loss,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, PublicBatch, gradient_step, public_batches
 from fedhelp_jax.algorithms.fedhelp_losses import (
@@ -61,6 +57,7 @@ from fedhelp_jax.algorithms.fedhelp_losses import (
     forward_loss,
     with_released_code,
 )
+from fedhelp_jax.algorithms.local_training import local_epochs, supervised_loss
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.random import Purpose, for_purpose

@@ -32,22 +32,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedhelp_jax.algorithms.aggregation import Averaged, average, init_averaged
 from fedhelp_jax.algorithms.base import (
     PRIVATE,
-    Averaged,
     ClientAlgorithm,
     FederatedAlgorithm,
     ServerData,
     Setup,
-    average,
     client_init_key,
     feature_width,
-    init_averaged,
     init_private,
     init_shared,
-    local_epochs,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.algorithms.local_training import local_epochs
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.core.tree import num_bytes

@@ -31,9 +31,8 @@ from fedhelp_jax.algorithms.base import (
     FederatedAlgorithm,
     ServerData,
     Setup,
-    private_client,
-    train_locally,
 )
+from fedhelp_jax.algorithms.local_training import private_client, train_locally
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.algorithms.on_public import (
     check_public,

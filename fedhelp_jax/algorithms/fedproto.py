@@ -35,10 +35,9 @@ from fedhelp_jax.algorithms.base import (
     ServerData,
     Setup,
     check_one_head,
-    private_client,
-    train_locally,
 )
 from fedhelp_jax.algorithms.client import Batch
+from fedhelp_jax.algorithms.local_training import private_client, train_locally
 from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.algorithms.prototypes import (
     Prototypes,

@@ -16,15 +16,10 @@ import dataclasses
 import jax
 import optax
 
-from fedhelp_jax.algorithms.base import (
-    FederatedAlgorithm,
-    Setup,
-    averaging,
-    proximal,
-    train_locally,
-    training_client,
-)
+from fedhelp_jax.algorithms.aggregation import averaging
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
 from fedhelp_jax.algorithms.client import Info
+from fedhelp_jax.algorithms.local_training import proximal, train_locally, training_client
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables

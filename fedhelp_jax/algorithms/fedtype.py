@@ -36,17 +36,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedhelp_jax.algorithms.base import (
-    ClientAlgorithm,
-    FederatedAlgorithm,
-    Setup,
-    averaging,
+from fedhelp_jax.algorithms.aggregation import averaging
+from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.algorithms.local_training import (
     local_epochs,
     one_pass,
     private_client,
     supervised_loss,
 )
-from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean, set_ranking_loss

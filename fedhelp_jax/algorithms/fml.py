@@ -17,16 +17,10 @@ from typing import Any
 
 import jax
 
-from fedhelp_jax.algorithms.base import (
-    ClientAlgorithm,
-    FederatedAlgorithm,
-    Setup,
-    averaging,
-    local_epochs,
-    private_client,
-    supervised_loss,
-)
+from fedhelp_jax.algorithms.aggregation import averaging
+from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, Setup
 from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.algorithms.local_training import local_epochs, private_client, supervised_loss
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean

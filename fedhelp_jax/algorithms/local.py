@@ -9,13 +9,8 @@ from typing import Any
 
 import jax
 
-from fedhelp_jax.algorithms.base import (
-    ClientAlgorithm,
-    FederatedAlgorithm,
-    Setup,
-    private_client,
-    train_locally,
-)
+from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.local_training import private_client, train_locally
 from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.models.model import Variables

@@ -21,17 +21,15 @@ from typing import Any
 import jax
 import optax
 
+from fedhelp_jax.algorithms.aggregation import averaging
 from fedhelp_jax.algorithms.base import (
     ClientAlgorithm,
     FederatedAlgorithm,
     Setup,
-    averaging,
     init_shared,
-    local_epochs,
-    proximal,
-    supervised_loss,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, apply_gradient
+from fedhelp_jax.algorithms.local_training import local_epochs, proximal, supervised_loss
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedhelp_jax.algorithms.base import Setup, feature_width, one_pass
+from fedhelp_jax.algorithms.base import Setup, feature_width
 from fedhelp_jax.algorithms.client import Batch, Info
+from fedhelp_jax.algorithms.local_training import one_pass
 from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.models.model import Model, Variables
 

@@ -22,17 +22,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedhelp_jax.algorithms.aggregation import Averaged, average, init_averaged
 from fedhelp_jax.algorithms.base import (
-    Averaged,
     ClientAlgorithm,
     FederatedAlgorithm,
     ServerData,
     Setup,
-    average,
-    init_averaged,
     init_shared,
-    train_locally,
 )
+from fedhelp_jax.algorithms.local_training import train_locally
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.core.tree import weighted_mean
 from fedhelp_jax.data.federation import ROLES, ClientData

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedhelp_jax.algorithms.base import Setup, init_own, train_locally
+from fedhelp_jax.algorithms.base import Setup, init_own
 from fedhelp_jax.algorithms.client import adam_l2, predict
+from fedhelp_jax.algorithms.local_training import train_locally
 from fedhelp_jax.core.compilation import jit
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.random import client_round_key

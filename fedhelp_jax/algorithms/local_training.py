@@ -1,0 +1,207 @@
+"""What clients do on their private data, and clients that do nothing else."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from fedhelp_jax.algorithms.base import (
+    PRIVATE,
+    ClientAlgorithm,
+    Setup,
+    init_private,
+    init_shared,
+)
+from fedhelp_jax.algorithms.client import Batch, Info, gradient_step, run_epochs
+from fedhelp_jax.core.random import Purpose, for_purpose
+from fedhelp_jax.data.federation import ClientData
+from fedhelp_jax.losses import masked_mean
+from fedhelp_jax.models.model import Model, Variables, apply_model
+from fedhelp_jax.transforms import augment
+
+
+def supervised_loss(
+    setup: Setup, model: Model, batch_stats: Variables, batch: Batch
+) -> Callable[[Variables], tuple[jax.Array, tuple[jax.Array, Variables]]]:
+    """``params -> (mean loss, (logits, new batch_stats))`` on a private batch in training mode."""
+
+    def loss_fn(params: Variables) -> tuple[jax.Array, tuple[jax.Array, Variables]]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, new_stats = apply_model(model, variables, batch.images, train=True, mask=batch.mask)
+        loss = setup.task.loss(logits, batch.targets, where=batch.mask)
+        return masked_mean(loss, batch.mask), (logits, new_stats)
+
+    return loss_fn
+
+
+def local_epochs(
+    setup: Setup,
+    key: jax.Array,
+    step: Callable[[Any, Batch, jax.Array], tuple[Any, Info]],
+    carry: Any,
+    data: ClientData,
+) -> tuple[Any, Info]:
+    """A round's pass over a client's private data, in the same batches whatever the method.
+
+    With ``setup.augment`` each batch is changed at random before the step sees it.
+
+    Args:
+      setup: What the method is given.
+      key: The client's in this round.
+      step: ``(carry, batch, step_index) -> (carry, info)``.
+      carry: Whatever the method trains.
+      data: The client's data.
+
+    Returns:
+      ``(carry, info)``, as :func:`~fedhelp_jax.algorithms.client.run_epochs`.
+    """
+    augmentation = for_purpose(key, Purpose.AUGMENTATION)
+
+    def step_augmented(carry: Any, batch: Batch, number: jax.Array) -> tuple[Any, Info]:
+        own = jax.random.fold_in(augmentation, number)
+        images, targets = augment(own, batch.images, batch.targets, setup.augment)
+        return step(carry, batch._replace(images=images, targets=targets), number)
+
+    return run_epochs(
+        step_augmented if setup.augment else step,
+        carry,
+        data,
+        for_purpose(key, Purpose.PRIVATE_BATCHES),
+        batch_size=setup.batch_size,
+        local_epochs=setup.local_epochs,
+    )
+
+
+def one_pass(
+    setup: Setup,
+    step: Callable[[Any, Batch, jax.Array], tuple[Any, Info]],
+    carry: Any,
+    data: ClientData,
+) -> tuple[Any, Info]:
+    """One pass over a client's private data, for sums in which the order does not count."""
+    return run_epochs(
+        step, carry, data, jax.random.key(0), batch_size=setup.batch_size, local_epochs=1
+    )
+
+
+def train_locally(
+    setup: Setup,
+    model: Model,
+    key: jax.Array,
+    variables: Variables,
+    data: ClientData,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    loss: Callable[..., Any] = supervised_loss,
+) -> tuple[Variables, Info]:
+    """Training on a client's private data, with a fresh optimizer.
+
+    Args:
+      setup: What the method is given.
+      model: The network.
+      key: The client's in this round.
+      variables: Where to start.
+      data: The client's data.
+      tx: The optimizer; ``setup.tx`` if None. Terms of a method's own come before it in a chain.
+      loss: In place of :func:`supervised_loss`.
+
+    Returns:
+      The variables after ``local_epochs``, and the mean loss.
+    """
+    tx = setup.tx if tx is None else tx
+
+    def step(carry: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
+        variables, opt_state = carry
+        loss_fn = loss(setup, model, variables["batch_stats"], batch)
+        params, opt_state, value, (_, stats) = gradient_step(
+            tx, loss_fn, variables["params"], opt_state
+        )
+        return ({"params": params, "batch_stats": stats}, opt_state), {"loss": value}
+
+    (variables, _), info = local_epochs(
+        setup, key, step, (variables, tx.init(variables["params"])), data
+    )
+    return variables, info
+
+
+def proximal(weight: float | jax.Array, anchor: Any) -> optax.GradientTransformation:
+    """Adds ``weight (params - anchor)``, the gradient of ``weight/2 |params - anchor|^2``."""
+
+    def update(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda g, p, a: g + weight * (p - a), updates, params, anchor)
+
+    return optax.stateless(update)
+
+
+def training_client(
+    setup: Setup,
+    train: Callable[[jax.Array, Variables, ClientData], tuple[Variables, Info]],
+    role: str = "small",
+    *,
+    personal: bool = True,
+) -> ClientAlgorithm:
+    """A client that trains the broadcast model and sends the outcome back.
+
+    The broadcast model is what it deploys (``global``); its own copy after the training is reported
+    beside it (``personal``), for which it is kept.
+
+    Args:
+      setup: What the method is given.
+      train: ``(key, w, data) -> (variables, info)``.
+      role: Whose architecture it is.
+      personal: Whether its own copy is kept; without it the client has no state.
+
+    Returns:
+      The client.
+    """
+    model = setup.models[role]
+
+    def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
+        del state
+        variables, info = train(key, download, data)
+        return variables if personal else (), variables, info
+
+    if not personal:
+        return ClientAlgorithm(
+            models={"global": model},
+            init=lambda run_key, client_id: (),
+            update=update,
+            deploy=lambda download, state, data: {"global": download},
+        )
+    return ClientAlgorithm(
+        models={"global": model, "personal": model},
+        init=lambda run_key, client_id: init_shared(setup, run_key, role),
+        update=update,
+        deploy=lambda download, state, data: {"global": download, "personal": state},
+    )
+
+
+def private_client(
+    setup: Setup,
+    role: str,
+    update: Callable[[jax.Array, Any, Any, ClientData], tuple[Any, Any, Info]],
+    *,
+    broadcast: bool = False,
+) -> ClientAlgorithm:
+    """A client whose state is a network of its role's architecture, which it keeps and deploys.
+
+    Args:
+      setup: What the method is given.
+      role: Of the client.
+      update: As in :class:`ClientAlgorithm`.
+      broadcast: Whether what it downloads is a small network, which is then reported (``global``).
+
+    Returns:
+      The client.
+    """
+    models = {PRIVATE[role]: setup.models[role]}
+    if broadcast:
+        models["global"] = setup.models["small"]
+
+    def deploy(download: Any, state: Variables, data: ClientData) -> dict[str, Variables]:
+        del data
+        return {PRIVATE[role]: state} | ({"global": download} if broadcast else {})
+
+    return ClientAlgorithm(models, functools.partial(init_private, setup, role), update, deploy)
