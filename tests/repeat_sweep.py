@@ -1,6 +1,6 @@
 """Makes one sweep again and again, beside busy loops, and prints how many outcomes it had, as JSON.
 
-    python tests/repeat_sweep.py 5
+    python tests/repeat_sweep.py 2
 
 Two learning rates and two seeds of FedHelp with ResNet-20 on synthetic images. As
 ``repeat_worker.py`` it is a process of its own.
