@@ -1,6 +1,6 @@
 """Makes one sweep again and again, beside busy loops, and prints how many outcomes it had, as JSON.
 
-    python tests/repeat_sweep.py 2
+    python tests/repeat_sweep.py 5
 
 Two learning rates and two seeds of FedHelp with ResNet-20 on synthetic images. As
 ``repeat_worker.py`` it is a process of its own.
@@ -9,9 +9,12 @@ Two learning rates and two seeds of FedHelp with ResNet-20 on synthetic images. 
 import json
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-from repeat_worker import OtherWork
+import numpy as np
+from repeat_worker import outcomes
 
 from fedhelp_jax.config import default_config, validate
 from fedhelp_jax.sweep import Program
@@ -32,20 +35,23 @@ def a_run(swept: dict[str, float]) -> Run:
 
 
 def main() -> None:
-    """Counts the outcomes; the first is made without other work, while most is compiled."""
-    times, found = int(sys.argv[1]), set()
+    """Counts the outcomes of the state after a round, and of its evaluation, bit for bit."""
     jax.config.update("jax_num_cpu_devices", 2)
-    other_work = OtherWork("ours", os.cpu_count() or 1)
     (block,) = blocks([a_run(swept) for swept in SWEPT])
     program = Program(block, "test")
 
-    def outcome() -> str:
-        return json.dumps([row for _, rows in program.results() for row in rows])
+    def some(runs: Sequence[Run]) -> Any:
+        # The phases themselves: a row of the table holds means of a few metrics only.
+        point = program._points(runs)
+        state = program._init(program.shared, point, ())
+        state, _ = program._rounds(program.shared, point, state, np.int32(0), np.int32(1))
+        return state, program._evaluate(program.shared, point, state)
 
-    found.add(outcome())
-    with other_work():
-        found.update(outcome() for _ in range(times))
-    print(json.dumps({"sweeps": len(found), "runs": len(json.loads(next(iter(found))))}))
+    parts = [block.runs[i : i + program.slots] for i in range(0, len(block.runs), program.slots)]
+    times = outcomes(
+        int(sys.argv[1]), lambda: [some(p) for p in parts], "ours", os.cpu_count() or 1
+    )
+    print(json.dumps({"sweeps": times, "runs": sum(map(len, parts))}))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_every_method_repeats(name):
 
 @thorough
 def test_a_sweep_repeats():
-    done = python(str(TESTS / "repeat_sweep.py"), "2")
+    done = python(str(TESTS / "repeat_sweep.py"), "5")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"sweeps": 1, "runs": 4}
 
