@@ -134,53 +134,52 @@ def simulation_of(
     )
 
 
-class OtherWork:
-    """Keeps the machine and the threads of XLA busy while it is entered.
+@contextlib.contextmanager
+def other_work(program: str, loops: int) -> Iterator[None]:
+    """Keeps the machine and the threads of XLA busy, for as long as the context lasts.
 
-    It starts only after what is measured was compiled, which takes most of the time and is not
-    what other work disturbs.
+    Args:
+      program: Whose options the program has that runs in this process: ours, others or none.
+      loops: How many busy loops run beside, each a process.
     """
+    command, stop = [sys.executable, "-c", "while True: pass"], threading.Event()
 
-    def __init__(self, program: str, loops: int) -> None:
-        self._loops = loops
-        self._compute: Callable[[], Any] | None = None
-        if program != "none":
-            jitted = (compilation.jit if program == "ours" else jax.jit)(_long_loop)
-            self._compute = lambda: jax.block_until_ready(jitted(jnp.ones((512, 512))))
+    def keep_busy() -> None:
+        if program == "none":
+            return
+        compute = (compilation.jit if program == "ours" else jax.jit)(_long_loop)
+        while not stop.is_set():
+            jax.block_until_ready(compute(jnp.ones((512, 512))))
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Both kinds of work, for as long as the context lasts."""
-        command, stop = [sys.executable, "-c", "while True: pass"], threading.Event()
-        loops = [subprocess.Popen(command) for _ in range(self._loops)]
-        with concurrent.futures.ThreadPoolExecutor() as threads:
-            program = threads.submit(self._until, stop)
-            try:
-                yield
-            finally:
-                stop.set()
-                for loop in loops:
-                    loop.kill()
-                    loop.wait()
-                program.result()
-
-    def _until(self, stop: threading.Event) -> None:
-        while self._compute is not None and not stop.is_set():
-            self._compute()
+    started = [subprocess.Popen(command) for _ in range(loops)]
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        busy = threads.submit(keep_busy)
+        try:
+            yield
+        finally:
+            stop.set()
+            for loop in started:
+                loop.kill()
+                loop.wait()
+            busy.result()
 
 
 def _long_loop(x: jax.Array) -> jax.Array:
     return lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x * 1.01 + 0.1), x)
 
 
-def outcomes(times: int, compute: Callable[[], Any], other_work: OtherWork) -> int:
-    """How many different results there are, bit for bit; the first is made without other work."""
+def outcomes(times: int, compute: Callable[[], Any], program: str, loops: int) -> int:
+    """How many different results there are, bit for bit.
+
+    The first is made without `other_work`: compiling takes most of the time, and is not what other
+    work disturbs.
+    """
 
     def bits() -> bytes:
         return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(compute()))
 
     seen = {bits()}
-    with other_work():
+    with other_work(program, loops):
         return len(seen.union(bits() for _ in range(times)))
 
 
@@ -240,14 +239,14 @@ def distance(ours: Any, theirs: Any) -> float:
 
 def repeat(options: dict[str, Any]) -> dict[str, Any]:
     """How many outcomes each phase has, and how far it is from loops in Python."""
-    other_work = OtherWork(options["busy"], options["loops"])
+    beside = options["busy"], options["loops"]
     dataset, public, answers = datasets(options)
     roles = ["large" if i < options["clients"] // 2 else "small" for i in range(options["clients"])]
     federation = make_federation(dataset, roles, public, answers)
     simulation = simulation_of(options, federation)
     state, found = simulation.init(), {}
     if options["direct"]:
-        with other_work():
+        with other_work(*beside):
             found["evaluation_error"] = error_of_evaluation(simulation, federation, state)
             found["training_error"] = error_of_training(simulation, federation, state)
 
@@ -268,7 +267,7 @@ def repeat(options: dict[str, Any]) -> dict[str, Any]:
         )
     for name, compute in phases.items():
         if options[name]:
-            found[name] = outcomes(options[name], compute, other_work)
+            found[name] = outcomes(options[name], compute, *beside)
     return found
 
 

@@ -145,6 +145,13 @@ def test_every_method_repeats(name):
 
 
 @thorough
+def test_a_sweep_repeats():
+    done = python(str(TESTS / "repeat_sweep.py"), "5")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"sweeps": 1, "runs": 4}
+
+
+@thorough
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_equals_loops_in_python(name, devices):
