@@ -31,7 +31,11 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     if scale not in ("paper", "cpu"):
         raise ValueError(f"{scale!r} must be paper or cpu")
     config = default_config()
-    config.data.name = "fed_isic2019"
+    config.data.name = "folder"
+    config.data.columns.update(
+        image="image_id", label="target", site="center", group="lesion_id", split="fold"
+    )
+    config.data.label_names = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
     config.data.image_size = 64
     config.public.name = "npz"
     config.teacher.name = "litert"
@@ -40,7 +44,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     folder = os.environ.get("FEDHELP_DATA_DIR")
     if folder:
         config.data.path = os.path.join(folder, "ham10000_200x150.zip")
-        config.data.split_csv = os.path.join(folder, "fed_isic2019_ham_split.csv")
+        config.data.table = os.path.join(folder, "fed_isic2019_ham_split.csv")
         config.public.path = os.path.join(folder, "pathmnist_1000_clip.npz")
         models = os.path.join(folder, "models")
         config.teacher.path = os.path.join(models, "mobilenet_v2_1.0_224_quant.tflite")
@@ -52,9 +56,6 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.public_batch_size = 16
         config.data.image_size = 32
         config.data.max_train = 600
-        config.roles.large = (
-            "centre_1",
-            "centre_2",
-        )  # the cap makes others as large
+        config.roles.large = ("center_1", "center_2")  # the cap makes others as large
         config.model.large = "resnet32"
     return config

@@ -29,7 +29,11 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         raise ValueError(f"{scale!r} must be paper or cpu")
     config = default_config()
     config.task = "segmentation"
-    config.data.name = "fed_isic2019"
+    config.data.name = "folder"
+    config.data.columns.update(
+        image="image_id", label="target", site="center", group="lesion_id", split="fold"
+    )
+    config.data.label_names = ("lesion",)
     config.data.image_size = 128
     config.public.name = "npz"
     config.teacher.name = "self_trained"
@@ -38,7 +42,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     folder = os.environ.get("FEDHELP_DATA_DIR")
     if folder:
         config.data.path = os.path.join(folder, "ham10000_200x150.zip")
-        config.data.split_csv = os.path.join(folder, "fed_isic2019_ham_split.csv")
+        config.data.table = os.path.join(folder, "fed_isic2019_ham_split.csv")
         config.public.path = os.path.join(folder, "lung_cxr_seg_128.npz")
 
     if scale == "cpu":
@@ -47,7 +51,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.data.image_size = 64
         config.data.max_train = 150
         config.public.num_examples = 400
-        config.roles.large = ("centre_1", "centre_2")  # the cap makes others as large
+        config.roles.large = ("center_1", "center_2")  # the cap makes others as large
         config.model.small = "unet_small_cpu"
         config.model.large = "unet_large_cpu"
     return config

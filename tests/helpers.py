@@ -1,5 +1,6 @@
 """A federation of a few dozen tiny images, tiny networks, and what joins them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,9 @@ from fedhelp_jax.data.types import (
     check_federated,
     image_sha256,
 )
-from fedhelp_jax.experiments import experiment
 from fedhelp_jax.models.layers import linear
 from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.models.registry import MODELS, Architecture
 from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RoundProgram, num_clients
 from fedhelp_jax.simulation.streaming import StreamedRounds
@@ -196,8 +197,9 @@ def run(simulation: CompiledRounds, rounds: int, state: Any = None) -> Any:
 
 def use_tiny_networks(patch: pytest.MonkeyPatch) -> None:
     """Makes runs build tiny networks, of another width for each role, instead of ResNets."""
-    widths = {20: 4, 32: 7}
-    patch.setattr(experiment, "resnet", lambda depth, classes: tiny_model(classes, widths[depth]))
+    for name, width in (("resnet20", 4), ("resnet32", 7)):
+        tiny = Architecture(functools.partial(tiny_model, width=width), "tiny", ("classification",))
+        patch.setitem(MODELS._found, name, tiny)
 
 
 def assert_trees_close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:

@@ -118,7 +118,10 @@ def test_what_does_not_go_together_is_named(data, public):
     small = network(data.num_classes)
     make = fh.algorithms
     for call, words in (
-        (lambda: make.fedprox(small=small, nu=1.0), "fedprox.nu is not a setting; did you mean mu"),
+        (
+            lambda: make.fedprox(small=small, mue=1.0),
+            "fedprox.mue is not a setting; did you mean mu",
+        ),
         (lambda: make.fedprox(small=small, mu=-1.0), "fedprox.mu = -1.0 must be at least 0"),
         (lambda: make.scaffold(small=small, optimizer=optax.adam(1.0)), "takes plain SGD"),
         (
@@ -196,7 +199,7 @@ def test_grey_images_floats_and_masks():
         (IMAGES, LABELS, {"clients": ["a"]}, "clients has 1 entries"),
         (IMAGES, LABELS + 0.5, {}, "labels must be integers"),
         (IMAGES.astype(int), LABELS, {}, "must be uint8 pixels or floats"),
-        (IMAGES[0], LABELS, {}, "must be [N, H, W, C]"),
+        (IMAGES[0, 0], LABELS, {}, "must be [N, H, W, C]"),
         (IMAGES * np.nan, LABELS, {}, "must be finite"),
         (IMAGES, LABELS, {"clients": CLIENTS, "split": ["dev"] * 60}, "split has 'dev'"),
         (IMAGES, LABELS, {"clients": CLIENTS, "split": ["train"] * 60}, "no test example"),
@@ -215,5 +218,5 @@ def test_answers_out_of_an_array(public):
         lambda: fh.teachers.from_logits(public, logits, label_names="ab", name="zeros")
     )
     assert "finite" in refusal(
-        lambda: fh.teachers.from_logits(public, logits * np.inf, label_names="abc", name="x")
+        lambda: fh.teachers.from_logits(public, logits + np.inf, label_names="abc", name="x")
     )

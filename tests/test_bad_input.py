@@ -158,7 +158,8 @@ def test_public_images_without_labels_need_a_teacher(tmp_path, capsys):
 
 # --- real images ---
 
-COLUMNS = ("image_id", "target", "center", "fold", "lesion_id")
+COLUMNS = {"image": "image_id", "label": "target", "site": "center", "split": "fold"}
+COLUMNS |= {"group": "lesion_id"}
 
 
 class Hospitals:
@@ -192,10 +193,12 @@ class Hospitals:
             for name, content in self.images.items():
                 file.writestr(f"images/{name}.jpg", content)
         with self.table.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *self.rows])
+            csv.writer(file).writerows([COLUMNS.values(), *self.rows])
+        columns = [f"--config.data.columns.{column}={name}" for column, name in COLUMNS.items()]
         return (
-            f"--config.data.name=fed_isic2019 --config.data.path={self.zip} "
-            f"--config.data.split_csv={self.table} --config.data.cache_dir={self.folder / 'cache'}"
+            f"--config.data.name=folder --config.data.path={self.zip} {' '.join(columns)} "
+            f"--config.data.table={self.table} --config.data.cache_dir={self.folder / 'cache'} "
+            "--config.data.label_names=A,B,C,D,E,F,G,H"
         )
 
 
@@ -213,7 +216,7 @@ def test_a_missing_split_file_is_named(tmp_path, capsys, hospitals):
     settings = hospitals.settings()
     hospitals.table.unlink()
     message = refused(tmp_path, capsys, settings)
-    assert "data.split_csv" in message and str(hospitals.table) in message
+    assert "data.table" in message and str(hospitals.table) in message
 
 
 def test_an_image_missing_in_the_zip_is_named(tmp_path, capsys, hospitals):
@@ -239,7 +242,7 @@ def test_a_corrupt_image_is_named(tmp_path, capsys, hospitals):
 def test_a_label_out_of_range_is_named(tmp_path, capsys, hospitals):
     hospitals.rows[5][1] = 8
     message = refused(tmp_path, capsys, hospitals.settings())
-    for word in ("data.split_csv", str(hospitals.table), "ISIC_005", "0..7", "'8'"):
+    for word in ("data.path", str(hospitals.zip), "ISIC_005", "0..7", "8"):
         assert word in message
 
 
@@ -249,7 +252,7 @@ def test_an_empty_client_is_named(tmp_path, capsys, hospitals, fold, lacks):
         if row[2] == 1:
             row[3] = fold
     message = refused(tmp_path, capsys, hospitals.settings())
-    for word in ("data.split_csv", str(hospitals.table), "centre_1", f"no {lacks} example"):
+    for word in ("data.path", str(hospitals.zip), "center_1", f"no {lacks} example"):
         assert word in message
 
 
@@ -277,26 +280,26 @@ def test_what_real_hospitals_bring_works(tmp_path, capsys, hospitals):
     workdir = tmp_path / "run"
     assert train(workdir, rest) == 0
     summary = read(workdir / "summary.json")
-    assert summary["dataset"] == "fed_isic2019" and summary["synthetic"] is False
+    assert summary["dataset"] == "images" and summary["synthetic"] is False
     assert summary["teacher"] is None and summary["teacher_queries"] == 0
     clients = {c["name"]: c for c in summary["per_client"]}
     assert {n: (c["role"], c["n_train"], c["n_test"]) for n, c in clients.items()} == {
-        "centre_0": ("large", 18, 6),
-        "centre_1": ("small", 1, 1),
-        "centre_2": ("small", 6, 3),
+        "center_0": ("large", 18, 6),
+        "center_1": ("small", 1, 1),
+        "center_2": ("small", 6, 3),
     }
     for client in clients.values():
         assert 0 <= client["metrics"]["balanced_accuracy"] <= 1
         assert client["metrics"]["loss"] > 0
-    assert clients["centre_1"]["metrics"]["auroc"] is None
-    assert clients["centre_2"]["metrics"]["auroc"] is not None
+    assert clients["center_1"]["metrics"]["auroc"] is None
+    assert clients["center_2"]["metrics"]["auroc"] is not None
     first, second = read(workdir / "metrics.jsonl")
     assert first["loss"] > 0 and "small_mean" not in first
     # Nobody small has images to validate on.
     assert second["small_mean"] is None and second["large_mean"] is not None
     text = (workdir / "summary.json").read_text() + (workdir / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    assert "centre_1" in capsys.readouterr().out
+    assert "center_1" in capsys.readouterr().out
     assert fedhelp(f"show {workdir}") == 0
 
 

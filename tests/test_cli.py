@@ -168,8 +168,8 @@ def test_a_program_that_was_kept_by_half_is_removed(tmp_path, runner, monkeypatc
     ("config", "name", "large"),
     [
         ("quickstart.py", "phantoms", "resnet32"),
-        ("fed_isic2019.py", "fed_isic2019", "resnet110"),
-        ("fed_isic2019.py:cpu", "fed_isic2019", "resnet32"),
+        ("fed_isic2019.py", "folder", "resnet110"),
+        ("fed_isic2019.py:cpu", "folder", "resnet32"),
         ("pneumonia.py", "medmnist", "resnet110"),
     ],
 )
@@ -262,7 +262,7 @@ def test_a_config_file_imports_what_lies_beside_it(tmp_path):
         ),
         (
             "--config.data.path=x.npz",
-            ["config.data.path changes nothing", "data.name = fed_isic2019"],
+            ["config.data.path changes nothing", "data.name = folder"],
         ),
         (
             "--config.server.optimizer=sgd --config.server.eps=1e-2",

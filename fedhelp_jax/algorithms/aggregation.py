@@ -1,7 +1,7 @@
 """Servers that average, plainly or by an optimizer's step towards the mean."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -14,13 +14,14 @@ from fedhelp_jax.algorithms.base import (
 )
 from fedhelp_jax.core.tree import weighted_mean
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.typing import OptState, Upload
 
 
 class Averaged(NamedTuple):
     """State of a server that averages: the variables it broadcasts, and its optimizer's state."""
 
     variables: Variables
-    opt_state: Any
+    opt_state: OptState
 
 
 def init_averaged(setup: Setup, variables: Variables) -> Averaged:
@@ -30,7 +31,7 @@ def init_averaged(setup: Setup, variables: Variables) -> Averaged:
 
 
 def average(
-    setup: Setup, state: Averaged, uploads: Mapping[str, Any], weights: Mapping[str, jax.Array]
+    setup: Setup, state: Averaged, uploads: Mapping[str, Upload], weights: Mapping[str, jax.Array]
 ) -> Averaged:
     """The weighted mean of all uploads, of whatever role, or the server optimizer's step to it.
 

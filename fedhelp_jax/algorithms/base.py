@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedhelp_jax.algorithms.client import Info, sgd_l2
+from fedhelp_jax.algorithms.client import Updated, sgd_l2
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.data.federation import ROLES, ClientData, PublicPool
 from fedhelp_jax.models.model import Model, Variables
 from fedhelp_jax.tasks import Task
+from fedhelp_jax.typing import ClientState, Download, PyTree, ServerState, Upload
 
 
 class PublicSpec(NamedTuple):
@@ -92,9 +93,9 @@ class ClientAlgorithm(NamedTuple):
     """
 
     models: Mapping[str, Model]
-    init: Callable[[jax.Array, jax.Array], Any]
-    update: Callable[[jax.Array, Any, Any, ClientData], tuple[Any, Any, Info]]
-    deploy: Callable[[Any, Any, Any], dict[str, Variables]]
+    init: Callable[[jax.Array, jax.Array], ClientState]
+    update: Callable[[jax.Array, Download, ClientState, ClientData], Updated]
+    deploy: Callable[[Download, ClientState, Any], dict[str, Variables]]
     adapts: bool = False
 
 
@@ -134,10 +135,12 @@ class FederatedAlgorithm(NamedTuple):
       server_trains: Whether ``aggregate`` takes gradient steps, so is worth compiling in full.
     """
 
-    init: Callable[[jax.Array], Any]
-    download: Callable[[Any, str], Any]
+    init: Callable[[jax.Array], ServerState]
+    download: Callable[[ServerState, str], Download]
     clients: Mapping[str, ClientAlgorithm]
-    aggregate: Callable[[Any, Mapping[str, Any], Mapping[str, jax.Array], ServerData], Any]
+    aggregate: Callable[
+        [ServerState, Mapping[str, Upload], Mapping[str, jax.Array], ServerData], ServerState
+    ]
     mean_only: bool = False
     server_trains: bool = False
 
@@ -179,7 +182,7 @@ def check_one_head(setup: Setup, name: str) -> None:
       UserError: If they have not.
     """
 
-    def head(role: str) -> Any:
+    def head(role: str) -> PyTree:
         init = functools.partial(setup.models[role].init, sample_shape=setup.sample_shape)
         return jax.eval_shape(init, jax.random.key(0))["params"]["head"]
 

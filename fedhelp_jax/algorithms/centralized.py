@@ -11,7 +11,6 @@ methods.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -22,12 +21,13 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     init_shared,
 )
-from fedhelp_jax.algorithms.client import Batch, Info, run_epochs
+from fedhelp_jax.algorithms.client import Batch, Info, Updated, run_epochs
 from fedhelp_jax.algorithms.local_training import supervised_loss, train_locally
 from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.typing import Upload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorit
     def client(role: str) -> ClientAlgorithm:
         model = setup.models[role]
 
-        def update(key: jax.Array, download: Variables, state: None, data: ClientData) -> Any:
+        def update(key: jax.Array, download: Variables, state: None, data: ClientData) -> Updated:
             del state
 
             def step(carry: None, batch: Batch, _: jax.Array) -> tuple[None, Info]:
@@ -70,7 +70,7 @@ def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorit
 
     def aggregate(
         state: dict[str, Variables],
-        uploads: Mapping[str, Any],
+        uploads: Mapping[str, Upload],
         weights: Mapping[str, jax.Array],
         data: ServerData,
     ) -> dict[str, Variables]:

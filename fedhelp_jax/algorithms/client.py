@@ -1,7 +1,7 @@
 """What one client does: go through its batches, take gradient steps, predict. Pure functions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,10 @@ from jax import lax
 from fedhelp_jax.core.compilation import traced_once, warn_if_exposed
 from fedhelp_jax.data.federation import ClientData, Pool, PublicPool, normalize_images
 from fedhelp_jax.models.model import Model, Variables, apply_model
+from fedhelp_jax.typing import Carry, ClientState, OptState, Params, PyTree, Upload
 
 Info = dict[str, jax.Array]
+Updated = tuple[ClientState, Upload, Info]  # what a client returns from its round
 
 
 class Batch(NamedTuple):
@@ -41,7 +43,7 @@ def sgd_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.Gradi
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
 
 
-def apply_gradient(tx: optax.GradientTransformation, params: Any, gradient: Any) -> Any:
+def apply_gradient(tx: optax.GradientTransformation, params: Params, gradient: Params) -> PyTree:
     """One step of an optimizer that remembers nothing, such as :func:`sgd_l2`."""
     updates, _ = tx.update(gradient, tx.init(params), params)
     return optax.apply_updates(params, updates)
@@ -49,10 +51,10 @@ def apply_gradient(tx: optax.GradientTransformation, params: Any, gradient: Any)
 
 def gradient_step(
     tx: optax.GradientTransformation,
-    loss_fn: Callable[[Any], tuple[jax.Array, Any]],
-    params: Any,
-    opt_state: Any,
-) -> tuple[Any, Any, jax.Array, Any]:
+    loss_fn: Callable[[PyTree], tuple[jax.Array, PyTree]],
+    params: Params,
+    opt_state: OptState,
+) -> tuple[PyTree, PyTree, jax.Array, PyTree]:
     """One optimizer step on exactly the leaves of ``params``.
 
     Args:
@@ -82,14 +84,14 @@ def shuffled(key: jax.Array, size: jax.Array | int, length: int) -> jax.Array:
 
 
 def run_epochs(
-    step: Callable[[Any, Batch, jax.Array], tuple[Any, Info]],
-    carry: Any,
+    step: Callable[[Carry, Batch, jax.Array], tuple[Carry, Info]],
+    carry: Carry,
     data: ClientData,
     key: jax.Array,
     *,
     batch_size: int,
     local_epochs: int,
-) -> tuple[Any, Info]:
+) -> tuple[Carry, Info]:
     """Takes ``step`` over every private batch of ``local_epochs`` epochs, each in a fresh order.
 
     A client runs as many steps as its own data gives, ``local_epochs * ceil(size / batch_size)``;
@@ -113,11 +115,11 @@ def run_epochs(
     # A slice that reached past the end would silently be moved back.
     padded = -(-length // batch_size) * batch_size
 
-    def one_epoch(epoch: jax.Array, state: tuple[Any, Info]) -> tuple[Any, Info]:
+    def one_epoch(epoch: jax.Array, state: tuple[Carry, Info]) -> tuple[Carry, Info]:
         order = data.index[shuffled(jax.random.fold_in(key, epoch), data.size, length)]
         order = jnp.pad(order, (0, padded - length))
 
-        def one_step(i: jax.Array, state: tuple[Any, Info]) -> tuple[Any, Info]:
+        def one_step(i: jax.Array, state: tuple[Carry, Info]) -> tuple[Carry, Info]:
             carry, sums = state
             batch = _gather(data, order, i * batch_size, batch_size)
             carry, info = step(carry, batch, epoch * steps + i)

@@ -12,7 +12,6 @@ gradient of the term is added before Adam. ``lam = 0`` is local training of the 
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
@@ -24,6 +23,7 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     init_shared,
 )
+from fedhelp_jax.algorithms.client import Updated
 from fedhelp_jax.algorithms.local_training import proximal, train_locally
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
@@ -47,7 +47,7 @@ def ditto(setup: Setup, settings: DittoSettings) -> FederatedAlgorithm:
     """Ditto on the small architecture."""
     model = setup.models["small"]
 
-    def update(key: jax.Array, w: Variables, v: Variables, data: ClientData) -> Any:
+    def update(key: jax.Array, w: Variables, v: Variables, data: ClientData) -> Updated:
         upload, _ = train_locally(setup, model, key, w, data)
         tx = optax.chain(proximal(settings.lam, w["params"]), setup.tx)
         v, info = train_locally(setup, model, key, v, data, tx=tx)

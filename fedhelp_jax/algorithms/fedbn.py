@@ -12,7 +12,6 @@ network without any this is FedAvg.
 
 import dataclasses
 import re
-from typing import Any
 
 import jax
 
@@ -23,6 +22,7 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     init_shared,
 )
+from fedhelp_jax.algorithms.client import Updated
 from fedhelp_jax.algorithms.local_training import train_locally
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.core.tree import merge, select
@@ -43,7 +43,7 @@ def fedbn(setup: Setup, settings: FedBNSettings) -> FederatedAlgorithm:
     del settings
     model = setup.models["small"]
 
-    def update(key: jax.Array, shared: Variables, own: Variables, data: ClientData) -> Any:
+    def update(key: jax.Array, shared: Variables, own: Variables, data: ClientData) -> Updated:
         variables, info = train_locally(setup, model, key, merge(shared, own), data)
         own, shared = split(variables)
         return own, shared, info

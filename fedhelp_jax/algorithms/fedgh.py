@@ -17,7 +17,6 @@ width.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ from fedhelp_jax.algorithms.base import (
     check_one_head,
     init_shared,
 )
-from fedhelp_jax.algorithms.client import apply_gradient, sgd_l2
+from fedhelp_jax.algorithms.client import Updated, apply_gradient, sgd_l2
 from fedhelp_jax.algorithms.local_training import private_client, train_locally
 from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
@@ -38,6 +37,7 @@ from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import cross_entropy_loss
 from fedhelp_jax.models.model import Variables
 from fedhelp_jax.settings import more_than, setting, whole
+from fedhelp_jax.typing import Download, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,9 @@ def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
     def client(role: str) -> ClientAlgorithm:
         model = setup.models[role]
 
-        def update(key: jax.Array, download: Any, state: Variables, data: ClientData) -> Any:
+        def update(
+            key: jax.Array, download: Download, state: Variables, data: ClientData
+        ) -> Updated:
             state = {**state, "params": {**state["params"], "head": download}}
             state, info = train_locally(setup, model, key, state, data)
             return state, class_means(setup, model, state, data), info
@@ -72,18 +74,18 @@ def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
         return private_client(setup, role, update)
 
     def aggregate(
-        head: Any,
+        head: PyTree,
         uploads: Mapping[str, Prototypes],
         weights: Mapping[str, jax.Array],
         data: ServerData,
-    ) -> Any:
+    ) -> PyTree:
         del data
         sent = gathered(uploads, weights)
         clients, classes, width = sent.means.shape
         means = sent.means.reshape(-1, width)
         labels = jnp.tile(jnp.arange(classes), clients)
 
-        def loss(head: Any) -> jax.Array:
+        def loss(head: PyTree) -> jax.Array:
             logits = setup.task.class_logits(setup.task.head(head, means))
             values = cross_entropy_loss(logits, labels)
             return jnp.sum(jnp.where(sent.counts.reshape(-1) > 0, values, 0))

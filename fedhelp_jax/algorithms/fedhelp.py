@@ -33,7 +33,7 @@ Notes, where this departs from the authors' released code or the paper is silent
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,14 @@ from fedhelp_jax.algorithms.base import (
     init_own,
     init_shared,
 )
-from fedhelp_jax.algorithms.client import Batch, Info, PublicBatch, gradient_step, public_batches
+from fedhelp_jax.algorithms.client import (
+    Batch,
+    Info,
+    PublicBatch,
+    Updated,
+    gradient_step,
+    public_batches,
+)
 from fedhelp_jax.algorithms.fedhelp_losses import (
     FedHelpSettings,
     answers_loss,
@@ -64,6 +71,7 @@ from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Variables, apply_model
+from fedhelp_jax.typing import OptState, PyTree, Upload
 
 
 class Server(NamedTuple):
@@ -92,8 +100,8 @@ class SmallCarry(NamedTuple):
 
     surrogate: Variables
     public_heads: Variables
-    opt_private: Any
-    opt_public: Any
+    opt_private: OptState
+    opt_public: OptState
 
 
 class LargeCarry(NamedTuple):
@@ -101,8 +109,8 @@ class LargeCarry(NamedTuple):
 
     proxy: Variables
     large: Variables
-    opt_proxy: Any
-    opt_large: Any
+    opt_proxy: OptState
+    opt_large: OptState
 
 
 @method(FedHelpSettings, uses_public=True, uses_teacher=True)
@@ -131,7 +139,7 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
 
     def aggregate(
         state: Server,
-        uploads: Mapping[str, Any],
+        uploads: Mapping[str, Upload],
         weights: Mapping[str, jax.Array],
         data: ServerData,
     ) -> Server:
@@ -158,7 +166,7 @@ def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
         heads = init_public_heads(setup, client_init_key(run_key, client_id))
         return SmallState(init_shared(setup, run_key), heads)
 
-    def update(key: jax.Array, download: Broadcast, state: SmallState, data: ClientData) -> Any:
+    def update(key: jax.Array, download: Broadcast, state: SmallState, data: ClientData) -> Updated:
         surrogate, public_heads = download.variables, state.public_heads
         if "fresh_heads" in settings.released_code:
             fresh = for_purpose(key, Purpose.CLIENT_INIT)
@@ -249,12 +257,12 @@ def _joint_step(
     setup: Setup,
     settings: FedHelpSettings,
     carry: SmallCarry,
-    private_loss: Callable[[Variables], Any],
+    private_loss: Callable[[Variables], PyTree],
     public: PublicBatch,
 ) -> tuple[SmallCarry, Info]:
     """One step on L_private + L_public instead of two."""
 
-    def both(params: Variables) -> tuple[jax.Array, Any]:
+    def both(params: Variables) -> tuple[jax.Array, PyTree]:
         loss, (_, stats) = private_loss({name: params[name] for name in ("features", "head")})
         auxiliary, stats = public_loss(setup, settings, params, stats, public)
         return loss + auxiliary, (loss, auxiliary, stats)
@@ -297,7 +305,7 @@ def large_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
     """Asymmetric dual knowledge distillation (sec. 3.4)."""
     model = setup.models["large"]
 
-    def update(key: jax.Array, download: Broadcast, state: Variables, data: ClientData) -> Any:
+    def update(key: jax.Array, download: Broadcast, state: Variables, data: ClientData) -> Updated:
         warm = download.round >= settings.kd_warmup_rounds
 
         def step(carry: LargeCarry, batch: Batch, _: jax.Array) -> tuple[LargeCarry, Info]:

@@ -27,7 +27,7 @@ too, which stays with its client. The paper's attention terms have no place in t
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ from fedhelp_jax.algorithms.base import (
     init_private,
     init_shared,
 )
-from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.algorithms.client import Batch, Info, Updated, gradient_step
 from fedhelp_jax.algorithms.local_training import local_epochs
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.core.random import Purpose, for_purpose
@@ -54,6 +54,7 @@ from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.layers import he_normal
 from fedhelp_jax.models.model import Model, Variables
 from fedhelp_jax.settings import between, setting
+from fedhelp_jax.typing import Carry, Upload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +116,8 @@ def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
             shape = feature_width(setup), feature_width(setup, role)
             return Mentor(init_private(setup, role, run_key, client_id), he_normal(key, shape))
 
-        def update(key: jax.Array, download: Broadcast, state: Mentor, data: ClientData) -> Any:
-            def step(carry: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
+        def update(key: jax.Array, download: Broadcast, state: Mentor, data: ClientData) -> Updated:
+            def step(carry: Carry, batch: Batch, _: jax.Array) -> tuple[Carry, Info]:
                 return mutual_step(setup, own, carry, batch)
 
             w, v = state.variables, download.variables
@@ -139,7 +140,7 @@ def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
 
     def aggregate(
         state: Server,
-        uploads: Mapping[str, Any],
+        uploads: Mapping[str, Upload],
         weights: Mapping[str, jax.Array],
         data: ServerData,
     ) -> Server:
@@ -159,7 +160,7 @@ def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
     )
 
 
-def mutual_step(setup: Setup, own: Model, carry: Any, batch: Batch) -> tuple[Any, Info]:
+def mutual_step(setup: Setup, own: Model, carry: Carry, batch: Batch) -> tuple[Carry, Info]:
     """One step of mentor and mentee on a batch, each by the other as it was before."""
     (w, w_opt), (v, trained, v_opt) = carry
     small = setup.models["small"]

@@ -21,7 +21,7 @@ order, the last filled up from its start; the authors draw a subset of the image
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from fedhelp_jax.algorithms.base import (
     ServerData,
     Setup,
 )
+from fedhelp_jax.algorithms.client import Updated
 from fedhelp_jax.algorithms.local_training import private_client, train_locally
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.algorithms.on_public import (
@@ -77,7 +78,9 @@ def fedmd(setup: Setup, settings: FedMDSettings) -> FederatedAlgorithm:
     def client(role: str) -> ClientAlgorithm:
         model = setup.models[role]
 
-        def update(key: jax.Array, download: Consensus, state: Variables, data: ClientData) -> Any:
+        def update(
+            key: jax.Array, download: Consensus, state: Variables, data: ClientData
+        ) -> Updated:
             public = data.public
             assert public is not None
             # Nothing to digest yet, or nobody there to.

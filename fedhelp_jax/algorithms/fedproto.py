@@ -24,7 +24,6 @@ clients need features of one width. ``lam = 0`` is local training.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     check_one_head,
 )
-from fedhelp_jax.algorithms.client import Batch
+from fedhelp_jax.algorithms.client import Batch, Updated
 from fedhelp_jax.algorithms.local_training import private_client, train_locally
 from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.algorithms.prototypes import (
@@ -73,7 +72,9 @@ def fedproto(setup: Setup, settings: FedProtoSettings) -> FederatedAlgorithm:
     def client(role: str) -> ClientAlgorithm:
         model = setup.models[role]
 
-        def update(key: jax.Array, download: Prototypes, state: Variables, data: ClientData) -> Any:
+        def update(
+            key: jax.Array, download: Prototypes, state: Variables, data: ClientData
+        ) -> Updated:
             loss = functools.partial(prototype_loss, prototypes=download, lam=settings.lam)
             state, info = train_locally(setup, model, key, state, data, loss=loss)
             return state, class_means(setup, model, state, data), info

@@ -31,14 +31,13 @@ puts all classes into S, which leaves W_i as trained alone.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.aggregation import averaging
 from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, Setup
-from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.algorithms.client import Batch, Info, Updated, gradient_step
 from fedhelp_jax.algorithms.local_training import (
     local_epochs,
     one_pass,
@@ -50,6 +49,7 @@ from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean, set_ranking_loss
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.settings import at_least, between, setting, whole
+from fedhelp_jax.typing import Carry
 
 BINS = 2048
 
@@ -73,7 +73,9 @@ def fedtype(setup: Setup, settings: FedTypeSettings) -> FederatedAlgorithm:
     """FedType: a network of the client's own architecture beside the small proxy."""
 
     def client(role: str) -> ClientAlgorithm:
-        def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
+        def update(
+            key: jax.Array, download: Variables, state: Variables, data: ClientData
+        ) -> Updated:
             own, proxy = setup.models[role], setup.models["small"]
             w_tau = calibrate(setup, settings, own, state, data, settings.penalty_private)
             v_tau = calibrate(setup, settings, proxy, download, data, settings.penalty_proxy)
@@ -92,10 +94,10 @@ def reciprocal_step(
     settings: FedTypeSettings,
     own: Model,
     taus: tuple[jax.Array, jax.Array],
-    carry: Any,
+    carry: Carry,
     batch: Batch,
     index: jax.Array,
-) -> tuple[Any, Info]:
+) -> tuple[Carry, Info]:
     """Steps A and B on one batch; ``taus`` of the client's own network and of the proxy."""
     del index
     (w, w_opt), (v, v_opt) = carry

@@ -19,13 +19,14 @@ import jax
 
 from fedhelp_jax.algorithms.aggregation import averaging
 from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, Setup
-from fedhelp_jax.algorithms.client import Batch, Info, gradient_step
+from fedhelp_jax.algorithms.client import Batch, Info, Updated, gradient_step
 from fedhelp_jax.algorithms.local_training import local_epochs, private_client, supervised_loss
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.settings import between, setting
+from fedhelp_jax.typing import Carry, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,10 @@ def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
     def client(role: str) -> ClientAlgorithm:
         own = setup.models[role]
 
-        def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
-            def step(carry: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
+        def update(
+            key: jax.Array, download: Variables, state: Variables, data: ClientData
+        ) -> Updated:
+            def step(carry: Carry, batch: Batch, _: jax.Array) -> tuple[Carry, Info]:
                 (w, w_opt), (v, v_opt) = carry
                 w_logits = training_logits(own, w, batch)
                 v_logits = training_logits(meme, v, batch)
@@ -65,7 +68,7 @@ def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
 
     def learn(
         model: Model, variables: Variables, opt_state: Any, batch: Batch, teacher: Any, share: float
-    ) -> Any:
+    ) -> PyTree:
         supervised = supervised_loss(setup, model, variables["batch_stats"], batch)
 
         def loss_fn(params: Variables) -> tuple[jax.Array, Variables]:

@@ -5,11 +5,11 @@ weights it would have started from under any other method.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 
 from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.client import Updated
 from fedhelp_jax.algorithms.local_training import private_client, train_locally
 from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.data.federation import ClientData
@@ -31,7 +31,7 @@ def local(setup: Setup, settings: LocalSettings) -> FederatedAlgorithm:
     def client(role: str) -> ClientAlgorithm:
         role = "small" if settings.small_only else role
 
-        def update(key: jax.Array, download: None, state: Variables, data: ClientData) -> Any:
+        def update(key: jax.Array, download: None, state: Variables, data: ClientData) -> Updated:
             del download
             variables, info = train_locally(setup, setup.models[role], key, state, data)
             return variables, None, info

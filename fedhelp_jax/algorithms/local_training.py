@@ -14,12 +14,13 @@ from fedhelp_jax.algorithms.base import (
     init_private,
     init_shared,
 )
-from fedhelp_jax.algorithms.client import Batch, Info, gradient_step, run_epochs
+from fedhelp_jax.algorithms.client import Batch, Info, Updated, gradient_step, run_epochs
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.transforms import augment
+from fedhelp_jax.typing import Carry, ClientState, Download, Params, PyTree
 
 
 def supervised_loss(
@@ -39,10 +40,10 @@ def supervised_loss(
 def local_epochs(
     setup: Setup,
     key: jax.Array,
-    step: Callable[[Any, Batch, jax.Array], tuple[Any, Info]],
-    carry: Any,
+    step: Callable[[Carry, Batch, jax.Array], tuple[Carry, Info]],
+    carry: Carry,
     data: ClientData,
-) -> tuple[Any, Info]:
+) -> tuple[Carry, Info]:
     """A round's pass over a client's private data, in the same batches whatever the method.
 
     With ``setup.augment`` each batch is changed at random before the step sees it.
@@ -59,7 +60,7 @@ def local_epochs(
     """
     augmentation = for_purpose(key, Purpose.AUGMENTATION)
 
-    def step_augmented(carry: Any, batch: Batch, number: jax.Array) -> tuple[Any, Info]:
+    def step_augmented(carry: Carry, batch: Batch, number: jax.Array) -> tuple[Carry, Info]:
         own = jax.random.fold_in(augmentation, number)
         images, targets = augment(own, batch.images, batch.targets, setup.augment)
         return step(carry, batch._replace(images=images, targets=targets), number)
@@ -76,10 +77,10 @@ def local_epochs(
 
 def one_pass(
     setup: Setup,
-    step: Callable[[Any, Batch, jax.Array], tuple[Any, Info]],
-    carry: Any,
+    step: Callable[[Carry, Batch, jax.Array], tuple[Carry, Info]],
+    carry: Carry,
     data: ClientData,
-) -> tuple[Any, Info]:
+) -> tuple[Carry, Info]:
     """One pass over a client's private data, for sums in which the order does not count."""
     return run_epochs(
         step, carry, data, jax.random.key(0), batch_size=setup.batch_size, local_epochs=1
@@ -112,7 +113,7 @@ def train_locally(
     """
     tx = setup.tx if tx is None else tx
 
-    def step(carry: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
+    def step(carry: Carry, batch: Batch, _: jax.Array) -> tuple[Carry, Info]:
         variables, opt_state = carry
         loss_fn = loss(setup, model, variables["batch_stats"], batch)
         params, opt_state, value, (_, stats) = gradient_step(
@@ -126,10 +127,10 @@ def train_locally(
     return variables, info
 
 
-def proximal(weight: float | jax.Array, anchor: Any) -> optax.GradientTransformation:
+def proximal(weight: float | jax.Array, anchor: PyTree) -> optax.GradientTransformation:
     """Adds ``weight (params - anchor)``, the gradient of ``weight/2 |params - anchor|^2``."""
 
-    def update(updates: Any, params: Any) -> Any:
+    def update(updates: PyTree, params: Params) -> PyTree:
         return jax.tree.map(lambda g, p, a: g + weight * (p - a), updates, params, anchor)
 
     return optax.stateless(update)
@@ -158,7 +159,7 @@ def training_client(
     """
     model = setup.models[role]
 
-    def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
+    def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Updated:
         del state
         variables, info = train(key, download, data)
         return variables if personal else (), variables, info
@@ -181,7 +182,7 @@ def training_client(
 def private_client(
     setup: Setup,
     role: str,
-    update: Callable[[jax.Array, Any, Any, ClientData], tuple[Any, Any, Info]],
+    update: Callable[[jax.Array, Download, ClientState, ClientData], Updated],
     *,
     broadcast: bool = False,
 ) -> ClientAlgorithm:
@@ -200,7 +201,7 @@ def private_client(
     if broadcast:
         models["global"] = setup.models["small"]
 
-    def deploy(download: Any, state: Variables, data: ClientData) -> dict[str, Variables]:
+    def deploy(download: Download, state: Variables, data: ClientData) -> dict[str, Variables]:
         del data
         return {PRIVATE[role]: state} | ({"global": download} if broadcast else {})
 

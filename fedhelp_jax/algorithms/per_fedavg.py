@@ -15,7 +15,6 @@ at w, as an optimizer does.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +26,12 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     init_shared,
 )
-from fedhelp_jax.algorithms.client import Batch, Info, apply_gradient
+from fedhelp_jax.algorithms.client import Batch, Info, Updated, apply_gradient
 from fedhelp_jax.algorithms.local_training import local_epochs, one_pass, supervised_loss
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.typing import Carry, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
     del settings
     model = setup.models["small"]
 
-    def update(key: jax.Array, w: Variables, state: Variables, data: ClientData) -> Any:
+    def update(key: jax.Array, w: Variables, state: Variables, data: ClientData) -> Updated:
         del state
 
         def step(w: Variables, batch: Batch, _: jax.Array) -> tuple[Variables, Info]:
@@ -88,11 +88,11 @@ def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
     return averaging(setup, dict.fromkeys(ROLES, client))
 
 
-def mean_gradient(setup: Setup, model: Model, variables: Variables, data: ClientData) -> Any:
+def mean_gradient(setup: Setup, model: Model, variables: Variables, data: ClientData) -> PyTree:
     """The gradient of the mean loss over all of a client's training data; 0 without any."""
     params, stats = variables["params"], variables["batch_stats"]
 
-    def step(total: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
+    def step(total: PyTree, batch: Batch, _: jax.Array) -> tuple[Carry, Info]:
         loss_fn = supervised_loss(setup, model, stats, batch)
         (loss, _), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
         share = jnp.sum(batch.mask) / data.size

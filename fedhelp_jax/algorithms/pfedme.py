@@ -16,7 +16,6 @@ no parameters are shared.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
@@ -28,12 +27,13 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     init_shared,
 )
-from fedhelp_jax.algorithms.client import Batch, Info, apply_gradient
+from fedhelp_jax.algorithms.client import Batch, Info, Updated, apply_gradient
 from fedhelp_jax.algorithms.local_training import local_epochs, proximal, supervised_loss
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
 from fedhelp_jax.settings import COUNT, at_least, setting
+from fedhelp_jax.typing import Carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ def pfedme(setup: Setup, settings: PFedMeSettings) -> FederatedAlgorithm:
     """PFedMe on the small architecture."""
     model = setup.models["small"]
 
-    def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Any:
+    def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Updated:
         del state
 
-        def step(carry: Any, batch: Batch, _: jax.Array) -> tuple[Any, Info]:
+        def step(carry: Carry, batch: Batch, _: jax.Array) -> tuple[Carry, Info]:
             w, start = carry
             tx = optax.chain(proximal(settings.lam, w), setup.sgd)
 

@@ -1,7 +1,7 @@
 """Class means of features: what FedProto and FedGH send instead of weights."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from fedhelp_jax.algorithms.client import Batch, Info
 from fedhelp_jax.algorithms.local_training import one_pass
 from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.typing import PyTree
 
 
 class Prototypes(NamedTuple):
@@ -60,5 +61,5 @@ def gathered(uploads: Mapping[str, Prototypes], weights: Mapping[str, jax.Array]
 def members_of(setup: Setup, batch: Batch, features: jax.Array) -> jax.Array:
     """How far each place of the features is of each class, ``[B, *spatial, C]``; 0 where masked."""
     classes = setup.task.num_ranked(setup.num_classes)
-    members: Any = setup.task.memberships(batch.targets, features.shape[1:-1], classes)
+    members: PyTree = setup.task.memberships(batch.targets, features.shape[1:-1], classes)
     return members * batch.mask.reshape(-1, *(1,) * (members.ndim - 1))

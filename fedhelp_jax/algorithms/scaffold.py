@@ -16,7 +16,7 @@ Batch statistics are averaged.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,13 @@ from fedhelp_jax.algorithms.base import (
     Setup,
     init_shared,
 )
+from fedhelp_jax.algorithms.client import Updated
 from fedhelp_jax.algorithms.local_training import train_locally
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.core.tree import weighted_mean
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
+from fedhelp_jax.typing import Params, PyTree, Upload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +48,14 @@ class Controlled(NamedTuple):
     """Variables ``x`` (or ``y``) and a control variate ``c`` (or ``c_i``) of the parameters."""
 
     variables: Variables
-    control: Any
+    control: Params
 
 
 class Server(NamedTuple):
     """The server's ``x``, with its optimizer, and ``c``."""
 
     averaged: Averaged
-    control: Any
+    control: Params
 
 
 @method(ScaffoldSettings, plain_sgd=True, unused=("client_weights", *LARGE_NETWORK))
@@ -71,10 +73,12 @@ def scaffold(setup: Setup, settings: ScaffoldSettings) -> FederatedAlgorithm:
         variables, control = init_client(run_key, jnp.int32(0))
         return Server(init_averaged(setup, variables), control)
 
-    def update(key: jax.Array, download: Controlled, state: Controlled, data: ClientData) -> Any:
+    def update(
+        key: jax.Array, download: Controlled, state: Controlled, data: ClientData
+    ) -> Updated:
         x, c, c_i = download.variables, download.control, state.control
 
-        def corrected(gradient: Any, params: Any) -> Any:
+        def corrected(gradient: Params, params: Params) -> PyTree:
             del params
             return jax.tree.map(lambda g, mine, all: g - mine + all, gradient, c_i, c)
 
@@ -92,7 +96,7 @@ def scaffold(setup: Setup, settings: ScaffoldSettings) -> FederatedAlgorithm:
 
     def aggregate(
         state: Server,
-        uploads: Mapping[str, Any],
+        uploads: Mapping[str, Upload],
         weights: Mapping[str, jax.Array],
         data: ServerData,
     ) -> Server:

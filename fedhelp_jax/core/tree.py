@@ -1,14 +1,15 @@
 """Small functions on pytrees."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from fedhelp_jax.typing import PyTree
 
-def weighted_mean(trees: Sequence[Any], weights: Sequence[jax.Array]) -> Any:
+
+def weighted_mean(trees: Sequence[PyTree], weights: Sequence[jax.Array]) -> PyTree:
     """Mean of stacked trees over all their leading axes: ``sum_i a_i w_i / sum_i a_i``.
 
     Args:
@@ -37,7 +38,7 @@ def _weighted_sum(stack: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(weights > 0, stack * weights, 0), axis=0)
 
 
-def means(sums: Any, totals: jax.Array) -> Any:
+def means(sums: PyTree, totals: jax.Array) -> PyTree:
     """Weighted sums ``[D, ...]`` over their weights' ``[D]``; 0 where these are."""
 
     def mean(leaf: jax.Array) -> jax.Array:
@@ -47,39 +48,39 @@ def means(sums: Any, totals: jax.Array) -> Any:
     return jax.tree.map(mean, sums)
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: PyTree) -> jax.Array:
     """Whether no leaf holds NaN or infinity; a boolean scalar."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves], bool))
 
 
-def choose(condition: jax.Array, first: Any, second: Any) -> Any:
+def choose(condition: jax.Array, first: PyTree, second: PyTree) -> PyTree:
     """The one tree where a boolean scalar is true, else the other, of the same structure."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
 
 
-def zeros_of(shapes: Any) -> Any:
+def zeros_of(shapes: PyTree) -> PyTree:
     """Zeros of the shapes and types of a tree, which ``jax.eval_shape`` may have given."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def select(tree: Any, keep: Callable[[tuple[str, ...]], bool]) -> Any:
+def select(tree: PyTree, keep: Callable[[tuple[str, ...]], bool]) -> PyTree:
     """The same tree with None in place of the leaves whose path, as names, is not kept."""
 
-    def one(path: Any, leaf: Any) -> Any:
+    def one(path: PyTree, leaf: PyTree) -> PyTree:
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         return leaf if keep(names) else None
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def merge(first: Any, second: Any) -> Any:
+def merge(first: PyTree, second: PyTree) -> PyTree:
     """Two trees of :func:`select`, each with None where the other has a leaf, in one."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None
     )
 
 
-def num_bytes(tree: Any) -> int:
+def num_bytes(tree: PyTree) -> int:
     """Bytes of all leaves; works on ``jax.eval_shape`` results too."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -11,7 +11,6 @@ from fedhelp_jax.core.registry import Registry
 from fedhelp_jax.data.bad_examples import Bad, BadExample
 from fedhelp_jax.data.partition.clients import Splitting
 from fedhelp_jax.data.partition.sharing import Sharing
-from fedhelp_jax.data.readers.fed_isic2019 import load_fed_isic2019
 from fedhelp_jax.data.readers.folder import load_folder, load_folder_public
 from fedhelp_jax.data.readers.medmnist import load_medmnist
 from fedhelp_jax.data.readers.npz import load_npz_public
@@ -80,7 +79,9 @@ def source(registry: Registry, name: str, key: str) -> Source:
     Raises:
         UserError: There is none.
     """
-    if name.startswith(PREPARED) and name != PREPARED:
+    if name.startswith(PREPARED):
+        if name == PREPARED:
+            raise UserError(f"{key} = {name!r} names no data set: it is {PREPARED}NAME")
         return _PREPARED[registry.kind]
     found = registry.find(name, key)
     if isinstance(found, Source):
@@ -232,21 +233,6 @@ def _npz_masks(config: DataConfig, request: Request) -> FederatedDataset:
     )
 
 
-def _fed_isic2019(config: DataConfig, request: Request) -> FederatedDataset:
-    return load_fed_isic2019(
-        config.path,
-        config.split_csv,
-        split=config.split,
-        image_size=config.image_size,
-        validation_fraction=config.validation_fraction,
-        max_train=config.max_train,
-        seed=request.seed,
-        cache_dir=config.cache_dir,
-        masks=request.masks,
-        bad=request.bad,
-    )
-
-
 def _medmnist(config: DataConfig, request: Request) -> FederatedDataset:
     return load_medmnist(
         config.path,
@@ -335,7 +321,6 @@ def _lacks(found: Any) -> str:
 
 _NPZ = (("path", "its .npz file"),)
 _IMAGES = (("path", "the folder or zip of its images"),)
-_ISIC = (*_IMAGES, ("split_csv", "the CSV file of its official split"))
 _MASKS, _CLASSES = ("segmentation",), ("classification",)
 
 DATA = Registry(
@@ -349,9 +334,6 @@ DATA = Registry(
             split_by=("fractions",),
         ),
         "folder": Source(_folder, "a folder or zip of images, with a table or without", _IMAGES),
-        "fed_isic2019": Source(
-            _fed_isic2019, "Fed-ISIC2019 with FLamby's split file", _ISIC, split_by=("site",)
-        ),
         "medmnist": Source(
             _medmnist, "a MedMNIST file of 2D images", _NPZ, _CLASSES, split_by=SHARINGS
         ),

@@ -17,7 +17,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ import orbax.checkpoint as ocp
 from fedhelp_jax.core import distributed
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.storage import replaced, storage_errors
+from fedhelp_jax.typing import JsonObject, PyTree
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Checkpointer:
         self._manager = self._open()
         self._unreadable: list[int] = []
 
-    def save(self, round: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, round: int, state: PyTree, meta: JsonObject) -> None:
         """Saves `state` and returns once it is on disk; only the last two checkpoints are kept.
 
         Args:
@@ -83,8 +83,8 @@ class Checkpointer:
         distributed.all_gather_text("saved")
 
     def restore_latest(
-        self, template: Any, check: Callable[[dict[str, Any]], None] = lambda meta: None
-    ) -> tuple[int, Any, dict[str, Any]] | None:
+        self, template: PyTree, check: Callable[[JsonObject], None] = lambda meta: None
+    ) -> tuple[int, PyTree, JsonObject] | None:
         """Returns (round, state, meta) of the newest readable checkpoint; None if none exists.
 
         One that cannot be read is passed over with a warning in favour of the one before.
@@ -165,8 +165,8 @@ class Checkpointer:
         return distributed.all_gather_text(reason)[0]
 
     def _restore(
-        self, round: int, template: Any, check: Callable[[dict[str, Any]], None]
-    ) -> tuple[Any, dict[str, Any]]:
+        self, round: int, template: PyTree, check: Callable[[JsonObject], None]
+    ) -> tuple[PyTree, JsonObject]:
         restored = self._manager.restore(
             round, args=ocp.args.Composite(envelope=ocp.args.JsonRestore())
         )
@@ -219,7 +219,7 @@ def _drop_traces_of_threads() -> None:
     sys.unraisablehook = show_others
 
 
-def _leaves(state: Any, *, shapes_only: bool = False) -> dict[str, Any]:
+def _leaves(state: PyTree, *, shapes_only: bool = False) -> JsonObject:
     """Returns the leaves by their path, in the order of the tree."""
     paths, _ = jax.tree.flatten_with_path(state)
     named = {
@@ -232,11 +232,11 @@ def _leaves(state: Any, *, shapes_only: bool = False) -> dict[str, Any]:
     return named
 
 
-def _describe(leaves: dict[str, Any]) -> dict[str, list[Any]]:
+def _describe(leaves: JsonObject) -> dict[str, list[PyTree]]:
     return {name: [np.dtype(x.dtype).name, list(x.shape)] for name, x in leaves.items()}
 
 
-def _check_fit(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_fit(saved: JsonObject, wanted: JsonObject) -> None:
     for name in [*saved, *(name for name in wanted if name not in saved)]:
         if saved.get(name) != wanted.get(name):
             raise ValueError(

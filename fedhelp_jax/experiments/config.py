@@ -45,6 +45,7 @@ from fedhelp_jax.settings.schema import (
 )
 from fedhelp_jax.settings.values import as_dict, refuse_unknown, value_as
 from fedhelp_jax.teachers.settings import check_teacher
+from fedhelp_jax.typing import JsonObject, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,7 @@ def validate(config: config_dict.ConfigDict) -> RunConfig:
     return _run_config({**values, "algorithm": {"name": name, "settings": chosen}})
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: RunConfig) -> JsonObject:
     """Returns the settings as plain dicts, lists, numbers and strings, which JSON keeps exactly."""
     values = dataclasses.asdict(config)
     return _listed(values)
@@ -228,7 +229,7 @@ def to_config_dict(config: RunConfig) -> Any:
     return changed
 
 
-def kinds() -> dict[str, Any]:
+def kinds() -> JsonObject:
     """Returns the type of each setting by its key.
 
     Example:
@@ -270,9 +271,9 @@ def _fields(cls: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Fiel
             yield prefix + field.name, field
 
 
-def _declare(cls: type) -> dict[str, Any]:
+def _declare(cls: type) -> JsonObject:
     """Returns what a `ConfigDict` declares for a dataclass of the schema."""
-    declared: dict[str, Any] = {}
+    declared: JsonObject = {}
     for field in dataclasses.fields(cls):
         if cls is AlgorithmConfig and field.name == "settings":
             for key in _algorithm_keys():
@@ -304,7 +305,7 @@ def _algorithm_keys() -> list[str]:
     return ["name", *dict.fromkeys(key for method in ALGORITHMS for key in _settings(method))]
 
 
-def _run_config(values: Mapping[str, Any]) -> RunConfig:
+def _run_config(values: Record) -> RunConfig:
     config = cast(RunConfig, _build(RunConfig, values, "config"))
     _check_together(config)
     return _filled_in(config)
@@ -337,7 +338,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
     values = as_dict(values, path)
     fields = dataclasses.fields(cls)
     refuse_unknown(values, [field.name for field in fields], path)
-    built: dict[str, Any] = {}
+    built: JsonObject = {}
     for field in fields:
         key = f"{path}.{field.name}"
         if field.name not in values:
@@ -359,9 +360,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 _KEY_SETTINGS = ("api_key_env", "api_key_file")
 
 
-def _build_members(
-    values: Any, teacher: Mapping[str, Any], path: str
-) -> tuple[FoundationConfig, ...]:
+def _build_members(values: Any, teacher: Record, path: str) -> tuple[FoundationConfig, ...]:
     """Returns the members of an ensemble; what one leaves out is as in the teacher itself."""
     if not isinstance(values, tuple | list):
         # Without the value, here and below: a key may stand in it by mistake.
@@ -462,7 +461,7 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flat(values: Record, prefix: str = "") -> Iterable[tuple[str, Any]]:
     """Gives dotted key and value of each setting of what `to_dict` returns."""
     for key, value in values.items():
         if isinstance(value, dict):

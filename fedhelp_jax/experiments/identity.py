@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from fedhelp_jax.report import run_files
 from fedhelp_jax.settings.schema import MappingConfig
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.resolve import is_asked, members
+from fedhelp_jax.typing import JsonObject, Record
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ PROVENANCE = "provenance.json"
 # --- settings -----------------------------------------------------------------------------------
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
+def identity(config: RunConfig) -> JsonObject:
     """Returns the settings that make a run the run it is, as dicts, lists, numbers and strings."""
     return {**_identity(config), "algorithm": configs.to_dict(config)["algorithm"]}
 
@@ -61,7 +61,7 @@ def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
     return changes(identity(ours), identity(theirs))
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
+def changes(before: Record, after: Record) -> tuple[str, ...]:
     """Returns the same of the dicts that `identity` gives."""
     old, new = dict(configs.flat(before)), dict(configs.flat(after))
     keys = [*old, *(key for key in new if key not in old)]
@@ -126,7 +126,7 @@ def sources(
     dataset: FederatedDataset,
     public: PublicDataset | None,
     answers: Answers | None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """Returns path, bytes of the file, number of examples and their hash, of each source."""
     asked = [m.store if is_asked(m) else m.path for m in members(config.teacher)]
     found: dict[str, tuple[list[str | None], int, str]] = {
@@ -142,7 +142,7 @@ def sources(
     }
 
 
-def refuse_other_sources(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+def refuse_other_sources(before: Record, now: Record, where: str) -> None:
     """Refuses to go on with other examples or answers than a run was started with.
 
     Args:
@@ -163,7 +163,7 @@ def refuse_other_sources(before: Mapping[str, Any], now: Mapping[str, Any], wher
             )
 
 
-def _place(paths: list[str | None]) -> dict[str, Any]:
+def _place(paths: list[str | None]) -> JsonObject:
     known = [Path(path).expanduser().resolve() for path in paths if path]
     size = sum(path.stat().st_size for path in known if path.is_file())
     return {"path": ", ".join(map(str, known)) or None, "bytes": size or None}
@@ -172,7 +172,7 @@ def _place(paths: list[str | None]) -> dict[str, Any]:
 # --- the program --------------------------------------------------------------------------------
 
 
-def program(experiment: Experiment) -> dict[str, Any]:
+def program(experiment: Experiment) -> JsonObject:
     """Returns what decides the last bits of a result besides settings and data."""
     mapping, count = experiment.simulation.mapping, jax.process_count()
     max_device_bytes = experiment.config.mapping.max_device_bytes
@@ -185,18 +185,18 @@ def program(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def provenance(experiment: Experiment) -> dict[str, Any]:
+def provenance(experiment: Experiment) -> JsonObject:
     """Returns what ``provenance.json`` holds: the program, and what was read."""
     read = experiment.dataset, experiment.public, experiment.answers
     return {"program": program(experiment), "sources": sources(experiment.config, *read)}
 
 
-def write_provenance(workdir: Path, value: Mapping[str, Any]) -> None:
+def write_provenance(workdir: Path, value: Record) -> None:
     """Writes ``provenance.json``."""
     run_files.write_json(workdir / PROVENANCE, value)
 
 
-def read_provenance(workdir: Path) -> dict[str, Any] | None:
+def read_provenance(workdir: Path) -> JsonObject | None:
     """Returns the content of ``provenance.json``; None where there is none.
 
     Raises:
@@ -258,7 +258,7 @@ def as_started(config: RunConfig, workdir: Path, cpu_devices: int | None = None)
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def of_checkpoint(experiment: Experiment) -> dict[str, Any]:
+def of_checkpoint(experiment: Experiment) -> JsonObject:
     """Returns what each checkpoint holds beside the state, for `refuse_other_checkpoint`."""
     return {
         **provenance(experiment),
@@ -266,9 +266,7 @@ def of_checkpoint(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def refuse_other_checkpoint(
-    meta: Mapping[str, Any], ours: Mapping[str, Any], where: str, *, same_program: bool
-) -> None:
+def refuse_other_checkpoint(meta: Record, ours: Record, where: str, *, same_program: bool) -> None:
     """Refuses a checkpoint of another run.
 
     Args:

@@ -1,9 +1,11 @@
 """Runs from Python: `run`, what it returns, and the same of a finished run folder."""
 
 import csv
+import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,8 @@ from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments import runner
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.config_files import read_settings
+from fedhelp_jax.experiments.runner import Callback
 from fedhelp_jax.report import run_files
-from fedhelp_jax.simulation.round import RunState
-
-# What is called after a round: ``(round, metrics, state)``; the run ends early if it returns True.
-Callback = Callable[[int, Mapping[str, Any], RunState], bool | None]
 
 
 def run(
@@ -58,12 +57,19 @@ def run(
         settings = configs.validate(config)
     else:
         settings = read_settings(str(config), [])
-    temporary = None
-    if workdir is None:
-        temporary = tempfile.TemporaryDirectory(prefix="fedhelp_")
-        workdir = temporary.name
-    runner.train(settings, Path(workdir), overwrite, callbacks=callbacks)
-    return Result(Path(workdir), temporary)
+    if workdir is not None:
+        runner.train(settings, Path(workdir), overwrite, callbacks=callbacks)
+        return Result(Path(workdir))
+    folder = Path(tempfile.mkdtemp(prefix="fedhelp_"))
+    remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        runner.train(settings, folder, callbacks=callbacks)
+        result = Result(folder)
+    except BaseException:
+        remove()
+        raise
+    weakref.finalize(result, remove)
+    return result
 
 
 def load_run(folder: str | Path) -> "Result":
@@ -94,9 +100,9 @@ class Result:
       summary: The content of ``summary.json``.
     """
 
-    def __init__(self, folder: Path, temporary: Any = None):
-        """Reads the folder; ``temporary`` is kept as long as the result."""
-        self.folder, self._temporary = folder, temporary
+    def __init__(self, folder: Path):
+        """Reads the folder."""
+        self.folder = folder
         self.summary = run_files.read_summary(folder)
         self.config = configs.load(folder / runner.CONFIG)
         self._restored: Any = None

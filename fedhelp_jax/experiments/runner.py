@@ -48,6 +48,7 @@ from fedhelp_jax.report.summary import (
 from fedhelp_jax.simulation.divergence import Diverged, Divergence
 from fedhelp_jax.simulation.recheck import recheck
 from fedhelp_jax.simulation.round import RoundInfo, RunState
+from fedhelp_jax.typing import JsonObject, Record
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ CONFIG, METRICS, CLIENTS, _SUMMARY = (
     "clients.csv",
     "summary.json",
 )
+# What is called after a round: ``(round, metrics, state)``; the run ends early if it returns True.
+Callback = Callable[[int, Record, RunState], bool | None]
+
 _CHECKPOINTS = "checkpoints"
 # What a client sends to the server, and what it receives; keys of its info where a method has them.
 _TRAFFIC = ("bytes_up", "bytes_down")
@@ -73,8 +77,8 @@ def train(
     overwrite: bool = False,
     *,
     split: str = "test",
-    callbacks: Sequence[Callable[[int, Mapping[str, Any], RunState], bool | None]] = (),
-) -> dict[str, Any]:
+    callbacks: Sequence[Callback] = (),
+) -> JsonObject:
     """Runs, or goes on with, a run in a folder.
 
     Args:
@@ -100,8 +104,8 @@ def train(
 
 
 def _train(
-    config: RunConfig, workdir: Path, overwrite: bool, split: str, callbacks: Sequence[Any]
-) -> dict[str, Any]:
+    config: RunConfig, workdir: Path, overwrite: bool, split: str, callbacks: Sequence[Callback]
+) -> JsonObject:
     if overwrite and distributed.is_coordinator():
         _remove_run(workdir)
     distributed.all_gather_text("removed")
@@ -143,7 +147,7 @@ def _train(
         checkpointer.close()
 
 
-def evaluate(workdir: Path, config: RunConfig | None = None) -> dict[str, Any]:
+def evaluate(workdir: Path, config: RunConfig | None = None) -> JsonObject:
     """Evaluates the newest checkpoint of a run folder anew and rewrites its ``summary.json``.
 
     Args:
@@ -163,7 +167,7 @@ def evaluate(workdir: Path, config: RunConfig | None = None) -> dict[str, Any]:
         return _evaluate(found, workdir)
 
 
-def _evaluate(config: RunConfig, workdir: Path) -> dict[str, Any]:
+def _evaluate(config: RunConfig, workdir: Path) -> JsonObject:
     def prepare() -> Experiment:
         if not (workdir / _CHECKPOINTS).is_dir():
             raise UserError(f"--workdir={workdir}: there is no checkpoint; train first")
@@ -234,7 +238,7 @@ def _run_rounds(
     done: int,
     stop: "_StopRequest",
     health: Divergence,
-    callbacks: Sequence[Any],
+    callbacks: Sequence[Callback],
 ) -> tuple[int, RunState]:
     """Makes the rounds that are missing; returns how many are done, and the state after them."""
     config, simulation = experiment.config, experiment.simulation
@@ -250,7 +254,7 @@ def _run_rounds(
             first, done = done, done + 1 if callbacks else _next_stop(config, done)
             state, infos = simulation.rounds(state, first, done)
             payload = payload or simulation.payload_bytes()
-            rows: list[dict[str, Any]] = [
+            rows: list[JsonObject] = [
                 {
                     "round": round,
                     **_round_losses(experiment, i),
@@ -301,7 +305,7 @@ def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
     return Divergence(names, json.loads(before), warns=distributed.is_coordinator())
 
 
-def _rows(workdir: Path, done: int) -> list[dict[str, Any]]:
+def _rows(workdir: Path, done: int) -> list[JsonObject]:
     """What is written down of the first rounds: a killed run may have told more than it saved."""
     return [row for row in run_files.read_metrics(workdir / METRICS) if row["round"] <= done]
 
@@ -323,8 +327,8 @@ def _finish(
     done: int,
     split: str,
     health: Divergence,
-    trained_by: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    trained_by: Record | None = None,
+) -> JsonObject:
     """Measures the last state and writes the results."""
     started, compiled = time.perf_counter(), compile_totals()
     simulation, config = experiment.simulation, experiment.config
@@ -404,7 +408,7 @@ def _finish(
     return summary
 
 
-def _round_losses(experiment: Experiment, info: RoundInfo) -> dict[str, Any]:
+def _round_losses(experiment: Experiment, info: RoundInfo) -> JsonObject:
     """The round's mean loss over all who took part, and the means of each role's report."""
     details, losses = {}, []
     for group in experiment.simulation.groups:
@@ -433,11 +437,11 @@ def _traffic(
 
 def _restore(
     experiment: Experiment, checkpointer: Checkpointer, workdir: Path, *, same_program: bool
-) -> tuple[int, RunState, dict[str, Any]]:
+) -> tuple[int, RunState, JsonObject]:
     """The newest checkpoint's round, state and what is with it, or round 0 and the first state."""
     simulation, ours = experiment.simulation, identity.of_checkpoint(experiment)
 
-    def check(meta: dict[str, Any]) -> None:
+    def check(meta: JsonObject) -> None:
         where = f"--workdir={workdir}"
         identity.refuse_other_checkpoint(meta, ours, where, same_program=same_program)
 

@@ -36,8 +36,9 @@ from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary, has_diverged, mean_of_roles
 from fedhelp_jax.simulation.divergence import Diverged
 from fedhelp_jax.teachers.resolve import is_asked, members
+from fedhelp_jax.typing import JsonObject, Record
 
-Settings = Mapping[str, Any]
+Settings = Record
 
 # What may differ from method to method, as keys or parts of settings.
 METHOD_SETTINGS = (
@@ -75,7 +76,7 @@ class Study:
       tuning_seed: Of the trials, apart from `seeds`.
     """
 
-    datasets: Mapping[str, Any]
+    datasets: Record
     methods: Mapping[str, Settings]
     seeds: Sequence[int] = (0, 1, 2)
     budgets: Mapping[str, Settings] = dataclasses.field(default_factory=lambda: {"": {}})
@@ -311,7 +312,7 @@ def grid_points(grid: Mapping[str, Sequence[Any]], trials: int, method: str) -> 
     return [points[i] for i in sorted(drawn)]
 
 
-def _settings(study: Study, method: str, point: Settings) -> dict[str, Any]:
+def _settings(study: Study, method: str, point: Settings) -> JsonObject:
     settings = {"algorithm.name": method, **study.methods[method], **point}
     for key in settings:
         if key.split(".")[0] not in METHOD_SETTINGS:
@@ -489,7 +490,7 @@ def _check_same_data(finished: Sequence[Cell]) -> None:
     Raises:
       UserError: If they have.
     """
-    first: dict[tuple[str, int], tuple[Cell, dict[str, Any]]] = {}
+    first: dict[tuple[str, int], tuple[Cell, JsonObject]] = {}
     for cell in finished:
         recorded = identity.read_provenance(cell.folder)
         if recorded is None:

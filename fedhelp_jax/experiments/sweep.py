@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from fedhelp_jax.simulation.divergence import Divergence
 from fedhelp_jax.simulation.recheck import recheck
 from fedhelp_jax.simulation.round import FederationArrays, RoundProgram, RunState, num_clients
 from fedhelp_jax.simulation.vectorize import make_mapping, over_clients
+from fedhelp_jax.typing import JsonObject, PyTree, Record
 
 
 def sweep(
@@ -52,7 +53,7 @@ def sweep(
     split: str = "validation",
     runs_at_once: int | None = None,
     say: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Makes the runs that are missing in a folder, and writes the table and the pictures of all.
 
     Of many processes all must call it with the same; each returns all rows, and the first writes.
@@ -92,7 +93,7 @@ def _sweep(
     split: str,
     runs_at_once: int | None,
     say: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     finished = finished_runs(workdir, split)
     missing = [run for run in runs if run.fingerprint not in finished]
     before = [run for run in runs if run.fingerprint in finished]
@@ -115,7 +116,7 @@ def _sweep(
 
 def _made(
     runs: Sequence[Run], split: str, runs_at_once: int | None, say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """Makes runs, and gives the line of each."""
     started, before, done, running = time.monotonic(), compile_totals(), 0, 0.0
     programs = list(blocks(runs))
@@ -148,7 +149,7 @@ def _made(
         )
 
 
-def _measures(line: Mapping[str, Any]) -> dict[str, Any]:
+def _measures(line: Record) -> JsonObject:
     found = {name: line[name] for name in ("split", "metric", *group_summary({}))}
     return found | {name: line.get(name) for name in ("diverged", "left_out")}
 
@@ -186,7 +187,7 @@ class Program:
             f"{'device' if devices == 1 else 'devices'}), {gib(self.bytes_at_once)} a device"
         )
 
-    def results(self) -> Iterator[tuple[list[Run], list[dict[str, Any]]]]:
+    def results(self) -> Iterator[tuple[list[Run], list[JsonObject]]]:
         """Gives runs and their rows, as they are finished."""
         task, clients = self.block.loaded.task, num_clients(self.block.loaded.federation)
         models = self._phases(self.config).algorithm.clients
@@ -224,7 +225,7 @@ class Program:
                 rows.append(row)
             yield part, rows
 
-    def _recheck(self, state: Any, results: Any) -> None:
+    def _recheck(self, state: PyTree, results: PyTree) -> None:
         """Measures one client of each role of the first run again.
 
         Raises:
@@ -265,7 +266,7 @@ class Program:
         def over(fn: Callable[..., Any]) -> Callable[..., Any]:
             """``fn(leaves, point, state, *rest)`` of one run, as a function of all."""
 
-            def one(shared: Any, run: Any) -> Any:
+            def one(shared: PyTree, run: PyTree) -> PyTree:
                 leaves, rest = shared
                 return fn(leaves, *run, *rest)
 
@@ -288,7 +289,7 @@ class Program:
             - memory.alias_size_in_bytes
         )
 
-    def _points(self, runs: Sequence[Run]) -> Any:
+    def _points(self, runs: Sequence[Run]) -> PyTree:
         """What goes along the axis of runs; the last run stands in the empty slots too."""
         runs = [*runs, *[runs[-1]] * (self.slots - len(runs))]
         point = {
@@ -303,7 +304,7 @@ class Program:
         }
         return jax.device_put(point, self.mapping.by_client)
 
-    def _data(self, leaves: Any, point: Any) -> FederationArrays:
+    def _data(self, leaves: PyTree, point: PyTree) -> FederationArrays:
         picked = [
             leaf[point["data"]] if apart else leaf
             for leaf, apart in zip(leaves, self.block.by_seed, strict=True)
@@ -314,22 +315,22 @@ class Program:
         one_device = make_mapping(config.mapping.chunk_size, 1, local=True)
         return make_phases(config, self.block.loaded, one_device)
 
-    def _at(self, point: Any) -> RoundProgram:
+    def _at(self, point: PyTree) -> RoundProgram:
         return self._phases(with_numbers(self.config, point["numbers"]))
 
-    def _init_one(self, leaves: Any, point: Any, _: Any) -> RunState:
+    def _init_one(self, leaves: PyTree, point: PyTree, _: PyTree) -> RunState:
         return self._at(point).init(point["key"], self._data(leaves, point))
 
     def _rounds_of_one(
-        self, leaves: Any, point: Any, state: RunState, first: jax.Array, last: jax.Array
-    ) -> tuple[RunState, Any]:
+        self, leaves: PyTree, point: PyTree, state: RunState, first: jax.Array, last: jax.Array
+    ) -> tuple[RunState, PyTree]:
         """The state after the rounds, and of each who took part and who was not finite."""
         data, most = self._data(leaves, point), self._most_rounds
         phases, key = self._at(point), point["key"]
         state, infos = phases.rounds(state, key, first, last, data, most=most)
         return state, (infos.participants, infos.non_finite)
 
-    def _evaluate_one(self, leaves: Any, point: Any, state: RunState) -> Any:
+    def _evaluate_one(self, leaves: PyTree, point: PyTree, state: RunState) -> PyTree:
         phases, data = self._at(point), self._data(leaves, point)
         return {
             role: phases.evaluate(

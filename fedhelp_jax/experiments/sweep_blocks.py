@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import Loaded, load
 from fedhelp_jax.experiments.identity import identity, sources
 from fedhelp_jax.simulation.round import FederationArrays, federation_arrays, num_clients
+from fedhelp_jax.typing import JsonObject, PyTree, Record
 
 _TOP_LEVEL = ("learning_rate", "weight_decay")
 _SERVER = ("learning_rate", "momentum", "beta2", "eps")
@@ -24,7 +25,7 @@ _SERVER = ("learning_rate", "momentum", "beta2", "eps")
 class Run(NamedTuple):
     """One run of a sweep: what it is called in the table, and all its settings."""
 
-    swept: Mapping[str, Any]
+    swept: Record
     config: RunConfig
 
     @property
@@ -51,7 +52,7 @@ def numbers(config: RunConfig) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
-def with_numbers(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+def with_numbers(config: RunConfig, values: Record) -> RunConfig:
     """The settings with other numbers, traced ones too."""
     top, server, settings = {}, {}, {}
     for name, value in values.items():
@@ -87,9 +88,9 @@ class Block(NamedTuple):
     loaded: Loaded
     arrays: list[np.ndarray]
     by_seed: list[bool]
-    structure: Any
+    structure: PyTree
     seeds: list[int]
-    sources: dict[int, dict[str, Any]]
+    sources: dict[int, JsonObject]
     left_out: dict[int, int]
 
 
@@ -107,7 +108,7 @@ def _by_shape(runs: list[Run]) -> list[Block]:
     """Runs that differ in numbers and seeds only, apart where the seed changes shapes."""
     by_seed = {run.config.seed: run.config for run in runs}
     first: FederationArrays | None = None
-    shapes: dict[Any, dict[int, Any]] = {}
+    shapes: dict[PyTree, dict[int, PyTree]] = {}
     loaded: dict[int, Loaded] = {}
     widths = []
     for seed, config in by_seed.items():
@@ -158,7 +159,7 @@ def _by_shape(runs: list[Run]) -> list[Block]:
     return blocks
 
 
-def _shared_with(first: Any, arrays: Any) -> Any:
+def _shared_with(first: PyTree, arrays: PyTree) -> PyTree:
     if jax.tree.structure(first) != jax.tree.structure(arrays):
         return arrays
     return jax.tree.map(lambda a, b: a if np.array_equal(a, b) else b, first, arrays)
@@ -176,7 +177,7 @@ def _widths(arrays: FederationArrays) -> dict[str, int]:
 def _padded(arrays: FederationArrays, width: Mapping[str, int]) -> FederationArrays:
     """Tables as wide as those of the other seeds, so that one program takes all."""
 
-    def pad(table: Any, to: int) -> Any:
+    def pad(table: PyTree, to: int) -> PyTree:
         missing = to - table.index.shape[-1]
         padding = [(0, 0)] * (table.index.ndim - 1) + [(0, missing)]
         return table._replace(index=jnp.pad(table.index, padding))

@@ -1,9 +1,8 @@
 """The finished runs of a sweep in its folder: a line each, in a file for each process."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fedhelp_jax.core import distributed
 from fedhelp_jax.core.errors import UserError
@@ -11,6 +10,7 @@ from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import load_sources
 from fedhelp_jax.experiments.identity import refuse_other_sources, sources
 from fedhelp_jax.report import run_files
+from fedhelp_jax.typing import JsonObject, Record
 
 
 def lines_file(workdir: Path, process: int) -> Path:
@@ -18,7 +18,7 @@ def lines_file(workdir: Path, process: int) -> Path:
     return workdir / (f"runs.{process}.jsonl" if process else "runs.jsonl")
 
 
-def finished_runs(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
+def finished_runs(workdir: Path, split: str) -> dict[str, JsonObject]:
     """The lines of finished runs measured on that split, by fingerprint; the same in all processes.
 
     A last line that was cut off in the writing is removed, so the caller must hold the folder.
@@ -34,8 +34,8 @@ def finished_runs(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
     return json.loads(distributed.all_gather_text(distributed.run_on_all(found))[0])
 
 
-def _finished(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+def _finished(workdir: Path, split: str) -> dict[str, JsonObject]:
+    found: dict[str, JsonObject] = {}
     for path in sorted(workdir.glob("runs*.jsonl")):
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
@@ -56,9 +56,7 @@ def _finished(workdir: Path, split: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def refuse_other_data(
-    finished: Sequence[tuple[RunConfig, Mapping[str, Any]]], workdir: Path
-) -> None:
+def refuse_other_data(finished: Sequence[tuple[RunConfig, Record]], workdir: Path) -> None:
     """Refuses to add runs to finished ones that have read other data; each is read once.
 
     Args:
@@ -70,7 +68,7 @@ def refuse_other_data(
     """
 
     def check() -> None:
-        seen: dict[str, dict[str, Any]] = {}
+        seen: dict[str, JsonObject] = {}
         for config, line in finished if distributed.is_coordinator() else ():
             read = config.task, config.seed, config.data, config.public, config.teacher
             key = repr((*read, config.algorithm.name))

@@ -1,7 +1,6 @@
 """``fedhelp teach``: asks the foundation model about the public images, once."""
 
 from importlib.util import find_spec
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +25,14 @@ from fedhelp_jax.teachers.resolve import (
     open_store,
     resolve_answers,
 )
+from fedhelp_jax.typing import JsonObject
 
 # Enough to see whether a teacher is of use, in seconds.
 _MOST_PROBED = 1000  # images
 _PROBE_ITERATIONS = 30
 
 
-def teach(config: RunConfig, *, dry_run: bool = False) -> dict[str, Any]:
+def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
     """Gets the teacher's answers about all public images into its store, and tells how good it is.
 
     Every public image is first compared with all private ones; nothing is sent if one is both.
@@ -72,7 +72,7 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> dict[str, Any]:
     return found
 
 
-def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
+def agreement(answers: Answers, public: PublicDataset) -> JsonObject:
     """How well answers go with the public labels, so that a bad teacher is seen before it teaches.
 
     Where the teacher's classes are the public ones: top-1 accuracy, calibration error (15 bins) and
@@ -85,7 +85,7 @@ def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
       ``chance``, ``top_1``, ``ece`` and ``loss``, or ``note`` where they cannot be had. Of masks,
       where the classes are the same ones, ``dice``.
     """
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "images": len(public.sha256),
         "classes": answers.logits.shape[-1],
         "look_like_probabilities": bool(
@@ -130,7 +130,7 @@ def agreement(answers: Answers, public: PublicDataset) -> dict[str, Any]:
 
 def _mask_agreement(
     answers: Answers, masks: np.ndarray, label_names: tuple[str, ...]
-) -> dict[str, Any]:
+) -> JsonObject:
     if answers.label_names != label_names:
         return {"note": "its masks are of other classes than the public ones"}
     metrics = jit(segmentation(label_names).metrics)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from fedhelp_jax.models.layers import init_linear, linear
 from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.typing import Params, PyTree
 
 if TYPE_CHECKING:
     import equinox as eqx
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def from_functions(
-    init: Callable[[jax.Array, tuple[int, ...]], Any],
-    features: Callable[[Any, jax.Array], jax.Array],
+    init: Callable[[jax.Array, tuple[int, ...]], PyTree],
+    features: Callable[[PyTree, jax.Array], jax.Array],
     num_classes: int,
 ) -> Model:
     """A network of two pure functions and a linear head.
@@ -66,7 +67,7 @@ def from_linen(module: "nn.Module", num_classes: int) -> Model:
     def given(train: bool, mask: Any) -> dict[str, Any]:
         return _taken(module, {"train": train, "mask": mask})
 
-    def init(key: jax.Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    def init(key: jax.Array, shape: tuple[int, ...]) -> tuple[PyTree, PyTree]:
         variables = module.init(key, jnp.zeros((1, *shape)), **given(False, None))
         return variables.get("params", {}), variables.get("batch_stats", {})
 
@@ -94,14 +95,14 @@ def from_nnx(make: "Callable[[nnx.Rngs], nnx.Module]", num_classes: int) -> Mode
     from flax import nnx
 
     @functools.cache
-    def structure() -> Any:
+    def structure() -> PyTree:
         return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)[0]
 
     def parts(module: Any) -> tuple[Any, Any]:
         params, state = nnx.state(module, nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
-    def init(key: jax.Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    def init(key: jax.Array, shape: tuple[int, ...]) -> tuple[PyTree, PyTree]:
         del shape
         return parts(make(nnx.Rngs(key)))
 
@@ -127,15 +128,15 @@ def from_equinox(make: "Callable[[jax.Array], eqx.Module]", num_classes: int) ->
     import equinox as eqx
 
     @functools.cache
-    def static() -> Any:
+    def static() -> PyTree:
         module = eqx.filter_eval_shape(make, jax.random.key(0))
         return eqx.partition(module, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))[1]
 
-    def init(key: jax.Array, shape: tuple[int, ...]) -> Any:
+    def init(key: jax.Array, shape: tuple[int, ...]) -> PyTree:
         del shape
         return eqx.filter(make(key), eqx.is_array)
 
-    def features(params: Any, x: jax.Array) -> jax.Array:
+    def features(params: Params, x: jax.Array) -> jax.Array:
         return jax.vmap(eqx.combine(params, static()))(x)
 
     return from_functions(init, features, num_classes)
@@ -148,8 +149,8 @@ def _taken(module: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_head(
-    init: Callable[[jax.Array, tuple[int, ...]], tuple[Any, Any]],
-    apply: Callable[..., tuple[jax.Array, Any]],
+    init: Callable[[jax.Array, tuple[int, ...]], tuple[PyTree, PyTree]],
+    apply: Callable[..., tuple[jax.Array, PyTree]],
     num_classes: int,
 ) -> Model:
     """``init`` gives parameters and state; ``apply`` features and the state after them."""

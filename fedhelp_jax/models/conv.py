@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fedhelp_jax.typing import PyTree
+
 # Patches of more bytes than this are made a part at a time: those of a wide 3D convolution, 27
 # times its input, would not fit in memory. Below it one product is the fastest.
 _PATCH_BYTES = 2**28
@@ -103,8 +105,8 @@ def _flipped(kernel: jax.Array) -> jax.Array:
 
 
 def _over_tiles(
-    fn: Callable[..., tuple[Any, Any]], window: _Window, rows: int, *arrays: jax.Array
-) -> Any:
+    fn: Callable[..., tuple[PyTree, PyTree]], window: _Window, rows: int, *arrays: jax.Array
+) -> PyTree:
     """``fn(*arrays)``, on CPU of a few images after the other.
 
     Args:
@@ -118,7 +120,7 @@ def _over_tiles(
     if images == batch:
         return fn(*arrays)
 
-    def add(sums: Any, tiles: Any) -> tuple[Any, Any]:
+    def add(sums: PyTree, tiles: PyTree) -> tuple[PyTree, PyTree]:
         result, more = fn(*tiles)
         return jax.tree.map(jnp.add, sums, more), result
 
@@ -139,18 +141,18 @@ def _images_at_once(x: jax.Array, window: _Window, rows: int) -> int:
     return max(n for n in range(1, x.shape[1] + 1) if x.shape[1] % n == 0 and n <= most)
 
 
-def _multiply(x: jax.Array, kernel: jax.Array, other: jax.Array | None, window: _Window) -> Any:
+def _multiply(x: jax.Array, kernel: jax.Array, other: jax.Array | None, window: _Window) -> PyTree:
     """``kernel.T @ patches`` of x, ``[C_out, B, *out]``; and ``patches @ other.T``, if any."""
     groups = _offset_groups(x, window)
     kernels = kernel.reshape(len(groups), -1, kernel.shape[-1])
     columns = None if other is None else _columns(other.reshape(len(other), -1))
 
-    def part(leading: Any, kernel: Any) -> tuple[Any, Any]:
+    def part(leading: PyTree, kernel: PyTree) -> tuple[PyTree, PyTree]:
         patches = _patches(x, leading, window)
         product = _dot(_transposed(kernel, x.dtype), patches)
         return product, () if columns is None else _dot(patches, *columns)
 
-    def add(total: jax.Array, group: Any) -> tuple[Any, Any]:
+    def add(total: jax.Array, group: PyTree) -> tuple[PyTree, PyTree]:
         product, rows = part(*group)
         return total + product, rows
 
@@ -162,14 +164,14 @@ def _multiply(x: jax.Array, kernel: jax.Array, other: jax.Array | None, window: 
     return product.astype(x.dtype).reshape(-1, x.shape[1], *window.out), rows
 
 
-def _pull_back(x: jax.Array, kernel: jax.Array, out_grad: jax.Array, window: _Window) -> Any:
+def _pull_back(x: jax.Array, kernel: jax.Array, out_grad: jax.Array, window: _Window) -> PyTree:
     """Both gradients by the very patches of the forward pass: theirs, put back in place, is x's."""
     groups = _offset_groups(x, window)
     kernels = kernel.reshape(len(groups), -1, kernel.shape[-1]).astype(x.dtype)
     rows = out_grad.reshape(len(out_grad), -1)
     zeros = jnp.zeros_like(x, _sum_dtype(x))
 
-    def add(x_grad: Any, group: Any) -> tuple[Any, Any]:
+    def add(x_grad: PyTree, group: PyTree) -> tuple[PyTree, PyTree]:
         leading, kernel = group
         put_back = jax.linear_transpose(lambda x: _patches(x, leading, window), zeros)
         x_grad += put_back(_dot(kernel, rows))[0]

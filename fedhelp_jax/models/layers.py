@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from fedhelp_jax.models.conv import conv, conv_transpose
 from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.typing import PyTree
 
 # torch.nn.init.kaiming_normal_(mode="fan_in"), as in the CIFAR ResNets that papers compare with.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -132,12 +133,12 @@ def normalize(
     Returns:
       ``(normalized, mean [C], biased variance [C])``.
     """
-    normalized, mean, var = cast(Any, _normalize(x, mask, epsilon))
+    normalized, mean, var = cast(PyTree, _normalize(x, mask, epsilon))
     return normalized, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _normalize(x: jax.Array, mask: jax.Array, epsilon: float) -> Any:
+def _normalize(x: jax.Array, mask: jax.Array, epsilon: float) -> PyTree:
     return _normalize_forward(x, mask, epsilon)[0]
 
 
@@ -185,7 +186,7 @@ def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
     return values.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def draw_variables(key: jax.Array, shapes: Any) -> Any:
+def draw_variables(key: jax.Array, shapes: PyTree) -> PyTree:
     """First values of a network: He-normal kernels, unit scales and variances, the rest zero.
 
     All kernels are cut from one draw of normals: the layers' own initialisers, a draw each, take
@@ -252,7 +253,7 @@ def linen_model(network: Callable[[bool], nn.Module], width: int, num_classes: i
 
     def features(
         variables: Variables, x: jax.Array, *, train: bool, mask: jax.Array | None = None
-    ) -> Any:
+    ) -> PyTree:
         stats = variables["batch_stats"]
         collections = {"params": variables["params"]["features"], "batch_stats": stats}
         if not train:

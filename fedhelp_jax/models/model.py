@@ -1,19 +1,21 @@
 """``Model``: all that an algorithm knows of a network."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.typing import DTypeLike
 
-Variables = dict[str, Any]
+from fedhelp_jax.typing import PyTree
+
+Variables = dict[str, PyTree]
 
 
 class Model(NamedTuple):
     """A network as three pure functions over a plain dict of variables.
 
     ``variables = {"params": {"features": ..., "head": ...}, "batch_stats": ...}``; ``batch_stats``
-    may be empty. Any library can stand behind it: write the three functions.
+    may be empty. PyTree library can stand behind it: write the three functions.
 
     Attributes:
       init: ``(key, sample_shape) -> variables``, ``sample_shape`` being ``(*spatial, channels)``.

@@ -6,13 +6,13 @@ And what nobody has, since it cannot be used.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedhelp_jax.data.bad_examples import QUARANTINE, BadExample
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset
 from fedhelp_jax.report import run_files
+from fedhelp_jax.typing import JsonObject
 
 SHARES = ("shares.csv", "shares.png")
 
@@ -35,7 +35,7 @@ def write_shares(folder: Path, dataset: FederatedDataset, roles: Sequence[str]) 
     _draw(folder / picture, dataset)
 
 
-def share_rows(dataset: FederatedDataset, roles: Sequence[str]) -> list[dict[str, Any]]:
+def share_rows(dataset: FederatedDataset, roles: Sequence[str]) -> list[JsonObject]:
     """A row per client and split: ``client``, ``role``, ``split``, ``examples``, and each class.
 
     ``left_out`` counts the examples of that client and official split that cannot be used. Those

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from fedhelp_jax.report.statistics import (
 )
 from fedhelp_jax.report.summary import has_diverged
 from fedhelp_jax.report.tables import BEST, SECOND, Cell, Grid, latex, markdown, print_grid
+from fedhelp_jax.typing import JsonObject, Record
 
 # Of the metrics, what the columns are called and whether larger is better; a gap is neither.
 _SCORES = (
@@ -55,7 +56,7 @@ class Result(NamedTuple):
     budget: str
     method: str
     seed: int
-    summary: Mapping[str, Any]
+    summary: Record
     scores: Mapping[str, float]
     round_s: float
 
@@ -265,7 +266,7 @@ def _rank_grid(
     return Grid(f"Average ranks {budget}".strip(), ["method", "rank", *tables], rows, notes)
 
 
-def _run_lines(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any]]]:
+def _run_lines(results: Sequence[Result]) -> tuple[list[str], list[JsonObject]]:
     """``(columns, lines)`` of ``runs.csv``."""
     lines = [
         {
@@ -286,7 +287,7 @@ def _run_lines(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any
 
 def _comparison_lines(
     tables: Mapping[str, Sequence[Row]],
-) -> tuple[list[str], list[dict[str, Any]]]:
+) -> tuple[list[str], list[JsonObject]]:
     """``(columns, lines)`` of ``comparison.csv``."""
     lines = [
         {

@@ -18,6 +18,7 @@ from rich.table import Table
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.report import run_files
 from fedhelp_jax.simulation.divergence import NON_FINITE
+from fedhelp_jax.typing import Record
 
 # More of them are too narrow to be read beside each other.
 _MOST_METRICS = 6
@@ -85,7 +86,7 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, row: Mapping[str, Any]) -> None:
+    def update(self, row: Record) -> None:
         """Shows a completed round.
 
         Args:
@@ -105,7 +106,7 @@ class Progress:
         """Shows a message above the progress."""
         print_line(self._console, message)
 
-    def _words(self, row: Mapping[str, Any]) -> list[str]:
+    def _words(self, row: Record) -> list[str]:
         width = len(str(self._rounds))
         words = [
             f"round {row['round']:{width}d}/{self._rounds}",
@@ -125,7 +126,7 @@ class Progress:
         return words
 
 
-def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
+def print_summary(summary: Record, console: Console | None = None) -> None:
     """Prints what came out of a run: a table of its clients and one of its groups.
 
     Args:
@@ -180,7 +181,7 @@ def show(folders: Sequence[Path], console: Console | None = None) -> None:
 
 
 def print_comparison(
-    names: Sequence[str], summaries: Sequence[Mapping[str, Any]], console: Console | None = None
+    names: Sequence[str], summaries: Sequence[Record], console: Console | None = None
 ) -> None:
     """Prints runs as columns: what they are, their groups, their clients, and what they cost."""
     console = console or stdout_console()
@@ -241,7 +242,7 @@ def print_line(console: Console, text: str) -> None:
     console.file.flush()  # so that a log file can be followed
 
 
-def _metric_names(clients: Sequence[Mapping[str, Any]]) -> list[str]:
+def _metric_names(clients: Sequence[Record]) -> list[str]:
     names = dict.fromkeys(name for c in clients for name in (c.get("metrics") or {}))
     # The number of diverged clients says that one in brief.
     return [name for name in names if name != NON_FINITE]
@@ -261,11 +262,11 @@ def marked_synthetic(name: str, synthetic: Any) -> str:
     return f"{name} (synthetic)" if synthetic and "synthetic" not in name else name
 
 
-def _dataset(summary: Mapping[str, Any]) -> str:
+def _dataset(summary: Record) -> str:
     return marked_synthetic(str(summary.get("dataset", "-")), summary.get("synthetic"))
 
 
-def _diverged(summary: Mapping[str, Any]) -> str:
+def _diverged(summary: Record) -> str:
     """Returns how many clients of each role have diverged, and how many uploads were left out."""
     counts = summary.get("diverged")
     if not isinstance(counts, Mapping):
@@ -275,16 +276,16 @@ def _diverged(summary: Mapping[str, Any]) -> str:
     return words + (f" ({left_out} uploads left out)" if left_out else "")
 
 
-def _teacher(summary: Mapping[str, Any]) -> str:
+def _teacher(summary: Record) -> str:
     return str(summary.get("teacher") or "none")
 
 
-def _metric(summary: Mapping[str, Any]) -> str:
+def _metric(summary: Record) -> str:
     """Returns the headline metric and the images it is of."""
     return f"{summary.get('split', 'test')} {str(summary.get('metric', '-')).replace('_', ' ')}"
 
 
-def _reference(summaries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _reference(summaries: Sequence[Record]) -> Record | None:
     """Returns the local run to hold the others against: same data, seed, rounds and metric."""
     for summary in summaries:
         same = all(
@@ -298,7 +299,7 @@ def _reference(summaries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | No
 
 
 def _client_rows(
-    summaries: Sequence[Mapping[str, Any]],
+    summaries: Sequence[Record],
 ) -> list[tuple[str, list[Any]]]:
     """Returns (label, headline metric in each run) per client, in the order they first appear."""
     rows: dict[str, list[Any]] = {}

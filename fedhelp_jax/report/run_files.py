@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.storage import append_line, replaced
+from fedhelp_jax.typing import JsonObject, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,12 +63,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
-def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
+def append_metrics(path: Path, row: Record) -> None:
     """Adds one line to ``metrics.jsonl``."""
     append_line(path, json.dumps(plain(row), allow_nan=False))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[JsonObject]:
     """Returns the rows of ``metrics.jsonl``, less a last line that was cut off in the writing.
 
     Raises:
@@ -96,7 +97,7 @@ def cut_metrics(path: Path, last_round: int) -> None:
         write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Record]) -> None:
     """Writes a table, undefined values empty.
 
     Args:
@@ -111,7 +112,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     write_text(path, text.getvalue())
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+def read_summary(folder: Path) -> JsonObject:
     """Returns the ``summary.json`` of a finished run.
 
     Raises:

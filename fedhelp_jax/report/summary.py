@@ -3,15 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
+
+from fedhelp_jax.typing import JsonObject, Record
 
 # {role: {model: {metric: one value per client}}}, as a simulation evaluates; any kind of array.
-Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
+Results = Mapping[str, Mapping[str, Record]]
 
 _PACKAGES = ("fedhelp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def group_summary(values: Mapping[str, Any]) -> dict[str, float]:
+def group_summary(values: Record) -> dict[str, float]:
     """Means of one metric by role, the worst small client, and the gap between the roles.
 
     Args:
@@ -37,14 +38,14 @@ def group_summary(values: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def headline(results: Results, metric: str) -> dict[str, Any]:
+def headline(results: Results, metric: str) -> JsonObject:
     """The named metric of each role's first model, which is the one it deploys."""
     return {role: next(iter(models.values()))[metric] for role, models in results.items()}
 
 
 def client_rows(
     names: Mapping[str, Sequence[str]], results: Mapping[str, Results]
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Rows of ``clients.csv``, one per client, model, split and metric.
 
     Args:
@@ -73,7 +74,7 @@ def per_client(
     sizes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
     results: Results,
     diverged: Mapping[str, Sequence[str]],
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """One entry per client with the test metrics of the model it deploys.
 
     Args:
@@ -99,7 +100,7 @@ def per_client(
     ]
 
 
-def has_diverged(summary: Mapping[str, Any]) -> bool:
+def has_diverged(summary: Record) -> bool:
     """Whether every client of a role has, by a ``summary.json``: the run then has no result."""
     clients = summary.get("per_client") or []
     roles = {client["role"] for client in clients}
@@ -109,7 +110,7 @@ def has_diverged(summary: Mapping[str, Any]) -> bool:
     )
 
 
-def mean_of_roles(summary: Mapping[str, Any]) -> float:
+def mean_of_roles(summary: Record) -> float:
     """The mean of both roles' means, by a ``summary.json``; NaN of none, and of a diverged run."""
     found = [summary[key] for key in ("small_mean", "large_mean") if summary[key] is not None]
     return math.nan if has_diverged(summary) else _mean(found)

@@ -1,23 +1,21 @@
 """The table and the pictures of a sweep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedhelp_jax.core.storage import replaced
 from fedhelp_jax.report import run_files
+from fedhelp_jax.typing import Record
 
 _MEASURES = ("small_mean", "large_mean", "worst_small", "gap")
 _MOST_TICKS = 8
 _COLOURS = ("#0072b2", "#d55e00", "#56b4e9", "#777777")
 
 
-def write_sweep(
-    folder: Path, swept: Sequence[str], table: Sequence[Mapping[str, Any]], split: str
-) -> None:
+def write_sweep(folder: Path, swept: Sequence[str], table: Sequence[Record], split: str) -> None:
     """Writes ``runs.csv``, ``runs.parquet`` where pyarrow is there, and a picture per swept name.
 
     Args:
@@ -40,7 +38,7 @@ def write_sweep(
             draw(folder / f"{name}.png", name, table, split)
 
 
-def draw(path: Path, name: str, table: Sequence[Mapping[str, Any]], split: str) -> None:
+def draw(path: Path, name: str, table: Sequence[Record], split: str) -> None:
     """Draws each metric against one swept name: a dot a run, and the means.
 
     Args:

@@ -2,8 +2,6 @@
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from rich import progress
 from rich.console import Console
@@ -12,6 +10,7 @@ from fedhelp_jax.report.console import duration
 from fedhelp_jax.settings.schema import FoundationConfig
 from fedhelp_jax.teachers.base import Fingerprint
 from fedhelp_jax.teachers.query import Plan
+from fedhelp_jax.typing import Record
 
 _SECONDS_A_LINE = 5.0
 
@@ -42,7 +41,7 @@ def print_stored(name: str, store: str = "", sent: int = 0, truncation_kl: float
         _say(f"lost       {truncation_kl:.2g} nats an image by storing less than float32 logits")
 
 
-def print_agreement(fingerprint: str, public: str, found: Mapping[str, Any]) -> None:
+def print_agreement(fingerprint: str, public: str, found: Record) -> None:
     """Prints how well the answers go with the public labels."""
     _say(f"answers    {found['images']:,} over {found['classes']:,} classes, of {fingerprint}")
     if found["look_like_probabilities"]:

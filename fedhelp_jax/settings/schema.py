@@ -55,7 +55,7 @@ _DEVICES = Check(lambda value: 1 <= value <= 1024, "at least 1 and at most 1024"
 
 _ENDPOINTS = ("open_inference", "hf_zero_shot")
 _WITH_IMAGES = ("open_inference", "litert", "onnx")  # told how pixels are sent
-_FILES = ("folder", "fed_isic2019", "medmnist", "npz_masks", PREPARED)
+_FILES = ("folder", "medmnist", "npz_masks", PREPARED)
 _PUBLIC_FILES = ("npz", "folder", PREPARED)
 
 
@@ -109,7 +109,7 @@ class DataConfig:
     )
     path: str | None = setting(
         None,
-        "folder or zip of images (folder, fed_isic2019), .npz file (medmnist, npz_masks), "
+        "folder or zip of images (folder), .npz file (medmnist, npz_masks), "
         "folder of prepared sets (tfds:; TFDS's default if None)",
         LOCAL,
         only=where("data.name", *_FILES),
@@ -118,13 +118,6 @@ class DataConfig:
     table: str | None = _table("data")
     columns: ColumnsConfig = part(ColumnsConfig, only=where("data.name", "folder"))
     label_names: tuple[str, ...] = _label_names("data")
-    split_csv: str | None = setting(
-        None,
-        "the official Fed-ISIC2019 split",
-        LOCAL,
-        only=where("data.name", "fed_isic2019"),
-        identity=False,
-    )
     image_size: int = setting(
         32,
         "side in pixels to which images are resized",
@@ -141,7 +134,7 @@ class DataConfig:
         "grouped",
         "official, or grouped: no lesion or patient on both sides of it",
         one_of("grouped", "official"),
-        only=where("data.name", "folder", "fed_isic2019", PREPARED),
+        only=where("data.name", "folder", PREPARED),
     )
     split_by: str | None = setting(
         None,
@@ -183,7 +176,7 @@ class DataConfig:
         (0.60, 0.20, 0.08, 0.06, 0.04, 0.02),
         "fractions: each client's part of the data",
         _FRACTIONS,
-        only=(unless("data.name", "fed_isic2019"), where("data.split_by", "fractions", None)),
+        only=where("data.split_by", "fractions", None),
     )
     scanner_shift: bool = setting(
         False, "npz_masks: simulate a scanner of its own for each client of volumes"
@@ -196,7 +189,7 @@ class DataConfig:
         0.25,
         "part of a client's images for its test, where there is no official test split",
         within(0, 1, closed=False),
-        only=unless("data.name", "fed_isic2019", "medmnist"),
+        only=unless("data.name", "medmnist"),
     )
     harmonize: tuple[str, ...] = setting(
         (),

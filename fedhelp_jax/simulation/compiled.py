@@ -5,7 +5,6 @@ Everything here is computation; files, logging and resuming are the runner's.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from fedhelp_jax.simulation.round import (
     server_part,
 )
 from fedhelp_jax.simulation.sharding import place, put
+from fedhelp_jax.typing import JsonObject, PyTree
 
 
 class CompiledRounds:
@@ -102,7 +102,7 @@ class CompiledRounds:
         """The shapes of :meth:`init`'s state and where it lies, without computing it."""
         shapes = self._init.eval_shape(self.run_key, self.federation)
 
-        def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        def placed(leaf: PyTree, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         return self._each(placed, shapes)
@@ -111,7 +111,7 @@ class CompiledRounds:
         """A restored state on the devices: from the host, but for what lies there already."""
         return self._each(lambda x, s: x if isinstance(x, jax.Array) else put(x, s), state)
 
-    def _each(self, fn: Callable[[Any, NamedSharding], Any], state: RunState) -> RunState:
+    def _each(self, fn: Callable[[PyTree, NamedSharding], PyTree], state: RunState) -> RunState:
         """``fn(leaf, sharding)`` over a state."""
         server, clients = self._state_sharding
         return RunState(
@@ -160,7 +160,7 @@ class CompiledRounds:
             for role, train in self._train.items()
         }
 
-    def _reported(self, tree: Any) -> Any:
+    def _reported(self, tree: PyTree) -> PyTree:
         """What every process may look at."""
         if not self.mapping.private:
             return tree
@@ -205,7 +205,7 @@ class CompiledRounds:
             for g in self.groups
         }
 
-    def _measured(self, state: RunState, split: str) -> dict[str, Any]:
+    def _measured(self, state: RunState, split: str) -> JsonObject:
         """By role, model and metric a row for every slot; only the clients' are real."""
         return self._reported(
             {
@@ -239,7 +239,7 @@ class CompiledRounds:
 
     def _predicted(
         self, state: RunState, role: str, row: int, split: str, places: np.ndarray
-    ) -> Any:
+    ) -> PyTree:
         """The same of the examples at ``places`` of the split."""
         chunk = self.phases.everyone(role, self.federation, split)
         out = self._reported(
@@ -306,6 +306,6 @@ class CompiledRounds:
         )
 
 
-def _first(rows: Any, count: int) -> Any:
+def _first(rows: PyTree, count: int) -> PyTree:
     """The rows of real clients, on the host; past them stand the empty slots of the last device."""
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], rows)

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedhelp_jax.core.errors import Failure, first_of
 from fedhelp_jax.core.tree import all_finite, choose, zeros_of
+from fedhelp_jax.typing import JsonObject, PyTree, Record, Upload
 
 _log = logging.getLogger(__name__)
 
@@ -30,12 +31,12 @@ class NonFinite(NamedTuple):
       upload: In what it sends; the server then leaves it out.
     """
 
-    loss: Any
-    state: Any
-    upload: Any
+    loss: PyTree
+    state: PyTree
+    upload: Upload
 
 
-def quarantine(state: Any, upload: Any, info: Any) -> tuple[NonFinite, Any]:
+def quarantine(state: PyTree, upload: Upload, info: PyTree) -> tuple[NonFinite, PyTree]:
     """Where the outcome of one client's update is not finite, and its upload, or zeros for it."""
     found = NonFinite(~all_finite(info), ~all_finite(state), ~all_finite(upload))
     # A weight of 0 in the mean is not enough: 0 times NaN is NaN.
@@ -49,7 +50,7 @@ class Diverged(Failure):
       summary: The content of ``summary.json``; nothing in other processes than the first.
     """
 
-    def __init__(self, message: str, summary: Mapping[str, Any]):
+    def __init__(self, message: str, summary: Record):
         self.summary = summary
         super().__init__(message)
 
@@ -82,7 +83,7 @@ class Divergence:
         self.clients = {role: list((before or {}).get(role, ())) for role in names}
 
     def trained(
-        self, round: int, participants: Mapping[str, Any], found: Mapping[str, NonFinite]
+        self, round: int, participants: Record, found: Mapping[str, NonFinite]
     ) -> dict[str, int]:
         """Takes note of a round, and logs which clients have diverged in it.
 
@@ -119,7 +120,7 @@ class Divergence:
         )
         return left_out
 
-    def measured(self, when: str, results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    def measured(self, when: str, results: Mapping[str, Mapping[str, Record]]) -> None:
         """Takes note of an evaluation, and logs which clients' logits are not finite.
 
         Args:
@@ -154,7 +155,7 @@ class Divergence:
             r for r, names in self._names.items() if names and len(self.clients[r]) == len(names)
         ]
 
-    def scores(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def scores(self, values: Record) -> JsonObject:
         """Values by role and client, with NaN for roles of which every client has diverged."""
         lost = self.lost_roles
         return {r: np.full(len(v), np.nan) if r in lost else v for r, v in values.items()}

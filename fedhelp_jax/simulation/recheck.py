@@ -19,6 +19,7 @@ from fedhelp_jax.data.federation import ClientIndex, Group, Pool, PublicPool
 from fedhelp_jax.data.types import FederatedDataset
 from fedhelp_jax.simulation.round import ClientChunk, FederationArrays, RoundProgram, RunState
 from fedhelp_jax.simulation.vectorize import make_mapping
+from fedhelp_jax.typing import JsonObject
 
 # Which metrics are compared, and how far they may be apart, relative to the larger one but at least
 # to 1. Between two programs only rounding differs: that moves a loss by some 1e-6, and now and then
@@ -34,7 +35,7 @@ def recheck(
     state: RunState,
     dataset: FederatedDataset,
     split: str,
-    results: dict[str, dict[str, dict[str, Any]]],
+    results: dict[str, dict[str, JsonObject]],
     *,
     bfloat16: bool = False,
 ) -> None:
@@ -85,7 +86,7 @@ def measured_alone(
     dataset: FederatedDataset,
     row: int,
     split: str,
-) -> dict[str, Any]:
+) -> JsonObject:
     """One client's metrics, by model and name ``[1]``, by a program that holds nobody else."""
     mapping, role = phases.mapping, group.role
     # By a program of its own, so that every process of a distributed run gets the client.

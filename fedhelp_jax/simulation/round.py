@@ -24,6 +24,7 @@ from fedhelp_jax.simulation.divergence import NON_FINITE, NonFinite, quarantine
 from fedhelp_jax.simulation.vectorize import Mapping as ClientMapping
 from fedhelp_jax.simulation.vectorize import fill, of_one_client, over_clients, sum_over_clients
 from fedhelp_jax.tasks import Task
+from fedhelp_jax.typing import JsonObject, PyTree, Record, ServerState, Upload
 
 Rows = dict[str, jax.Array]
 
@@ -37,8 +38,8 @@ class RunState(NamedTuple):
         chunks where the mapping is private.
     """
 
-    server: Any
-    clients: dict[str, Any]
+    server: ServerState
+    clients: JsonObject
 
 
 class ClientUpdates(NamedTuple):
@@ -55,8 +56,8 @@ class ClientUpdates(NamedTuple):
       non_finite: Whose outcome holds NaN or infinity.
     """
 
-    state: Any
-    upload: Any
+    state: PyTree
+    upload: Upload
     weight: jax.Array
     slot: jax.Array
     info: Rows
@@ -79,10 +80,10 @@ class FederationArrays(NamedTuple):
     parts, there are neither pool nor tables, see `ClientChunk`.
     """
 
-    pool: Any
-    public: Any
-    groups: Mapping[str, Mapping[str, Any]]
-    pooled: Any
+    pool: PyTree
+    public: PyTree
+    groups: Mapping[str, Record]
+    pooled: PyTree
 
 
 class ClientChunk(NamedTuple):
@@ -98,8 +99,8 @@ class ClientChunk(NamedTuple):
       split: The examples that they are measured on, likewise.
     """
 
-    slot: Any
-    place: Any
+    slot: PyTree
+    place: PyTree
     pool: Pool
     train: ClientIndex | None
     split: ClientIndex | None
@@ -160,7 +161,7 @@ class RoundProgram:
     def _algorithm(self, round: jax.Array) -> FederatedAlgorithm:
         return self.algorithm if self.algorithm_at is None else self.algorithm_at(round)
 
-    def _rows(self, role: str, slot: jax.Array | None, tree: Any) -> Any:
+    def _rows(self, role: str, slot: jax.Array | None, tree: PyTree) -> PyTree:
         """Selects the clients in the slots; an empty slot holds an arbitrary client's row."""
         # Every client has its own slot where the mapping is private.
         if self.mapping.private or slot is None:
@@ -168,7 +169,7 @@ class RoundProgram:
         rows = jnp.minimum(slot, self.num_clients[role] - 1)
         return jax.tree.map(lambda leaf: leaf[rows], tree)
 
-    def _held(self, chunk: ClientChunk) -> Any:
+    def _held(self, chunk: ClientChunk) -> PyTree:
         """How the pool of a chunk lies on the devices."""
         return self.mapping.own if chunk.place is None else self.mapping.by_client.spec
 
@@ -212,8 +213,8 @@ class RoundProgram:
     def begin(
         self,
         role: str,
-        states: Any,
-        server: Any,
+        states: PyTree,
+        server: ServerState,
         run_key: jax.Array,
         round: jax.Array,
         data: FederationArrays,
@@ -234,8 +235,8 @@ class RoundProgram:
     def train(
         self,
         role: str,
-        states: Any,
-        server: Any,
+        states: PyTree,
+        server: ServerState,
         run_key: jax.Array,
         round: jax.Array,
         data: FederationArrays,
@@ -268,7 +269,7 @@ class RoundProgram:
         assert table is not None
         present = chunk.slot < self.num_clients[role]
 
-        def one(shared: Any, own: Any) -> Any:
+        def one(shared: PyTree, own: PyTree) -> PyTree:
             download, pool, public = shared
             key, state, index, size = own
             data = ClientData(pool, public, index, size)
@@ -311,7 +312,7 @@ class RoundProgram:
     def aggregate(
         self,
         state: RunState,
-        trained: dict[str, Any],
+        trained: JsonObject,
         run_key: jax.Array,
         round: jax.Array,
         data: FederationArrays,
@@ -375,7 +376,12 @@ class RoundProgram:
         return lax.fori_loop(first, last, one, (state, infos))
 
     def evaluate(
-        self, role: str, states: Any, server: Any, data: FederationArrays, chunk: ClientChunk
+        self,
+        role: str,
+        states: PyTree,
+        server: ServerState,
+        data: FederationArrays,
+        chunk: ClientChunk,
     ) -> dict[str, Rows]:
         """Metrics of the deployed models of a chunk's clients, a row for each slot.
 
@@ -390,7 +396,7 @@ class RoundProgram:
             )
         client = self.algorithm.clients[role]
 
-        def one(shared: Any, own: Any) -> dict[str, Rows]:
+        def one(shared: PyTree, own: PyTree) -> dict[str, Rows]:
             download, pool, public = shared
             state, train, (index, size) = own
             data = None if train is None else ClientData(pool, public, *train)
@@ -402,7 +408,7 @@ class RoundProgram:
                 names = [name for name, m in client.models.items() if m is model]
                 stacked = jax.tree.map(lambda *x: jnp.stack(x), *(deployed[n] for n in names))
 
-                def measure(variables: Any, model: Model = model) -> Rows:
+                def measure(variables: PyTree, model: Model = model) -> Rows:
                     logits = predict(model, variables, pool, index, size, self.eval_batch_size)
                     metrics = self.task.metrics(logits, pool.targets[index], mask)
                     return {**metrics, NON_FINITE: jnp.sum(mask & ~finite_examples(logits))}
@@ -418,8 +424,8 @@ class RoundProgram:
     def predict(
         self,
         role: str,
-        states: Any,
-        server: Any,
+        states: PyTree,
+        server: ServerState,
         data: FederationArrays,
         chunk: ClientChunk,
         row: jax.Array,
@@ -451,7 +457,7 @@ class RoundProgram:
         tables = jax.tree.map(lambda leaf: leaf[row], (chunk.train, chunk.split))
         return one(shared, (state, *tables))
 
-    def _predict(self, role: str, shared: Any, own: Any) -> jax.Array:
+    def _predict(self, role: str, shared: PyTree, own: PyTree) -> jax.Array:
         client = self.algorithm.clients[role]
         name, model = next(iter(client.models.items()))
         download, pool, public, places = shared
@@ -506,7 +512,7 @@ def public_spec(public: PublicDataset | None, answers: Any) -> PublicSpec | None
     )
 
 
-def server_part(trained: Mapping[str, ClientUpdates]) -> dict[str, Any]:
+def server_part(trained: Mapping[str, ClientUpdates]) -> JsonObject:
     """What the server's turn takes of the training phases: by role state, upload, weight, slot."""
     return {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()}
 
@@ -520,12 +526,12 @@ def round_info(trained: Mapping[str, ClientUpdates]) -> RoundInfo:
     )
 
 
-def _scatter(states: Any, slot: jax.Array, updated: Any) -> Any:
+def _scatter(states: PyTree, slot: jax.Array, updated: PyTree) -> PyTree:
     """Puts clients' new states in their place; rows past the end, the empty slots, are dropped."""
     return jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), states, updated)
 
 
-def _take(present: jax.Array, updated: Any, states: Any) -> Any:
+def _take(present: jax.Array, updated: PyTree, states: PyTree) -> PyTree:
     """The new states of those present, each in its own slot, and the old ones of all others."""
 
     def one(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """Puts a federation on devices: whole on each, or on each its own clients' part alone."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +9,7 @@ from jax.sharding import NamedSharding
 from fedhelp_jax.data.federation import SPLITS, ClientIndex, Federation
 from fedhelp_jax.simulation.round import FederationArrays, federation_arrays
 from fedhelp_jax.simulation.vectorize import Mapping
+from fedhelp_jax.typing import PyTree
 
 
 def place(federation: Federation, mapping: Mapping) -> FederationArrays:
@@ -34,8 +34,8 @@ def place(federation: Federation, mapping: Mapping) -> FederationArrays:
     owned = _owned(padded, mapping.num_devices)
     length = max(1, *(len(examples) for examples in owned))
 
-    def part_of(leaf: Any) -> Callable[[Any], np.ndarray]:
-        def of_one_device(where: Any) -> np.ndarray:
+    def part_of(leaf: PyTree) -> Callable[[PyTree], np.ndarray]:
+        def of_one_device(where: PyTree) -> np.ndarray:
             examples = owned[(where[0].start or 0) // length]
             return _padded(np.asarray(leaf)[examples], length)
 
@@ -55,10 +55,10 @@ def place(federation: Federation, mapping: Mapping) -> FederationArrays:
     return FederationArrays(pool, put(arrays.public, mapping.replicated), groups, None)
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
+def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """A tree that every process has in full, on all devices; nothing is sent for it."""
 
-    def one(leaf: Any) -> jax.Array:
+    def one(leaf: PyTree) -> jax.Array:
         leaf = np.asarray(leaf)
         leaf = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda where: leaf[where])
@@ -66,12 +66,12 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _padded(leaf: Any, length: int) -> np.ndarray:
+def _padded(leaf: PyTree, length: int) -> np.ndarray:
     leaf = np.asarray(leaf)
     return np.pad(leaf, [(0, length - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))
 
 
-def _owned(groups: Any, devices: int) -> list[np.ndarray]:
+def _owned(groups: PyTree, devices: int) -> list[np.ndarray]:
     """The examples of each device's clients, ascending."""
     found: list[list[np.ndarray]] = [[np.zeros(0, np.int32)] for _ in range(devices)]
     for tables in groups.values():
@@ -84,7 +84,7 @@ def _owned(groups: Any, devices: int) -> list[np.ndarray]:
 
 def _renumbered(table: ClientIndex, owned: list[np.ndarray]) -> ClientIndex:
     """The table with places among the device's own examples; past a client's last one stands 0."""
-    index: Any = np.zeros_like(table.index)
+    index: PyTree = np.zeros_like(table.index)
     for row, (examples, n) in enumerate(zip(table.index, table.size, strict=True)):
         index[row, :n] = np.searchsorted(owned[row * len(owned) // len(index)], examples[:n])
     return table._replace(index=index)

@@ -9,7 +9,7 @@ where all images lie there.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from fedhelp_jax.simulation.round import (
     RunState,
 )
 from fedhelp_jax.simulation.sharding import put
+from fedhelp_jax.typing import JsonObject, PyTree
 
 
 class Buffer(NamedTuple):
@@ -197,7 +198,7 @@ class HostFeeder:
         measured = None if split is None else flat[split]
         return ClientChunk(slot.reshape(-1), place.reshape(-1), pool, flat.get("train"), measured)
 
-    def _gathered(self, examples: Sequence[np.ndarray], length: int) -> Any:
+    def _gathered(self, examples: Sequence[np.ndarray], length: int) -> PyTree:
         """A pool of ``length`` examples for each device."""
 
         def one(leaf: np.ndarray) -> np.ndarray:
@@ -210,12 +211,12 @@ class HostFeeder:
         return jax.tree.map(one, self._pool)
 
 
-def _table(index: Any, size: Any) -> ClientIndex:
+def _table(index: PyTree, size: PyTree) -> ClientIndex:
     """Of what is no array of JAX."""
     return ClientIndex(index, size)
 
 
-def _on_host(leaf: Any) -> np.ndarray:
+def _on_host(leaf: PyTree) -> np.ndarray:
     """As an array of the type that it has on the devices."""
     leaf = np.asarray(leaf)
     return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
@@ -232,9 +233,7 @@ def _cut(needs: np.ndarray, buffer: Buffer) -> list[range]:
     return [*parts, range(start, len(needs))]
 
 
-def _numbered(
-    found: dict[str, Any], tables: dict[str, Any], rows: np.ndarray, device: int
-) -> np.ndarray:
+def _numbered(found: JsonObject, tables: JsonObject, rows: np.ndarray, device: int) -> np.ndarray:
     """Fills tables with places in a device's pool; returns which examples it must hold."""
     examples, used = [np.zeros(0, np.int32)], 0
     for i, row in enumerate(rows):
@@ -317,10 +316,10 @@ class StreamedRounds(CompiledRounds):
         self._stream(state, parts, train)
         return trained
 
-    def _measured(self, state: RunState, split: str) -> dict[str, Any]:
-        found: dict[str, list[Any]] = {role: [] for role in self._evaluate}
+    def _measured(self, state: RunState, split: str) -> JsonObject:
+        found: dict[str, list[PyTree]] = {role: [] for role in self._evaluate}
 
-        def measure(role: str, part: ClientChunk) -> Any:
+        def measure(role: str, part: ClientChunk) -> PyTree:
             rows = self._evaluate[role](state.clients[role], state.server, self.federation, part)
             found[role].append((part.slot, rows))
             return rows
@@ -331,7 +330,7 @@ class StreamedRounds(CompiledRounds):
 
     def _predicted(
         self, state: RunState, role: str, row: int, split: str, places: np.ndarray
-    ) -> Any:
+    ) -> PyTree:
         part = self._feed.predicting(role, row, split, places)
         part = self._feed.on_devices(part, self.mapping.replicated)
         at = state.clients[role], state.server, self.federation, part
@@ -347,21 +346,21 @@ class StreamedRounds(CompiledRounds):
         self,
         state: RunState,
         parts: Iterable[tuple[str, ClientChunk]],
-        compute: Callable[[str, ClientChunk], Any],
+        compute: Callable[[str, ClientChunk], PyTree],
     ) -> None:
         """Computes parts one after the other, the next one's images coming in the meantime.
 
         Never more than two lie on the devices: a part is computed once the one before it is done,
         and the first once all is that led to the state.
         """
-        running: Any = state
+        running: PyTree = state
         for role, part in parts:
             placed = self._feed.on_devices(part, self.mapping.by_client)
             jax.block_until_ready(running)
             running = compute(role, placed)
 
 
-def _by_row(parts: Sequence[tuple[Any, Any]]) -> Any:
+def _by_row(parts: Sequence[tuple[PyTree, PyTree]]) -> PyTree:
     """The rows of all parts on the host, by the clients' places in their group."""
     slots, rows = zip(*parts, strict=True)
     order = np.argsort(np.concatenate(slots), kind="stable")  # nobody's are past the end

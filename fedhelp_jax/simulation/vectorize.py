@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedhelp_jax.core.tree import zeros_of
+from fedhelp_jax.typing import PyTree
 
 _AXIS = "clients"
 _EVERYWHERE = P()
@@ -92,7 +93,7 @@ def make_mapping(
 
 def over_clients(
     fn: Callable[[Any, Any], Any], mapping: Mapping, placed: Any = _EVERYWHERE
-) -> Callable[[Any, Any], Any]:
+) -> Callable[[PyTree, PyTree], PyTree]:
     """``(shared, stacked) -> stacked results`` of ``fn(shared, one)``, for use inside ``jit``.
 
     Args:
@@ -104,7 +105,7 @@ def over_clients(
       A function whose second argument has leaves ``[K, ...]``, ``K`` one of ``mapping.slots``.
     """
 
-    def without_sum(shared: Any, one: Any) -> Any:
+    def without_sum(shared: PyTree, one: PyTree) -> PyTree:
         return fn(shared, one), ()
 
     return lambda shared, stacked: _over_devices(without_sum, mapping, placed)(shared, stacked)[0]
@@ -112,7 +113,7 @@ def over_clients(
 
 def of_one_client(
     fn: Callable[[Any, Any], jax.Array], mapping: Mapping, placed: Any = _EVERYWHERE
-) -> Callable[[Any, Any, jax.Array], jax.Array]:
+) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
     """Like :func:`over_clients`, but of one client alone, on the device that holds it.
 
     Args:
@@ -124,7 +125,7 @@ def of_one_client(
       A function ``(shared, stacked, row) -> [D, ...]``, zeros but for the client's device.
     """
 
-    def on_one_device(shared: Any, stacked: Any, row: jax.Array) -> jax.Array:
+    def on_one_device(shared: PyTree, stacked: PyTree, row: jax.Array) -> jax.Array:
         clients = jax.tree.leaves(stacked)[0].shape[0]
         place = row - lax.axis_index(_AXIS) * clients
         own = jax.tree.map(lambda leaf: leaf[jnp.clip(place, 0, clients - 1)], stacked)
@@ -143,10 +144,10 @@ def of_one_client(
 
 
 def sum_over_clients(
-    fn: Callable[[Any, Any], tuple[Any, Any, jax.Array]],
+    fn: Callable[[PyTree, PyTree], tuple[PyTree, PyTree, jax.Array]],
     mapping: Mapping,
     placed: Any = _EVERYWHERE,
-) -> Callable[..., tuple[Any, tuple[Any, jax.Array]]]:
+) -> Callable[..., tuple[PyTree, tuple[PyTree, jax.Array]]]:
     """Like :func:`over_clients`, but of a part of the results only a weighted sum per device.
 
     It is summed up while clients run, so that never more than a chunk of them is in memory.
@@ -163,7 +164,7 @@ def sum_over_clients(
       ``begun`` are the sums and totals of other clients, to which these are added.
     """
 
-    def weighted(shared: Any, one: tuple[Any, jax.Array]) -> Any:
+    def weighted(shared: PyTree, one: tuple[PyTree, jax.Array]) -> PyTree:
         own, weight = one
         result, summed, counts = fn(shared, own)
         weight = jnp.where(counts, weight, 0)
@@ -173,13 +174,13 @@ def sum_over_clients(
 
         return result, (jax.tree.map(scaled, summed), weight)
 
-    def run(shared: Any, stacked: Any, weights: jax.Array, begun: Any = None) -> Any:
+    def run(shared: PyTree, stacked: PyTree, weights: jax.Array, begun: PyTree = None) -> PyTree:
         return _over_devices(weighted, mapping, placed)(shared, (stacked, weights), begun)
 
     return run
 
 
-def fill(mapping: Mapping, stacked: Any, place: jax.Array, rows: Any) -> Any:
+def fill(mapping: Mapping, stacked: PyTree, place: jax.Array, rows: PyTree) -> PyTree:
     """Stacked results with those of some clients put in, on each device by itself.
 
     Args:
@@ -192,7 +193,7 @@ def fill(mapping: Mapping, stacked: Any, place: jax.Array, rows: Any) -> Any:
       Leaves ``[K, ...]``.
     """
 
-    def on_one_device(stacked: Any, place: jax.Array, rows: Any) -> Any:
+    def on_one_device(stacked: PyTree, place: jax.Array, rows: PyTree) -> PyTree:
         return jax.tree.map(lambda old, new: old.at[place].set(new, mode="drop"), stacked, rows)
 
     return _on_each(on_one_device, mapping, (P(_AXIS), P(_AXIS), P(_AXIS)))(stacked, place, rows)
@@ -201,19 +202,19 @@ def fill(mapping: Mapping, stacked: Any, place: jax.Array, rows: Any) -> Any:
 def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, placed: Any) -> Any:
     """``(shared, stacked, begun) -> (stacked results, sums [D, ...])`` of ``fn``'s two results."""
 
-    def on_one_device(shared: Any, stacked: Any, begun: Any) -> Any:
+    def on_one_device(shared: PyTree, stacked: PyTree, begun: PyTree) -> PyTree:
         begun = jax.tree.map(lambda leaf: leaf[0], begun)
         clients = jax.tree.leaves(stacked)[0].shape[0]
         chunk = min(mapping.chunk_size or clients, clients)
 
-        def one_chunk(part: Any) -> Any:
+        def one_chunk(part: PyTree) -> PyTree:
             # A chunk of one is no vmap over an axis of one, which would change the convolutions.
             if chunk == 1:
                 return fn(shared, part)
             results, summed = jax.vmap(lambda one: fn(shared, one))(part)
             return results, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), summed)
 
-        def add(sums: Any, part: Any) -> Any:
+        def add(sums: PyTree, part: PyTree) -> PyTree:
             results, summed = one_chunk(part)
             return jax.tree.map(jnp.add, sums, summed), results
 

@@ -1,4 +1,4 @@
-"""A small Fed-ISIC2019: a split file and a zip of images, with masks or without."""
+"""A small Fed-ISIC2019: a table of splits and a zip of images, and how they are read."""
 
 import csv
 import io
@@ -7,9 +7,27 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from fedhelp_jax.data.readers.fed_isic2019 import load_fed_isic2019
+from fedhelp_jax.data.sources import load_federated
+from fedhelp_jax.settings.schema import ColumnsConfig, DataConfig
 
 COLUMNS = ("image_id", "target", "center", "fold", "lesion_id")
+LABELS = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
+CALLED = {"image": "image_id", "label": "target", "site": "center", "split": "fold"}
+CALLED |= {"group": "lesion_id"}
+FLAGS = " ".join(
+    [
+        "--config.data.name=folder",
+        *(f"--config.data.columns.{column}={name}" for column, name in CALLED.items()),
+    ]
+)
+
+
+def isic_config(path, table, *, masks=False, called=CALLED, **settings):
+    """The settings of `data` for raw files of Fed-ISIC2019, as configs/fed_isic2019.py has them."""
+    names = ("lesion",) if masks else LABELS
+    columns = ColumnsConfig(**called)
+    where = {"path": str(path), "table": str(table), "label_names": names, "columns": columns}
+    return DataConfig(name="folder", **(where | settings))
 
 
 def make_rows():
@@ -68,22 +86,19 @@ class IsicFiles:
                 if content is not None:
                     file.writestr(f"masks/{image_id}{end}.png", content)
 
-    def load(self, seed=0, columns=COLUMNS, **changes):
+    def write_table(self, columns=COLUMNS):
         with self.table.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows(row[: len(columns)] for row in self.rows)
-        settings = {
-            "split": "grouped",
-            "image_size": 8,
-            "validation_fraction": 0.1,
-            "max_train": None,
-            "cache_dir": str(self.path / "cache"),
-            "path": str(self.zip),
-            "split_csv": str(self.table),
-        }
-        return load_fed_isic2019(seed=seed, **(settings | changes))
+
+    def load(self, seed=0, columns=COLUMNS, masks=False, **changes):
+        self.write_table(columns)
+        called = {column: name for column, name in CALLED.items() if name in columns}
+        settings = {"image_size": 8, "cache_dir": str(self.path / "cache"), "called": called}
+        settings |= {"path": self.zip, "table": self.table} | changes
+        return load_federated(isic_config(masks=masks, **settings), seed, masks=masks)
 
     def ids(self):
-        """Image ids in the order of the pool of `split="official"`."""
-        return [row[0] for row in sorted(self.rows, key=lambda row: (row[2], row[0]))]
+        """Image ids in the order of the pool."""
+        return sorted(row[0] for row in self.rows)

@@ -1,6 +1,7 @@
 """Examples that cannot be used: refused, or left out as if the source had never held them."""
 
 import csv
+import functools
 import io
 import types
 import zipfile
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from commands import fedhelp, read, refusal
 from helpers import refusal as refused
+from isic_files import FLAGS, isic_config
 from PIL import Image
 from toy_sets import write_set
 
@@ -50,8 +52,15 @@ def mask(number: int, shape: tuple[int, int] = (9, 12)) -> np.ndarray:
 DEEP = np.full((12, 16), 4000, np.uint16)  # 16 bits a channel
 
 
-def write_pictures(folder: Path, faults: dict[str, bytes | None], *, masks: bool, first: int = 0):
-    """Writes images, masks and a split file; `faults` replace a file, None the whole example."""
+def write_pictures(
+    folder: Path,
+    faults: dict[str, bytes | None],
+    *,
+    masks: bool,
+    first: int = 0,
+    table: bool = True,
+):
+    """Writes images, masks and a table; `faults` replace a file, None the whole example."""
     lines = ["image_id,target,center,fold,lesion_id"]
     for number in range(first, first + COUNT):
         name, place = f"i{number:02}", number - first
@@ -67,7 +76,8 @@ def write_pictures(folder: Path, faults: dict[str, bytes | None], *, masks: bool
         for file, content in files.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(faults.get(file) or content)
-    (folder / "split.csv").write_text("\n".join(lines) + "\n")
+    if table:
+        (folder / "split.csv").write_text("\n".join(lines) + "\n")
 
 
 def zipped(folder: Path) -> Path:
@@ -78,14 +88,22 @@ def zipped(folder: Path) -> Path:
     return path
 
 
-def private(folder: Path, masks: bool, **settings: Any) -> Load:
+def private(
+    folder: Path, masks: bool, make: Callable[..., DataConfig] = DataConfig, **settings: Any
+) -> Load:
     def load(way: str) -> FederatedDataset:
         common: dict[str, Any] = {"image_size": 8, "volume_size": (8, 8, 8)}
         common |= {"validation_fraction": 0.2, "cache_dir": str(folder / "cache")}
-        config = DataConfig(on_bad_example=way, **(common | settings))
+        config = make(on_bad_example=way, **(common | settings))
         return load_federated(config, 0, masks=masks)
 
     return load
+
+
+def pictures(folder: Path, masks: bool, source: Path | None = None) -> Load:
+    """What `write_pictures` has written."""
+    make = functools.partial(isic_config, source or folder, folder / "split.csv", masks=masks)
+    return private(folder.parent, masks, make)
 
 
 def public(folder: Path, masks: bool, **settings: Any) -> Load:
@@ -97,14 +115,13 @@ def public(folder: Path, masks: bool, **settings: Any) -> Load:
 
 
 def isic(file: str = "images/i03.png", content: bytes = b"-", *, masks=False, as_zip=False):
-    """Fed-ISIC2019, where one file is other than it should be."""
+    """A folder with a table, where one file is other than it should be."""
 
     def write(folder: Path, broken: bool) -> Load:
         name = Path(file).stem
         write_pictures(folder / "isic", {file: content} if broken else {name: None}, masks=masks)
         source = zipped(folder / "isic") if as_zip else folder / "isic"
-        where = {"path": str(source), "split_csv": str(folder / "isic" / "split.csv")}
-        return private(folder, masks, name="fed_isic2019", **where)
+        return pictures(folder / "isic", masks, source)
 
     return write
 
@@ -114,7 +131,8 @@ def public_folder(file: str, content: bytes, num_examples: int | None = None):
 
     def write(folder: Path, broken: bool) -> Load:
         name = Path(file).stem
-        write_pictures(folder / "set", {file: content} if broken else {name: None}, masks=masks)
+        faults = {file: content} if broken else {name: None}
+        write_pictures(folder / "set", faults, masks=masks, table=False)
         source = {"path": str(folder / "set"), "num_examples": num_examples}
         return public(folder, masks, name="folder", **source)
 
@@ -230,32 +248,32 @@ KINDS = {
     "undecodable": (
         isic(),
         "images/i03.png in .* cannot be decoded",
-        ("train", "centre_1", "i03", "images/i03.png"),
+        ("train", "center_1", "i03", "images/i03.png"),
     ),
     "the first, in a zip": (
         isic("images/i00.png", png(picture(0))[:90], as_zip=True),
         "images/i00.png in .* cannot be decoded",
-        ("train", "centre_0", "i00", "images/i00.png"),
+        ("train", "center_0", "i00", "images/i00.png"),
     ),
     "16 bits, of the test": (
         isic("images/i04.png", png(DEEP)),
         "images/i04.png in .* has 16 bits a channel",
-        ("test", "centre_0", "i04", "images/i04.png"),
+        ("test", "center_0", "i04", "images/i04.png"),
     ),
     "no mask": (
         isic("masks/i03.png", png(picture(3, (9, 12))), masks=True),
         "mask masks/i03.png is grey on",
-        ("train", "centre_1", "i03", "images/i03.png masks/i03.png"),
+        ("train", "center_1", "i03", "images/i03.png masks/i03.png"),
     ),
     "a first mask of another size": (
         isic("masks/i00.png", png(mask(0, (18, 24))), masks=True),
         "is 24x18, but|is 12x9, but",
-        ("train", "centre_0", "i00", "images/i00.png masks/i00.png"),
+        ("train", "center_0", "i00", "images/i00.png masks/i00.png"),
     ),
     "another aspect": (
         isic("images/i03.png", png(picture(3, (16, 12, 3))), masks=True),
         "its image images/i03.png is 12x16, of another aspect",
-        ("train", "centre_1", "i03", "images/i03.png masks/i03.png"),
+        ("train", "center_1", "i03", "images/i03.png masks/i03.png"),
     ),
     "a mask of no class in an npz, by site": (
         stored("npz_masks", change_one("masks", 7)),
@@ -371,8 +389,7 @@ def test_left_out_examples_of_nobody_have_a_row_of_their_own(tmp_path):
 
 def test_more_than_half_is_refused(tmp_path):
     write_pictures(tmp_path, {f"images/i{n:02}.png": b"-" for n in range(1, 12)}, masks=False)
-    source = {"path": str(tmp_path), "split_csv": str(tmp_path / "split.csv")}
-    load = private(tmp_path, False, name="fed_isic2019", **source)
+    load = pictures(tmp_path, False)
     assert "11 of 20 examples cannot be used: too many to be left out" in refused(
         lambda: load("skip")
     )
@@ -387,11 +404,10 @@ def test_a_client_without_any_example_left_is_named(tmp_path, caplog):
     lines = table.read_text().splitlines()
     kept = [line for line in lines if line[:3] not in names[9::2]]
     table.write_text("\n".join(kept).replace("i07,7,1,train", "i07,7,1,test") + "\n")
-    source = {"path": str(tmp_path), "split_csv": str(table)}
-    data = private(tmp_path, False, name="fed_isic2019", **source)("skip")
+    data = pictures(tmp_path, False)("skip")
     assert isinstance(data, FederatedDataset)
-    assert [client.name for client in data.clients] == ["centre_0"]
-    assert "no example is left of centre_1" in caplog.text
+    assert [client.name for client in data.clients] == ["center_0"]
+    assert "no example is left of center_1" in caplog.text
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
@@ -413,7 +429,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
 def test_the_image_of_a_bad_mask_is_private_all_the_same(tmp_path):
     data = isic("masks/i03.png", b"-", masks=True)(tmp_path, True)("skip")
     assert isinstance(data, FederatedDataset)
-    write_pictures(tmp_path / "public", {}, masks=False, first=3)
+    write_pictures(tmp_path / "public", {}, masks=False, first=3, table=False)
     shown = public(tmp_path, False, name="folder", path=str(tmp_path / "public"))("refuse")
     assert isinstance(shown, PublicDataset)
     only = shown._replace(
@@ -424,22 +440,21 @@ def test_the_image_of_a_bad_mask_is_private_all_the_same(tmp_path):
 
 def test_the_setting_is_for_what_is_read_from_files():
     needed = needed_for(RunConfig(), "data.on_bad_example")
-    assert needed.startswith("data.name = fed_isic2019, ") and " or public.name = npz, " in needed
+    assert needed.startswith("data.name = folder, ") and " or public.name = npz, " in needed
     public = RunConfig(public=PublicConfig(name="folder"))
     assert needed_for(public, "data.on_bad_example") == ""
 
 
 def test_a_run_tells_what_it_left_out(tmp_path, capsys, caplog):
     write_pictures(tmp_path / "isic", {"images/i03.png": b"-"}, masks=False)
-    write_pictures(tmp_path / "shown", {"images/i41.png": b"-"}, masks=False, first=40)
+    write_pictures(tmp_path / "shown", {"images/i41.png": b"-"}, masks=False, first=40, table=False)
     folder = tmp_path / "run"
     small = "--config.model.small=cnn_small --config.model.large=cnn_small --config.roles.top_n=1"
     command = (
         f"train --config={Path(__file__).parents[1] / 'tiny_config.py'} --workdir={folder} "
         f"--config.mapping.cpu_devices={jax.device_count()} --config.rounds=1 {small} "
         "--config.algorithm.name=feddf --config.teacher.name=none --config.public.num_examples=8 "
-        f"--config.data.name=fed_isic2019 --config.data.path={tmp_path / 'isic'} "
-        f"--config.data.split_csv={tmp_path / 'isic/split.csv'} "
+        f"{FLAGS} --config.data.path={tmp_path / 'isic'} "
         f"--config.public.name=folder --config.public.path={tmp_path / 'shown'} "
         f"--config.data.cache_dir={tmp_path / 'cache'}"
     )
@@ -453,13 +468,13 @@ def test_a_run_tells_what_it_left_out(tmp_path, capsys, caplog):
     with (folder / "quarantine.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["source"], r["client"], r["split"], r["files"]) for r in rows] == [
-        ("private", "centre_1", "train", "images/i03.png"),
+        ("private", "center_1", "train", "images/i03.png"),
         ("public", "", "", "images/i41.png"),
     ]
     assert all("cannot be decoded" in row["reason"] for row in rows)
     with (folder / "shares.csv").open(newline="") as file:
         counts = {(r["client"], r["split"]): int(r["left_out"]) for r in csv.DictReader(file)}
-    assert counts.pop(("centre_1", "train")) == 1 and not any(counts.values())
+    assert counts.pop(("center_1", "train")) == 1 and not any(counts.values())
     swept = command.replace("train", "sweep", 1).replace(str(folder), str(tmp_path / "sweep"))
     assert fedhelp(f"{swept} --config.data.on_bad_example=skip --sweep=learning_rate=0.01,0.1") == 0
     with (tmp_path / "sweep/runs.csv").open(newline="") as file:

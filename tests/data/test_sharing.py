@@ -275,7 +275,6 @@ def test_a_run_shows_who_has_what(tmp_path, monkeypatch):
         ("phantoms", "dirichlet", "fractions"),
         ("npz_masks", "shards", "fractions or site"),
         ("medmnist", "site", "fractions or iid or quantity or dirichlet or shards or clusters"),
-        ("fed_isic2019", "fractions", "site"),
     ],
 )
 def test_what_a_data_set_cannot_be_split_by_is_refused(capsys, tmp_path, name, by, right):

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from isic_files import isic_config
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.data.readers import fed_isic2019
+from fedhelp_jax.data.readers import folder as reader
 from fedhelp_jax.data.readers.images import Decoded
 from fedhelp_jax.data.sources import load_federated, load_public
 from fedhelp_jax.settings.schema import DataConfig, PublicConfig
@@ -47,16 +48,15 @@ def test_real_centres(real, split, tmp_path, monkeypatch):
             images = np.full((len(names), size, size, 3), 150, np.uint8)
             return Decoded(images, np.full((len(names), 2), size), ())
 
-        monkeypatch.setattr(fed_isic2019, "load_images", blank)
-    config = DataConfig(
-        name="fed_isic2019",
-        path=str(real / "ham10000_200x150.zip"),
-        split_csv=str(real / "fed_isic2019_ham_split.csv"),
+        monkeypatch.setattr(reader, "load_images", blank)
+    config = isic_config(
+        real / "ham10000_200x150.zip",
+        real / "fed_isic2019_ham_split.csv",
         split=split,
         cache_dir=os.environ.get("FEDHELP_CACHE_DIR", str(tmp_path)),
     )
     data = load_federated(config, seed=0)
-    assert [client.name for client in data.clients] == [f"centre_{k}" for k in (1, 2, 3, 5)]
+    assert [client.name for client in data.clients] == [f"center_{k}" for k in (1, 2, 3, 5)]
     assert [len(client.test) for client in data.clients] == [791, 672, 452, 88]
     trains = [len(client.train) + len(client.validation) for client in data.clients]
     official = [3163, 2691, 1807, 351]

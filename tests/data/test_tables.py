@@ -52,5 +52,5 @@ def test_blank_values_at_the_end_of_lines_are_no_columns():
     ],
 )
 def test_what_is_no_such_table_is_refused(data, words):
-    line = refusal(lambda: read_table(data, ("id",), "data.split_csv: t.csv"))
-    assert re.match(f"data.split_csv: t.csv {words}", line), line
+    line = refusal(lambda: read_table(data, ("id",), "data.table: t.csv"))
+    assert re.match(f"data.table: t.csv {words}", line), line

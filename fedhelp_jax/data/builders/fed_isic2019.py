@@ -13,9 +13,9 @@ from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.base import About, Builder, Item, decoded, upright
 from fedhelp_jax.data.builders.downloads import KEY, Download, check_present, check_unique
 from fedhelp_jax.data.builders.resumable_map import Example
-from fedhelp_jax.data.readers.fed_isic2019 import LABEL_NAMES
 from fedhelp_jax.data.readers.tables import group_of
 
+LABEL_NAMES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
 _RAW = "ISIC_2019_Training_Input"
 _PREPROCESSED = ("ISIC_2019_Training_Input_preprocessed", "images")
 _SIZES = ((9930, 2483), (3163, 791), (2691, 672), (1807, 452), (655, 164), (351, 88))
@@ -52,7 +52,7 @@ One folder with
   flamby/datasets/fed_isic2019/dataset_creation_scripts/;
 - for the lesions, unless that file has a column lesion_id: ISIC_2019_Training_Metadata.csv.""",
         sizes={
-            f"{fold} centre_{centre}": sizes[i]
+            f"{fold} center_{centre}": sizes[i]
             for centre, sizes in enumerate(_SIZES)
             for i, fold in enumerate(("train", "test"))
         },
@@ -63,7 +63,7 @@ One folder with
         return {
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
             "label": tfds.features.ClassLabel(names=list(LABEL_NAMES)),
-            "site": tfds.features.ClassLabel(names=[f"centre_{k}" for k in range(len(_SIZES))]),
+            "site": tfds.features.ClassLabel(names=[f"center_{k}" for k in range(len(_SIZES))]),
             "group": tfds.features.Text(),
         }
 

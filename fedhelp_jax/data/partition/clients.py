@@ -140,6 +140,8 @@ def make_clients(
             f"{by!r}"
         )
     is_test = examples.is_test
+    if is_test is not None and splitting.split == "official":
+        _warn_of_leaks(examples.groups, is_test, where)
     if is_test is None:
         is_test = _held_out(owner, examples.groups, splitting)
         splitting = splitting._replace(split="grouped")  # there is no other
@@ -154,6 +156,18 @@ def make_clients(
         seed=splitting.seed,
         where=where,
     )
+
+
+def _warn_of_leaks(groups: np.ndarray, is_test: np.ndarray, where: str) -> None:
+    """An official split may have images of one patient or lesion on both sides."""
+    leaks = len(np.intersect1d(groups[is_test], groups[~is_test]))
+    if leaks:
+        logger.warning(
+            "%s: the official split has %d groups (patients or lesions) with images in both train "
+            "and test; data.split=grouped drops them from train",
+            where,
+            leaks,
+        )
 
 
 def _by_column(

@@ -68,7 +68,7 @@ def load_folder(
     if read.labels is None or read.label_names is None:
         what = "masks, such as masks/ID.png" if masks else "labels: a column label, or a folder"
         raise UserError(f"data.path: {read.source} has no {what}, and private images need them")
-    groups, columns = _columns(read.entries)
+    groups, columns = _columns(read.entries, config.columns.site or SITE)
     sides = np.array([entry.values.get("split", "") for entry in read.entries])
     if (sides == "").any() and (sides != "").any():
         unknown = read.entries[int(np.argmax(sides == ""))].id
@@ -189,11 +189,14 @@ def _read(
         labels = class_masks(labels, label_names or FOREGROUND, mask_names, where, bad)
     bad.check(len(entries), where)
 
+    sites = _column([e.values.get(SITE, "") for e in entries], config.columns.site or SITE)
+
     def describe(place: int) -> BadExample:
         entry = entries[place]
         files = f"{entry.image} {entry.mask}" if masks else entry.image
-        values = entry.values
-        return BadExample(values.get("split", ""), values.get("site", ""), entry.id, files)
+        site = int(sites.codes[place])
+        client = str(sites.names[site]) if site >= 0 else ""
+        return BadExample(entry.values.get("split", ""), client, entry.id, files)
 
     left_out, left_out_images = bad.listed(describe), bad.dropped(decoded.images)
     kept, images = bad.drop(entries), bad.drop(decoded.images)
@@ -297,7 +300,7 @@ def _classes(
     return np.array([place[text] for text in texts], np.int32), known
 
 
-def _columns(entries: Sequence[Entry]) -> tuple[np.ndarray, dict[str, Column]]:
+def _columns(entries: Sequence[Entry], site_name: str) -> tuple[np.ndarray, dict[str, Column]]:
     """The group of each image, and what clients can be made of."""
     names = list(dict.fromkeys(name for entry in entries for name in entry.values))
     columns: dict[str, Column] = {}
@@ -305,7 +308,7 @@ def _columns(entries: Sequence[Entry]) -> tuple[np.ndarray, dict[str, Column]]:
         texts = [entry.values.get(name, "") for entry in entries]
         if name in _OWN or all(map(is_unknown, texts)):
             continue
-        columns[name] = _column(name, texts)
+        columns[name] = _column(texts, site_name if name == SITE else None)
     texts = [entry.values.get(GROUP, "") for entry in entries]
     own = [group_of(text, entry.id) for text, entry in zip(texts, entries, strict=True)]
     known, codes = np.unique(np.array(own), return_inverse=True)
@@ -314,11 +317,19 @@ def _columns(entries: Sequence[Entry]) -> tuple[np.ndarray, dict[str, Column]]:
     return codes, columns
 
 
-def _column(name: str, texts: Sequence[str]) -> Column:
-    """Numbers are their own codes, so that a draw for site 3 does not depend on sites 1 and 2."""
-    if name == SITE and all(text.isdecimal() and len(text) < 7 for text in texts):
+def _column(texts: Sequence[str], site_name: str | None) -> Column:
+    """Returns the values of a column.
+
+    Sites that are numbers are their own codes, so that what is drawn for site 3 is the same whether
+    sites 1 and 2 are there or not. Site 3 of the column "center" is called "center_3".
+
+    Args:
+        texts: The value of each example.
+        site_name: What the table calls its column of sites; None for any other column.
+    """
+    if site_name is not None and all(text.isdecimal() and len(text) < 7 for text in texts):
         codes = np.array([int(text) for text in texts])
-        return Column(codes, [f"{name}_{i}" for i in range(int(codes.max()) + 1)])
+        return Column(codes, [f"{site_name}_{i}" for i in range(int(codes.max()) + 1)])
     unknown = np.array([is_unknown(text) for text in texts])
     known, found = np.unique(np.array(texts)[~unknown], return_inverse=True)
     codes = np.full(len(texts), -1)

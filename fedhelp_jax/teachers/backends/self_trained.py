@@ -6,7 +6,6 @@ It knows nothing that the public set does not say, and is called self-trained wh
 import hashlib
 import json
 import threading
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from fedhelp_jax.models.unet import UNETS, unet
 from fedhelp_jax.simulation.vectorize import make_mapping, over_clients
 from fedhelp_jax.tasks import classification, segmentation
 from fedhelp_jax.teachers.base import Fingerprint, PublicImages
+from fedhelp_jax.typing import PyTree
 
 _UNET = "unet_small_cpu"
 _BATCH = 32
@@ -140,7 +140,7 @@ class SelfTrained:
             public=None,
         )
 
-        def cross_fitted(shared: tuple[jax.Array, Pool], own: Any) -> jax.Array:
+        def cross_fitted(shared: tuple[jax.Array, Pool], own: PyTree) -> jax.Array:
             run_key, pool = shared
             half, (fitted, fitted_size), (asked, asked_size) = own
             key = client_round_key(run_key, 0, half)

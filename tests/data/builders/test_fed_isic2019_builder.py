@@ -247,7 +247,7 @@ def test_the_command(download, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines() == names() and "fed_isic2019" in names()
     assert fedhelp("data describe fed_isic2019") == 0
     out = capsys.readouterr().out
-    assert "CC BY-NC 4.0" in out and "train_test_split" in out and "centre_0 9930" in out
+    assert "CC BY-NC 4.0" in out and "train_test_split" in out and "center_0 9930" in out
     assert fedhelp(f"data prepare fed_isic2019 --manual_dir={download} --data_dir={tmp_path}") == 0
     assert "(train 3, test 2)" in capsys.readouterr().out
 
@@ -255,8 +255,8 @@ def test_the_command(download, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("data", "takes list, describe NAME or prepare NAME"),
-        ("data remove fed_isic2019", "takes list, describe NAME or prepare NAME"),
+        ("data", "takes one of list, describe, prepare, check"),
+        ("data remove fed_isic2019", "takes one of list, describe, prepare, check"),
         ("data describe fed_isic", "not a data set; did you mean fed_isic2019?"),
         ("data describe fed_isic2019/x", "has no configurations"),
         ("data describe msd", "msd needs a configuration; it is one of task01_braintumour"),
@@ -292,7 +292,7 @@ def test_the_official_sizes_on_real_data(real, tmp_path):
         (tmp_path / "download" / name).symlink_to(real / file)
     found = prepared(tmp_path / "download")
     counts = {
-        f"{split} centre_{site}": sum(example["site"] == site for example in examples.values())
+        f"{split} center_{site}": sum(example["site"] == site for example in examples.values())
         for split, examples in found.items()
         for site in (1, 2, 3, 5)
     }
