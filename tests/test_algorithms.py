@@ -211,12 +211,12 @@ def test_what_comes_to_the_host_is_a_row_of_scalars_per_client(name):
     for group in simulation.groups:
         slots = -(-len(group.names) // DEVICES) * DEVICES
         trained = simulation.train_shapes(group, state)
-        table = simulation.federation.groups[group.role]["validation"]
+        federation = simulation.federation
         evaluated = simulation._evaluate[group.role].eval_shape(
             state.clients[group.role],
             state.server,
-            simulation.federation,
-            table,
+            federation,
+            simulation.phases.everyone(group.role, federation, "validation"),
         )
         for leaf in jax.tree.leaves((trained.slot, trained.info, evaluated)):
             assert leaf.shape == (slots,) and leaf.dtype.itemsize == 4

@@ -10,37 +10,36 @@ from pathlib import Path
 import jax
 import pytest
 
-import fedhelp_jax
 from fedhelp_jax.cli.main import main
 from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.experiments import result
+from fedhelp_jax.experiments import runner as experiments_runner
 from fedhelp_jax.experiments.config import default_config, to_dict, validate
 from fedhelp_jax.experiments.config_files import read_settings
+from fedhelp_jax.experiments.runner import Interrupted
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-class Interrupted(Exception):
-    pass
 
 
 @pytest.fixture
 def runner(monkeypatch):
     """A runner that remembers its calls and does nothing."""
-    fake = types.ModuleType("fedhelp_jax.experiments.runner")
     calls = []
 
-    def train(config, workdir, overwrite):
+    def run(config, workdir, *, overwrite):
         calls.append((config, workdir, overwrite))
-        return {"algorithm": config.algorithm.name, "per_client": []}
+        return types.SimpleNamespace(summary={"algorithm": config.algorithm.name, "per_client": []})
 
     def evaluate(workdir, config):
         calls.append((workdir, config))
         return {"algorithm": "fedhelp", "per_client": []}
 
-    fake.__dict__.update(train=train, evaluate=evaluate, Interrupted=Interrupted, calls=calls)
-    monkeypatch.setitem(sys.modules, "fedhelp_jax.experiments.runner", fake)
-    monkeypatch.setattr(fedhelp_jax, "runner", fake, raising=False)
-    return fake
+    def becomes(other):
+        monkeypatch.setattr(result, "run", other)
+
+    becomes(run)
+    monkeypatch.setattr(experiments_runner, "evaluate", evaluate)
+    return types.SimpleNamespace(calls=calls, becomes=becomes)
 
 
 @pytest.fixture(autouse=True)
@@ -377,35 +376,35 @@ def test_an_unwritable_workdir_is_named(tmp_path, runner, capsys):
 
 
 def test_what_the_runner_finds_wrong_is_one_line(tmp_path, runner, capsys):
-    def train_of_the_runner(config, workdir, overwrite):
+    def failing(config, workdir, *, overwrite):
         raise UserError("data.path: there is\nno folder")
 
-    runner.train = train_of_the_runner
+    runner.becomes(failing)
     assert refusal(capsys, train(tmp_path)) == "fedhelp: data.path: there is no folder"
 
 
 def test_an_interrupted_run_ends_with_130(tmp_path, runner, capsys):
-    def train_of_the_runner(config, workdir, overwrite):
+    def failing(config, workdir, *, overwrite):
         raise Interrupted("saved after round 3")
 
-    runner.train = train_of_the_runner
+    runner.becomes(failing)
     assert train(tmp_path) == 130
     assert capsys.readouterr().err == "fedhelp: saved after round 3\n"
 
 
 def test_interrupted_before_anything_could_be_saved_ends_with_130(tmp_path, runner):
-    def train_of_the_runner(config, workdir, overwrite):
+    def failing(config, workdir, *, overwrite):
         raise KeyboardInterrupt
 
-    runner.train = train_of_the_runner
+    runner.becomes(failing)
     assert train(tmp_path) == 130
 
 
 def test_our_own_failure_shows_its_traceback(tmp_path, runner, capsys):
-    def train_of_the_runner(config, workdir, overwrite):
+    def failing(config, workdir, *, overwrite):
         raise AssertionError("ours")
 
-    runner.train = train_of_the_runner
+    runner.becomes(failing)
     assert train(tmp_path) == 1
     assert "Traceback" in capsys.readouterr().err
 

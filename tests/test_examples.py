@@ -1,14 +1,18 @@
 """Every file in examples/ runs, for one round, as a user would run it."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from commands import fedhelp, read
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FILES = sorted(EXAMPLES.glob("*.py"))
+FILES = sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "make_hospital.py"})
+PAGE = EXAMPLES.parent / "docs/own-images.md"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -31,6 +35,23 @@ def _once(match: re.Match[str]) -> str:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_it_fits_on_a_screen(file):
     assert len(file.read_text().splitlines()) <= 60
+
+
+def test_a_hospitals_folder_by_the_page_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_hospital = runpy.run_path(str(EXAMPLES / "make_hospital.py"))["main"]
+    make_hospital(Path("hospital_x"), count=160)
+    text = PAGE.read_text().replace("\\\n", " ").replace("configs/", f"{PAGE.parents[1]}/configs/")
+    check, train = re.findall(r"^fedhelp ((?:data check|train) .*)$", text, re.M)
+    assert fedhelp(check) == 0
+    assert sorted(sheet.stem for sheet in Path("sheets").glob("*.png")) == sorted(
+        {"central", "north", "coast", "valley"}
+    )
+    devices = f"--config.mapping.cpu_devices={jax.device_count()}"
+    assert fedhelp(f"{train} --config.rounds=1 {devices}") == 0
+    assert "gap, large - small" in capsys.readouterr().out
+    summary = read(Path("runs/hospital_x/summary.json"))
+    assert (summary["dataset"], summary["synthetic"]) == ("hospital_x", False)
 
 
 def test_the_index_names_every_file():

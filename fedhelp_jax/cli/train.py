@@ -22,17 +22,18 @@ def _train(given: Given) -> int:
     folder, overwrite = ready_folder(given), bool(given["overwrite"])
     config = prepare_jax(config, None if overwrite else folder)
     from fedhelp_jax.core import distributed
-    from fedhelp_jax.experiments import runner
+    from fedhelp_jax.experiments import result
+    from fedhelp_jax.experiments.runner import Interrupted
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
     with distributed.joined(address(given), complain):
         if distributed.is_coordinator():
             warn_unused(config)
         try:
-            return _shown(lambda: runner.train(config, folder, overwrite))
+            return _shown(lambda: result.run(config, folder, overwrite=overwrite).summary)
         except AnswersMissing as error:
             raise teach_first(error, f"--config={given['config']}", *given.rest) from None
-        except runner.Interrupted as stop:
+        except Interrupted as stop:
             complain(str(stop) or f"interrupted; the same command goes on from {folder}")
             return 130
 

@@ -11,6 +11,7 @@ from fedhelp_jax.core.errors import first_of
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import load_data
+from fedhelp_jax.report.console import marked_synthetic
 from fedhelp_jax.report.contact_sheet import write_contact_sheets
 
 _MOST_REASONS = 20
@@ -54,7 +55,7 @@ def check_data(config: RunConfig, folder: Path | None, say: Callable[[str], None
 
 def _private(dataset: FederatedDataset) -> list[str]:
     masks = dataset.labels.ndim > 1
-    lines = [f"private: {dataset.name}, {'synthetic' if dataset.synthetic else 'real'}"]
+    lines = [f"private: {marked_synthetic(dataset.name, dataset.synthetic)}"]
     lines += [f"  {name}: {text}" for name, text in dataset.facts]
     shape = "x".join(map(str, dataset.images.shape[1:]))
     lines.append(f"  examples: {len(dataset.images)} of {shape}, {dataset.images.dtype}")
@@ -75,7 +76,7 @@ def _private(dataset: FederatedDataset) -> list[str]:
 
 
 def _public(public: PublicDataset) -> list[str]:
-    lines = [f"public: {public.name}, {'synthetic' if public.synthetic else 'real'}"]
+    lines = [f"public: {marked_synthetic(public.name, public.synthetic)}"]
     lines += [f"  {name}: {text}" for name, text in public.facts]
     shape = "x".join(map(str, public.images.shape[1:]))
     lines.append(f"  examples: {len(public.images)} of {shape}, {public.images.dtype}")

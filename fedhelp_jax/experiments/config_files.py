@@ -83,7 +83,7 @@ def _changed(config: Any, overrides: list[str]) -> RunConfig:
         flag = str(error).removeprefix("flag ").split(": ", 1)[0]
         kind = types[flag.removeprefix("--").split("=", 1)[0]]
         raise UserError(f"{flag} must be of type {kind.__name__}") from None
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
         # ml_collections lets some of these through as they are; all are about an override.
         raise UserError(f"{' '.join(overrides)}: {error}") from None
     checked = config_lib.validate(config)

@@ -25,7 +25,7 @@ SPLITTING = Splitting("grouped", 0.1, 0.25, None, 0)
 
 
 def made(by, examples=EXAMPLES, splitting=SPLITTING, **sharing):
-    how = Sharing(by, (0.5, 0.3, 0.2), num_clients=3, alpha=5.0, **sharing)
+    how = Sharing(by, (0.5, 0.3, 0.2), num_clients=3, dirichlet_alpha=5.0, **sharing)
     return make_clients(examples, how, splitting, name="toy", where="data.name: toy")
 
 

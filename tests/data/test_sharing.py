@@ -273,7 +273,6 @@ def test_a_run_shows_who_has_what(tmp_path, monkeypatch):
     ("name", "by", "right"),
     [
         ("phantoms", "dirichlet", "fractions"),
-        ("npz_masks", "shards", "fractions or site"),
         ("medmnist", "site", "fractions or iid or quantity or dirichlet or shards or clusters"),
     ],
 )

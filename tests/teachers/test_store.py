@@ -386,12 +386,12 @@ def test_only_one_at_a_time_asks_a_model(tmp_path):
     other = FINGERPRINT._replace(version="2")
 
     def second():
-        with opened(tmp_path).alone(waits.set):
+        with opened(tmp_path).exclusive_lock(waits.set):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with opened(tmp_path).alone(lambda: order.append("waited")):
-        with opened(tmp_path, fingerprint=other).alone(lambda: order.append("waited")):
+    with opened(tmp_path).exclusive_lock(lambda: order.append("waited")):
+        with opened(tmp_path, fingerprint=other).exclusive_lock(lambda: order.append("waited")):
             thread.start()
             assert waits.wait(10)
             order.append("first")
@@ -415,7 +415,7 @@ with store.AnswerStore(
 ) as opened:
     for number in range(int(first), int(last)):
         opened.put([f"{number:064x}"], np.full((1, len(names)), number, np.float32))
-        opened.spend(1, None)
+        opened.consume_quota(1, None)
 """
 
 
