@@ -1,4 +1,4 @@
-"""Segmentation from the command line, in two and three dimensions, with every method."""
+"""Segmentation from the command line, in two and three dimensions."""
 
 import csv
 from pathlib import Path
@@ -10,7 +10,6 @@ from commands import fedhelp, read, refusal
 from helpers import assert_trees_equal, on_host
 from PIL import Image
 
-from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.data.types import PublicDataset, image_sha256
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments.experiment import build_experiment, load_data
@@ -39,8 +38,12 @@ def answered(tmp_path_factory):
     return flags
 
 
-@pytest.mark.parametrize("method", ALGORITHMS)
-def test_a_run_of_every_method_on_volumes(method, answered, tmp_path):
+# Those that treat masks in their own way, and one that leaves all to the task.
+METHODS = ("fedhelp", "fedavg", "fml", "fedmd", "feddf", "fedproto", "fedgh", "fedkd", "fedtype")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_on_volumes(method, answered, tmp_path):
     flags = f"{answered} --workdir={tmp_path} --config.algorithm.name={method}"
     if method != "fedhelp":  # one level compiles in a third of the time
         large = 2 if method in ("fedproto", "fedgh") else 3  # these need features of one width

@@ -117,11 +117,8 @@ def case(name, chunk_size, num_devices, participation, **options):
     "options",
     [
         case("fedavg", 1, 1, 0.6),
-        case("fedavg", 2, 1, 0.6),
         case("fedavg", 0, 1, 1.0),
-        case("fedavg", 1, 2, 1.0),
         case("fedavg", 2, 2, 0.6, client_weights="examples"),
-        case("fedhelp", 1, 1, 0.6),
         case("fedhelp", 1, 2, 0.6),
         case("fedhelp", 1, 1, 1.0, no_answers=True),
         case("scaffold", 1, 2, 0.6),
