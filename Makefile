@@ -1,11 +1,12 @@
-# `make demo` and `make test` need git, make and Python 3.11 or newer; all else goes into .venv here.
+# `make demo`, `make test` and `make test-all` need git, make and Python 3.11 or newer. Everything
+# else goes into .venv here.
 # `make demo PYTHON=/path/to/python3.12` chooses the Python.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test setup format lint clean
+.PHONY: demo test test-all setup format lint clean
 
 # The two runs share the cores, one each: half of the time they compile, mostly on one core.
 RUN := $(BIN)/fedhelp train --config=configs/quickstart.py --config.mapping.cpu_devices=1
@@ -16,8 +17,14 @@ demo: .venv/.core
 	$(RUN) --workdir=$(DEMO)/fedhelp && wait $$local || { cat $(DEMO)/local.log; exit 1; }
 	$(BIN)/fedhelp show $(DEMO)/fedhelp $(DEMO)/local
 
+# A file of tests at a time on each core, since tests of one file share what they compile.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) -m "not (slow or torch or multiprocess or real_data or thorough)" $(PYTEST_ARGS)
+
+test-all: setup
+	$(PYTEST) $(PYTEST_ARGS)
 
 setup: .venv/.dev
 

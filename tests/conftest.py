@@ -1,6 +1,7 @@
 """Two CPU devices for every test, so that what is spread over devices is spread here too."""
 
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -15,10 +16,32 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 protect_process()  # many tests compile functions of the package by themselves
 
 
+def pytest_collection_modifyitems(items):
+    """Marks what reads real data, by the fixture that gives its folder."""
+    for item in items:
+        if "real" in item.fixturenames:
+            item.add_marker("real_data")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_user(tmp_path_factory):
     """Tests leave the user's cache folder alone."""
     os.environ.setdefault("FEDHELP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real data; tests that ask for it are marked ``real_data``."""
+    folder = os.environ.get("FEDHELP_DATA_DIR")
+    if not folder:
+        pytest.skip("FEDHELP_DATA_DIR, the folder of real images and models, is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def image_cache(tmp_path_factory) -> str:
+    """A folder to decode thousands of real images into, once for all tests."""
+    return os.environ.get("FEDHELP_CACHE_DIR") or str(tmp_path_factory.mktemp("image_cache"))
 
 
 @pytest.fixture

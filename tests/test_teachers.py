@@ -1,9 +1,7 @@
 import hashlib
 import json
 import math
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,13 +230,8 @@ def test_images_may_stand_in_place_of_hashes(tmp_path, public):
     assert "images must be uint8" in refusal(stored(path, **file | {"images": images / 255}))
 
 
-def test_real_embeddings_are_read():
-    folder = os.environ.get("FEDHELP_DATA_DIR")
-    if not folder:
-        pytest.skip("FEDHELP_DATA_DIR, the folder of real images, is not set")
-    path = Path(folder) / "pathmnist_1000_clip.npz"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
+def test_real_embeddings_are_read(real):
+    path = real / "pathmnist_1000_clip.npz"
     loaded = load_answers(path, "clip_embeddings")
     assert loaded.logits.shape == (1000, 512) and loaded.label_names == ()
     assert loaded.fingerprint.startswith("pathmnist_1000_clip (sha256 ")

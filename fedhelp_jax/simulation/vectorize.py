@@ -108,7 +108,8 @@ def over_clients(
     def without_sum(shared: PyTree, one: PyTree) -> PyTree:
         return fn(shared, one), ()
 
-    return lambda shared, stacked: _over_devices(without_sum, mapping, placed)(shared, stacked)[0]
+    run = _over_devices(without_sum, mapping, placed)
+    return lambda shared, stacked: run(shared, stacked, None)[0]
 
 
 def of_one_client(
@@ -233,8 +234,7 @@ def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, p
                 results = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
         return results, jax.tree.map(lambda leaf: leaf[None], sums)
 
-    run = _on_each(on_one_device, mapping, (placed, P(_AXIS), P(_AXIS)))
-    return lambda shared, stacked, begun=None: run(shared, stacked, begun)
+    return _on_each(on_one_device, mapping, (placed, P(_AXIS), P(_AXIS)))
 
 
 def _on_each(fn: Callable[..., Any], mapping: Mapping, placed: tuple[Any, ...]) -> Any:

@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from isic_files import isic_config
@@ -10,14 +7,6 @@ from fedhelp_jax.data.readers import folder as reader
 from fedhelp_jax.data.readers.images import Decoded
 from fedhelp_jax.data.sources import load_federated, load_public
 from fedhelp_jax.settings.schema import DataConfig, PublicConfig
-
-
-@pytest.fixture
-def real():
-    folder = os.environ.get("FEDHELP_DATA_DIR")
-    if not folder:
-        pytest.skip("FEDHELP_DATA_DIR is not set: no real data to try")
-    return Path(folder)
 
 
 def test_phantoms_are_the_default():
@@ -41,7 +30,7 @@ def test_unknown_names():
 
 
 @pytest.mark.parametrize("split", ["official", "grouped"])
-def test_real_centres(real, split, tmp_path, monkeypatch):
+def test_real_centres(real, split, image_cache, monkeypatch):
     if split == "official":
         # Its images are mostly those of "grouped": once is enough to decode them.
         def blank(source, names, size, **_):
@@ -53,7 +42,7 @@ def test_real_centres(real, split, tmp_path, monkeypatch):
         real / "ham10000_200x150.zip",
         real / "fed_isic2019_ham_split.csv",
         split=split,
-        cache_dir=os.environ.get("FEDHELP_CACHE_DIR", str(tmp_path)),
+        cache_dir=image_cache,
     )
     data = load_federated(config, seed=0)
     assert [client.name for client in data.clients] == [f"center_{k}" for k in (1, 2, 3, 5)]

@@ -1,6 +1,5 @@
 import hashlib
 import importlib.util
-import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -324,20 +323,9 @@ def test_two_inputs_are_one_too_many(tmp_path):
 # --- a real network ---
 
 
-@pytest.fixture
-def real():
-    folder = os.environ.get("FEDHELP_DATA_DIR")
-    if not folder:
-        pytest.skip("FEDHELP_DATA_DIR, the folder of real images and models, is not set")
-    files = Path(folder) / "models", Path(folder) / "pathmnist_1000_clip.npz"
-    if not all(file.exists() for file in files):
-        pytest.skip(f"{files[0]} or {files[1]} is not there")
-    return files
-
-
 def test_mobilenet_answers_as_its_interpreter_does(real):
     """Bit for bit, asked in the plainest way: as in the studies of docs/results.md."""
-    folder, images = real
+    folder, images = real / "models", real / "pathmnist_1000_clip.npz"
     path = folder / "mobilenet_v2_1.0_224_quant.tflite"
     labels = tuple((folder / "imagenet_labels.txt").read_text().splitlines())
     with np.load(images, allow_pickle=False) as file:
