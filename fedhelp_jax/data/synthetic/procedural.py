@@ -4,7 +4,7 @@ import numpy as np
 
 
 def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns x and y of the pixel centres of a square from -1 to 1, float32 [1, size, size] each."""
+    """Returns x and y of the pixels of a square from -1 to 1, float32 [1, size, size] each."""
     line = ((np.arange(size, dtype=np.float32) + 0.5) / size) * 2 - 1
     y, x = np.meshgrid(line, line, indexing="ij")
     return x[None], y[None]
