@@ -20,8 +20,8 @@ def setting(
         default: Default value.
         about: Help text.
         check: Check that the value must pass; the value None is never checked.
-        only: Conditions under which the setting has an effect. If they do not hold, setting it is an
-            error for commands that use `fedhelp_jax.experiments.unused.refuse_unused`.
+        only: Conditions under which the setting has an effect. If they do not hold, commands that
+            check it reject the setting (`fedhelp_jax.experiments.unused.refuse_unused`).
         identity: Whether runs with different values are different runs. This is False for settings
             that say where data are (their content is compared instead), how fast a teacher is
             queried, or how clients are mapped to devices.

@@ -57,7 +57,7 @@ _FLOAT32_END = 2.0**128  # infinite in float32, in which programs compute
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """Returns `value` as a `kind`, or `_WRONG`; an int is a valid float, but a bool is no number."""
+    """Returns `value` as a `kind`, or `_WRONG`. An int is a valid float; a bool is not a number."""
     if isinstance(kind, types.UnionType):
         kinds = typing.get_args(kind)
         # The command line passes None as text for settings that hold text.
