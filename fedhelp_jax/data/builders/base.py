@@ -76,8 +76,8 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
 
-    # Builders have no TFDS metadata files next to their code. TFDS would need another package to look
-    # for them.
+    # Builders have no TFDS metadata files next to their code. Looking for them would need another
+    # package.
     code_path = None
 
     about: About
