@@ -1,4 +1,4 @@
-"""Worker: runs of the quickstart one by one in one process, with what a sweep computes of them."""
+"""Worker: runs of the quickstart one by one in one process, each as a sweep computes it."""
 
 import json
 import os

@@ -83,7 +83,8 @@ class Federation(NamedTuple):
       pool: All private examples.
       public: The public set, or None.
       groups: The clients of one or two roles.
-      pooled: All clients' training examples as one client's: ``index`` int32 ``[n]``, ``size``.
+      pooled: The training examples of all clients as those of one client: ``index`` int32 ``[n]``,
+        ``size``.
     """
 
     pool: Pool

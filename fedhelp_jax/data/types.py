@@ -163,7 +163,7 @@ def check_federated(dataset: FederatedDataset) -> FederatedDataset:
         raise UserError(f"data {dataset.name}: no client has any images")
     num_classes, labels = len(dataset.label_names), dataset.labels
     if labels.ndim > 1:
-        num_classes = max(2, num_classes)  # a single name is the foreground's
+        num_classes = max(2, num_classes)  # a single name is that of the foreground
     # Check the extremes first: comparing hundreds of megabytes of masks allocates as much again.
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
         bad = np.argwhere((labels < 0) | (labels >= num_classes))[0]

@@ -21,7 +21,7 @@ def setting(
         about: Help text.
         check: Check that the value must pass; the value None is never checked.
         only: Conditions under which the setting has an effect. If they do not hold, commands that
-            check it reject the setting (`fedhelp_jax.experiments.unused.refuse_unused`).
+            call `fedhelp_jax.experiments.unused.refuse_unused` reject the setting.
         identity: Whether runs with different values are different runs. This is False for settings
             that say where data are (their content is compared instead), how fast a teacher is
             queried, or how clients are mapped to devices.

@@ -218,7 +218,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PublicConfig:
-    """The public images, which the server and all clients have."""
+    """The public images, which all participants have."""
 
     name: str = setting(
         "phantoms",

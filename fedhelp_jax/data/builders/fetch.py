@@ -19,7 +19,7 @@ _NETWORK_ERRORS = (OSError, http.client.HTTPException)
 
 
 class Remote(NamedTuple):
-    """A file that anyone may download without registration.
+    """A file that anyone may download without asking for access.
 
     Attributes:
       url: Its URL.

@@ -60,7 +60,7 @@ mask or masks too.""",
 
     mask_names = ("lung",)
 
-    part_size = 16  # radiographs of several megabytes
+    part_size = 16  # radiographs take several megabytes each
 
     def features(self) -> dict[str, Any]:
         """Returns the features: a grey PNG image, its mask of 0 and 255, hospital, tb and group."""

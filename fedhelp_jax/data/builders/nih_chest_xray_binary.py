@@ -53,7 +53,7 @@ One folder with, from https://nihcc.app.box.com/v/ChestXray-NIHCC,
         sizes={"no_finding": 60361, "pneumonia": 1431},
     )
 
-    part_size = 16  # radiographs of several megabytes
+    part_size = 16  # radiographs take several megabytes each
 
     def features(self) -> dict[str, Any]:
         """Returns the features: a grey PNG image, whether it shows pneumonia, and the patient."""

@@ -96,7 +96,7 @@ class SkinMasks(Builder):
         super().__init__(config=config, **options)
 
     def features(self) -> dict[str, Any]:
-        """Returns the features: JPEG image, mask of 0 and 255, lesion, and, for HAM10000, source."""
+        """Returns the features: JPEG image, mask of 0 and 255, lesion, and source (HAM10000)."""
         features: dict[str, Any] = {
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
             "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),

@@ -101,7 +101,7 @@ class Splitting(NamedTuple):
 def make_clients(
     examples: Examples, sharing: Sharing, splitting: Splitting, *, name: str, where: str
 ) -> tuple[ClientSplit, ...]:
-    """Returns the clients.
+    """Returns the clients and their splits, according to `sharing.by`.
 
     - "site": one client per site.
     - "column:NAME": one client per value. Values with fewer than `min_examples` examples, or

@@ -34,7 +34,7 @@ class Sharing(NamedTuple):
         num_clients: Otherwise, the number of clients.
         dirichlet_alpha: With "dirichlet" and "quantity", the concentration; the smaller it is, the
             more the clients differ.
-        min_examples: Minimum number of examples per client, including validation examples.
+        min_examples: Minimum number of training and validation examples per client.
         shards_per_client: With "shards", the number of shards per client, which is about the number
             of classes that it has.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.decode import picture_stem
 
-# HAM10000 itself calls its masks <id>_segmentation.png.
+# HAM10000's own masks are called <id>_segmentation.png.
 _MASK_ENDS = ("", "_segmentation")
 # Files that macOS and Windows add to folders.
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")

@@ -27,7 +27,7 @@ from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
 from fedhelp_jax.settings.schema import DataConfig, PublicConfig
 
 FOREGROUND = ("foreground",)
-_OWN = ("image", "label", "mask", "split")  # columns that clients cannot be made of
+_OWN = ("image", "label", "mask", "split")  # columns from which clients cannot be made
 
 logger = logging.getLogger(__name__)
 

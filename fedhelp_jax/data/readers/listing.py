@@ -18,7 +18,7 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _TABLES = (".csv", ".tsv", ".parquet")
-_MASK_ENDS = ("", "_segmentation")  # HAM10000 itself calls its masks <id>_segmentation.png
+_MASK_ENDS = ("", "_segmentation")  # HAM10000's own masks are called <id>_segmentation.png
 
 logger = logging.getLogger(__name__)
 

@@ -48,8 +48,8 @@ def load_prepared(
     Args:
         name: `data.name` without its prefix: NAME or NAME/CONFIG.
         data_dir: `data.path`, the folder of prepared data sets; None uses TFDS's default.
-        masks: Whether labels are masks rather than classes. Masks are resized like the images
-            (nearest neighbour).
+        masks: Whether labels are masks rather than classes. Masks are resized to the size of the
+            result (nearest neighbour).
         image_size: Height and width of the result.
         volume_size: Sides of the result if it is volumes; floating-point volumes stay floats.
         sharing: How examples are assigned to clients.
