@@ -1,7 +1,8 @@
-"""Rivals that take turns, each in a process of its own, so that no thread pools fight.
+"""Alternates rivals in separate processes, so that their thread pools do not compete.
 
-A worker is a module that calls `serve`; `Worker` starts it, and asks it by a line of JSON at a
-time. While one works the others wait for their line, which costs nothing.
+A worker is a module that calls `serve`. `Worker` starts it and sends it questions, one per line,
+each of which it answers by one line of JSON. While one worker runs, the others wait for input,
+which costs nothing.
 """
 
 import json
@@ -19,7 +20,7 @@ class Worker:
     """A process that runs ``python -m MODULE JSON`` and answers questions.
 
     Attributes:
-      about: What it says of itself.
+      about: The information that the worker gives about itself.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Worker:
         self.about = self._read()
 
     def ask(self, what: str) -> dict[str, Any]:
-        """The answer to ``what``, one of the worker's questions."""
+        """Returns the answer to ``what``, one of the worker's questions."""
         assert self._process.stdin is not None
         self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
@@ -55,7 +56,7 @@ class Worker:
 
 
 def serve(about: Mapping[str, Any], questions: Mapping[str, Callable[[], Any]]) -> None:
-    """Says ``about``, then answers questions until the input ends. Other output goes to stderr."""
+    """Prints ``about``, then answers questions until the input ends; all else goes to stderr."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     print(json.dumps(about), file=answers, flush=True)
@@ -64,9 +65,9 @@ def serve(about: Mapping[str, Any], questions: Mapping[str, Callable[[], Any]]) 
 
 
 def peak_gib() -> float:
-    """The most memory that this process has had.
+    """Returns the peak memory of this process in GiB.
 
-    Linux gives ``getrusage`` of a parent on to its children, so that is not asked there.
+    ``getrusage`` is not used on Linux, where children inherit its value from their parent.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -79,9 +80,9 @@ def peak_gib() -> float:
 def alternate(
     workers: Mapping[str, Worker], repeats: int, what: str = "round"
 ) -> dict[str, list[float]]:
-    """Seconds of each worker's rounds, ``repeats`` of each after one that does not count.
+    """Returns the seconds of each worker's rounds, ``repeats`` of them after one warm-up round.
 
-    Rounds are ``what`` the workers are asked for.
+    A round is the worker's answer to the question ``what``.
     """
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for worker in workers.values():
@@ -93,5 +94,5 @@ def alternate(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
+    """Returns median and range."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}

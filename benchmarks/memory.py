@@ -1,11 +1,11 @@
-"""Memory of a training step of a 3D U-Net, with and without rematerialisation.
+"""Measures memory of a training step of a 3D U-Net, with and without rematerialisation.
 
     python -m benchmarks.memory                        # compiled only: the sizes XLA allocates
     python -m benchmarks.memory --run --remat=true     # one step is run, and its peak measured
 
-Adam with L2 decay on softmax cross-entropy and Dice of three classes; parameters and optimizer
-state are updated in place. The peak is that of the process on a CPU (so run one setting a process),
-that of the device elsewhere.
+The step is Adam with L2 decay on softmax cross-entropy and Dice of three classes; parameters and
+optimizer state are updated in place. On a CPU the peak is that of the process, so run one setting
+per process. Elsewhere it is that of the device.
 """
 
 import platform
@@ -32,7 +32,7 @@ _GIB = 2**30
 
 
 def compiled(remat: bool):
-    """A compiled step, and functions that make what it takes."""
+    """Returns a compiled step, a function that makes its state, and the shapes of its batch."""
     shape = (*map(int, _SHAPE.value), 1)
     model, tx = unet(UNETS[_MODEL.value], 3, remat=remat), adam_l2(1e-3, 1e-4)
 
@@ -57,7 +57,7 @@ def compiled(remat: bool):
 
 
 def peak_bytes() -> int:
-    """Of the device, or of this process where the device is the CPU."""
+    """Returns the peak memory of the device, or of this process if the device is the CPU."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -65,7 +65,7 @@ def peak_bytes() -> int:
 
 
 def main(_: list[str]) -> None:
-    """Prints a line per setting."""
+    """Prints one line per setting."""
     print(f"{_MODEL.value}, batch {_BATCH.value}, {'x'.join(_SHAPE.value)}")
     machine = f"{jax.devices()[0].device_kind}, {platform.machine()}"
     print(f"{machine}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
@@ -75,7 +75,7 @@ def main(_: list[str]) -> None:
         state, temporary = sizes.argument_size_in_bytes / _GIB, sizes.temp_size_in_bytes / _GIB
         line = f"remat {remat!s:5}  state {state:.2f} GiB  temporary {temporary:.2f} GiB"
         if _RUN.value:
-            # In place of a random start, whose own temporaries would be part of the peak.
+            # Constants instead of random parameters, whose temporaries would add to the peak.
             given = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), jax.eval_shape(start))
             images = jax.random.normal(jax.random.key(0), x.shape)
             masks = jax.random.randint(jax.random.key(1), targets.shape, 0, 3)

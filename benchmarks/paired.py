@@ -1,13 +1,14 @@
-r"""Differences between settings over seeds, with 95 % intervals, from finished run folders.
+r"""Compares settings over seeds, with 95 % intervals, from finished run folders.
 
     python -m benchmarks.paired --runs='runs/study/{}-{}' --seeds=0,1,2 \
         --pairs=path_mnv2:path_labels,cifar_mnv2:cifar_labels
 
-Run folders are named by a setting and a seed. Each pair is compared seed by seed: the same clients,
-splits and private batches on both sides. Student's t interval of the mean difference; with three
-seeds it is wide, and says so. A setting's own value is mean and standard deviation over seeds.
+Run folders are named by a setting and a seed. Each pair is compared seed by seed, with the same
+clients, splits and private batches on both sides. The interval is Student's t interval of the mean
+difference, which is wide for three seeds. A single setting is reported as mean and standard
+deviation over seeds.
 
-With --metric=dice also the mean over all clients: --keys=mean,small_mean,large_mean.
+With --metric=dice, the mean over all clients is available too: --keys=mean,small_mean,large_mean.
 """
 
 import json
@@ -28,7 +29,7 @@ _LAST = flags.DEFINE_integer("last", 0, "mean validation of the last rounds inst
 
 
 def value(setting: str, seed: str, key: str) -> float:
-    """One number of one run."""
+    """Returns one number of one run."""
     folder = Path(_RUNS.value.format(setting, seed))
     if _LAST.value:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,22 +1,24 @@
-"""FedAvg's rounds a minute and final loss beside other frameworks for simulations.
+"""Compares FedAvg's rounds per minute and final loss with other simulation frameworks.
 
     python -m benchmarks.peers --setup --python312=PATH
     python -m benchmarks.peers
 
-The workload has the shape of the CIFAR-10 benchmark of pfl-research: 1,000 users of 50 images,
-50 of them in a round, one local epoch of plain SGD in batches of 10, a CNN of two convolutions and
-two dense layers; without its dropout, so that all compute the same. Images are synthetic.
+The workload has the shape of the CIFAR-10 benchmark of pfl-research: 1,000 users with 50 images
+each, 50 users per round, one local epoch of plain SGD in batches of 10, and a CNN of two
+convolutions and two dense layers. Its dropout is removed, so that all frameworks compute the same.
+Images are synthetic.
 
-Ours runs beside pfl, Flower and blazefl, each in an environment of its own (``--setup`` makes them)
-and in the ways that its documentation gives. Of each framework every variant, workers by threads,
-first has to reach our weights in float64, in a case that leaves nothing to chance: all users take
-part, with a single batch. Then it runs a few rounds, and the fastest is kept. Those of all
-frameworks alternate, each in processes of its own, in blocks of rounds: a first one that does not
-count, then ``--rounds`` that do, without evaluation or start-up. A framework that has no
-environment is not measured. A line of JSON is appended to ``--out``; a Markdown table is printed.
+Ours is compared with pfl, Flower and blazefl. Each has its own environment (``--setup`` makes them)
+and runs in the ways that its documentation describes. Every variant of a framework (a number of
+workers and of threads) must first reproduce our weights in float64, in a deterministic case in
+which all users take part with a single batch. Then it runs a few rounds, and the fastest variant is
+kept. The fastest variants of all frameworks alternate in separate processes and in blocks of
+rounds: one warm-up round, then ``--rounds`` timed rounds, without evaluation or start-up. A
+framework without an environment is not measured. A line of JSON is appended to ``--out``, and a
+Markdown table is printed.
 
-What is drawn at random is each framework's own: pfl chooses users with replacement, as in its
-benchmark, and takes a user's images in one order; the others choose without it, and shuffle.
+Each framework makes its own random draws: pfl samples users with replacement, as in its benchmark,
+and uses a user's images in a fixed order; the others sample without replacement and shuffle.
 """
 
 import json
@@ -62,7 +64,7 @@ _PACKAGES = {
 
 
 def variants(name: str) -> list[dict[str, Any]]:
-    """The ways to use all cores: one thread in each of as many workers, or one worker with all."""
+    """Returns the ways to use all cores: one worker per core, or one worker with all threads."""
     cores = len(os.sched_getaffinity(0))
     many, one = {"workers": cores, "threads": 1}, {"workers": 1, "threads": cores}
     if name == _OURS:
@@ -77,7 +79,7 @@ def variants(name: str) -> list[dict[str, Any]]:
 
 
 def setup() -> None:
-    """Makes the environments; one that is there already is brought to the versions above."""
+    """Makes the environments; an existing one is updated to the versions above."""
     for name in _PEERS.value:
         python = _PYTHON312.value if name == "blazefl" else sys.executable
         if shutil.which(python) is None:
@@ -105,7 +107,7 @@ def weights_of(worker: Worker, options: dict[str, Any]) -> dict[str, np.ndarray]
 
 
 def certain_weights(name: str, options: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Averaged weights after the rounds of a case in which nothing is left to chance."""
+    """Returns the averaged weights after the rounds of the deterministic case."""
     worker = start(name, options)
     worker.ask("round")
     weights = weights_of(worker, options)
@@ -114,12 +116,12 @@ def certain_weights(name: str, options: dict[str, Any]) -> dict[str, np.ndarray]
 
 
 def difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """The largest difference, relative to the layer's largest weight."""
+    """Returns the largest difference, relative to the layer's largest weight."""
     return max(float(np.abs(ours[k] - v).max() / np.abs(v).max()) for k, v in theirs.items())
 
 
 def certain_case(folder: str) -> dict[str, Any]:
-    """Four users, all in every round, of one batch; two rounds in float64."""
+    """Makes the deterministic case: four users with one batch each, two full rounds in float64."""
     users, images = 4, _BATCH.value
     save_workload(make_workload(users, images, float64=True), folder)
     return {
@@ -135,7 +137,11 @@ def certain_case(folder: str) -> dict[str, Any]:
 
 
 def choose(name: str, certain: dict[str, Any], ours: Any, options: dict[str, Any]) -> Any:
-    """The fastest variant that agrees with ours; all differences and seconds a round."""
+    """Returns the fastest variant, and the difference and seconds per round of all variants.
+
+    Raises:
+      AssertionError: If the weights of a variant differ from ours.
+    """
     tried = []
     for variant in variants(name):
         if name == _OURS:
@@ -152,7 +158,7 @@ def choose(name: str, certain: dict[str, Any], ours: Any, options: dict[str, Any
 
 
 def measure(names: list[str]) -> dict[str, Any]:
-    """Parity, variants, then the alternation."""
+    """Checks parity, chooses variants, and times them in alternation."""
     with tempfile.TemporaryDirectory() as certain_folder, tempfile.TemporaryDirectory() as folder:
         certain = certain_case(certain_folder)
         save_workload(make_workload(_USERS.value, _IMAGES.value, float64=False), folder)
@@ -205,7 +211,7 @@ def measure(names: list[str]) -> dict[str, Any]:
 
 
 def described(variant: dict[str, Any]) -> str:
-    """A variant in words."""
+    """Describes a variant in words."""
     workers, threads = variant["workers"], variant["threads"]
     how = f"{workers} worker{'s' * (workers > 1)}, torch threads: {threads}"
     return f"{variant['mode']}: {how}" if "mode" in variant else how

@@ -1,4 +1,4 @@
-"""Worker: FedAvg by ``blazefl``: clients in threads, in processes or one after the other."""
+"""Worker: FedAvg by ``blazefl``, with clients in threads, in processes or sequentially."""
 
 import copy
 import functools
@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ["TQDM_DISABLE"] = "1"  # or a bar a round
+os.environ["TQDM_DISABLE"] = "1"  # no progress bar for every round
 
 import numpy as np
 import torch
-import torch._dynamo  # the first optimizer does; so forked processes need not, every round anew
+import torch._dynamo  # otherwise every forked process imports it in every round
 from blazefl.contrib import (
     FedAvgBaseClientTrainer,
     FedAvgBaseServerHandler,
@@ -36,19 +36,19 @@ def template(folder: Path) -> Network:
 
 
 class Selector:
-    """Copies of one network: a copy takes less time than a fresh draw of weights for every user."""
+    """Copies one network, which is faster than drawing new weights for every user."""
 
     def __init__(self, folder: Path):
         self._folder = folder
 
     def select_model(self, model_name: str) -> Network:
-        """A copy."""
+        """Returns a copy of the network."""
         del model_name
         return copy.deepcopy(template(self._folder))
 
 
 class Files:
-    """Users' data, a file each as in blazefl's examples: it is sent to every process by name."""
+    """The users' data in one file per user, as in blazefl's examples; processes get its name."""
 
     def __init__(self, folder: Path, shuffle: bool):
         self._folder, self._shuffle = folder, shuffle
@@ -62,7 +62,7 @@ class Files:
         return TensorDataset(*torch.load(self._folder / f"{cid}.pt"))
 
     def set_dataset(self, type_: str, cid: int | None, dataset: Any) -> None:
-        """Nothing of it changes."""
+        """Does nothing, since the data do not change."""
 
     def get_dataloader(
         self,
@@ -71,7 +71,7 @@ class Files:
         batch_size: int | None,
         generator: torch.Generator | None = None,
     ) -> DataLoader:
-        """Batches of a user's images."""
+        """Returns the batches of a user's images."""
         dataset = self.get_dataset(type_, cid)
         return DataLoader(
             dataset, batch_size=batch_size, shuffle=self._shuffle, generator=generator

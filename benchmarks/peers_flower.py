@@ -1,8 +1,9 @@
 """Worker: FedAvg by Flower's simulation, whose Ray actors train the users.
 
-A question runs one whole simulation from the weights that the last one left: so nothing of Ray
-is awake while the others are timed. A round lasts from the strategy's turn to choose users to the
-next such turn; the first one, in which the actors import torch and read the data, is not counted.
+Each question runs a whole simulation from the final weights of the previous one, so that no Ray
+process is active while others are timed. A round lasts from the strategy's selection of users to
+the next selection. The first round, in which the actors import torch and read the data, does not
+count.
 """
 
 import functools
@@ -35,7 +36,7 @@ app = ClientApp()
 
 @functools.cache
 def loaded(folder: str, threads: int) -> tuple[Workload, Network]:
-    """Once in an actor."""
+    """Loads the workload and the network once per actor."""
     use_threads(threads)
     workload = load_workload(folder)
     return workload, Network(workload.weights)
@@ -43,7 +44,7 @@ def loaded(folder: str, threads: int) -> tuple[Workload, Network]:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """A user's turn: one epoch in a random order."""
+    """Trains a user for one epoch in a random order."""
     config = message.content["config"]
     workload, network = loaded(config["folder"], config["threads"])
     network.load_state_dict(message.content["arrays"].to_torch_state_dict())
@@ -61,24 +62,24 @@ def train(message: Message, context: Context) -> Message:
 
 
 class Timed(FedAvg):
-    """FedAvg that notes when its rounds begin."""
+    """FedAvg that records when its rounds begin."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.times: list[float] = []
 
     def configure_train(self, *args: Any, **options: Any) -> Any:
-        """Chooses the users."""
+        """Records the time and chooses the users."""
         self.times.append(time.perf_counter())
         return super().configure_train(*args, **options)
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    # Imported by name here, so that actors import it too, rather than be sent it with every user.
+    # Imported by name, so that actors import it too instead of receiving it with every user.
     from benchmarks.peers_flower import app
 
-    # Ray starts actors in this folder's parent, where the package `benchmarks` is.
+    # Lets Ray's actors import the package `benchmarks`, which is in this folder's parent.
     os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
     workload = load_workload(options["folder"])
     users, warm_up = len(workload.owned), options["warm_up"]

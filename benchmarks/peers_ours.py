@@ -1,4 +1,4 @@
-"""Worker: FedAvg by ``fedhelp_jax``, on a network of a user's own."""
+"""Worker: FedAvg by ``fedhelp_jax``, on a custom network."""
 
 import json
 import os
@@ -28,12 +28,12 @@ from fedhelp_jax.simulation.streaming import StreamedRounds
 from fedhelp_jax.simulation.vectorize import make_mapping
 from fedhelp_jax.tasks import classification
 
-# In the order of the network; convolutions' and dense layers' kernels by their rank.
+# PyTorch's names of the layers, in the order of the network.
 LAYERS = ("0", "2", "6", "8")
 
 
 def from_torch(weights: Weights) -> dict[str, Any]:
-    """PyTorch's weights as our parameters."""
+    """Returns PyTorch's weights as our parameters."""
 
     def layer(name: str) -> dict[str, np.ndarray]:
         kernel = weights[f"{name}.weight"]
@@ -45,7 +45,7 @@ def from_torch(weights: Weights) -> dict[str, Any]:
 
 
 def to_torch(params: dict[str, Any]) -> Weights:
-    """The way back."""
+    """Returns our parameters as PyTorch's weights."""
     weights = {}
     for name, layer in zip(LAYERS, [*params["features"], params["head"]], strict=True):
         kernel = np.asarray(layer["kernel"])
@@ -55,7 +55,7 @@ def to_torch(params: dict[str, Any]) -> Weights:
 
 
 def network(weights: Weights) -> Model:
-    """The peers' network, starting from ``weights``."""
+    """Returns the peers' network, initialised with ``weights``."""
 
     def init(key: jax.Array, sample_shape: tuple[int, ...]) -> Any:
         del key, sample_shape
@@ -66,7 +66,7 @@ def network(weights: Weights) -> Model:
         return jax.nn.relu(out + layer["bias"][:, None, None, None])
 
     def features(variables: Any, x: jax.Array, *, train: bool, mask: Any = None) -> Any:
-        del train, mask  # there is nothing here that runs over the batch
+        del train, mask  # no layer depends on the batch
         first, second, dense = variables["params"]["features"]
         h = x.transpose(3, 0, 1, 2)
         h = max_pool(convolve(second, convolve(first, h)))
@@ -117,7 +117,7 @@ def main() -> None:
         simulation = StreamedRounds(phases, federation, seed=0, max_device_bytes=max_device_bytes)
     else:
         simulation = CompiledRounds(phases, federation, seed=0)
-    compile_totals()  # counts from here on
+    compile_totals()  # starts counting
     state, number = simulation.init(), 0
 
     def one_round() -> None:

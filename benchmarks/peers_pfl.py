@@ -1,8 +1,8 @@
-"""Worker: FedAvg by ``pfl``, in a process, or in several that share the users out.
+"""Worker: FedAvg by ``pfl``, in one process, or in several that divide the users among them.
 
-`FederatedAlgorithm.run` has the loop over rounds, so a question runs it once, of the rounds asked
-for, on the model that the last one left. A first round evaluates every user, which pfl cannot be
-told not to do; it is not counted.
+`FederatedAlgorithm.run` contains the loop over rounds, so each question runs it once for the
+requested rounds, on the model of the previous run. The first round also evaluates every user, which
+pfl cannot be told to skip; it does not count.
 """
 
 import json
@@ -19,7 +19,7 @@ RANK = int(os.environ.get("PFL_WORKER_RANK", "0"))
 
 
 def start_others() -> None:
-    """Starts the processes of rank 1 and on; pfl reads who they are when it is imported."""
+    """Starts the processes of rank 1 and above; pfl reads their addresses when it is imported."""
     workers = OPTIONS["workers"]
     if workers == 1 or RANK > 0:
         return
@@ -62,33 +62,33 @@ from benchmarks.peers_workload import load_workload  # noqa: E402
 
 
 class Classifier(Network):
-    """With the two functions that pfl asks of a network."""
+    """The network with the two methods that pfl requires."""
 
     def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """What a step descends."""
+        """Returns the training loss."""
         return functional.cross_entropy(self(inputs), targets)
 
     @torch.no_grad()
     def metrics(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, Weighted]:
-        """What an evaluation sums up."""
+        """Returns the metrics that an evaluation accumulates."""
         total = functional.cross_entropy(self(inputs), targets, reduction="sum")
         return {"loss": Weighted(total.item(), len(targets))}
 
 
 class Stopwatch(TrainingProcessCallback):
-    """When each round ended."""
+    """Records when each round ended."""
 
     def __init__(self):
         self.ends: list[float] = []
 
     def after_central_iteration(self, *_: Any, **__: Any) -> tuple[bool, Metrics]:
-        """Does not stop the run."""
+        """Records the time, and does not stop the run."""
         self.ends.append(time.perf_counter())
         return False, Metrics()
 
 
 def going_on(answer: bool = True) -> bool:
-    """The first process's answer, which the others wait for."""
+    """Returns the answer of the first process, for which the others wait."""
     if OPTIONS["workers"] == 1:
         return answer
     flag = torch.tensor([int(answer)])
@@ -102,7 +102,7 @@ def main() -> None:
     workload = load_workload(OPTIONS["folder"])
     users = range(len(workload.owned))
     data = {user: user_data(workload, user) for user in users}
-    # Their benchmark samples with replacement. Where all users must take part, the other sampler.
+    # pfl's benchmark samples with replacement. The other sampler is for rounds of all users.
     sampler = get_user_sampler("minimize_reuse" if OPTIONS["all"] else "random", users)
     federated = FederatedDataset(lambda user: Dataset(data[user], user_id=user), sampler)
     network = Classifier(workload.weights)

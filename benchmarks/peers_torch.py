@@ -18,10 +18,10 @@ class ToChannelsFirst(nn.Module):
 
 
 class Network(nn.Sequential):
-    """Two convolutions and two dense layers, as ``simple_cnn`` of pfl-research without dropout."""
+    """Two convolutions and two dense layers, like pfl-research's ``simple_cnn`` without dropout."""
 
     def __init__(self, weights: Weights):
-        # The first and parameterless layer has another name, so that the others count from 0.
+        # The first layer, which has no parameters, is not numbered, so that the others start at 0.
         layers = (
             nn.Conv2d(3, 32, 3),
             nn.ReLU(),
@@ -46,13 +46,13 @@ def to_weights(network: nn.Module) -> dict[str, np.ndarray]:
 
 
 def user_data(workload: Workload, user: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A user's images, scaled, and labels."""
+    """Returns a user's scaled images, and their labels."""
     rows = workload.owned[user]
     images = scaled(workload.images[rows].astype(workload.weights["8.bias"].dtype))
     return torch.from_numpy(images), torch.from_numpy(workload.labels[rows])
 
 
 def use_threads(count: int) -> None:
-    """For this process and those it starts."""
+    """Sets the number of threads of this process and of those that it starts."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)

@@ -1,7 +1,7 @@
-"""What all of `benchmarks.peers` start from and are judged by; NumPy and nothing of ours.
+"""The workload and the loss of `benchmarks.peers`, in NumPy and independent of ``fedhelp_jax``.
 
-Weights have the names and shapes of PyTorch's ``state_dict`` of the network in
-`benchmarks/peers_torch.py`, in a dict of arrays.
+Weights are a dict of arrays with the names and shapes of PyTorch's ``state_dict`` of the network in
+`benchmarks/peers_torch.py`.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ Weights = Mapping[str, np.ndarray]
 
 
 class Workload(NamedTuple):
-    """Images uint8 ``[N, 32, 32, 3]``, labels int64 ``[N]``, ``owned [users, n]``: whose is which.
+    """The images of all users, and the initial weights.
 
     Attributes:
-      images: Every image belongs to one user.
-      labels: 0 to 9.
-      owned: Positions in ``images``.
-      weights: To start from.
+      images: uint8 ``[N, 32, 32, 3]``; every image belongs to one user.
+      labels: int64 ``[N]``, 0 to 9.
+      owned: ``[users, n]`` positions in ``images`` of each user's images.
+      weights: The initial weights.
     """
 
     images: np.ndarray
@@ -42,12 +42,12 @@ class Workload(NamedTuple):
 
 
 def make_workload(users: int, images: int, float64: bool) -> Workload:
-    """Synthetic: of each class a coarse pattern, under noise six times as strong.
+    """Makes synthetic images: a coarse pattern for each class, with noise six times as strong.
 
     Args:
-      users: How many.
-      images: Of each user.
-      float64: Whether the weights are.
+      users: Number of users.
+      images: Number of images per user.
+      float64: Whether the weights are float64 rather than float32.
 
     Returns:
       The workload; every user's images are a random sample of all classes.
@@ -63,7 +63,7 @@ def make_workload(users: int, images: int, float64: bool) -> Workload:
         pixels[rows] = (128 + pattern[labels[rows]] + 48 * noise).clip(0, 255)
     weights = {}
     for name, shape in SHAPES.items():
-        # Glorot's uniform draw and zero biases.
+        # Glorot uniform weights and zero biases.
         area = int(np.prod(shape[2:]))
         bound = (6 / (area * sum(shape[:2]))) ** 0.5 if len(shape) > 1 else 0.0
         weights[name] = rng.uniform(-bound, bound, shape).astype(float if float64 else np.float32)
@@ -86,12 +86,12 @@ def _file(folder: str | Path) -> Path:
 
 
 def scaled(images: Any) -> Any:
-    """Pixels 0..255 to [-1, 1], in the precision of the weights; of any array library."""
+    """Returns pixels 0..255 scaled to [-1, 1], for arrays of any library."""
     return images / 127.5 - 1.0
 
 
 def mean_loss(weights: Weights, images: np.ndarray, labels: np.ndarray) -> float:
-    """Mean cross-entropy of the network, computed by NumPy whoever trained it."""
+    """Returns the network's mean cross-entropy, computed by NumPy for every framework."""
     dtype = weights["8.bias"].dtype
     total = 0.0
     for start in range(0, len(images), 100):
@@ -115,7 +115,7 @@ def _relu(x: np.ndarray) -> np.ndarray:
 
 
 def _convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Without padding: ``[B, H, W, C] -> [B, H - 2, W - 2, O]``."""
+    """Convolves without padding: ``[B, H, W, C] -> [B, H - 2, W - 2, O]``."""
     windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
     out = windows.reshape(-1, kernel[0].size) @ kernel.reshape(len(kernel), -1).T
     return out.reshape(*windows.shape[:3], -1)

@@ -1,14 +1,17 @@
-"""How near the training of each stage of ResNet-20 comes to what the machine allows.
+"""Compares the training of each stage of ResNet-20 with the roofline of the machine.
 
     python -m benchmarks.roofline --clients=8 --batch_size=16
     python -m benchmarks.roofline --clients=1024 --batch_size=16   # on an accelerator
 
-One device. A stage's rate is its FLOP, by count, over the time of its forward and backward pass for
-all clients, each with weights of its own. What is attainable is the lesser of two: the rate of a
-large matrix product, measured; and the stage's FLOP a byte times the bandwidth of a copy, measured.
-FLOP are those of the convolutions: a product forward, one for each gradient (none by the image).
-Bytes are the least possible: each product reads its two and writes its one array once, and all else
-comes free with them. So the whole of the attainable rate is out of reach.
+Everything runs on one device. A stage's rate is its number of FLOP, counted analytically, divided
+by the time of its forward and backward pass for all clients, each with its own weights. The
+attainable rate is the smaller of two: the measured rate of a large matrix product, and the stage's
+FLOP per byte times the measured bandwidth of a copy.
+
+Only the FLOP of convolutions count: one product in the forward pass and one for each gradient
+(there is none with respect to the image). Bytes are a lower bound: each product reads its two
+arrays and writes its result once, and everything else is free. The attainable rate is therefore not
+fully reachable.
 """
 
 import json
@@ -38,14 +41,14 @@ _BLOCKS, _FLOAT = 3, 4
 
 
 class Work(NamedTuple):
-    """Of one client's step through one stage: FLOP, and least bytes to move."""
+    """FLOP, and minimum bytes to move, of one client's step through one stage."""
 
     flop: float
     bytes: float
 
 
 def stages() -> list[tuple[str, Any, tuple[int, int], Work]]:
-    """Name, module, ``(channels, side)`` of the input, and work."""
+    """Returns name, module, ``(channels, side)`` of the input, and work of each stage."""
     side, found = _SIZE.value, []
     found.append(("stem", Stem(train=True), (3, side), convolution(3, 16, side, side, products=2)))
     channels = 16
@@ -62,14 +65,14 @@ def stages() -> list[tuple[str, Any, tuple[int, int], Work]]:
 
 
 def convolution(inputs: int, outputs: int, side: int, out: int, products: int = 3) -> Work:
-    """Of a 3x3 convolution's training."""
+    """Returns the work of training a 3x3 convolution."""
     weights, images = 9 * inputs * outputs, _BATCH.value
     arrays = images * (inputs * side**2 + outputs * out**2) + weights
     return Work(2 * products * weights * images * out**2, products * _FLOAT * arrays)
 
 
 def seconds(fn: Callable[..., Any], *arguments: Any) -> float:
-    """The median time of a call."""
+    """Returns the median time of a call."""
     jax.block_until_ready(fn(*arguments))
     times = []
     for _ in range(_REPEATS.value):
@@ -80,20 +83,20 @@ def seconds(fn: Callable[..., Any], *arguments: Any) -> float:
 
 
 def matrix_rate() -> float:
-    """FLOP a second of a product of two large square matrices."""
+    """Returns the FLOP per second of a product of two large square matrices."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     a, b = jax.random.normal(jax.random.key(0), (2, n, n))
     return 2 * n**3 / seconds(jit(jnp.matmul), a, b)
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
+    """Returns the bytes per second, read and written, of a copy that exceeds all caches."""
     x = jnp.zeros(2**28 // _FLOAT if jax.default_backend() == "cpu" else 2**32 // _FLOAT)
     return 2 * x.nbytes / seconds(jit(lambda x: x + 1), x)
 
 
 def stage_seconds(module: Any, channels: int, side: int) -> float:
-    """One step of all clients through a stage, forward and backward."""
+    """Returns the seconds of one forward and backward step of all clients through a stage."""
     mapping = make_mapping(num_devices=1)
     shape = (channels, _BATCH.value, side, side)
     mask = jnp.ones(_BATCH.value, bool)
@@ -113,7 +116,7 @@ def stage_seconds(module: Any, channels: int, side: int) -> float:
         out, pull = jax.vjp(apply, variables["params"], x)
         params, x_grad = pull(out)
         moved = jax.tree.map(lambda p, g: p - 1e-9 * g, variables["params"], params)
-        # The stem's input is the image, by which nothing is differentiated.
+        # The stem's input is the image, whose gradient is not needed.
         x = x if channels == 3 else x - 1e-9 * x_grad
         return {"params": moved, **stats}, x
 
@@ -173,7 +176,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # One core: XLA's thread pool is as large as the set of cores it may run on.
+    # Use one core: XLA's thread pool has as many threads as the process may use cores.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     app.run(main)

@@ -1,12 +1,13 @@
-"""One FedHelp round beside PyTorch: the same weights, batches and steps.
+"""Compares one FedHelp round with PyTorch on the same weights, batches and steps.
 
     python -m benchmarks.round --role=small --clients=1,8 --batch_sizes=4,16
     python -m benchmarks.round --role=large --clients=1 --batch_sizes=4 --large_depth=110
 
-Rivals are a tuned PyTorch loop and, for small clients, ``torch.func.vmap`` (`benchmarks/
-round_torch.py`). For each case a small one of it is run first in float64 by all, two rounds, and
-the averaged weights must agree. Then the rivals alternate, each in a process of its own. Images are
-random pixels. A line of JSON a case is appended to ``--out``; a Markdown table is printed.
+The rivals are a tuned PyTorch loop and, for small clients, ``torch.func.vmap``
+(`benchmarks/round_torch.py`). For each case, all of them first run two rounds of a smaller version
+in float64, and the averaged weights must agree. Then they alternate in separate processes. Images
+are random pixels. One line of JSON per case is appended to ``--out``, and a Markdown table is
+printed.
 """
 
 import itertools
@@ -41,7 +42,7 @@ _TOLERANCE = 1e-6
 
 
 def workers(options: dict[str, Any], rivals: list[str]) -> dict[str, Worker]:
-    """Ours, which writes down where to start from, and then its rivals."""
+    """Starts our worker, which saves the initial state, and then its rivals."""
     started = {_OURS: Worker("benchmarks.round_jax", options)}
     for rival in rivals:
         started[rival] = Worker("benchmarks.round_torch", {**options, "rival": rival})
@@ -49,10 +50,10 @@ def workers(options: dict[str, Any], rivals: list[str]) -> dict[str, Worker]:
 
 
 def assert_parity(options: dict[str, Any], rivals: list[str]) -> float:
-    """The largest relative difference of the averaged weights after two rounds in float64.
+    """Returns the largest relative difference of the averaged weights after two float64 rounds.
 
     Raises:
-      AssertionError: If it is not small.
+      AssertionError: If the difference exceeds the tolerance.
     """
     small = options | {"float64": True, "clients": min(2, options["clients"]), "steps": 2}
     running = workers(small, rivals)
@@ -69,14 +70,14 @@ def assert_parity(options: dict[str, Any], rivals: list[str]) -> float:
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """The largest difference over the leaves of ``theirs``, relative to the leaf's largest."""
+    """Returns the largest difference of any leaf of ``theirs``, relative to the leaf's maximum."""
     if isinstance(theirs, dict):
         return max((difference(ours[k], v) for k, v in theirs.items()), default=0.0)
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-8))
 
 
 def measure(clients: int, batch_size: int, rivals: list[str]) -> dict[str, Any]:
-    """One case: parity, then times in milliseconds a client and step."""
+    """Checks parity of one case, then times it in milliseconds per client and step."""
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "role": _ROLE.value,

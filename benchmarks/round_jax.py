@@ -1,4 +1,4 @@
-"""Worker: FedHelp rounds of one role by ``fedhelp_jax``; writes down what its rivals start from."""
+"""Worker: FedHelp rounds of one role by ``fedhelp_jax``; saves the initial state for its rivals."""
 
 import json
 import os
@@ -28,11 +28,11 @@ from fedhelp_jax.tasks import classification
 
 OPTIONS = json.loads(sys.argv[1])
 CLASSES, PUBLIC, ANSWERS = 8, 256, 10
-ROUNDS = 2  # whose batches the rivals are given; later rounds of theirs take the last one's again
+ROUNDS = 2  # rounds whose batches the rivals get; their later rounds reuse those of the last one
 
 
 def datasets(rng: np.random.Generator) -> tuple[FederatedDataset, PublicDataset, np.ndarray]:
-    """Random pixels, labels and answers."""
+    """Makes data sets of random pixels, labels and answers."""
     clients, side = OPTIONS["clients"], OPTIONS["image_size"]
     each = OPTIONS["steps"] * OPTIONS["batch_size"]
     images = rng.integers(0, 256, (clients * each, side, side, 3), dtype=np.uint8)
@@ -51,7 +51,7 @@ def datasets(rng: np.random.Generator) -> tuple[FederatedDataset, PublicDataset,
 
 
 def batches(run_key: jax.Array, clients: int) -> dict[str, np.ndarray]:
-    """Which images a client sees, ``[ROUNDS, K, steps, B]``, of the private and the public ones."""
+    """Returns the private and public images of each batch, as indices ``[ROUNDS, K, steps, B]``."""
     steps, size = OPTIONS["steps"], OPTIONS["batch_size"]
 
     def one(round: int, client: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,10 @@
 """Worker: the same rounds in PyTorch, as a tuned loop or by ``torch.func.vmap`` over clients.
 
-The loop keeps its modules over clients and rounds, copies weights in place, uses the fused Adam,
-never waits for a number, and takes what is fastest here of one thread or all, channels last, and
-``torch.compile``. Under vmap batch normalisation keeps no running statistics, which functorch
-cannot update there; it does a little less than the others.
+The loop reuses its modules for all clients and rounds, copies weights in place, uses the fused
+Adam, and never synchronises to read a value. It uses the fastest combination of one thread or all,
+channels last or not, and ``torch.compile`` or not on this machine. Under vmap, batch normalisation
+keeps no running statistics, since functorch cannot update them there; vmap therefore does slightly
+less work than the others.
 """
 
 import copy
@@ -36,7 +37,7 @@ OPTIONS = json.loads(sys.argv[1])
 FOLDER = Path(OPTIONS["folder"])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAMBDA_B, RANKED, MARGIN = 0.2, 5, 0.0
-# One round without distillation, as the method has it; then with.
+# As in the method, the first round has no distillation, and later rounds do.
 WARMUP_ROUNDS = 1
 PROBE_STEPS = 6
 
@@ -51,14 +52,14 @@ def synchronize() -> None:
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:
-    """``[N, 3, H, W]`` in [-1, 1]: prepared once, where ours does it in every batch."""
+    """Returns ``[N, 3, H, W]`` in [-1, 1], prepared once, whereas ours does it in every batch."""
     dtype = torch.float64 if OPTIONS["float64"] else torch.float32
     x = torch.tensor(images, device=DEVICE).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1.0
     return x.contiguous()
 
 
 class Loop:
-    """One client after the other."""
+    """Trains the clients sequentially."""
 
     def __init__(self, start: dict[str, Any], channels_last: bool, compiled: bool):
         self.data = Data(start)
@@ -85,7 +86,7 @@ class Loop:
         self.round_number = 0
 
     def round(self, clients: int | None = None, steps: int | None = None) -> None:
-        """Trains all clients and averages; or, as a probe, the first few in a few steps."""
+        """Trains all clients and averages them; or, as a probe, trains some for a few steps."""
         total = list(self.sums.state_dict().values())
         torch._foreach_zero_([t for t in total if t.is_floating_point()])
         for client in range(clients or OPTIONS["clients"]):
@@ -102,7 +103,7 @@ class Loop:
         synchronize()
 
     def small(self, client: int, batches: Any) -> None:
-        """Steps A and B on every batch."""
+        """Runs steps A and B on every batch."""
         model, head = self.model.train(), self.heads[client]
         private = adam(model.parameters())
         public = adam([*model.features.parameters(), *head.parameters()])
@@ -122,7 +123,7 @@ class Loop:
                 norm.momentum = 0.1
 
     def large_client(self, client: int, batches: Any) -> None:
-        """Steps A and B on every batch, distilling after the warm-up."""
+        """Runs steps A and B on every batch, with distillation after the warm-up."""
         proxy, large = self.model, self.large[client]
         small_net, large_net = self.small_net, self.large_nets[client]
         opt_proxy, opt_large = adam(proxy.parameters()), adam(large.parameters())
@@ -152,12 +153,12 @@ class Loop:
             opt_large.step()
 
     def result(self) -> Any:
-        """The averaged network as our variables."""
+        """Returns the averaged network as our variables."""
         return variables_tree(self.w.cpu())
 
 
 class Vmap:
-    """All small clients at once: ``torch.func.vmap`` over ``stack_module_state``."""
+    """Trains all small clients at once by ``torch.func.vmap`` over ``stack_module_state``."""
 
     def __init__(self, start: dict[str, Any]):
         self.data = Data(start)
@@ -184,7 +185,7 @@ class Vmap:
         self.public = func.vmap(func.grad(public_loss, argnums=(0, 1)))
 
     def round(self) -> None:
-        """Trains all clients and averages."""
+        """Trains all clients and averages them."""
         clients = OPTIONS["clients"]
         params = {
             name: p.detach().expand(clients, *p.shape).clone().requires_grad_()
@@ -214,7 +215,7 @@ class Vmap:
         synchronize()
 
     def result(self) -> Any:
-        """The averaged network as our variables, without running statistics."""
+        """Returns the averaged network as our variables, without running statistics."""
         return {"params": params_tree(self.w.cpu())}
 
 
@@ -228,12 +229,12 @@ def set_gradients(params: dict[str, torch.Tensor], grads: dict[str, torch.Tensor
 
 
 def take(tree: Any, i: int) -> Any:
-    """One client's of stacked variables."""
+    """Returns one client's part of stacked variables."""
     return {k: take(v, i) if isinstance(v, dict) else v[i] for k, v in tree.items()}
 
 
 class Data:
-    """Images on the device, and which of them make a batch."""
+    """Images on the device, and the indices of each batch."""
 
     def __init__(self, start: dict[str, Any]):
         def tensor(name: str) -> torch.Tensor:
@@ -248,7 +249,7 @@ class Data:
         }
 
     def batches(self, round: int, client: int) -> Any:
-        """A client's batches of a round: private and public, one after the other."""
+        """Yields a client's batches in a round, each with a private and a public part."""
         last = len(self.index["private"]) - 1
         own, public = (self.index[n][min(round, last), client] for n in ("private", "public"))
         for i, j in zip(own, public, strict=True):
@@ -262,7 +263,7 @@ class Data:
 
 
 def tuned_loop(start: dict[str, Any]) -> tuple[Loop, str]:
-    """The fastest variant, by a few steps of one client each; and its name."""
+    """Returns the fastest variant, timed by a few steps of one client, and its name."""
     if OPTIONS["float64"]:
         return Loop(start, channels_last=False, compiled=False), "float64"
     cores = len(os.sched_getaffinity(0))
@@ -283,7 +284,7 @@ def tuned_loop(start: dict[str, Any]) -> tuple[Loop, str]:
     channels_last, compiled, count = min(milliseconds, key=lambda one: milliseconds[one])
     torch.set_num_threads(count)
     name = f"{count} threads" + ", channels last" * channels_last + ", compiled" * compiled
-    # The probes have trained heads and large models: begin with fresh ones.
+    # The probes trained heads and large models, so start again with fresh ones.
     return Loop(start, channels_last, compiled), name
 
 

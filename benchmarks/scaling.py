@@ -1,14 +1,14 @@
-"""Time and memory of a round as a federation, its clients, devices or a sweep grow.
+"""Measures time and memory of a round as clients, images, devices or the runs of a sweep grow.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --axes=clients --clients=8,80,800,10000
 
-FedAvg with all clients in every round, on the network and the synthetic images of
-`benchmarks.peers`: two convolutions and two dense layers, batches of 10, plain SGD. Of a sweep:
-runs of FedAvg that differ in the learning rate, on phantoms with a small network. Each case has a
-process of its own, whose highest resident memory is reported. A case's time is that of its second
-round; of one with thousands of clients that of the first, less what compiling took. Slopes are of
-straight lines through the logarithms. A line of JSON a case is appended to ``--out``.
+A round is FedAvg with all clients on the network and the synthetic images of `benchmarks.peers`:
+two convolutions and two dense layers, batches of 10, plain SGD. A sweep consists of FedAvg runs
+with different learning rates, on phantoms with a small network. Each case has its own process,
+whose peak resident memory is reported. The time of a case is that of its second round; with 1,000
+clients or more, it is that of the first round minus compilation. Slopes are those of straight lines
+fitted to the logarithms. One line of JSON per case is appended to ``--out``.
 """
 
 import json
@@ -32,11 +32,11 @@ _DEVICES = flags.DEFINE_list("devices", ["1", "2", "4"], "for 48 clients of 50 i
 _RUNS = flags.DEFINE_list("runs", ["2", "8", "32"], "in a sweep")
 _OUT = flags.DEFINE_string("out", None, "file that gets a line of JSON a case")
 
-_MANY = 1000  # of so many clients a second round would take too long
+_MANY = 1000  # with this many clients, a second round would take too long
 
 
 def federation(clients: int, images: int, devices: int) -> dict[str, Any]:
-    """A round's seconds and the process's peak in GiB."""
+    """Returns a round's seconds and the process's peak in GiB."""
     with tempfile.TemporaryDirectory() as folder:
         save_workload(make_workload(clients, images, float64=False), folder)
         options = {
@@ -60,7 +60,7 @@ def federation(clients: int, images: int, devices: int) -> dict[str, Any]:
 
 
 def sweep(runs: int) -> dict[str, Any]:
-    """A sweep's seconds without compiling, and the process's peak in GiB."""
+    """Returns a sweep's seconds without compilation, and the process's peak in GiB."""
     worker = Worker("benchmarks.scaling_sweep", {"runs": runs})
     found = worker.ask("sweep")
     worker.close()
@@ -68,7 +68,7 @@ def sweep(runs: int) -> dict[str, Any]:
 
 
 def cases(axis: str, cores: int) -> list[tuple[int, Any]]:
-    """What an axis goes through, and how each is measured."""
+    """Returns the sizes along an axis, and a function that measures each of them."""
     if axis == "clients":
         return [(n, lambda n=n: federation(n, 50, cores)) for n in map(int, _CLIENTS.value)]
     if axis == "images":
@@ -79,7 +79,7 @@ def cases(axis: str, cores: int) -> list[tuple[int, Any]]:
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
-    """Of the straight line through the logarithms."""
+    """Returns the slope of the straight line fitted to the logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 

@@ -1,4 +1,4 @@
-"""Worker: a sweep of FedAvg on phantoms, as many runs as it is told."""
+"""Worker: a sweep of FedAvg on phantoms, with a given number of runs."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from fedhelp_jax.experiments.sweep_blocks import Run, blocks
 
 
 def runs(count: int) -> list[Run]:
-    """Runs that differ in the learning rate."""
+    """Returns runs that differ in the learning rate."""
     found = []
     for rate in np.geomspace(1e-4, 1e-2, count).tolist():
         config = default_config()

@@ -1,11 +1,11 @@
-"""What the compiler option costs that keeps matrix products right on CPU (``docs/cpu-race.md``).
+"""Measures the cost of the compiler option that keeps CPU matrix products correct.
 
     python -m benchmarks.splitting
     python -m benchmarks.splitting --devices=1 --role=large --large_depth=32
 
-FedHelp rounds, and evaluations of their training images, with the option and without it, on random
-pixels. Each way has a process of its own; they take turns. **Without the option numbers may be
-wrong**, so only time is compared.
+See ``docs/cpu-race.md`` for the option. FedHelp rounds, and evaluations on their training images,
+run with and without it on random pixels. The two alternate in separate processes. **Without the
+option, results may be wrong**, so only times are compared.
 """
 
 import itertools

@@ -1,12 +1,12 @@
-"""Compile and step time of a ResNet, ours beside a PyTorch loop in the same run.
+"""Compares compile and step times of a ResNet with a PyTorch loop in the same run.
 
     python -m benchmarks.step --depth=20 --batch_size=4
     python -m benchmarks.step --depth=110 --batch_size=4
     python -m benchmarks.step --compute_dtype=float32,bfloat16
 
-One client, one core each (so that neither side's thread pool helps it), Adam with L2 decay,
-cross-entropy, a fixed batch that lies ready. They alternate; medians and ranges. Without PyTorch
-(extra `bench`) only ours is timed.
+The step trains one client by Adam with L2 decay on cross-entropy, with a fixed batch that is ready
+in memory. Each side has one core, so that neither profits from its thread pool. The two alternate;
+medians and ranges are reported. Without PyTorch (extra `bench`), only ours is timed.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ _CLASSES = 8
 
 
 def ours(dtype: str) -> tuple[Callable[[], None], float]:
-    """A function that takes all steps in one dispatch, and the seconds it took to compile."""
+    """Returns a function that runs all steps in one dispatch, and the seconds to compile it."""
     model, tx = with_compute_dtype(resnet(_DEPTH.value, _CLASSES), dtype), adam_l2(1e-3, 1e-4)
     shape = (_SIZE.value, _SIZE.value, 3)
     variables = jit(model.init, static_argnums=1)(jax.random.key(0), shape)
@@ -68,7 +68,7 @@ def ours(dtype: str) -> tuple[Callable[[], None], float]:
 
 
 def rival() -> Callable[[], None]:
-    """The same steps as a plain PyTorch loop."""
+    """Returns a function that runs the same steps as a plain PyTorch loop."""
     import torch
 
     from tests.torch_reference import CifarResNet
@@ -89,7 +89,7 @@ def rival() -> Callable[[], None]:
 
 
 def main(_: list[str]) -> None:
-    """Times all and prints a table."""
+    """Times all variants and prints a table."""
     compiled = {f"ours, {dtype}": ours(dtype) for dtype in _DTYPES.value}
     runs = {name: run for name, (run, _) in compiled.items()}
     if importlib.util.find_spec("torch"):
@@ -118,7 +118,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # One core for both: XLA's thread pool is as large as the set of cores it may run on.
+    # Both use one core: XLA's thread pool has as many threads as the process may use cores.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     app.run(main)

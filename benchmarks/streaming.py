@@ -1,10 +1,10 @@
-"""A FedAvg round with the private images on the devices, and with them streamed from the host.
+"""Compares FedAvg rounds with private images on the devices, or streamed from the host.
 
     python -m benchmarks.streaming
     python -m benchmarks.streaming --users=4000 --cohort=100 --pool_mib=4,1
 
-On the network and the synthetic images of `benchmarks.peers`, 50 images a user, batches of 10. Each
-way has a process of its own, whose highest resident memory is reported; they take turns.
+Uses the network and the synthetic images of `benchmarks.peers`, with 50 images per user and batches
+of 10. The variants alternate in separate processes, whose peak resident memory is reported.
 """
 
 import os

@@ -1,13 +1,14 @@
-"""A sweep beside the same runs one by one, in one process and as commands of their own.
+"""Compares a sweep with the same runs one by one, in one process and as separate commands.
 
     python -m benchmarks.sweep
 
-The sweep is the quickstart's, 3 learning rates x 3 weights lambda_b x 8 seeds, as one command that
-finds nothing compiled before. Of the single runs a sample is made, ``--sample`` of them spread over
-the grid, whose programs all come from the cache: they are made once before they count. In one
-process a run is what the sweep computes, all rounds and one evaluation; as a command it is
-``fedhelp train``, which also starts Python and JAX, saves a checkpoint and measures on test.
-Before, a round of two runs in float64 must give the same in a sweep and alone.
+The sweep is the quickstart with 3 learning rates x 3 weights lambda_b x 8 seeds, as one command
+that starts without compiled programs. Only a sample of the single runs is timed, ``--sample`` of
+them spread over the grid. They run once before they are timed, so that all their programs come from
+the cache. In one process, a run is what the sweep computes: all rounds and one evaluation. As a
+command, it is ``fedhelp train``, which also starts Python and JAX, saves a checkpoint and evaluates
+on the test split. First, one round of two runs in float64 must give the same results in a sweep and
+alone.
 """
 
 import csv
@@ -37,15 +38,15 @@ _TOLERANCE = 1e-6
 
 
 def single_runs(points: list[dict[str, str]]) -> Worker:
-    """A process that makes them one by one."""
+    """Starts a process that runs them one by one."""
     return Worker("benchmarks.sweep_single", {"points": points, "config": _CONFIG})
 
 
 def assert_parity(folder: Path) -> float:
-    """The largest difference of two runs' validation results, in a sweep and alone, in float64.
+    """Returns the largest float64 difference of two runs' validation results, in a sweep and alone.
 
     Raises:
-      AssertionError: If it is not small.
+      AssertionError: If the difference exceeds the tolerance.
     """
     os.environ["JAX_ENABLE_X64"] = "1"
     command("sweep", folder, "--config.rounds=1", "--sweep=learning_rate=1e-4,1e-3")
@@ -60,7 +61,7 @@ def assert_parity(folder: Path) -> float:
 
 
 def command(name: str, workdir: Path, *rest: str) -> float:
-    """Seconds of a command of ours."""
+    """Runs one of our commands and returns its seconds."""
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-c", "import fedhelp_jax.cli as c; c.main_entry()", name]
@@ -72,7 +73,7 @@ def command(name: str, workdir: Path, *rest: str) -> float:
 
 
 def sample() -> list[dict[str, str]]:
-    """Single runs, spread over the grid."""
+    """Returns single runs, spread over the grid."""
     grid = list(itertools.product(_RATES, _WEIGHTS, map(str, range(_SEEDS.value))))
     chosen = [grid[i * (len(grid) - 1) // (_SAMPLE.value - 1)] for i in range(_SAMPLE.value)]
     names = ("learning_rate", "algorithm.lambda_b", "seed")
@@ -80,7 +81,7 @@ def sample() -> list[dict[str, str]]:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """All three ways, in seconds of the whole grid."""
+    """Measures all three variants, in seconds for the whole grid."""
     os.environ["FEDHELP_CACHE_DIR"] = str(folder / "cache")
     parity = assert_parity(folder / "parity")
     sweep = [
@@ -95,7 +96,7 @@ def measure(folder: Path) -> dict[str, Any]:
     single = worker.ask("all")
     worker.close()
     commands = []
-    for i, point in enumerate([points[0], *points]):  # the first once more: it does not count
+    for i, point in enumerate([points[0], *points]):  # the extra first one is a warm-up
         settings = [f"--config.{k}={v}" for k, v in point.items()]
         commands.append(command("train", folder / f"run{i}", *settings))
     runs = len(_RATES) * len(_WEIGHTS) * _SEEDS.value

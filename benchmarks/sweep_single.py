@@ -1,4 +1,4 @@
-"""Worker: runs of the quickstart one after the other in one process, as a sweep computes them."""
+"""Worker: runs of the quickstart one by one in one process, each as a sweep computes it."""
 
 import json
 import os

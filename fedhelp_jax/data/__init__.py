@@ -1,4 +1,4 @@
-"""Data sets: arrays of images and index tables, read or generated with NumPy and Pillow only."""
+"""Data sets as arrays of images and index tables, read or generated with NumPy and Pillow only."""
 
 from typing import TYPE_CHECKING
 

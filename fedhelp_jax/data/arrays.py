@@ -1,4 +1,4 @@
-"""Private and public data from arrays of one's own."""
+"""Private and public data from the user's own arrays."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,29 +37,31 @@ def from_arrays(
     max_train: int | None = None,
     seed: int = 0,
 ) -> FederatedDataset:
-    """Returns private data out of arrays.
+    """Returns private data made from arrays.
 
     Args:
-      images: ``[N, H, W]`` or ``[N, H, W, C]``, of volumes ``[N, D, H, W, C]``: uint8 pixels, or
-        floats that networks see as they are. Grey images are repeated over three channels.
-      labels: ``[N]`` integer classes, or masks ``[N, *mask]``, the class of each pixel.
-      clients: ``[N]`` whose each example is, by any names; None shares them out by ``partition``.
-      split: ``[N]`` "train", "validation" or "test"; None draws ``test_fraction`` of each client's
-        examples for its test. Where nothing is for validation, ``validation_fraction`` of the
-        training examples is drawn for it.
-      groups: ``[N]`` the patient or lesion of each example, which stays on one side of what is
-        drawn; each example by itself if None.
-      partition: How examples without ``clients`` are shared out; by default evenly among six.
-      label_names: Of the classes; numbers if None. Of masks with one class, its name; of several,
-        the first is the background.
-      name: What the data are called in tables.
+      images: ``[N, H, W]`` or ``[N, H, W, C]``, for volumes ``[N, D, H, W, C]``: uint8 pixels, or
+        floats, which are passed to the networks unchanged. Grey images are repeated over three
+        channels.
+      labels: ``[N]`` integer classes, or masks ``[N, *mask]`` with the class of each pixel.
+      clients: ``[N]`` the name of the client that each example belongs to. If None, examples are
+        assigned to clients by ``partition``.
+      split: ``[N]`` "train", "validation" or "test". If None, ``test_fraction`` of each client's
+        examples is drawn for testing. If no example is for validation, ``validation_fraction`` of
+        the training examples is drawn for it.
+      groups: ``[N]`` the patient or lesion of each example. Random splits keep a group on one side.
+        If None, each example is its own group.
+      partition: How examples are assigned if ``clients`` is None; by default evenly to six clients.
+      label_names: Names of the classes; numbers if None. For masks, a single name is that of the
+        foreground; of several names, the first is the background.
+      name: Name of the data in tables.
       validation_fraction: See ``split``.
       test_fraction: See ``split``.
-      max_train: Cap on a client's training examples.
-      seed: What is drawn follows from it.
+      max_train: Maximum number of training examples per client.
+      seed: Seed of all random draws.
 
     Raises:
-      UserError: If the arrays do not fit each other, or a client has no training or test example.
+      UserError: If the arrays do not match, or a client has no training or test example.
 
     Example:
       >>> rng = np.random.default_rng(0)
@@ -113,16 +115,17 @@ def public_from_arrays(
     label_names: Sequence[str] | None = None,
     name: str = "public arrays",
 ) -> PublicDataset:
-    """Returns public data out of arrays.
+    """Returns public data made from arrays.
 
     Args:
-      images: As of `from_arrays`, of the same size as the private ones.
-      labels: ``[P]`` integer classes or masks, whose classes need not be the private ones; or None.
-      label_names: Of the classes; numbers if None.
-      name: What the data are called in tables.
+      images: As in `from_arrays`, with the same size as the private images.
+      labels: ``[P]`` integer classes or masks, or None. The classes may differ from the private
+        ones.
+      label_names: Names of the classes; numbers if None.
+      name: Name of the data in tables.
 
     Raises:
-      UserError: If the arrays do not fit each other.
+      UserError: If the arrays do not match.
     """
     originals = np.asarray(images)
     shown = _images(images, "images")

@@ -1,4 +1,4 @@
-"""Data by the names that configs use."""
+"""Loads data by the names that configs use."""
 
 import dataclasses
 from typing import Any
@@ -16,12 +16,12 @@ def load(name: str, *, seed: int = 0, masks: bool = False, **settings: Any) -> F
 
     Args:
       name: As ``data.name`` in configs: "phantoms", "medmnist", "tfds:..." and so on.
-      seed: What is drawn, and the images that are generated, follow from it.
+      seed: Seed of all random draws and of generated images.
       masks: Whether labels are masks rather than classes of whole images.
       **settings: As ``data.*`` in configs (``fedhelp train --help``).
 
     Raises:
-      UserError: If a setting is not right, or the data cannot be read.
+      UserError: If a setting is invalid, or the data cannot be read.
 
     Example:
       >>> data = load("phantoms", num_examples=300, image_size=16)
@@ -45,14 +45,14 @@ def load_public(
 
     Args:
       name: As ``public.name`` in configs.
-      seed: Images that are generated follow from it.
+      seed: Seed of generated images.
       masks: Whether labels are masks rather than classes of whole images.
-      image_size: Side in pixels, as of the private images.
-      volume_size: Sides in voxels, as of the private volumes.
+      image_size: Side in pixels, equal to that of the private images.
+      volume_size: Sides in voxels, equal to those of the private volumes.
       **settings: As ``public.*`` in configs.
 
     Raises:
-      UserError: If a setting is not right, or the data cannot be read.
+      UserError: If a setting is invalid, or the data cannot be read.
     """
     config = _checked(PublicConfig, {"name": name, **settings})
     public = load_public_data(config, image_size, seed, masks=masks, volume_size=volume_size)

@@ -1,4 +1,4 @@
-"""What was decoded from many files, kept between runs."""
+"""A cache that keeps decoded files between runs."""
 
 import hashlib
 import logging
@@ -15,17 +15,17 @@ from fedhelp_jax.core.memory import check_fits
 from fedhelp_jax.core.storage import StorageError, replaced, storage_errors
 from fedhelp_jax.data.bad_examples import Bad
 
-# What a damaged .npz file raises.
+# The errors that a damaged .npz file raises.
 NPZ_ERRORS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
-# Part of the cache key: raise it when decoding or resizing changes.
+# Part of the cache key. Increment the number when decoding or resizing changes.
 _VERSION = f"3 bicubic, upright, bad ones listed, Pillow {PIL.__version__}"
 
-# Arrays by name, and the type and shape that each must have; None stands for any length, and "U"
-# for strings of any.
+# Arrays by name, and the type and shape that each must have. None stands for any length, and "U"
+# for strings of any length.
 Arrays = dict[str, np.ndarray]
 Kinds = Mapping[str, tuple[str, tuple[int | None, ...]]]
 
-# Beside the arrays, where there are any: the places of bad examples, and the reasons.
+# Stored next to the arrays if there are bad examples: their positions and the reasons.
 _BAD_PLACES, _BAD_REASONS = "bad places", "bad reasons"
 
 logger = logging.getLogger(__name__)
@@ -40,21 +40,21 @@ def cached(
     cache_dir: str | None,
     bad: Bad,
 ) -> Arrays:
-    """Returns what `make` returns, from the cache where it is there, unchanged and undamaged.
+    """Returns the arrays of `make`, from the cache if it has an up-to-date and undamaged copy.
 
-    Bad examples are kept there too, so that the next one who skips them need not look again. Who
-    refuses them does not take what lacks any. A file that could only not be read may be read the
-    next time: then nothing is kept.
+    The cache also records bad examples, so that a later run that skips them need not look for them
+    again. A run that does not skip them ignores an entry with bad examples. If a file could not be
+    read but may be readable later (`Unread`), nothing is stored.
 
     Args:
-        source: The folder or zip file that it is made from.
+        source: The folder or zip file that the arrays are made from.
         names: Names of the files inside it, in order.
-        what: What is made from them, such as a size: another is kept apart.
-        kinds: The arrays that `make` returns.
-        make: Makes them, and reports what is bad.
-        cache_dir: Folder of the cache; None takes the environment's `FEDHELP_CACHE_DIR`, or
-            else `fedhelp_jax` in the user's cache folder.
-        bad: Is told of what is bad, now or when the cache was made.
+        what: What is made from the files, such as a size; each variant has its own cache entry.
+        kinds: Type and shape of the arrays that `make` returns.
+        make: Makes the arrays and reports bad examples.
+        cache_dir: Folder of the cache; None uses the environment variable `FEDHELP_CACHE_DIR` or,
+            if that is unset, `fedhelp_jax` in the user's cache folder.
+        bad: Receives the bad examples, whether found now or recorded in the cache.
     """
     cache = cache_folder(cache_dir) / f"{_key(source, names, what)}.npz"
     arrays, known = _read(cache, kinds)
@@ -73,7 +73,7 @@ def cached(
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """Returns the folder of the cache, as `cached` takes it."""
+    """Returns the folder of the cache; see `cache_dir` of `cached`."""
     folder = cache_dir or os.environ.get("FEDHELP_CACHE_DIR")
     if folder:
         return Path(folder).expanduser()
@@ -81,9 +81,9 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 
 def _key(source: Path, names: Sequence[str], what: str) -> str:
-    """Returns a hash that changes with the files, their order, and what is made of them."""
+    """Returns a hash that changes with the files, their order, and what is made from them."""
     key = hashlib.sha256(f"{_VERSION}\n{source.resolve()}\n{what}\n".encode())
-    # A folder's own time does not change when a file in it is overwritten.
+    # Overwriting a file does not change the modification time of its folder.
     files = [source / name for name in names] if source.is_dir() else [source]
     for file in files:
         status = file.stat()
@@ -93,7 +93,7 @@ def _key(source: Path, names: Sequence[str], what: str) -> str:
 
 
 def _read(cache: Path, kinds: Kinds) -> tuple[Arrays | None, dict[int, str]]:
-    """Returns the arrays, None if there are none of use, and which examples are bad, and why."""
+    """Returns the arrays, or None if there are no usable ones, and the reasons of bad examples."""
     stored = whole_npz(cache)
     if stored is None or not all(
         name in stored and _is(stored[name], *kinds[name]) for name in kinds
@@ -111,10 +111,10 @@ def _as_arrays(bad: Mapping[int, str]) -> Arrays:
 
 
 def whole_npz(path: Path) -> Arrays | None:
-    """Returns all arrays of an .npz file of ours; None if it is not there, or damaged."""
-    # An npz, not an npy: its checksums tell a damaged file from a good one.
+    """Returns all arrays of an .npz file that we wrote; None if it is missing or damaged."""
+    # Unlike .npy, .npz has checksums, which reveal a damaged file.
     try:
-        # Opened here: np.load leaves a damaged file open.
+        # The file is opened here because np.load leaves a damaged file open.
         with path.open("rb") as file:
             stored = np.load(file, allow_pickle=False)
             if not isinstance(stored, np.lib.npyio.NpzFile):
@@ -140,7 +140,7 @@ def _write(cache: Path, arrays: Arrays) -> None:
 
 
 def write_npz(path: Path, arrays: Arrays) -> None:
-    """Writes an .npz file: it is there whole, or as it was."""
+    """Writes an .npz file atomically: on failure the previous file is left unchanged."""
     with replaced(path) as beside, beside.open("wb") as file:
-        # To a type checker any name could be that of the flag `allow_pickle`.
+        # A type checker assumes that any of the names could be the flag `allow_pickle`.
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""The one door through which pictures come in: decoded, checked, and turned upright."""
+"""Decodes, checks and uprights pictures; every picture is read through this module."""
 
 import functools
 import io
@@ -11,8 +11,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fedhelp_jax.core.errors import UserError
 
-# What Pillow and archives raise where an image is damaged, is none, or is absurdly large.
-# RuntimeError: a zip file that is encrypted, or compressed in a way that Python does not know.
+# The errors that Pillow and archives raise for a file that is damaged, is not an image, or is
+# absurdly large. RuntimeError stands for a zip file that is encrypted, or compressed by a method
+# that Python does not know.
 DECODE_ERRORS = (
     OSError,
     ValueError,
@@ -27,12 +28,12 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-# By Pillow's names. MPO is a JPEG file with another picture behind the one that cameras show.
+# Formats by Pillow's names. MPO is a JPEG file with further pictures after the main one.
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM", "AVIF", "MPO")
-# Of 8 bits a channel or fewer.
+# Pillow's modes with at most 8 bits per channel.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
 
-# What brings a picture upright, by its EXIF orientation.
+# The transposition that turns a picture upright, by its EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,12 +43,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_BITS_PER_SAMPLE = 258  # a tag of TIFF
-_JPEG2000_SIZE = b"\xff\x4f\xff\x51"  # the start of a code stream, and of its sizes
+_BITS_PER_SAMPLE = 258  # a TIFF tag
+_JPEG2000_SIZE = b"\xff\x4f\xff\x51"  # the markers for the start of a code stream and its sizes
 
 
 def picture_stem(name: str) -> str | None:
-    """Returns a file's name without folder and ending; None if the ending is no picture's.
+    """Returns a file's name without folder and extension; None if it is not a picture's extension.
 
     >>> picture_stem("images/a.1.JPG"), picture_stem("images/notes.txt")
     ('a.1', None)
@@ -57,19 +58,19 @@ def picture_stem(name: str) -> str | None:
 
 
 def decode_picture(data: bytes, where: str) -> Image.Image:
-    """Returns a picture, fully read, with the side up that its EXIF orientation says.
+    """Returns a fully read picture, turned upright according to its EXIF orientation.
 
     Args:
-        data: The file.
+        data: Contents of the file.
         where: Key and file, for messages.
 
     Returns:
-        The image in the mode that it is stored in. Its `format` is None if it was turned: then the
-        file is not what the pixels are.
+        The image in the mode that it is stored in. Its `format` is None if it was turned, because
+        its pixels then differ from those in the file.
 
     Raises:
-        UserError: It is damaged or no picture, larger than Pillow takes for one, has more than 8
-            bits a channel, or has several frames or pages.
+        UserError: The file is damaged, is not a picture, exceeds Pillow's size limit, has more than
+            8 bits per channel, or has several frames or pages.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_known()[0]) as image:
@@ -80,7 +81,7 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
     except DECODE_ERRORS as error:
         said = " ".join(str(error).split())
         raise UserError(f"{where} cannot be decoded: {said}") from error
-    # Pillow's own function writes the other tags anew, and fails where one of them is odd.
+    # Pillow's own function also rewrites the other tags, and fails if one of them is malformed.
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
@@ -99,7 +100,7 @@ def _check(image: Image.Image, data: bytes, where: str) -> None:
 
 
 def _bits(image: Image.Image, data: bytes) -> int:
-    """Returns how many bits a channel has in the file; Pillow cuts colours of 16 to 8 silently."""
+    """Returns the bits per channel in the file; Pillow silently cuts 16-bit colours to 8 bits."""
     if image.mode.startswith(("I", "F")):
         return 16 if ";16" in image.mode else 32
     if image.format == "TIFF":
@@ -123,12 +124,12 @@ def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except DECODE_ERRORS:
-        return 1  # nothing that can be read asks for a turn
+        return 1  # without a readable tag, the picture is not turned
 
 
 @functools.cache
 def _known() -> tuple[tuple[str, ...], frozenset[str]]:
-    """Returns the formats that this Pillow reads, and the endings of their files in lower case."""
+    """Returns the formats that this Pillow reads, and their file extensions in lower case."""
     Image.init()
     formats = tuple(name for name in _FORMATS if name in Image.OPEN)
     endings = Image.registered_extensions().items()

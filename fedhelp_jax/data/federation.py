@@ -1,4 +1,4 @@
-"""A federation on the device: one flat pool of examples, and tables of who owns which."""
+"""A federation on the device: one flat pool of examples, and tables of which client owns which."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,14 +15,20 @@ SPLITS = ("train", "validation", "test")
 
 
 class Pool(NamedTuple):
-    """All private examples, once: images ``[N, *spatial, C]``, targets ``[N, ...]``."""
+    """All private examples, each stored once: ``[N, *spatial, C]`` images, ``[N, ...]`` targets."""
 
     images: jax.Array
     targets: jax.Array
 
 
 class PublicPool(NamedTuple):
-    """Public: images ``[P, *spatial, C]``; labels, answers ``[P, ...]``, or None."""
+    """The public examples.
+
+    Attributes:
+      images: ``[P, *spatial, C]``.
+      labels: ``[P, ...]``, or None.
+      answers: ``[P, ...]`` the foundation model's logits, or None.
+    """
 
     images: jax.Array
     labels: jax.Array | None
@@ -30,14 +36,19 @@ class PublicPool(NamedTuple):
 
 
 class ClientIndex(NamedTuple):
-    """Who owns which examples: ``index`` int32 ``[K, n_max]``, the first ``size[i]`` are real."""
+    """Which client owns which examples.
+
+    Attributes:
+      index: int32 ``[K, n_max]`` positions in the pool; the first ``size[i]`` of row i are valid.
+      size: int32 ``[K]`` number of examples of each client.
+    """
 
     index: jax.Array
     size: jax.Array
 
 
 class ClientData(NamedTuple):
-    """What one client sees in a round: its row of a `ClientIndex`, the pool, and the public set."""
+    """What one client has access to in a round: its `ClientIndex` row, the pool and public set."""
 
     pool: Pool
     public: PublicPool | None
@@ -46,7 +57,16 @@ class ClientData(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Clients of one role, so of one architecture; ``ids`` int32 ``[K]``: places in the data."""
+    """The clients of one role, which share an architecture.
+
+    Attributes:
+      role: One of `ROLES`.
+      names: Name of each client.
+      ids: int32 ``[K]`` position of each client in the data set.
+      train: Training examples.
+      validation: Validation examples.
+      test: Test examples.
+    """
 
     role: str
     names: tuple[str, ...]
@@ -63,7 +83,8 @@ class Federation(NamedTuple):
       pool: All private examples.
       public: The public set, or None.
       groups: The clients of one or two roles.
-      pooled: All clients' training examples as one client's: ``index`` int32 ``[n]``, ``size``.
+      pooled: The training examples of all clients as those of one client: ``index`` int32 ``[n]``,
+        ``size``.
     """
 
     pool: Pool
@@ -75,20 +96,21 @@ class Federation(NamedTuple):
 def assign_roles(
     dataset: FederatedDataset, *, top_n: int, large: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """The role of each client: "large" for the ``top_n`` with most training data, or if named.
+    """Returns the role of each client.
 
-    Clients with equally many training examples rank by their order in the data set.
+    The clients named in ``large`` are large. If none is named, those with the ``top_n`` largest
+    training sets are. Ties are broken by the order in the data set.
 
     Args:
       dataset: The private data.
-      top_n: How many clients are large, ``0 <= top_n <= K``; unused where ``large`` is given.
+      top_n: Number of large clients, ``0 <= top_n <= K``; unused if ``large`` is given.
       large: Names of the large clients.
 
     Returns:
-      One of "small" and "large" per client.
+      "small" or "large" per client.
 
     Raises:
-      UserError: If ``top_n`` is out of range or a name unknown.
+      UserError: If ``top_n`` is out of range or a name is unknown.
     """
     names = [client.name for client in dataset.clients]
     if large:
@@ -119,10 +141,10 @@ def make_federation(
       public: The public data, or None.
       answers: float ``[P, ..., F]`` the foundation model's logits in the order of ``public``, or
         None.
-      on_host: Leave them on the host instead, as NumPy arrays.
+      on_host: Whether to leave the data on the host, as NumPy arrays.
 
     Returns:
-      The federation; roles that nobody has make no group.
+      The federation. A role without clients has no group.
     """
     put: Any = np.asarray if on_host else jnp.asarray
     groups = []
@@ -131,7 +153,7 @@ def make_federation(
         if not ids:
             continue
         clients = [dataset.clients[i] for i in ids]
-        # One width for all splits, so that evaluating another split compiles nothing.
+        # All splits have the same width, so that evaluating another split does not recompile.
         width = max(len(getattr(client, split)) for client in clients for split in SPLITS)
         tables = [
             ClientIndex(*map(put, _table([getattr(client, split) for client in clients], width)))
@@ -147,14 +169,14 @@ def make_federation(
             answers=None if answers is None else put(answers),
         )
     pool = Pool(put(dataset.images), put(dataset.labels))
-    # Sorted, so that the order of the clients makes no difference.
+    # Sorted, so that the order of the clients does not matter.
     union = np.sort(np.concatenate([client.train for client in dataset.clients]))
     pooled = ClientIndex(put(union, np.int32), put(len(union), np.int32))
     return Federation(pool, public_pool, tuple(groups), pooled)
 
 
 def normalize_images(images: jax.Array) -> jax.Array:
-    """Pixels, uint8 0..255, to floats in [-1, 1]; floats are left as they are."""
+    """Returns uint8 pixels 0..255 scaled to floats in [-1, 1]; float values are not scaled."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images.astype(float)
     return images.astype(float) / 127.5 - 1.0

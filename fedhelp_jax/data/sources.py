@@ -1,4 +1,4 @@
-"""Private and public data by the names that configs use."""
+"""The registries of private and public data sources, by the names that configs use."""
 
 import dataclasses
 import logging
@@ -31,15 +31,15 @@ TASKS = ("classification", "segmentation")
 
 
 class Request(NamedTuple):
-    """What a source is asked for besides its own settings.
+    """What a source is asked for in addition to its own settings.
 
     Attributes:
         seed: The run's seed.
         masks: Whether labels are masks rather than classes of whole images.
-        bad: Is told of examples that cannot be used.
-        image_size: Height and width of public images, as of the private ones.
-        volume_size: Sides of public volumes, as of the private ones.
-        cache_dir: Folder of the image cache; None takes the default.
+        bad: Collects examples that cannot be used.
+        image_size: Height and width of public images, equal to those of the private ones.
+        volume_size: Sides of public volumes, equal to those of the private ones.
+        cache_dir: Folder of the image cache; None uses the default.
     """
 
     seed: int
@@ -52,15 +52,15 @@ class Request(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source of data by name.
+    """A named source of data.
 
     Attributes:
-        load: ``(config, request) -> FederatedDataset``, or of public data ``PublicDataset``, with
-            the settings of ``data`` or ``public``.
-        about: What it is, in one line.
-        needs: Settings that must be given, by name, and what each must be.
-        tasks: What can be learned from it.
-        split_by: How clients may be made of it; None is for the loader to say.
+        load: ``(config, request) -> FederatedDataset``, or ``PublicDataset`` for public data, where
+            the config is ``data`` or ``public``.
+        about: One-line description.
+        needs: Settings that must be given, as pairs of a name and what it must be.
+        tasks: Tasks that can be learned from it.
+        split_by: The values of ``split_by`` that it supports; None leaves the check to the loader.
     """
 
     load: Callable[[Any, Request], Any]
@@ -71,13 +71,13 @@ class Source:
 
 
 def source(registry: Registry, name: str, key: str) -> Source:
-    """Returns the source of that name, which the setting `key` gives.
+    """Returns the source called `name`, which is the value of the setting `key`.
 
-    ``tfds:NAME`` is a set that TensorFlow Datasets has prepared. A function of one's own,
-    ``(config, request) -> data``, is a source for any task.
+    ``tfds:NAME`` is a data set prepared by TensorFlow Datasets. A user's own function
+    ``(config, request) -> data`` is a source for any task.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such source.
     """
     if name.startswith(PREPARED):
         if name == PREPARED:
@@ -98,7 +98,7 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
         masks: Whether labels are masks rather than classes of whole images.
 
     Raises:
-        UserError: The name is unknown, a file or value is unusable, or a client is empty.
+        UserError: The name is unknown, a file or value is unusable, or a client has no examples.
     """
     request = Request(seed, masks, Bad(config.on_bad_example == "skip"))
     dataset = source(DATA, config.name, "data.name").load(config, request)
@@ -128,11 +128,11 @@ def load_public(
 
     Args:
         config: `public` of the run's configuration.
-        image_size: Height and width, as of the private images.
-        seed: The run's seed; images that are read, not generated, do not depend on it.
+        image_size: Height and width, equal to those of the private images.
+        seed: The run's seed; images that are read rather than generated do not depend on it.
         masks: Whether labels are masks rather than classes of whole images.
-        volume_size: Sides of volumes, as of the private ones.
-        cache_dir: Folder of the image cache; None takes the default.
+        volume_size: Sides of volumes, equal to those of the private ones.
+        cache_dir: Folder of the image cache; None uses the default.
         skip_bad: Whether examples that cannot be used are left out rather than refused.
 
     Raises:
@@ -161,7 +161,7 @@ def _tell_left_out(left_out: Sequence[BadExample], used: int, whose: str) -> Non
         )
 
 
-# --- ours, private ------------------------------------------------------------------------------
+# --- built-in private sources -------------------------------------------------------------------
 
 
 def _sharing(config: DataConfig) -> Sharing:
@@ -257,7 +257,7 @@ def _prepared(config: DataConfig, request: Request) -> FederatedDataset:
     )
 
 
-# --- ours, public -------------------------------------------------------------------------------
+# --- built-in public sources --------------------------------------------------------------------
 
 
 def _public_phantoms(config: PublicConfig, request: Request) -> PublicDataset:

@@ -1,4 +1,4 @@
-"""What every data source returns, and the checks that all of it passes."""
+"""The types that every data source returns, and the checks that their values pass."""
 
 import hashlib
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClientSplit(NamedTuple):
-    """One client's examples: int32 [n] indices into the pool, disjoint between the three."""
+    """One client's examples, as int32 [n] indices into the pool; the three splits are disjoint."""
 
     name: str
     train: np.ndarray
@@ -24,24 +24,24 @@ class ClientSplit(NamedTuple):
 
 
 class FederatedDataset(NamedTuple):
-    """One pool of private examples and, per client, the indices that belong to it.
+    """One pool of private examples and, for each client, the indices of its examples.
 
     Attributes:
         name: Name of the source.
-        synthetic: True where the images were generated rather than photographed.
+        synthetic: True if the images were generated rather than photographed.
         images: uint8 [N, H, W, 3], resized; grey images are repeated over the channels. Volumes
-            are [N, D, H, W, modalities]. float32 where that is what is stored, or what
-            harmonising left: networks then see them as they are.
-        labels: int32 [N] classes; or masks, uint8 [N, *mask], the class of each pixel. Masks keep
-            their own resolution, which may be another than the images', and all share it.
-        label_names: Name of each class. Of masks a single name is that of the foreground (the
-            masks hold 0 and 1); of several the first is the background's.
+            are [N, D, H, W, modalities]. The type is float32 if the source stores floats or if
+            harmonisation produced them; such values are passed to the networks unchanged.
+        labels: int32 [N] classes; or masks, uint8 [N, *mask], with the class of each pixel. All
+            masks have the same resolution, which may differ from that of the images.
+        label_names: Name of each class. For masks, a single name is that of the foreground (the
+            masks hold 0 and 1); of several names, the first is the background.
         clients: The clients' splits.
-        content_sha256: `content_sha256` of what was read, before anything is harmonised.
-        left_out: Examples of the source that cannot be used; nothing above holds any of them.
-        left_out_images: Images of those of them whose image could be decoded, as `images`: they
-            are private all the same. None where there are none.
-        facts: What else a reader has seen, as pairs of a name and a text, for people.
+        content_sha256: `content_sha256` of the data as read, before harmonisation.
+        left_out: Examples of the source that cannot be used; they appear in none of the above.
+        left_out_images: Images of left-out examples that could be decoded, in the format of
+            `images`. They are private too. None if there are none.
+        facts: Further observations of the reader, as pairs of a name and a text for people.
     """
 
     name: str
@@ -57,26 +57,26 @@ class FederatedDataset(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """How many outputs a network of these data has."""
+        """Number of outputs of a network for these data."""
         return len(self.label_names)
 
 
 class PublicDataset(NamedTuple):
-    """Images known to everyone, with what is needed to join a teacher's answers to them.
+    """Images available to everyone, with what is needed to match a teacher's answers to them.
 
     Attributes:
         name: Name of the source.
-        synthetic: True where the images were generated rather than photographed.
-        images: uint8 [P, H, W, 3], or as else of the private data.
-        labels: int32 [P], or masks, uint8 [P, *mask], as of the private data; None where nobody
-            labelled them.
-        label_names: Name of each class, as of the private data, or None without labels.
+        synthetic: True if the images were generated rather than photographed.
+        images: uint8 [P, H, W, 3], or another form that private images may have.
+        labels: int32 [P], or masks, uint8 [P, *mask], as in the private data; None if the images
+            are not labelled.
+        label_names: Name of each class, as in the private data, or None without labels.
         sha256: `image_sha256` of each image before resizing and before grey became RGB.
-        originals: Those images themselves, [H, W], [H, W, channels] or, of volumes, [D, H, W] or
-            [D, H, W, modalities] each; may be lazy.
-        content_sha256: As of the private data.
-        left_out: As of the private data.
-        facts: As of the private data.
+        originals: Those images themselves, each [H, W] or [H, W, channels]; for volumes, [D, H, W]
+            or [D, H, W, modalities]. May be lazy.
+        content_sha256: As in the private data.
+        left_out: As in the private data.
+        facts: As in the private data.
     """
 
     name: str
@@ -99,11 +99,11 @@ def image_sha256(image: np.ndarray) -> str:
             [D, H, W] or [D, H, W, modalities].
 
     Returns:
-        SHA-256 of `repr(shape)`, followed by "float32" if that is its type, and the pixels in C
-        order, low bytes first.
+        SHA-256 of `repr(shape)`, followed by "float32" if that is the type, and the pixels in C
+        order and little-endian.
 
     Raises:
-        TypeError: `image` is of another type: it would hash other bytes.
+        TypeError: `image` has another type, whose bytes would give a different hash.
 
     >>> image_sha256(np.zeros((2, 2), np.uint8))[:8]
     '660c5b93'
@@ -117,21 +117,22 @@ def image_sha256(image: np.ndarray) -> str:
 
 
 def content_sha256(*parts: np.ndarray | str | None) -> str:
-    """Returns the hex SHA-256 of arrays, with their types and shapes, and texts, in their order."""
+    """Returns the hex SHA-256 of arrays (with their types and shapes) and texts, in order."""
     digest = hashlib.sha256()
     for part in parts:
         if not isinstance(part, np.ndarray):
             digest.update(f"{part!r}\n".encode())
             continue
         digest.update(f"{part.dtype.str}{part.shape}\n".encode())
-        step = max(1, 2**24 // max(1, part[:1].nbytes))  # what is not contiguous is copied
+        # Hashed in blocks, since each block of a non-contiguous array is copied.
+        step = max(1, 2**24 // max(1, part[:1].nbytes))
         for start in range(0, len(part), step):
             digest.update(np.ascontiguousarray(part[start : start + step]).data)
     return digest.hexdigest()
 
 
 def of_federated(dataset: FederatedDataset) -> str:
-    """Returns the `content_sha256` of examples and of who has which in which split."""
+    """Returns the `content_sha256` of the examples and of the clients' splits."""
     splits = [
         part
         for client in dataset.clients
@@ -142,28 +143,28 @@ def of_federated(dataset: FederatedDataset) -> str:
 
 
 def of_public(public: PublicDataset) -> str:
-    """Returns the `content_sha256` of public examples, by which a teacher knows them too."""
+    """Returns the `content_sha256` of public examples, by which a teacher identifies them too."""
     return content_sha256(
         public.images, public.labels, repr(public.label_names), "\n".join(public.sha256)
     )
 
 
 def check_federated(dataset: FederatedDataset) -> FederatedDataset:
-    """Returns `dataset` unchanged, once it is known to be usable.
+    """Returns `dataset` unchanged after checking that it is usable.
 
-    Classes that nobody has an example of, and images with the same pixels on two sides of a split,
-    are told in a warning.
+    Logs a warning for classes of which no client has an example, and for images whose pixels
+    occur in two different splits.
 
     Raises:
         UserError: A client has no training or no test example, or shares an example between
-            its own splits or with another client, or a label is outside the label names.
+            its own splits or with another client, or a label has no label name.
     """
     if not dataset.clients:
         raise UserError(f"data {dataset.name}: no client has any images")
     num_classes, labels = len(dataset.label_names), dataset.labels
     if labels.ndim > 1:
-        num_classes = max(2, num_classes)  # a single name is the foreground's
-    # The extremes first: comparing hundreds of megabytes of masks takes as many more.
+        num_classes = max(2, num_classes)  # a single name is that of the foreground
+    # Check the extremes first: comparing hundreds of megabytes of masks allocates as much again.
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
         bad = np.argwhere((labels < 0) | (labels >= num_classes))[0]
         raise UserError(
@@ -197,9 +198,9 @@ def check_federated(dataset: FederatedDataset) -> FederatedDataset:
 
 
 def check_public(public: PublicDataset) -> PublicDataset:
-    """Returns `public` unchanged; classes of which it has no image are told in a warning.
+    """Returns `public` unchanged after logging a warning for classes that have no image.
 
-    Masks and data that were drawn are not looked at.
+    Masks and synthetic data are not checked.
     """
     labels, names = public.labels, public.label_names
     if labels is not None and names is not None and labels.ndim == 1 and not public.synthetic:
@@ -214,13 +215,13 @@ def _tell_of_unseen(labels: np.ndarray, names: Sequence[str], start: str) -> Non
 
 
 def _tell_of_copies(dataset: FederatedDataset) -> None:
-    """Warns of examples with the same pixels as one on another side of a split, of any client."""
+    """Warns of examples that have the same pixels as one in another split, of any client."""
     seen: dict[int, list[int]] = {}  # examples by the checksum of their pixels
     for split, others in (("train", ""), ("validation", "train"), ("test", "train or validation")):
         members = np.sort(np.concatenate([getattr(client, split) for client in dataset.clients]))
         images = {i: np.ascontiguousarray(dataset.images[i]) for i in members.tolist()}
         sums = {i: zlib.crc32(image.data) for i, image in images.items()}
-        # Different pixels may have one checksum: where two agree, the pixels decide.
+        # Different pixels may have the same checksum, so matches are confirmed by the pixels.
         copies = [
             i
             for i, image in images.items()

@@ -1,8 +1,10 @@
-"""How a setting is declared: its type, default, help and check, and what it needs to matter.
+"""Declares settings: their type, default, help and check, and the conditions for an effect.
 
-@dataclasses.dataclass(frozen=True)
-class FedClipSettings:
-clip_norm: float = setting(1.0, "longest update, in the Euclidean norm", more_than(0))
+Example::
+
+    @dataclasses.dataclass(frozen=True)
+    class FedClipSettings:
+        clip_norm: float = setting(1.0, "longest update, in the Euclidean norm", more_than(0))
 """
 
 from fedhelp_jax.settings.checks import (

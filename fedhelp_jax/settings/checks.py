@@ -1,4 +1,4 @@
-"""What a setting must be, and what must hold for it to have an effect."""
+"""Checks of the values of settings, and conditions under which settings have an effect."""
 
 from collections.abc import Callable
 from operator import attrgetter
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Check(NamedTuple):
-    """A test of one value, and the words for what passes it, to be read after "must be"."""
+    """A test of one value, and a description of valid values that completes "must be ..."."""
 
     passes: Callable[[Any], bool]
     right: str
@@ -14,39 +14,39 @@ class Check(NamedTuple):
 
 
 def at_least(low: float) -> Check:
-    """`low` or more."""
+    """Accepts numbers of at least `low`."""
     return Check(lambda value: value >= low, f"at least {low:g}")
 
 
 def whole(low: int) -> Check:
-    """A whole number of `low` or more that 32 bits hold, as compiled programs count."""
+    """Accepts numbers of at least `low` that fit in 32 bits, the integers of compiled programs."""
     return Check(lambda value: low <= value < 2**31, f"at least {low} and less than 2**31")
 
 
 def more_than(low: float) -> Check:
-    """More than `low`."""
+    """Accepts numbers of more than `low`."""
     return Check(lambda value: value > low, f"more than {low:g}")
 
 
 def within(low: float, high: float, *, closed: bool) -> Check:
-    """Between `low` (never itself) and `high` (itself too where `closed`)."""
+    """Accepts numbers between `low`, exclusive, and `high`, which is inclusive if `closed`."""
     if closed:
         return Check(lambda value: low < value <= high, f"more than {low:g} and at most {high:g}")
     return Check(lambda value: low < value < high, f"more than {low:g} and less than {high:g}")
 
 
 def between(low: float, high: float) -> Check:
-    """From `low` to `high`, both included."""
+    """Accepts numbers from `low` to `high`, both inclusive."""
     return Check(lambda value: low <= value <= high, f"from {low:g} to {high:g}")
 
 
 def one_of(*names: str) -> Check:
-    """Any of `names`."""
+    """Accepts any of `names`."""
     return Check(lambda value: value in names, f"one of {', '.join(names)}", names)
 
 
 def one_of_or(prefix: str, *names: str) -> Check:
-    """Any of `names`, or what begins with `prefix`."""
+    """Accepts any of `names`, or a longer string that begins with `prefix`."""
     known = one_of(*names)
     return Check(
         lambda value: value in names or (value.startswith(prefix) and value != prefix),
@@ -56,7 +56,7 @@ def one_of_or(prefix: str, *names: str) -> Check:
 
 
 def some_of(*names: str) -> Check:
-    """A tuple of some of `names`, each once."""
+    """Accepts a tuple of some of `names`, each at most once."""
     return Check(
         lambda values: set(values) <= set(names) and len(set(values)) == len(values),
         f"some of {', '.join(names)}, each once",
@@ -74,12 +74,13 @@ SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
 
 
 class Use(NamedTuple):
-    """A condition without which a setting changes nothing: what another setting must be.
+    """A condition on another setting, without which a setting has no effect.
 
     Attributes:
         key: The other setting.
-        values: What it must be one of; a text that ends in a colon stands for all that begin so.
-        other: It must be none of them instead.
+        values: Values of which it must have one; a string that ends in a colon stands for all
+            values that begin with it.
+        other: Whether it must instead have none of these values.
     """
 
     key: str
@@ -102,12 +103,12 @@ class Use(NamedTuple):
 
 
 class Either(NamedTuple):
-    """A condition of which one of several others is enough."""
+    """A condition that holds if at least one of several conditions holds."""
 
     uses: tuple[Use, ...]
 
     def holds(self, config: Any) -> bool:
-        """As of `Use`."""
+        """Returns whether one of the conditions holds; see `Use.holds`."""
         return any(use.holds(config) for use in self.uses)
 
     def __str__(self) -> str:
@@ -115,15 +116,15 @@ class Either(NamedTuple):
 
 
 def either(*uses: Use) -> Either:
-    """For settings that have an effect where one of some conditions holds."""
+    """Declares that a setting has an effect only if at least one of the conditions holds."""
     return Either(uses)
 
 
 def where(key: str, *values: Any) -> Use:
-    """For settings that have an effect only where another one has one of some values."""
+    """Declares that a setting has an effect only if the setting `key` has one of `values`."""
     return Use(key, values)
 
 
 def unless(key: str, *values: Any) -> Use:
-    """For settings that have an effect only where another one has none of some values."""
+    """Declares that a setting has an effect only if the setting `key` has none of `values`."""
     return Use(key, values, other=True)

@@ -1,4 +1,4 @@
-"""How a setting is declared: as a field of a dataclass, with its help and its check."""
+"""Declares settings as fields of dataclasses, with their help and checks."""
 
 import dataclasses
 from typing import Any
@@ -14,17 +14,17 @@ def setting(
     only: Use | Either | tuple[Use | Either, ...] = (),
     identity: bool = True,
 ) -> Any:
-    """Returns a dataclass field.
+    """Returns a dataclass field that declares a setting.
 
     Args:
-        default: Its default.
-        about: Its help.
-        check: What it must pass; None is never given to the check.
-        only: What must hold for it to have an effect; a setting that has none is refused where a
-            command asks for it (`fedhelp_jax.experiments.unused.refuse_unused`).
-        identity: Whether another value makes another run. It does not where a setting says where
-            data lie (their content is compared instead), how fast a teacher is asked, or how
-            clients are spread over devices.
+        default: Default value.
+        about: Help text.
+        check: Check that the value must pass; the value None is never checked.
+        only: Conditions under which the setting has an effect. If they do not hold, commands that
+            call `fedhelp_jax.experiments.unused.refuse_unused` reject the setting.
+        identity: Whether runs with different values are different runs. This is False for settings
+            that say where data are (their content is compared instead), how fast a teacher is
+            queried, or how clients are mapped to devices.
     """
     only = (only,) if isinstance(only, Use | Either) else only
     metadata = {"about": about, "check": check, "only": only, "identity": identity}
@@ -32,5 +32,5 @@ def setting(
 
 
 def part(cls: type, *, only: Use | None = None) -> Any:
-    """Returns a dataclass field that holds settings of its own; ``only`` is for each of them."""
+    """Returns a dataclass field for a group of settings; ``only`` applies to each of them."""
     return dataclasses.field(default_factory=cls, metadata={"only": (only,) if only else ()})

@@ -1,7 +1,7 @@
-"""The schema of a run's settings: name, type, default, help and check of each, kept together.
+"""The schema of a run's settings: name, type, default, help and check of each setting.
 
-`fedhelp_jax.experiments.config` makes the whole of these parts, and checks what users write against
-them.
+`fedhelp_jax.experiments.config` assembles these parts into the configuration of a run, and checks
+user input against them.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
 HARMONIZATIONS = ("colour_constancy", "percentile_clip", "z_score")
 AUGMENTATIONS = ("flip", "flip_all", "affine", "brightness")
 ON_BAD_EXAMPLE = ("refuse", "skip")
-PREPARED = "tfds:"  # before the name of a data set that TFDS has prepared
-COLUMN = "column:"  # before the name of what clients are the values of
+PREPARED = "tfds:"  # prefix of the name of a data set prepared by TFDS
+COLUMN = "column:"  # prefix of the name of a column whose values become the clients
 SHARINGS = ("fractions", "iid", "quantity", "dirichlet", "shards", "clusters")
 PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")
 PIXEL_LAYOUTS = ("nhwc", "nchw")
@@ -54,13 +54,13 @@ _SIDES = Check(
 _DEVICES = Check(lambda value: 1 <= value <= 1024, "at least 1 and at most 1024")
 
 _ENDPOINTS = ("open_inference", "hf_zero_shot")
-_WITH_IMAGES = ("open_inference", "litert", "onnx")  # told how pixels are sent
+_WITH_IMAGES = ("open_inference", "litert", "onnx")  # the format of their pixels is configurable
 _FILES = ("folder", "medmnist", "npz_masks", PREPARED)
 _PUBLIC_FILES = ("npz", "folder", PREPARED)
 
 
 def _teacher(*names: str) -> Use:
-    # What is said beside an ensemble holds for its members.
+    # Settings next to an ensemble are the defaults of its members.
     return where("teacher.name", *names, "ensemble")
 
 
@@ -69,7 +69,7 @@ def _teacher(*names: str) -> Use:
 
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
-    """What the columns of a table of images are called; None is the name of the setting itself."""
+    """Names of the columns of a table of images; None means the name of the setting itself."""
 
     image: str | None = setting(None, "column of files in the folder, with their ending or without")
     label: str | None = setting(None, "column of classes, as words or as whole numbers from 0")
@@ -100,7 +100,7 @@ def _label_names(section: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The private images and how they are shared out among the clients."""
+    """The private images, and how they are assigned to the clients."""
 
     name: str = setting(
         "phantoms",
@@ -209,7 +209,7 @@ class DataConfig:
         "list them (quarantine.csv)",
         one_of(*ON_BAD_EXAMPLE),
         only=either(where("data.name", *_FILES), where("public.name", *_PUBLIC_FILES)),
-        identity=False,  # what is read is compared by its content
+        identity=False,  # the data that were read are compared by content
     )
     cache_dir: str | None = setting(
         None, "where decoded images are kept between runs", LOCAL, identity=False
@@ -218,7 +218,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PublicConfig:
-    """The public images that everyone has."""
+    """The public images, which all participants have."""
 
     name: str = setting(
         "phantoms",
@@ -243,7 +243,7 @@ class PublicConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FoundationConfig:
-    """One foundation model: where it is, what it takes and gives, and how it is asked."""
+    """One foundation model: where it is, what its inputs and outputs are, and how it is queried."""
 
     name: str = setting(
         "simulated",
@@ -375,7 +375,7 @@ class FoundationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig(FoundationConfig):
-    """The foundation model whose answers on public images are distilled, or an ensemble of them."""
+    """The foundation model, or ensemble of them, whose answers on public images are distilled."""
 
     members: tuple[FoundationConfig, ...] = setting(
         (), "ensemble: dicts of the settings above; what one leaves out is as they are here"
@@ -421,7 +421,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """What the server does with the clients' mean, for every method that averages parameters."""
+    """What the server does with the clients' mean, for all methods that average parameters."""
 
     optimizer: str = setting(
         "none",
@@ -453,7 +453,7 @@ class ServerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MappingConfig:
-    """How clients are spread over devices; changes speed, and rounding, but no meaning."""
+    """How clients are mapped to devices; this affects only speed and rounding."""
 
     cpu_devices: int | None = setting(
         None, "CPU devices; one per core (at most 8) if None", _DEVICES, identity=False

@@ -1,4 +1,4 @@
-"""A setting's value, from a config file or the command line, as the type it stands for."""
+"""Converts the values of settings from config files and the command line to their types."""
 
 import types
 import typing
@@ -10,16 +10,16 @@ from fedhelp_jax.settings.checks import Check
 
 
 def value_as(value: Any, kind: Any, check: Check | None, key: str) -> Any:
-    """Returns `value` as the type `kind` it stands for.
+    """Returns `value` converted to the type `kind`.
 
     Args:
-        value: As a config file or the command line gives it.
-        kind: int, float, bool, str, a tuple of one of them, or one of these or None.
-        check: What it must pass.
-        key: The setting's whole name, for messages.
+        value: Value from a config file or the command line.
+        kind: int, float, bool, str, a tuple of one of them, or a union of one of these and None.
+        check: Check that the value must pass.
+        key: The setting's full name, for messages.
 
     Raises:
-        UserError: It is of another type, or does not pass the check.
+        UserError: The value has another type, or does not pass the check.
     """
     converted = _convert(value, kind)
     if converted is _WRONG:
@@ -33,7 +33,7 @@ def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], path: str) -
     """Checks that all keys are known.
 
     Raises:
-        UserError: One is not; `path` stands before it.
+        UserError: A key is unknown; the message prefixes it with `path`.
     """
     known = list(known)
     for key in values:
@@ -42,10 +42,10 @@ def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], path: str) -
 
 
 def as_dict(values: Any, path: str) -> dict[str, Any]:
-    """Returns settings by name.
+    """Returns settings by name as a dictionary.
 
     Raises:
-        UserError: `values`, called `path`, are no mapping.
+        UserError: `values` is not a mapping; the message calls it `path`.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path} = {values!r} must hold settings by name")
@@ -53,14 +53,14 @@ def as_dict(values: Any, path: str) -> dict[str, Any]:
 
 
 _WRONG = object()
-_FLOAT32_END = 2.0**128  # programs compute in float32, where this is infinite
+_FLOAT32_END = 2.0**128  # infinite in float32, in which programs compute
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """Returns `value` as a `kind`, or `_WRONG`. An int stands for a float, a bool for no number."""
+    """Returns `value` as a `kind`, or `_WRONG`. An int is a valid float; a bool is not a number."""
     if isinstance(kind, types.UnionType):
         kinds = typing.get_args(kind)
-        # As the command line says it of a setting that holds text.
+        # The command line passes None as text for settings that hold text.
         if value is None or value == "None":
             return None if types.NoneType in kinds else _WRONG
         return _convert(value, next(k for k in kinds if k is not types.NoneType))
@@ -71,7 +71,7 @@ def _convert(value: Any, kind: Any) -> Any:
         return _WRONG if any(item is _WRONG for item in items) else items
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # False of NaN and infinity, and of whole numbers that no float holds.
+        # The comparison is False for NaN, infinity, and integers too large for a float.
         return float(value) if number and abs(value) < _FLOAT32_END else _WRONG
     if kind is int:
         return value if isinstance(value, int) and not isinstance(value, bool) else _WRONG

@@ -1,4 +1,4 @@
-"""Builders of TensorFlow Datasets for data that hospitals and benchmarks hand out by hand."""
+"""TensorFlow Datasets builders, mostly for data that users must download themselves."""
 
 from fedhelp_jax.data.builders.base import Builder
 from fedhelp_jax.data.builders.fed_isic2019 import FedIsic2019
@@ -21,5 +21,5 @@ _ALL = (
     SkinMasks,
 )
 
-# By the names that TFDS gives them.
+# Builders by the names that TFDS gives them.
 BUILDERS: dict[str, type[Builder]] = {cls.name: cls for cls in _ALL}

@@ -1,7 +1,7 @@
-"""What all builders have in common: about the data, and examples made in parallel.
+"""The base class of all builders, which makes examples in parallel.
 
-Builders write array_record and work without TensorFlow, which would encode arrays as images: here
-images are always handed over encoded.
+Builders write array_record files and work without TensorFlow. TFDS would need TensorFlow to encode
+arrays as images, so builders always pass images that are already encoded.
 """
 
 import contextlib
@@ -26,15 +26,16 @@ from fedhelp_jax.data.decode import decode_picture
 
 
 class About(NamedTuple):
-    """What a user must know of a data set.
+    """What a user must know about a data set.
 
     Attributes:
-      description: What it is.
-      homepage: Where it comes from.
-      licence: On what terms.
-      citation: BibTeX of what to cite.
-      download: What to download, and where it must lie.
-      sizes: Official sizes, by split or by split and client, for who checks theirs.
+      description: What the data are.
+      homepage: Where the data come from.
+      licence: Terms of use.
+      citation: BibTeX entries to cite.
+      download: What to download, and where to put it.
+      sizes: Official numbers of examples, by split, by split and client, or by class. A mismatch is
+        reported.
     """
 
     description: str
@@ -46,12 +47,12 @@ class About(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One example before its images are read.
+    """One example before its files are read.
 
     Attributes:
       key: Its name, unique in the data set.
-      files: What it is read from, names in the download.
-      fields: What is known of it already, features that are no images.
+      files: Names of its files in the download.
+      fields: The features that are already known, such as label or site.
     """
 
     key: str
@@ -59,35 +60,37 @@ class Item(NamedTuple):
     fields: Mapping[str, Any]
 
 
-# The only feature of an example that could not be made: why.
+# The only feature of an example that could not be made; its value is the reason.
 _BAD = "bad"
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder whose data the user has downloaded, or that fetches them itself.
+    """A builder of data that the user has downloaded, or that it fetches itself.
 
-    A subclass says what its data are (``about``), which examples there are (:meth:`plan`, which
-    reads tables and names, but no image), and makes one example (:meth:`make`, in threads).
-    Examples have the feature ``id``, and by what there is ``image`` or ``volume``, ``label`` or
-    ``mask``, ``site`` (a client) and ``group`` (a patient or lesion, which no split may cut).
+    A subclass describes its data (``about``), lists the examples (:meth:`plan`, which reads tables
+    and file names, but no images), and makes one example (:meth:`make`, which runs in threads).
+    Examples have the feature ``id`` and, depending on the data, ``image`` or ``volume``, ``label``
+    or ``mask``, ``site`` (a client) and ``group`` (a patient or lesion, which no split may cut).
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
 
-    # No files of TFDS's own kind lie beside a builder, and it would need another package to look.
+    # Builders have no TFDS metadata files next to their code. Looking for them would need another
+    # package.
     code_path = None
 
     about: About
 
-    # The classes of the feature ``mask``: one name for one foreground class. Empty where there is
-    # no mask, or where only the download has the names, which are in the metadata then.
+    # The classes of the feature ``mask``; a single name means one foreground class. Empty if there
+    # is no mask, or if only the download has the names, which are then in the metadata.
     mask_names: tuple[str, ...] = ()
 
-    # Examples made at a time; fewer where those of two parts would not fit in memory.
+    # Examples made at a time. Subclasses reduce it if the examples of two parts would not fit in
+    # memory.
     part_size = SIZE
 
-    # Set by who prepares.
+    # Set by the caller that prepares the data set.
     scratch: Path
     allow_repacked: bool = False
     skip_bad: bool = False
@@ -96,36 +99,36 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     done: Callable[[int], None] = staticmethod(lambda count: None)
 
     @property
-    def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:  # noqa: N802  TFDS calls it so
-        """What to download, and where it must lie."""
+    def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:  # noqa: N802  TFDS's own name
+        """What to download, and where to put it."""
         return self.about.download
 
     @abstractmethod
     def features(self) -> dict[str, Any]:
-        """The features of an example but for ``id``."""
+        """Returns the features of an example, except ``id``."""
 
     def metadata(self) -> tfds.core.MetadataDict | None:
-        """For what only the download tells of the whole set; :meth:`plan` fills it in."""
+        """Returns metadata of the data set that only the download has; :meth:`plan` fills it in."""
         return None
 
     def remote(self) -> Remote | None:
-        """The file that is the whole download, where anybody may fetch it without asking."""
+        """Returns the only file of the download if it is freely available, otherwise None."""
         return None
 
     @abstractmethod
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
-        """The examples of each split.
+        """Returns the examples of each split.
 
         Raises:
-          UserError: If the download is not complete, or not as its publisher lays it out.
+          UserError: If the download is incomplete, or not laid out as its publisher does.
         """
 
     @abstractmethod
     def make(self, download: Download, item: Item) -> Example:
-        """The features of an example that come of its files; images encoded, as bytes.
+        """Returns the features that are read from an example's files; images are encoded bytes.
 
         Raises:
-          UserError: If a file is damaged, or not what it should be.
+          UserError: If a file is damaged, or is not as expected.
         """
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -141,14 +144,14 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def download_and_prepare(self, **options: Any) -> None:
-        """As TFDS does it; archives are closed at its end, or where it fails."""
+        """Prepares the data set as TFDS does, and always closes the archives at the end."""
         self.bad: list[BadExample] = []
         with contextlib.ExitStack() as self._opened:
             super().download_and_prepare(**options)
 
     def _download_and_prepare(self, *arguments: Any, **options: Any) -> None:
         super()._download_and_prepare(*arguments, **options)
-        if self.bad:  # written before TFDS gives the folder its name, which says that it is whole
+        if self.bad:  # written before TFDS renames the folder, which marks it as complete
             with (Path(self.data_path) / QUARANTINE).open(
                 "w", newline="", encoding="utf-8"
             ) as file:
@@ -169,7 +172,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
 
     def _counts(self, plan: Mapping[str, Sequence[Item]]) -> Counter[str]:
-        """How many examples there are, by the names that ``about.sizes`` has for parts."""
+        """Returns the numbers of examples, with keys as in ``about.sizes``."""
         config, site = self.builder_config, self.features().get("site")
         label = self.features().get("label")
         counts: Counter[str] = Counter()
@@ -183,7 +186,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 counts.update(label.names[item.fields["label"]] for item in items)
         return counts
 
-    # What TFDS would print instead of a size that it does not know.
+    # Silences messages about a download size that TFDS does not know.
     def _log_download_bytes(self) -> None: ...
 
     def _log_download_done(self) -> None: ...
@@ -191,7 +194,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(
         self, download: Download, split: str, items: Sequence[Item]
     ) -> Iterator[tuple[str, Example]]:
-        # What was made before the files changed, or by another version, is told apart by these.
+        # Stamps distinguish examples that were made from older files, or by another version.
         version = str(self.version)
         stamped = [(item, version, *map(download.stamp, item.files)) for item in items]
 
@@ -210,7 +213,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         before = len(self.bad)
         for item, example in zip(items, examples, strict=True):
             if _BAD in example:
-                if not self.skip_bad:  # an earlier attempt left it out
+                if not self.skip_bad:  # an earlier attempt skipped it
                     raise UserError(example[_BAD])
                 site = self.features().get("site")
                 client = "" if site is None else site.names[item.fields["site"]]
@@ -225,33 +228,33 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def png(image: np.ndarray) -> bytes:
-    """An image ``[H, W]`` or ``[H, W, 3]`` of uint8 as a PNG file."""
+    """Returns a uint8 image ``[H, W]`` or ``[H, W, 3]`` as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
 def decoded(data: bytes, name: str) -> Image.Image:
-    """An image file of the download, as `decode_picture` returns it.
+    """Returns an image file of the download, decoded by `decode_picture`.
 
     Args:
-      data: The file.
+      data: Contents of the file.
       name: Its name, for the message.
 
     Raises:
-      UserError: As `decode_picture`.
+      UserError: As in `decode_picture`.
     """
     return decode_picture(data, f"{KEY}: {name}")
 
 
 def upright(data: bytes, image: Image.Image) -> bytes:
-    """An image file as it is; if it was turned when it was decoded, a JPEG file of the result.
+    """Returns an image file unchanged or, if decoding turned it, a JPEG file of the turned image.
 
-    TensorFlow Datasets, and most who read what it stores, do not look at the EXIF orientation.
+    TensorFlow Datasets, and most readers of its data sets, ignore the EXIF orientation.
 
     Args:
-      data: The file.
-      image: What `decoded` made of it.
+      data: Contents of the file.
+      image: The image that `decoded` returned for it.
     """
     if image.format is not None:
         return data

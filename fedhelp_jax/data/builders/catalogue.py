@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets' own catalogue, prepared by its own builders."""
+"""Data sets of the TensorFlow Datasets catalogue, prepared by their own builders."""
 
 import contextlib
 import io
@@ -16,28 +16,29 @@ from fedhelp_jax.core.errors import UserError, suggest
 from fedhelp_jax.core.storage import storage_fault
 from fedhelp_jax.data.builders.base import About
 
-# TFDS waits twice as long before each, from 0.2 s; its own 10 take minutes without a network.
+# TFDS starts with a wait of 0.2 s and doubles it before each retry. Its default of 10 retries takes
+# minutes without a network.
 _RETRIES = 4
 
 
 def has(name: str) -> bool:
-    """Whether the catalogue has ``NAME`` or ``NAME/CONFIG``; looks through modules, loads few."""
+    """Returns whether the catalogue has ``NAME`` or ``NAME/CONFIG``, while loading few modules."""
     return name.partition("/")[0] in tfds.list_builders(with_community_datasets=False)
 
 
 def builder(
     name: str, data_dir: str | None = None, file_format: str | None = None
 ) -> tfds.core.DatasetBuilder:
-    """The builder of a set of the catalogue.
+    """Returns the builder of a data set of the catalogue.
 
     Args:
       name: ``NAME`` or ``NAME/CONFIG``.
-      data_dir: Where prepared sets lie; None takes TFDS's default.
-      file_format: What it writes; None takes TFDS's default, or what is there already.
+      data_dir: Folder of prepared data sets; None uses TFDS's default.
+      file_format: Format to write; None uses TFDS's default, or the format of an existing copy.
 
     Raises:
-      UserError: If it has no such configuration, needs a package that is not installed, or is
-        there already in another format.
+      UserError: If there is no such configuration, a required package is not installed, or the data
+        set already exists in another format.
     """
     base, _, config = name.partition("/")
     with _one_line(name):
@@ -53,17 +54,19 @@ def builder(
 def prepare(
     name: str, made: tfds.core.DatasetBuilder, manual_dir: str | None, say: Callable[[str], None]
 ) -> None:
-    """Downloads and prepares a set of the catalogue; downloads stay in ``DATA_DIR/downloads``.
+    """Downloads and prepares a data set of the catalogue.
+
+    Downloads are kept in ``DATA_DIR/downloads``.
 
     Args:
-      name: What the user called it.
+      name: The name that the user gave.
       made: Its builder.
-      manual_dir: The folder of what TFDS cannot download.
-      say: Is told what is going on.
+      manual_dir: The folder of files that TFDS cannot download.
+      say: Called with progress messages.
 
     Raises:
-      UserError: If something cannot be downloaded, or is another file than TFDS expects, or a
-        package is needed that is not installed, or the disk is full.
+      UserError: If something cannot be downloaded or is not the file that TFDS expects, a required
+        package is not installed, or the disk is full.
     """
     downloads = Path(made.data_dir_root) / "downloads"
     say(f"{name} is of TFDS's catalogue: prepared by its own builder, downloads in {downloads}")
@@ -75,7 +78,7 @@ def prepare(
 
 
 def about(made: tfds.core.DatasetBuilder) -> About:
-    """What TFDS tells of a set."""
+    """Returns TFDS's information about a data set."""
     info = made.info
     return About(
         description=info.description,
@@ -89,7 +92,7 @@ def about(made: tfds.core.DatasetBuilder) -> About:
 
 @contextlib.contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Says in one line what is amiss; what TFDS prints of it is left out."""
+    """Turns errors of TFDS into messages of one line, and suppresses its own output."""
     before, downloader.MAX_RETRIES = downloader.MAX_RETRIES, _RETRIES
     retrying = logging.getLogger("urllib3.connectionpool")
     level = retrying.level
@@ -98,7 +101,7 @@ def _one_line(name: str) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except ImportError as error:
-        # TFDS says it anew with what it was about, and then the name is in the text only.
+        # TFDS raises it again with more context, and then only the text has the package's name.
         if "tensorflow" in (error.name or str(error)):
             raise UserError(
                 f"{name} of TFDS's catalogue needs TensorFlow to be prepared: pip install "

@@ -1,4 +1,4 @@
-"""A download as its publisher hands it out: a folder, whose archives need not be unpacked."""
+"""Reads a download as its publisher distributes it: a folder whose archives may stay packed."""
 
 import hashlib
 import os
@@ -19,7 +19,8 @@ from fedhelp_jax.data.decode import picture_stem
 from fedhelp_jax.data.readers.files import is_litter
 from fedhelp_jax.data.readers.tables import read_table
 
-# RuntimeError: a zip file that is encrypted, or compressed in a way that Python does not know.
+# RuntimeError stands for a zip file that is encrypted, or compressed by a method that Python does
+# not know.
 _READ_ERRORS = (
     OSError,
     EOFError,
@@ -28,33 +29,35 @@ _READ_ERRORS = (
     tarfile.TarError,
     zlib.error,
 )
-# An archive that holds more than this, and so much more than it takes, is no collection of images.
+# An archive is refused if it unpacks to more than this many bytes and by more than this factor,
+# which no collection of images does.
 _BOMB_BYTES, _BOMB_RATIO = 2**30, 100
 KEY = "--manual_dir"
 
 
 class Download:
-    """The files of a folder by relative path, those inside its zip and tar archives too.
+    """The files of a folder by relative path, including those inside its zip and tar archives.
 
-    What an archive holds stands where unpacking it on the spot would put it, and a file of the
-    folder comes before one in an archive: a download reads the same unpacked or not. Hidden files
-    and what macOS adds are left out. Zip and plain tar archives are read in place; compressed tar
-    archives, which can only be read from the start, are unpacked once into ``scratch``.
+    The members of an archive appear where unpacking it in place would put them, and a file of the
+    folder takes precedence over one in an archive. A download therefore reads the same unpacked or
+    not. Hidden files and those that macOS adds are left out. Zip and plain tar archives are read in
+    place. Compressed tar archives can be read only from the start, so they are unpacked once into
+    ``scratch``.
 
-    Reading is safe from several threads. To be closed by ``with``.
+    Reading is safe from several threads. Use it in a ``with`` statement, which closes the archives.
     """
 
     def __init__(self, folder: Path, scratch: Path, say: Callable[[str], None] = lambda text: None):
-        """Looks for files; reads none but compressed tar archives.
+        """Lists the files; only compressed tar archives are read.
 
         Args:
           folder: ``--manual_dir``.
-          scratch: Folder for what must be unpacked; kept, so that the next attempt finds it.
-          say: Is told of what takes long.
+          scratch: Folder for unpacked archives; it is kept, so that the next attempt finds them.
+          say: Called with messages about steps that take long.
 
         Raises:
-          UserError: If the folder is missing or empty, or an archive is damaged, holds a name
-            outside of its folder, a link or the same name twice, or unpacks to absurdly much.
+          UserError: If the folder is missing or empty, or an archive is damaged, has a member
+            outside its folder, a link or the same name twice, or unpacks to an absurd size.
         """
         self.folder, self._scratch, self._say = folder, scratch, say
         self._archives: list[zipfile.ZipFile | tarfile.TarFile] = []
@@ -69,7 +72,7 @@ class Download:
             self._reads[name] = path.read_bytes
             try:
                 self._stamps[name] = _stamp(path)
-            except OSError as error:  # a link to nowhere
+            except OSError as error:  # a broken link
                 raise UserError(f"{KEY}: {name} in {folder} cannot be read: {error}") from None
             if name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz")):
                 archives.append((name, path))
@@ -99,10 +102,10 @@ class Download:
         return self._reads.keys()
 
     def read(self, name: str) -> bytes:
-        """What a file holds.
+        """Returns the contents of a file.
 
         Raises:
-          UserError: If it cannot be read, or its archive is damaged there.
+          UserError: If it cannot be read, or its archive is damaged at this file.
         """
         try:
             return self._reads[name]()
@@ -110,14 +113,14 @@ class Download:
             raise UserError(f"{KEY}: {name} in {self.folder} cannot be read: {error}") from None
 
     def stamp(self, name: str) -> str:
-        """Size and time of a file, or of the archive that it lies in: another once it changes."""
+        """Returns size and modification time of a file or its archive, which tell if it changed."""
         return self._stamps[name]
 
     def find(self, *names: str) -> str:
-        """The one file of any of these names, wherever it lies.
+        """Returns the only file with any of these names, in whatever folder it is.
 
         Raises:
-          UserError: If there is none, or more than one.
+          UserError: If there is no such file, or more than one.
         """
         found = [name for name in self._reads if name.rpartition("/")[2] in names]
         if len(found) == 1:
@@ -126,13 +129,13 @@ class Download:
         raise UserError(f"{KEY}={self.folder}: needs a file {' or '.join(names)}, has {said}")
 
     def by_stem(self, suffixes: tuple[str, ...], *folders: str) -> dict[str, str]:
-        """The files in folders of these names, wherever these lie, by name without suffix.
+        """Returns the files directly in folders of these names, by name without suffix.
 
-        Pictures there that end otherwise are counted, and named, in a line that is said.
+        Pictures in these folders that have other suffixes are reported by number and first names.
 
         Args:
-          suffixes: Lower case, as ".jpg"; the files' own may be in upper case.
-          *folders: Names of the folders that the files stand in; "" is the download's own.
+          suffixes: Suffixes in lower case, such as ".jpg"; those of the files may be in upper case.
+          *folders: Names of the folders that contain the files; "" is the download's own folder.
 
         Returns:
           ``{stem: relative path}``.
@@ -162,17 +165,18 @@ class Download:
     def table(
         self, names: Sequence[str], columns: Sequence[str]
     ) -> tuple[str, list[dict[str, str]]]:
-        """The rows of a file of values separated by commas or tabs, and its place.
+        """Returns the path and the rows of a file of values separated by commas or tabs.
 
         Args:
-          names: What the file may be called.
-          columns: What it must have; ``a|b`` is a column called either, and then ``a`` in the rows.
+          names: Names that the file may have.
+          columns: Columns that it must have; ``a|b`` is a column with either name, which is called
+            ``a`` in the rows.
 
         Returns:
-          ``(relative path, rows)``, values stripped of blanks.
+          ``(relative path, rows)``, with values stripped of whitespace.
 
         Raises:
-          UserError: If there is no such file, or as `read_table`.
+          UserError: If there is no such file, or as in `read_table`.
         """
         name = self.find(*names)
         return name, read_table(self.read(name), columns, f"{KEY}: {name} in {self.folder}")[1]
@@ -220,7 +224,7 @@ class Download:
                 yield name, lambda member=member: self._read_tar(archive, member)
 
     def _read_tar(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-        with self._lock:  # one position in the file for all
+        with self._lock:  # all threads share one position in the file
             file = archive.extractfile(member)
             assert file is not None
             return file.read()
@@ -269,7 +273,7 @@ def _copy(file: IO[bytes], out: IO[bytes]) -> None:
 
 
 def _checked_member(path: Path, member: tarfile.TarInfo) -> str | None:
-    """The name of a file in a tar archive; None for folders and what is left out."""
+    """Returns the name of a file in a tar archive; None for folders and members to be ignored."""
     name = _checked(path, member.name)
     if member.isdir() or name is None:
         return None
@@ -279,7 +283,7 @@ def _checked_member(path: Path, member: tarfile.TarInfo) -> str | None:
 
 
 def _checked(path: Path, name: str) -> str | None:
-    """A member's name, if it lies inside; None for what is left out."""
+    """Returns the name of a member, which must be inside the archive's folder; None for litter."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0]:
         raise UserError(f"{KEY}: {path} holds {name!r}, which lies outside of its folder")
@@ -287,7 +291,7 @@ def _checked(path: Path, name: str) -> str | None:
 
 
 def check_size(path: Path, archive: zipfile.ZipFile) -> None:
-    """Checks that a zip file does not unpack to absurdly much.
+    """Checks that a zip file does not unpack to an absurd size.
 
     Raises:
       UserError: If it does.
@@ -304,7 +308,7 @@ def _check_total(path: Path, total: int) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; links are followed, but no folder is entered twice."""
+    """Returns all files below a folder, sorted; follows links, but enters no folder twice."""
     found, entered = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -318,16 +322,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def check_present(found: Mapping[str, str], wanted: Sequence[str], what: str, where: Path) -> None:
-    """Checks that a download has what its tables name.
+    """Checks that a download has all files that its tables name.
 
     Args:
-      found: The files by name, as `Download.by_stem` gives them.
-      wanted: The names.
-      what: What they are: "image".
+      found: The files by name, as returned by `Download.by_stem`.
+      wanted: The required names.
+      what: What they are, such as "image".
       where: The download's folder.
 
     Raises:
-      UserError: If any is missing: how many, and the first three.
+      UserError: If any file is missing; the message has their number and the first three.
     """
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -338,7 +342,7 @@ def check_present(found: Mapping[str, str], wanted: Sequence[str], what: str, wh
 
 
 def check_unique(names: Iterable[str], what: str, where: str) -> None:
-    """Checks that a table names nothing twice.
+    """Checks that a table contains no name twice.
 
     Raises:
       UserError: If it does.
@@ -349,6 +353,6 @@ def check_unique(names: Iterable[str], what: str, where: str) -> None:
 
 
 def md5_of(path: Path) -> str:
-    """The MD5 of a file, by which publishers tell whether it is theirs; in hex digits."""
+    """Returns the hex MD5 of a file, for comparison with the checksum that publishers state."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()

@@ -24,7 +24,7 @@ _POWER = 6
 
 
 class FedIsic2019(Builder):
-    """Skin lesions of eight diagnoses, a client a centre, official folds, lesions as groups."""
+    """Skin lesions of eight diagnoses: one client per centre, official folds, grouped by lesion."""
 
     about = About(
         description="23,247 dermoscopy images of the ISIC 2019 challenge with one of eight "
@@ -59,7 +59,7 @@ One folder with
     )
 
     def features(self) -> dict[str, Any]:
-        """A JPEG image, its diagnosis, centre and lesion."""
+        """Returns the features: a JPEG image, its diagnosis, centre and lesion."""
         return {
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
             "label": tfds.features.ClassLabel(names=list(LABEL_NAMES)),
@@ -68,7 +68,7 @@ One folder with
         }
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
-        """The official folds; a centre without any image in the download is left out."""
+        """Returns the official folds; a centre without any image in the download is left out."""
         name, rows = download.table(
             ("train_test_split", "train_test_split.csv"),
             ("image|image_id", "target", "center", "fold"),
@@ -98,7 +98,7 @@ One folder with
         return items
 
     def _lesions(self, download: Download, rows: Sequence[dict[str, str]]) -> dict[str, str]:
-        """The lesion of each image; of those without one, a name of their own."""
+        """Returns the lesion of each image; images without a known lesion get one of their own."""
         metadata, known = "ISIC_2019_Training_Metadata.csv", rows
         if "lesion_id" not in rows[0]:
             known = []
@@ -111,7 +111,7 @@ One folder with
         return {image: group_of(found.get(image, ""), image) for image in images}
 
     def make(self, download: Download, item: Item) -> Example:
-        """The image as it is, or preprocessed if it is a raw one."""
+        """Returns the image, which is preprocessed if it is a raw one."""
         (name,) = item.files
         data = download.read(name)
         image = decoded(data, name)
@@ -123,17 +123,17 @@ One folder with
 
 
 def preprocess(image: Image.Image) -> Image.Image:
-    """A raw image as FLamby preprocesses it: shorter side 224, then Shades of Gray.
+    """Returns a raw image as preprocessed by FLamby: shorter side 224, then Shades of Gray.
 
-    ``e_c = (mean_p x_pc^6)^(1/6)``, ``out_pc = x_pc / (sqrt(3) e_c / |e|)``, as
-    FLamby writes it: sides are rounded down, so that some images end at 223, and values past 255
-    start again at 0. Both are kept, since results are compared with those on FLamby's images.
+    ``e_c = (mean_p x_pc^6)^(1/6)``, ``out_pc = x_pc / (sqrt(3) e_c / |e|)``. As in FLamby's code,
+    sides are rounded down, so that some images have a side of 223, and values above 255 wrap around
+    to 0. Both are kept, since results are compared with those on FLamby's images.
 
     Args:
-      image: RGB, any size.
+      image: RGB image of any size.
 
     Returns:
-      RGB, its shorter side 224 or 223.
+      RGB image whose shorter side is 224 or 223.
 
     References:
       Finlayson and Trezzi, Shades of Gray and Colour Constancy, CIC 2004; FLamby,
@@ -144,7 +144,7 @@ def preprocess(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32)
     light = np.power(np.mean(np.power(pixels, _POWER), (0, 1)), 1 / _POWER)
     light /= np.sqrt(np.sum(np.square(light)))
-    with np.errstate(divide="ignore", invalid="ignore"):  # a channel that is black everywhere
+    with np.errstate(divide="ignore", invalid="ignore"):  # if a channel is black everywhere
         balanced = np.nan_to_num(pixels * (1 / (light * np.sqrt(np.float32(3)))))
     return Image.fromarray((balanced.astype(np.int64) % 256).astype(np.uint8))
 

@@ -13,7 +13,7 @@ from fedhelp_jax.data.builders.base import About, Builder, Item
 from fedhelp_jax.data.builders.downloads import KEY, Download, check_present, check_unique
 from fedhelp_jax.data.builders.resumable_map import Example
 
-# By FLamby's numbers of the centres, and as folders of subjects call them.
+# In the order of FLamby's centre numbers, spelt as in the names of the subjects' folders.
 _SITES = ("Guys", "HH", "IOP")
 _SIZES = ((249, 62), (145, 36), (59, 15))
 _SHAPE = (48, 60, 48)
@@ -21,7 +21,7 @@ _FILE = re.compile(r"(?:.*/)?((IXI(\d+)-([^-/]+)-[^-/]+)/(T1|label)/[^/]+\.nii\.
 
 
 class FedIxiTiny(Builder):
-    """T1-weighted volumes with brain masks, a client a hospital, FLamby's split."""
+    """T1-weighted volumes with brain masks, with one client per hospital and FLamby's split."""
 
     about = About(
         description="566 small T1-weighted MRI volumes of healthy subjects from Guy's Hospital, "
@@ -57,7 +57,7 @@ One folder with
     mask_names = ("brain",)
 
     def features(self) -> dict[str, Any]:
-        """A normalised volume, its mask of the brain, hospital and subject."""
+        """Returns the features: a normalised volume, its brain mask, hospital and subject."""
         return {
             "volume": tfds.features.Tensor(shape=_SHAPE, dtype=np.float32, encoding="zlib"),
             "mask": tfds.features.Tensor(shape=_SHAPE, dtype=np.uint8, encoding="zlib"),
@@ -66,7 +66,7 @@ One folder with
         }
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
-        """FLamby's split; subjects that it does not name are left out."""
+        """Returns FLamby's split; subjects that it does not name are left out."""
         nifti.check_installed()
         table, rows = download.table(
             ("metadata_tiny.csv",), ("Patient ID", "Manufacturer", "Split")
@@ -94,7 +94,7 @@ One folder with
         return items
 
     def make(self, download: Download, item: Item) -> Example:
-        """Volume and mask as FLamby's transforms leave them."""
+        """Returns volume and mask after FLamby's transforms."""
         volume, mask = item.files
         pair = (volume, download.read(volume)), (mask, download.read(mask))
         values, labels = nifti.read_pair(*pair, (0, 1))
@@ -105,10 +105,11 @@ One folder with
 
 
 def area_resize(volume: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """A volume resized by adaptive average pooling, PyTorch's mode "area".
+    """Returns a volume resized by adaptive average pooling, PyTorch's mode "area".
 
-    Voxel i of ``out`` along an axis of n is the mean of voxels ``floor(i n / out)`` up to, without
-    it, ``ceil((i + 1) n / out)``: windows overlap where n is no multiple, and axes may grow.
+    Along an axis of length n that is resized to ``out``, voxel i is the mean of voxels
+    ``floor(i n / out)`` (inclusive) to ``ceil((i + 1) n / out)`` (exclusive). Windows overlap if n
+    is not a multiple of ``out``, and axes may grow.
 
     Args:
       volume: ``[D, H, W]``.
@@ -130,14 +131,14 @@ def area_resize(volume: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         resized = np.moveaxis(np.stack([moved[w].sum(0) for w in windows]), 0, axis)
         widths = np.array([w.stop - w.start for w in windows], np.float32)
         counts = counts[..., None] * widths
-    # Divided once, as PyTorch does: a window of ones has a mean of exactly 1.
+    # Divided once, as in PyTorch, so that a window of ones has a mean of exactly 1.
     return resized / counts
 
 
 def normalise(volume: np.ndarray) -> np.ndarray:
-    """``(x - mean) / std`` over all voxels, float32; a constant volume becomes 0.
+    """Returns ``(x - mean) / std`` over all voxels, float32; a constant volume becomes 0.
 
-    The standard deviation is that of the population, as MONAI's ``NormalizeIntensity`` takes it.
+    The standard deviation is that of the population, as in MONAI's ``NormalizeIntensity``.
     """
     centred = volume - np.float32(volume.mean(dtype=np.float64))
     std = np.float32(np.sqrt(np.square(centred, dtype=np.float64).mean()))
@@ -149,7 +150,7 @@ def _site(subject: str) -> str:
 
 
 def _files(download: Download) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """By ``IXI###``: the subject's name, its T1 volume, its mask."""
+    """Returns the subject's name, its T1 volume and its mask, each by ``IXI###``."""
     subjects: dict[str, str] = {}
     found: dict[str, dict[str, str]] = {"T1": {}, "label": {}}
     tails = set()
@@ -158,7 +159,7 @@ def _files(download: Download) -> tuple[dict[str, str], dict[str, str], dict[str
         if match is None:
             continue
         tail, subject, number, site, kind = match.groups()
-        # FLamby keeps the archive beside what it has unpacked of it: the same file, found twice.
+        # FLamby keeps the archive next to its unpacked files, so that each file is found twice.
         if tail in tails:
             continue
         tails.add(tail)

@@ -1,4 +1,4 @@
-"""Files fetched from their publishers: whole and as published, or not there."""
+"""Fetches files from their publishers, and keeps them only if complete and as published."""
 
 import contextlib
 import http.client
@@ -13,17 +13,17 @@ from urllib.parse import urlsplit
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.builders.downloads import KEY, md5_of
 
-_TIMEOUT = 30.0  # seconds without a byte
+_TIMEOUT = 30.0  # seconds without receiving data
 _BLOCK = 2**20
 _NETWORK_ERRORS = (OSError, http.client.HTTPException)
 
 
 class Remote(NamedTuple):
-    """A file that may be fetched without asking anybody.
+    """A file that anyone may download without asking for access.
 
     Attributes:
-      url: Where it is.
-      name: What it is called.
+      url: Its URL.
+      name: Its file name.
       md5: Its official checksum.
     """
 
@@ -39,19 +39,19 @@ def fetch(
     planned: Callable[[int], None],
     done: Callable[[int], None],
 ) -> None:
-    """Fetches a file, unless it is there; goes on where an earlier attempt was stopped.
+    """Fetches a file unless it exists, and resumes an earlier attempt that was stopped.
 
-    It is called ``<name>.part`` until it is whole and its checksum is right.
+    The file is called ``<name>.part`` until it is complete and its checksum is correct.
 
     Args:
       remote: The file.
-      folder: Where it shall lie.
-      say: Is told what is going on.
-      planned: Is told how many bytes are to come.
-      done: Is told how many more have come.
+      folder: The folder to put it in.
+      say: Called with progress messages.
+      planned: Called with the number of bytes to fetch.
+      done: Called with the number of bytes in each block that was fetched.
 
     Raises:
-      UserError: If there is no network, the connection ends, or what comes is another file.
+      UserError: If there is no network, the connection breaks, or another file is received.
     """
     path, part = folder / remote.name, folder / f"{remote.name}.part"
     if path.exists():
@@ -79,11 +79,11 @@ def fetch(
 
 
 class _Failed(Exception):
-    """The network's fault, and not the disk's."""
+    """An error of the network rather than the disk."""
 
 
 class _SameScheme(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection away from https."""
+    """Refuses redirections to another scheme than that of the request, such as away from https."""
 
     def redirect_request(
         self,
@@ -102,10 +102,10 @@ class _SameScheme(urllib.request.HTTPRedirectHandler):
 def _fetch(
     url: str, part: Path, planned: Callable[[int], None], done: Callable[[int], None]
 ) -> None:
-    """Appends to a file what is missing of it."""
+    """Fetches the missing rest of a file and appends it."""
     start = part.stat().st_size if part.exists() else 0
     with contextlib.closing(_open(url, start)) as response:
-        if response.status != 206:  # not from there on, but from the beginning
+        if response.status != 206:  # the server sends the whole file instead of the rest
             start = 0
         size = response.length
         if size is None:
@@ -131,7 +131,7 @@ def _open(url: str, start: int) -> http.client.HTTPResponse:
         return opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416 and start:  # there is no more: it is whole, or of another file
+        if error.code == 416 and start:  # no bytes are left: it is complete, or another file
             return _open(url, 0)
         raise _Failed(f"{error.code} {error.reason}") from None
     except urllib.error.URLError as error:

@@ -1,4 +1,4 @@
-"""Lungs in chest radiographs of two hospitals: Shenzhen and Montgomery County."""
+"""Masks of the lungs in chest radiographs from two hospitals: Shenzhen and Montgomery County."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _NAME = re.compile(r"(CHNCXR|MCUCXR)_\d{4}_([01])")
 
 
 class LungMasks(Builder):
-    """Chest radiographs with masks of the lungs, a client a hospital; tuberculosis or none."""
+    """Chest radiographs with lung masks and tuberculosis labels, with one client per hospital."""
 
     about = About(
         description="704 frontal chest radiographs of the tuberculosis sets of Shenzhen No.3 "
@@ -60,10 +60,10 @@ mask or masks too.""",
 
     mask_names = ("lung",)
 
-    part_size = 16  # radiographs of several megabytes
+    part_size = 16  # radiographs take several megabytes each
 
     def features(self) -> dict[str, Any]:
-        """A grey PNG image, its mask of 0 and 255, the hospital, tuberculosis, and a group."""
+        """Returns the features: a grey PNG image, its mask of 0 and 255, hospital, tb and group."""
         return {
             "image": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
             "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
@@ -73,13 +73,13 @@ mask or masks too.""",
         }
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
-        """All images with a mask, as one split."""
+        """Returns all images with a mask as one split."""
         images = download.by_stem((".png",), "CXR_png")
         if not images:
             raise UserError(f"{KEY}={download.folder}: there is no .png in any folder CXR_png")
         masks = _masks(download)
         for prefix in _SITES:
-            # Masks of a hospital whose images were not downloaded are no matter.
+            # Masks of a hospital whose images were not downloaded are ignored.
             if any(stem.startswith(prefix) for stem in images):
                 wanted = sorted(stem for stem in masks if stem.startswith(prefix))
                 check_present(images, wanted, f"{_SITES[prefix]} image", download.folder)
@@ -114,7 +114,7 @@ mask or masks too.""",
         return {"train": items}
 
     def make(self, download: Download, item: Item) -> Example:
-        """The image, and its mask or masks as one."""
+        """Returns the image and the union of its masks."""
         place, *places = item.files
         data, image = grey_png(download.read(place), place)
         mask = np.zeros((image.height, image.width), bool)
@@ -136,7 +136,7 @@ mask or masks too.""",
 
 
 def _masks(download: Download) -> dict[str, tuple[str, ...]]:
-    """The files of each image's mask, by the image's name without suffix."""
+    """Returns the mask files of each image, by the image's name without suffix."""
     masks: dict[str, tuple[str, ...]] = {}
     for stem, place in download.by_stem((".png",), "mask", "masks").items():
         image = stem.removesuffix("_mask")

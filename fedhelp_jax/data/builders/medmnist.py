@@ -1,4 +1,4 @@
-"""MedMNIST: 18 sets of small biomedical images or volumes, from the files of its publisher."""
+"""MedMNIST: 18 data sets of small biomedical images or volumes, from the publisher's files."""
 
 import importlib.resources
 import json
@@ -18,7 +18,7 @@ from fedhelp_jax.data.builders.fetch import Remote
 from fedhelp_jax.data.builders.resumable_map import Example
 from fedhelp_jax.data.cache import NPZ_ERRORS
 
-# By name: source, task, licence, dimensions, channels, official counts, labels, and md5 by size.
+# By name: source, task, licence, dimensions, channels, official counts, labels, and MD5 by size.
 SUBSETS: dict[str, dict[str, Any]] = json.loads(
     importlib.resources.files("fedhelp_jax.data.builders")
     .joinpath("medmnist.json")
@@ -40,7 +40,7 @@ _CITATION = """\
 
 
 class Medmnist(Builder):
-    """One of MedMNIST's sets at one of its sizes, with the official splits."""
+    """One of MedMNIST's data sets at one of its sizes, with the official splits."""
 
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name=f"{subset}_{size}", description=facts["source"])
@@ -65,7 +65,7 @@ class Medmnist(Builder):
         super().__init__(config=config, **options)
 
     def features(self) -> dict[str, Any]:
-        """A PNG image or a volume, and its class, or of ChestMNIST which findings it has."""
+        """Returns the features: a PNG image or a volume, and its class or ChestMNIST's findings."""
         subset, size = _parts(self._config_name)
         facts, n = SUBSETS[subset], int(size)
         label = {"label": tfds.features.ClassLabel(names=facts["labels"])}
@@ -80,12 +80,12 @@ class Medmnist(Builder):
         return {"image": image, **label, "group": tfds.features.Text()}
 
     def remote(self) -> Remote:
-        """The set's file."""
+        """Returns the file of the data set."""
         subset, size = _parts(self._config_name)
         return Remote(_url(subset, size), _file(subset, size), SUBSETS[subset]["md5"][size])
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
-        """The official splits. Who or what is shown is not published: each id is its own group."""
+        """Returns the official splits; each id is its own group, as patients are not published."""
         subset, size = _parts(self._config_name)
         facts, n = SUBSETS[subset], int(size)
         name = download.find(_file(subset, size))
@@ -105,7 +105,7 @@ class Medmnist(Builder):
         return items
 
     def _labels(self, split: str, facts: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-        """The labels of a split ``[N, 1]`` or ``[N, L]``, checked, and its images' shape too."""
+        """Returns a split's labels, ``[N, 1]`` or ``[N, L]``; checks them and the images' shape."""
         name, where = _SPLITS[split], f"{KEY}: {self._stored.path}"
         found, dtype = self._stored.header(f"{name}_images")
         if dtype != np.uint8 or found[1:] != shape:
@@ -142,7 +142,7 @@ class Medmnist(Builder):
             self.say(said)
 
     def make(self, download: Download, item: Item) -> Example:
-        """The image as PNG, or the volume."""
+        """Returns the image as a PNG file, or the volume."""
         split, _, number = item.key.rpartition("_")
         picture = self._stored.shared(f"{_SPLITS[split]}_images")[int(number)]
         if "volume" in self.features():
@@ -156,7 +156,7 @@ class Medmnist(Builder):
 
 
 class _Stored:
-    """An .npz file, read without pickles; the images of one split are in memory at a time."""
+    """An .npz file, read without pickles; only the images of one split are in memory at a time."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -164,7 +164,7 @@ class _Stored:
         self._shared: tuple[str, np.ndarray] | None = None
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and type of an array, which is not read; a file of absurd size is refused."""
+        """Returns shape and type of an array without reading it; refuses files of absurd size."""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
                 check_size(self.path, archive)
@@ -178,19 +178,19 @@ class _Stored:
             raise self._refused(name, error) from None
 
     def read(self, name: str) -> np.ndarray:
-        """An array."""
+        """Returns an array."""
         try:
-            # Opened here: np.load leaves a damaged file open.
+            # The file is opened here because np.load leaves a damaged file open.
             with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays[name]
         except NPZ_ERRORS as error:
             raise self._refused(name, error) from None
 
     def shared(self, name: str) -> np.ndarray:
-        """An array for all threads, read once, until another is asked for."""
+        """Returns an array shared by all threads, which is kept until another one is requested."""
         with self._lock:
             if self._shared is None or self._shared[0] != name:
-                self._shared = None  # its memory is free before the next is read
+                self._shared = None  # frees its memory before the next array is read
                 self._shared = name, self.read(name)
             return self._shared[1]
 
@@ -221,7 +221,7 @@ def _many(facts: dict[str, Any]) -> bool:
 def _about(config: str) -> About:
     subset, size = _parts(config)
     if size not in SUBSETS.get(subset, {"md5": ()})["md5"]:
-        return Medmnist.about  # TFDS refuses the name
+        return Medmnist.about  # TFDS will refuse the name
     facts, file = SUBSETS[subset], _file(subset, size)
     said = f"volumes of {size} voxels" if facts["dimensions"] == 3 else f"images of {size} pixels"
     return About(

@@ -23,10 +23,10 @@ class Task(tfds.core.BuilderConfig):
     """One of the ten tasks.
 
     Attributes:
-      folder: What its archive, ``<folder>.tar``, and the folder in it are called.
-      md5: Of the archive as MONAI hands it out.
-      modalities: Volumes of a case, along the last axis where there are several.
-      labels: Their names, where they are known here; empty where only dataset.json has them.
+      folder: Name of the folder in its archive, ``<folder>.tar``.
+      md5: MD5 of the archive as distributed by MONAI.
+      modalities: Number of modalities of a case; if there are several, they are on the last axis.
+      labels: Names of the labels if they are known here; empty if only dataset.json has them.
     """
 
     folder: str
@@ -42,8 +42,8 @@ def _task(folder: str, md5: str, description: str, **options: Any) -> Task:
 class Msd(Builder):
     """A task of the decathlon: the cases with masks, as they are stored.
 
-    Names of labels stand in ``info.metadata["labels"]``, by label, and names of modalities, by
-    place on the last axis, in ``info.metadata["modality"]``: both are known from dataset.json only.
+    The names of labels are in ``info.metadata["labels"]``, by label. The names of modalities are in
+    ``info.metadata["modality"]``, by index on the last axis. Both come from dataset.json.
     """
 
     BUILDER_CONFIGS = [
@@ -112,7 +112,7 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
         return config
 
     def features(self) -> dict[str, Any]:
-        """A volume as stored, its mask of labels as dataset.json numbers them, the case."""
+        """Returns the features: a volume as stored, its mask of dataset.json's labels, the case."""
         sides = (None, None, None)
         several = self._config.modalities > 1
         shape = (*sides, self._config.modalities) if several else sides
@@ -123,11 +123,11 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
         }
 
     def metadata(self) -> tfds.core.MetadataDict:
-        """Names of labels and modalities."""
+        """Returns metadata to be filled with the names of labels and modalities."""
         return tfds.core.MetadataDict()
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
-        """The cases of dataset.json with a mask, in one split."""
+        """Returns the cases of dataset.json that have a mask as one split."""
         nifti.check_installed()
         self._check_archive(download.folder)
         root, listed = self._list(download)
@@ -159,14 +159,14 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
         }
 
     def make(self, download: Download, item: Item) -> Example:
-        """The volume as it is stored, and the mask on its axes."""
+        """Returns the volume as it is stored, and the mask on the volume's axes."""
         volume, mask = item.files
         pair = (volume, download.read(volume)), (mask, download.read(mask))
         values, labels = nifti.read_pair(*pair, self._labels, self._config.modalities)
         return {"volume": values, "mask": labels}
 
     def _list(self, download: Download) -> tuple[PurePosixPath, dict[str, Any]]:
-        """The task's folder in the download, and what its dataset.json says."""
+        """Returns the task's folder in the download, and the contents of its dataset.json."""
         folder = self._config.folder
         found = [
             path.parent
@@ -186,7 +186,7 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
         return found[0], listed if isinstance(listed, dict) else {}
 
     def _check_archive(self, folder: Path) -> None:
-        """Says so if the archive is not the one known here: it may have been packed anew."""
+        """Reports if the archive does not have the known MD5, since it may have been repacked."""
         path = folder / f"{self._config.folder}.tar"
         if not path.is_file():
             return
@@ -200,7 +200,7 @@ Task07_Pancreas, Task08_HepaticVessel, Task09_Spleen, Task10_Colon.""",
 
 
 def _names(listed: Mapping[str, Any], key: str, where: str) -> dict[int, str]:
-    """Names by number, from dataset.json's ``{"0": "background", ...}``."""
+    """Returns names by number, from ``{"0": "background", ...}`` in dataset.json."""
     found = listed.get(key)
     if isinstance(found, dict) and found and all(k.isascii() and k.isdigit() for k in found):
         return dict(sorted((int(number), str(name)) for number, name in found.items()))
@@ -210,7 +210,7 @@ def _names(listed: Mapping[str, Any], key: str, where: str) -> dict[int, str]:
 def _cases(
     listed: Mapping[str, Any], root: PurePosixPath, where: str
 ) -> list[tuple[str, str, str]]:
-    """Case, volume and mask of each entry of dataset.json's ``training``."""
+    """Returns case, volume and mask of each entry of ``training`` in dataset.json."""
     training = listed.get("training")
     if not isinstance(training, list):
         raise UserError(f"{where} has no list training")
@@ -221,7 +221,7 @@ def _cases(
             raise UserError(f"{where} has in training {entry!r}; it should name image and label")
         volume, mask = (root / str(name) for name in pair)
         if volume.name.startswith("."):
-            continue  # what a Mac left beside the real one
+            continue  # macOS adds hidden files next to the real ones
         cases.append((volume.name.partition(".")[0], volume.as_posix(), mask.as_posix()))
     if not cases:
         raise UserError(f"{where} has no cases in training")

@@ -32,7 +32,7 @@ _SIDE = 224
 
 
 class NctCrcHe(Builder):
-    """Colour-normalised tiles of colorectal tissue, nine classes; tested on other patients."""
+    """Colour-normalised tiles of colorectal tissue in nine classes; test patients are different."""
 
     about = About(
         description="107,180 tiles of 224x224 pixels at 0.5 um of colorectal cancer and healthy "
@@ -59,19 +59,19 @@ NCT-CRC-HE-100K-NONORM is another set, and is not read.""",
     )
 
     def features(self) -> dict[str, Any]:
-        """A PNG image and its class."""
+        """Returns the features: a PNG image and its class."""
         return {
             "image": tfds.features.Image(shape=(_SIDE, _SIDE, 3), encoding_format="png"),
             "label": tfds.features.ClassLabel(names=list(_CLASSES.values())),
         }
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
-        """The tiles of each folder; a folder that is not there is left out."""
+        """Returns the tiles of each folder; a missing folder is left out."""
         tiles: dict[str, dict[str, str]] = {split: {} for split in _FOLDERS}
         seen: dict[str, str] = {}
         for name in sorted(download.names):
             *parents, file = name.split("/")
-            # The innermost, as one set may lie in a folder that is called like another.
+            # The innermost folder counts: a data set may be inside a folder named like another one.
             split = next((_SPLITS[f] for f in reversed(parents) if f in _SPLITS), None)
             if split is None or not file.lower().endswith(".tif"):
                 continue
@@ -108,7 +108,7 @@ NCT-CRC-HE-100K-NONORM is another set, and is not read.""",
         return items
 
     def make(self, download: Download, item: Item) -> Example:
-        """The tile as a PNG file."""
+        """Returns the tile as a PNG file."""
         (name,) = item.files
         image = decoded(download.read(name), name)
         if image.size != (_SIDE, _SIDE):

@@ -1,4 +1,4 @@
-"""Volumes and masks out of NIfTI files, read within bounds."""
+"""Reads volumes and masks from NIfTI files, up to a size limit."""
 
 import gzip
 import io
@@ -14,11 +14,11 @@ from fedhelp_jax.data.builders.downloads import KEY
 from fedhelp_jax.data.readers.volumes import check_finite
 
 _GZIP = b"\x1f\x8b"
-# Of voxels: so that a small file, or one whose header is wrong, cannot take all memory.
+# Limits the bytes of voxels, so that a small file or a wrong header cannot exhaust memory.
 _MOST_BYTES = 2**31
-# Voxels that a mask may lie beside its volume: of less, no voxel comes to lie on another one.
+# Largest offset between a mask and its volume in voxels; up to it, no voxel moves onto another one.
 _APART = 0.5
-_FLAT = 1e-6  # as a share of the volume that a voxel takes
+_FLAT = 1e-6  # smallest volume of a mask's voxel, relative to a voxel of its volume
 
 
 def check_installed() -> None:
@@ -36,26 +36,26 @@ def check_installed() -> None:
 def read_pair(
     volume: tuple[str, bytes], mask: tuple[str, bytes], labels: Collection[int], modalities: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A volume and its mask, both on the axes of the volume's file.
+    """Returns a volume and its mask, both on the axes of the volume's file.
 
-    The volume is not turned or resampled; slope and intercept of its header are applied, in
-    float64. The axes of the mask are permuted and reversed as the two affines say, which place
-    voxels in space; a file without an affine (sform and qform of code 0) is taken to lie like the
-    other one.
+    The volume is not reoriented or resampled; slope and intercept of its header are applied in
+    float64. The axes of the mask are permuted and reversed according to the two affines, which map
+    voxels to space. A file without an affine (sform and qform codes 0) is assumed to have the
+    position and orientation of the other one.
 
     Args:
-      volume: Name and content of a NIfTI file, version 1 or 2, compressed with gzip or not.
-      mask: The same of the mask.
-      labels: Which labels it may have, in 0..255.
-      modalities: Volumes in the file, along the last axis where there are several.
+      volume: Name and content of a NIfTI file, version 1 or 2, optionally compressed with gzip.
+      mask: Name and content of the mask.
+      labels: The labels that the mask may have, in 0..255.
+      modalities: Number of modalities in the volume's file; several are on the last axis.
 
     Returns:
       float32 ``[D, H, W]`` or ``[D, H, W, modalities]``, and uint8 ``[D, H, W]``.
 
     Raises:
-      UserError: If a file is no NIfTI file, truncated or otherwise damaged, or larger than 2 GiB,
-        the volume has another shape or voxels that are not finite, the mask has another label or
-        size, or the two lie more than half a voxel apart.
+      UserError: If a file is not a NIfTI file, is damaged, or is larger than 2 GiB; the volume has
+        another shape or voxels that are not finite; the mask has another label or size; or the two
+        are more than half a voxel apart.
     """
     (name, volume_data), (mask_name, mask_data) = volume, mask
     values, affine = _read(volume_data, name)
@@ -94,11 +94,11 @@ def _aligned(
     name: str,
     mask_name: str,
 ) -> np.ndarray:
-    """The mask with its axes permuted and reversed to be the volume's."""
+    """Returns the mask with its axes permuted and reversed to match those of the volume."""
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
     try:
-        # From places in the mask to places in the volume.
+        # Maps indices in the mask to indices in the volume.
         to_volume = np.linalg.solve(volume_affine, affine)
     except np.linalg.LinAlgError:
         raise UserError(f"{KEY}: the affine of {name} places all voxels on a plane") from None
@@ -122,11 +122,11 @@ def _sides(shape: tuple[int, ...]) -> str:
 
 
 def _read(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values and affine of a file; None where it does not say where its voxels lie.
+    """Returns values and affine of a file; the affine is None if the file does not have one.
 
-    The values are as they are stored if the header scales nothing, otherwise float64.
+    The values have the stored type if the header does not scale them, otherwise float64.
     """
-    # Loaded here, since few data sets come as NIfTI files.
+    # Imported here, since few data sets are NIfTI files.
     from nibabel.nifti1 import Nifti1Header
     from nibabel.nifti2 import Nifti2Header
     from nibabel.spatialimages import HeaderDataError
@@ -155,7 +155,7 @@ def _read(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         voxels = file.read(gap + size)
         if len(voxels) < gap + size:
             raise EOFError(f"it ends after {max(len(voxels) - gap, 0)} of {size} bytes of voxels")
-        if file.read(1):  # or else it is at its end, where gzip compares the checksum
+        if file.read(1):  # reading to the end also makes gzip verify its checksum
             raise EOFError(f"it goes on after its {size} bytes of voxels")
     except KeyError:
         raise UserError(f"{KEY}: {name} is damaged: its type of voxels is unknown") from None

@@ -1,4 +1,4 @@
-"""NIH ChestX-ray14, pneumonia against no finding."""
+"""NIH ChestX-ray14 with two classes: pneumonia and no finding."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ _TEST_PERCENT = 20
 
 
 class NihChestXrayBinary(Builder):
-    """Frontal chest radiographs, pneumonia or no finding; official split, patients as groups."""
+    """Frontal chest radiographs, pneumonia or no finding: official split, grouped by patient."""
 
     about = About(
         description="61,792 of the 112,120 frontal chest radiographs of NIH ChestX-ray14: those "
@@ -53,10 +53,10 @@ One folder with, from https://nihcc.app.box.com/v/ChestXray-NIHCC,
         sizes={"no_finding": 60361, "pneumonia": 1431},
     )
 
-    part_size = 16  # radiographs of several megabytes
+    part_size = 16  # radiographs take several megabytes each
 
     def features(self) -> dict[str, Any]:
-        """A grey PNG image, whether it shows pneumonia, and the patient."""
+        """Returns the features: a grey PNG image, whether it shows pneumonia, and the patient."""
         return {
             "image": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
             "label": tfds.features.ClassLabel(names=["no_finding", "pneumonia"]),
@@ -64,7 +64,7 @@ One folder with, from https://nihcc.app.box.com/v/ChestXray-NIHCC,
         }
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
-        """The official split, or else one by patient."""
+        """Returns the official split or, without its lists, a split by patient."""
         found = {PurePosixPath(name).name for name in download.names}
         others = sorted(name for name in found if fnmatchcase(name, _PATTERN))
         name, rows = download.table(
@@ -95,7 +95,7 @@ One folder with, from https://nihcc.app.box.com/v/ChestXray-NIHCC,
     def _folds(
         self, download: Download, rows: Sequence[dict[str, str]], used: Sequence[str]
     ) -> dict[str, str]:
-        """Train or test, by image."""
+        """Returns train or test for each image."""
         present = {PurePosixPath(name).name for name in download.names}
         absent = [name for name in _LISTS.values() if name not in present]
         if absent:
@@ -126,7 +126,7 @@ One folder with, from https://nihcc.app.box.com/v/ChestXray-NIHCC,
         return folds
 
     def make(self, download: Download, item: Item) -> Example:
-        """The image as it is, or as a grey one if it is stored in another mode."""
+        """Returns the image, converted to grey if it is stored in another mode."""
         (name,) = item.files
         return {"image": grey_png(download.read(name), name)[0]}
 

@@ -1,11 +1,11 @@
-"""``fedhelp data``: lists the data sets that have a builder here, describes and prepares any.
+"""``fedhelp data``: lists the data sets with a builder here, and describes and prepares data sets.
 
-Names that are not ours are looked up in the catalogue of TensorFlow Datasets.
+Other names are looked up in the catalogue of TensorFlow Datasets.
 
-A prepared set lies in ``DATA_DIR/NAME[/CONFIG]/VERSION`` as TensorFlow Datasets lays it out, in
-array_record files, which need no TensorFlow to be written or read. What an interrupted preparation
-has made lies in ``DATA_DIR/.unfinished/NAME[/CONFIG]`` and is gone on from; what is fetched lies in
-``DATA_DIR/downloads/NAME`` and stays there.
+A prepared data set is in ``DATA_DIR/NAME[/CONFIG]/VERSION``, in the layout of TensorFlow Datasets.
+Its array_record files can be written and read without TensorFlow. An interrupted preparation leaves
+its results in ``DATA_DIR/.unfinished/NAME[/CONFIG]`` and is resumed from there. Downloads are kept
+in ``DATA_DIR/downloads/NAME``.
 """
 
 import errno
@@ -29,7 +29,7 @@ _EVERY = 5.0  # seconds between two lines of progress
 
 
 def names() -> list[str]:
-    """All data sets that have a builder here: ``NAME`` or ``NAME/CONFIG``."""
+    """Returns the names of all data sets with a builder here: ``NAME`` or ``NAME/CONFIG``."""
     return [
         f"{name}/{config.name}" if config else name
         for name, cls in BUILDERS.items()
@@ -38,15 +38,15 @@ def names() -> list[str]:
 
 
 def builder(name: str, data_dir: str | None = None) -> Builder:
-    """The builder of ``NAME`` or ``NAME/CONFIG``.
+    """Returns the builder of ``NAME`` or ``NAME/CONFIG``.
 
     Args:
       name: Its name.
-      data_dir: Where prepared sets lie; None takes TFDS's default, ``$TFDS_DATA_DIR`` or
+      data_dir: Folder of prepared data sets; None uses TFDS's default, ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``.
 
     Raises:
-      UserError: If there is none of that name.
+      UserError: If there is no data set of this name.
     """
     base, _, config = name.partition("/")
     if base not in BUILDERS:
@@ -77,23 +77,24 @@ def prepare(
     allow_repacked: bool = False,
     on_bad_example: str = "refuse",
 ) -> Path:
-    """Prepares a data set, or goes on where an earlier attempt was stopped.
+    """Prepares a data set, and resumes an earlier attempt that was stopped.
 
     Args:
-      name: ``NAME`` or ``NAME/CONFIG``, also of TFDS's catalogue.
-      manual_dir: The folder of the download; None fetches it, where that needs nobody's leave.
-      data_dir: As of :func:`builder`.
-      say: Where progress goes.
-      allow_repacked: Takes files whose official checksum differs, and only says so.
-      on_bad_example: "refuse" ends at the first example whose files are unusable; "skip" leaves
+      name: ``NAME`` or ``NAME/CONFIG``, which may be of TFDS's catalogue.
+      manual_dir: The folder of the download; None fetches it, if it is freely available.
+      data_dir: As in :func:`builder`.
+      say: Called with progress messages.
+      allow_repacked: Whether to accept, with a message, files that differ from their official
+        checksum.
+      on_bad_example: "refuse" stops at the first example whose files are unusable; "skip" leaves
         such examples out, and lists them in ``quarantine.csv`` in the folder of the prepared set.
-        Sets of TFDS's catalogue are always refused.
+        Data sets of TFDS's catalogue are always treated as with "refuse".
 
     Returns:
-      The folder of the prepared set.
+      The folder of the prepared data set.
 
     Raises:
-      UserError: If the download is not as its publisher lays it out or cannot be fetched, or the
+      UserError: If the download is not laid out as its publisher does, it cannot be fetched, or the
         disk is full.
     """
     if _is_of_catalogue(name):
@@ -105,7 +106,7 @@ def prepare(
     if folder.exists():
         return _there_already(folder, say)
     _check_manual_dir(name, made, manual_dir)
-    # All configurations of a set are fetched to one folder.
+    # All configurations of a data set share a download folder, so they share a lock.
     lock = Path(made.data_dir_root) / ".unfinished" / f"{made.name}.lock"
 
     def wait(holder: str) -> None:
@@ -153,7 +154,7 @@ def _make(
 
 
 def _is_of_catalogue(name: str) -> bool:
-    # Ours come first: TFDS needs a moment to look through its modules.
+    # Our builders are checked first, because TFDS needs a moment to look through its modules.
     return name.partition("/")[0] not in BUILDERS and catalogue.has(name)
 
 
@@ -164,7 +165,7 @@ def _prepare(name: str, made: Builder, manual_dir: str | None, say: Callable[[st
     assert manual_dir is not None
     made.scratch = Path(made.data_dir_root) / ".unfinished" / name
     made.say = say
-    tfds.disable_progress_bar()  # it cannot tell the time left
+    tfds.disable_progress_bar()  # it does not show the remaining time
     progress = _Progress(say)
     made.planned, made.done = progress.begin, progress.add
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
@@ -188,7 +189,7 @@ def _prepare(name: str, made: Builder, manual_dir: str | None, say: Callable[[st
 
 
 def describe(name: str) -> str:
-    """What a user must know of a data set, in a few lines."""
+    """Returns a short description of a data set for users."""
     made = catalogue.builder(name) if _is_of_catalogue(name) else builder(name)
     about = made.about if isinstance(made, Builder) else catalogue.about(made)
     sizes = ", ".join(f"{part} {size}" for part, size in about.sizes.items())
@@ -203,7 +204,7 @@ def describe(name: str) -> str:
 
 
 class _Progress:
-    """Says how much is done, and how long the rest takes."""
+    """Reports how much is done, and the estimated remaining time."""
 
     def __init__(self, say: Callable[[str], None], unit: str = "examples", scale: float = 1):
         self._say, self._total, self._count = say, 0, 0

@@ -1,4 +1,4 @@
-"""Radiographs as grey images of 8 bits, from whatever modes their publishers stored them in."""
+"""Converts radiographs to grey images of 8 bits, whatever mode their publishers stored them in."""
 
 import numpy as np
 from PIL import Image
@@ -7,23 +7,23 @@ from fedhelp_jax.data.builders.base import decoded, png
 
 
 def grey(data: bytes, name: str) -> Image.Image:
-    """An image file's grey image, mode L; colours by their luma, transparency left out.
+    """Returns an image file as a grey image of mode L, using the luma and ignoring transparency.
 
     Args:
-      data: The file.
+      data: Contents of the file.
       name: Its name, for the message.
 
     Raises:
-      UserError: If it is damaged, no image, or of more than 8 bits a channel.
+      UserError: If it is damaged, is not an image, or has more than 8 bits per channel.
     """
     return _grey(decoded(data, name))
 
 
 def grey_png(data: bytes, name: str) -> tuple[bytes, Image.Image]:
-    """An image file as a grey PNG file, unchanged if it is one, and its grey image.
+    """Returns an image file as a grey PNG file (unchanged if it is one), and its grey image.
 
     Raises:
-      UserError: As of :func:`grey`.
+      UserError: As in :func:`grey`.
     """
     image = decoded(data, name)
     if (image.mode, image.format) == ("L", "PNG"):

@@ -1,4 +1,4 @@
-"""Examples made in parallel, a part of them at a time, each part kept until all are there."""
+"""Makes examples in parallel, one part at a time, and keeps each part until all are made."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from fedhelp_jax.data.cache import whole_npz, write_npz
 Item = TypeVar("Item")
 Example = dict[str, Any]
 
-SIZE = 128  # of a part
+SIZE = 128  # examples per part
 
 
 def made(
@@ -24,17 +24,17 @@ def made(
     done: Callable[[int], None] = lambda count: None,
     size: int = SIZE,
 ) -> Iterator[Example]:
-    """The examples made of items, in their order; those of an earlier attempt are not made again.
+    """Yields the examples made from items, in order, reusing those made by an earlier attempt.
 
-    Threads make them, one per core: what takes long (decoding, resizing, compressing) leaves
-    Python's lock free. While a part is handed out, the next one is being made.
+    One thread per core makes them: the slow operations (decoding, resizing, compressing) release
+    Python's global interpreter lock. While one part is consumed, the next one is being made.
 
     Args:
-      items: What examples are made of; their ``repr`` is what tells an earlier attempt's apart.
-      make: Makes one: values are bytes, strings, numbers or arrays.
-      folder: Where parts are kept; to be removed by who has all examples.
-      done: Is told how many more there are.
-      size: Of a part; those of two lie in memory.
+      items: What examples are made from; their ``repr`` identifies the parts of earlier attempts.
+      make: Makes one example, whose values are bytes, strings, numbers or arrays.
+      folder: Folder for finished parts. The caller removes it when it has all examples.
+      done: Called with the number of examples in each part that is finished.
+      size: Number of examples per part; two parts are in memory at a time.
 
     Yields:
       The examples.
@@ -72,13 +72,13 @@ def _write(path: Path, examples: Sequence[Example]) -> None:
     arrays: dict[str, np.ndarray] = {}
     for i, example in enumerate(examples):
         for name, value in example.items():
-            # As void, which needs no pickle and keeps what ends in zeros.
+            # Bytes are stored as void, which needs no pickle and keeps trailing zeros.
             arrays[f"{name}/{i}"] = np.array(np.void(value) if isinstance(value, bytes) else value)
     write_npz(path, arrays)
 
 
 def _read(path: Path) -> list[Example] | None:
-    """The examples of a part; None if it is not there, or damaged."""
+    """Returns the examples of a part; None if it is missing or damaged."""
     arrays = whole_npz(path)
     if arrays is None:
         return None
@@ -86,7 +86,7 @@ def _read(path: Path) -> list[Example] | None:
     for name, array in arrays.items():
         name, _, number = name.partition("/")
         if not number:
-            return None  # of a version that kept all values of a name together
+            return None  # written by a version that stored all values of a name together
         examples += [{} for _ in range(int(number) + 1 - len(examples))]
         examples[int(number)][name] = _plain(array)
     return examples

@@ -15,7 +15,7 @@ from fedhelp_jax.data.readers.masks import decode_mask
 from fedhelp_jax.data.readers.tables import group_of
 
 _METADATA = ("HAM10000_metadata", "HAM10000_metadata.csv", "HAM10000_metadata.tab")
-# Of the column `dataset`, which the oldest release of the table lacks.
+# Values of the column `dataset`, which the oldest release of the table lacks.
 _SITES = ("vidir_molemax", "vidir_modern", "rosendahl", "vienna_dias", "unknown")
 _IMAGES, _MASKS = (".jpg",), ("_segmentation.png", ".png")
 _ISIC2018 = {"train": "Training", "validation": "Validation", "test": "Test"}
@@ -71,7 +71,7 @@ One folder with, as zip files or unpacked, from https://challenge.isic-archive.c
 
 
 class SkinMasks(Builder):
-    """Dermoscopy images as they are, and the lesion's mask at the same size."""
+    """Unmodified dermoscopy images with masks of the lesions at the same size."""
 
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name=name, description=about.description)
@@ -96,7 +96,7 @@ class SkinMasks(Builder):
         super().__init__(config=config, **options)
 
     def features(self) -> dict[str, Any]:
-        """A JPEG image, its mask of 0 and 255, its lesion, and of HAM10000 its source."""
+        """Returns the features: JPEG image, mask of 0 and 255, lesion, and source (HAM10000)."""
         features: dict[str, Any] = {
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
             "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
@@ -107,7 +107,7 @@ class SkinMasks(Builder):
         return features
 
     def plan(self, download: Download) -> Mapping[str, Sequence[Item]]:
-        """HAM10000 as the split train; of ISIC 2018 the splits that the download has."""
+        """Returns HAM10000 as the split train, or the splits of ISIC 2018 in the download."""
         plan = {"train": _ham10000(download, self.say)} if self._is_ham10000 else {}
         if not self._is_ham10000:
             for split, name in _ISIC2018.items():
@@ -125,7 +125,7 @@ class SkinMasks(Builder):
         return plan
 
     def make(self, download: Download, item: Item) -> Example:
-        """The image as it is, and the mask as 0 and 255."""
+        """Returns the unmodified image, and the mask as 0 and 255."""
         name, mask_name = item.files
         data = download.read(name)
         image = decoded(data, name)
@@ -190,9 +190,9 @@ def _isic2018(download: Download, name: str) -> list[Item]:
 def _first(
     download: Download, suffixes: tuple[str, ...], *places: tuple[str, ...]
 ) -> dict[str, str]:
-    """The files by stem in the first of these places that has any, or else wherever they lie.
+    """Returns the files by stem in the first of these places that has any, or else in all folders.
 
-    How the publisher's zip files are laid out inside is not documented.
+    The layout inside the publisher's zip files is not documented.
     """
     found = next(filter(None, (download.by_stem(suffixes, *place) for place in places)), None)
     if found is None:

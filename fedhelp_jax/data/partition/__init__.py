@@ -1,1 +1,1 @@
-"""How the examples of a data set become clients, and each client's splits."""
+"""Assignment of the examples of a data set to clients, and to each client's splits."""

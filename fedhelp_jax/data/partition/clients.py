@@ -1,4 +1,4 @@
-"""From examples, and what is known of them, to clients with their splits."""
+"""Makes clients with their splits from examples and their metadata."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Column(NamedTuple):
-    """Something known of each example: ``names[codes[i]]``, or unknown where the code is -1."""
+    """A metadata column: the value of example i is ``names[codes[i]]``; code -1 means unknown."""
 
     codes: np.ndarray
     names: Sequence[str]
@@ -41,12 +41,14 @@ class Column(NamedTuple):
 def make_column(
     column: str, values: np.ndarray, names: Sequence[str] | None, ids: Sequence[str]
 ) -> Column:
-    """Returns a column with -1 for what is unknown, or of groups with one of its own for each.
+    """Returns a column in which unknown values have code -1.
+
+    In the column of groups, each example of unknown group gets a group of its own instead.
 
     Args:
-        column: What it is called.
-        values: [n] texts, or numbers of classes, of which TFDS marks unknown ones with -1.
-        names: The classes; None of texts.
+        column: Name of the column.
+        values: [n] texts, or class numbers, where TFDS uses -1 for unknown.
+        names: Names of the classes; None if the values are texts.
         ids: [n] name of each example.
     """
     if names is not None:
@@ -70,12 +72,12 @@ class Examples(NamedTuple):
     """All examples of a data set.
 
     Attributes:
-        images: [n, *spatial, C], for clusters by looks.
-        labels: int [n] classes; None where labels are masks.
+        images: [n, *spatial, C], used to cluster by appearance.
+        labels: int [n] classes; None if labels are masks.
         groups: [n] patient or lesion, which stays on one side of a split and with one client.
         is_test: bool [n] the official split, or None.
-        columns: What else is known of them, "site" where there are sites.
-        names: [n] what each is called, for messages.
+        columns: Further metadata, including "site" if there are sites.
+        names: [n] name of each example, for messages.
     """
 
     images: np.ndarray
@@ -87,7 +89,7 @@ class Examples(NamedTuple):
 
 
 class Splitting(NamedTuple):
-    """How a client's examples are split: settings of the same names in `data`."""
+    """How a client's examples are split; the fields are settings of `data` or the run's `seed`."""
 
     split: str
     validation_fraction: float
@@ -99,28 +101,31 @@ class Splitting(NamedTuple):
 def make_clients(
     examples: Examples, sharing: Sharing, splitting: Splitting, *, name: str, where: str
 ) -> tuple[ClientSplit, ...]:
-    """Returns the clients.
+    """Returns the clients and their splits, according to `sharing.by`.
 
-    By "site", a client a site. By "column:NAME", a client a value; values with less than
-    `min_examples` (or without an example of each split) are left out, with a warning. By
-    "column:group", a client a patient, whose examples are then each on their own. Otherwise as
-    `share_out` says, whole groups at a time; of an official test split a client gets what is like
-    its training examples. Where there is no official split, each client's test examples are
-    `test_fraction` of its own, by groups, one group at least.
+    - "site": one client per site.
+    - "column:NAME": one client per value. Values with fewer than `min_examples` examples, or
+      without an example in each split, are left out with a warning.
+    - "column:group": one client per patient, whose examples are then each a group of their own.
+    - Otherwise, `share_out` assigns whole groups. Examples of an official test split are assigned
+      so that they resemble each client's training examples.
+
+    If there is no official split, `test_fraction` of each client's examples are held out for
+    testing, by groups and at least one group.
 
     Args:
         examples: The examples.
-        sharing: Which client has which.
-        splitting: How each client's are split.
-        name: The data set's, on which the draws depend.
+        sharing: How examples are assigned to clients.
+        splitting: How each client's examples are split.
+        name: Name of the data set, on which the random draws depend.
         where: Key and data set, for messages.
 
     Raises:
-        UserError: What `sharing.by` asks for is not known of these examples, or a client would
-            have no training or no test example.
+        UserError: The examples lack the column that `sharing.by` names, or a client would have no
+            training or no test example.
     """
     groups, is_test = examples.groups, examples.is_test
-    # What the split leaves out counts for nobody.
+    # Examples that the split leaves out do not count for any client.
     dropped = np.zeros(len(groups), bool)
     if is_test is not None:
         dropped = dropped_by(splitting.split, groups, is_test)
@@ -144,7 +149,7 @@ def make_clients(
         _warn_of_leaks(examples.groups, is_test, where)
     if is_test is None:
         is_test = _held_out(owner, examples.groups, splitting)
-        splitting = splitting._replace(split="grouped")  # there is no other
+        splitting = splitting._replace(split="grouped")  # drawn splits are always by group
     return clients_of_sites(
         owner,
         lambda number: names[number],
@@ -159,7 +164,7 @@ def make_clients(
 
 
 def _warn_of_leaks(groups: np.ndarray, is_test: np.ndarray, where: str) -> None:
-    """An official split may have images of one patient or lesion on both sides."""
+    """Warns if the official split has images of one patient or lesion on both sides."""
     leaks = len(np.intersect1d(groups[is_test], groups[~is_test]))
     if leaks:
         logger.warning(
@@ -173,7 +178,7 @@ def _warn_of_leaks(groups: np.ndarray, is_test: np.ndarray, where: str) -> None:
 def _by_column(
     examples: Examples, column: str, dropped: np.ndarray, sharing: Sharing, where: str
 ) -> tuple[np.ndarray, list[str]]:
-    """Whose each example is, -1 if nobody's, and the clients' names."""
+    """Returns the client of each example, -1 if it has none, and the clients' names."""
     if column not in examples.columns:
         known = list(examples.columns)
         raise UserError(
@@ -192,13 +197,13 @@ def _by_column(
             )
         logger.warning("data.split_by: %s: left out", said)
     if column == SITE:
-        return codes, list(names)  # a hospital is not left out silently: it is refused if too small
+        return codes, list(names)  # a hospital that is too small is refused, never left out
 
     def counts(of: np.ndarray) -> np.ndarray:
         return np.bincount(of[of >= 0], minlength=len(names))  # -1 is unknown
 
     if examples.is_test is None:
-        # Of two groups one can be for the test.
+        # At least two groups are needed, so that one can be held out for testing.
         groups = np.unique(np.stack([codes, examples.groups]), axis=1)[0]
         enough = (counts(codes) > sharing.min_examples) & (counts(groups) > 1)
     else:
@@ -230,7 +235,7 @@ def _shared_out(
     name: str,
     where: str,
 ) -> np.ndarray:
-    """Whose each example is, -1 of those dropped."""
+    """Returns the client of each example, -1 if it is dropped."""
     total = len(examples.groups)
     labels = examples.labels
     if labels is None and sharing.by in BY_CLASS:
@@ -242,7 +247,7 @@ def _shared_out(
     train = np.arange(total) if is_test is None else np.flatnonzero(~is_test & ~dropped)
     test = np.arange(0) if is_test is None else np.flatnonzero(is_test)
     if is_test is None:
-        # One more, to test on.
+        # One more example is needed for testing.
         sharing = sharing._replace(min_examples=sharing.min_examples + 1)
     train_rng, test_rng = rng_for(seed, f"{name} train"), rng_for(seed, f"{name} test")
     if sharing.by == "clusters":
@@ -273,7 +278,7 @@ def _shared_out(
 
 
 def _held_out(owner: np.ndarray, groups: np.ndarray, splitting: Splitting) -> np.ndarray:
-    """Which examples are for testing, bool [n]: a part of each client's, by its groups."""
+    """Returns which examples are for testing, bool [n]: a part of each client's, by its groups."""
     is_test = np.zeros(len(owner), bool)
     for client in np.unique(owner[owner >= 0]).tolist():
         own = np.flatnonzero(owner == client)

@@ -1,4 +1,4 @@
-"""Seeded splits: examples over clients, and a client's training examples into two parts."""
+"""Seeded splits of examples among clients, and of a client's examples into train and validation."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ from fedhelp_jax.data.types import ClientSplit
 
 
 def rng_for(seed: int, purpose: str, client: int = 0) -> np.random.Generator:
-    """Returns a generator that depends on its three arguments and on nothing drawn elsewhere.
+    """Returns a generator that depends only on the three arguments, not on draws made elsewhere.
 
     >>> bool(rng_for(0, "a", 1).random() == rng_for(0, "a", 1).random())
     True
     """
-    # `hash` of a string changes from process to process.
+    # Not `hash`, whose value for a string differs between processes.
     word = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(word, client)))
 
@@ -23,18 +23,18 @@ def rng_for(seed: int, purpose: str, client: int = 0) -> np.random.Generator:
 def split_sizes(total: int, fractions: Sequence[float], minimum: int = 1) -> list[int]:
     """Returns how many of `total` examples each client gets.
 
-    Rounds by largest remainder, then raises clients below `minimum` at the cost of the largest.
+    Rounds by largest remainder, then brings clients up to `minimum` at the expense of the largest.
 
     Args:
         total: Number of examples.
         fractions: Each client's share; positive, with sum 1.
-        minimum: The least a client gets.
+        minimum: Minimum number of examples per client.
 
     Returns:
         Sizes that sum to `total`.
 
     Raises:
-        UserError: The fractions are not shares of 1, or `total` is too small for the clients.
+        UserError: The fractions are not positive with sum 1, or `total` is too small.
 
     >>> split_sizes(10, (0.90, 0.06, 0.04))
     [8, 1, 1]
@@ -51,7 +51,7 @@ def split_sizes(total: int, fractions: Sequence[float], minimum: int = 1) -> lis
         )
     exact = shares * total
     sizes = np.floor(exact + 1e-9).astype(int)
-    # Stable, so that equal remainders go to the first clients on every machine.
+    # Stable, so that ties go to the first clients on every machine.
     order = np.argsort(-(exact - sizes), kind="stable")
     sizes[order[: total - sizes.sum()]] += 1
     while sizes.min() < minimum:
@@ -66,7 +66,8 @@ def partition(
     """Returns the clients' indices: an IID split of `range(total)` by `fractions`.
 
     Returns:
-        One sorted int32 array per client, disjoint, none of them of less than `minimum`.
+        One sorted int32 array per client. The arrays are disjoint and have at least `minimum`
+        entries each.
 
     Raises:
         UserError: As in `split_sizes`.
@@ -77,10 +78,10 @@ def partition(
 
 
 def grouped_holdout(groups: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns which examples to hold out so that no group stands on both sides.
+    """Returns which examples to hold out so that no group is on both sides.
 
-    Groups are taken in random order as long as they fit into `fraction` of the examples. Where
-    none fits, the smallest is taken; where there is one group only, nothing is.
+    Goes through the groups in random order and takes those that still fit into `fraction` of the
+    examples. If none fits, the smallest is taken; if there is only one group, none is.
 
     Args:
         groups: [n] group (patient, lesion) of each example.
@@ -120,10 +121,10 @@ def split_validation(
         train: [n] indices into the pool.
         groups: [n] group of each of them.
         validation_fraction: Share to hold out, by groups.
-        max_train: At most so many examples stay in train; None keeps all. Drawn after the
-            holdout, so that the validation split is the same for every cap.
+        max_train: Maximum number of training examples; None keeps all. They are drawn after the
+            holdout, so that the validation split does not depend on this limit.
         seed: The run's seed.
-        client: Number that stands for this client in the random draws.
+        client: Number that identifies this client in the random draws.
 
     Returns:
         Two sorted int32 arrays.
@@ -138,10 +139,10 @@ def split_validation(
 
 
 def dropped_by(split: str, groups: np.ndarray, is_test: np.ndarray) -> np.ndarray:
-    """Returns which training examples a split leaves out, bool [n].
+    """Returns which training examples a split drops, bool [n].
 
     Args:
-        split: "official" leaves out none; "grouped" those whose group has test examples.
+        split: "official" drops none; "grouped" drops those whose group has test examples.
         groups: [n] group (lesion, patient) of each example.
         is_test: bool [n] the official split.
     """
@@ -160,31 +161,31 @@ def clients_of_sites(
     seed: int,
     where: str,
 ) -> tuple[ClientSplit, ...]:
-    """Returns a client per site, in the order of the sites' numbers.
+    """Returns one client per site, in the order of the sites' numbers.
 
     Args:
-        sites: int [n] site of each example; examples of -1 are nobody's.
-        name: A site's name by its number.
+        sites: int [n] site of each example; -1 if it belongs to no client.
+        name: Returns the name of a site from its number.
         is_test: bool [n] the official split.
         groups: [n] group (lesion, patient) of each example.
         split: "official" keeps that split; "grouped" drops training examples whose group has
             test examples, at any site.
         validation_fraction: Share of a site's training examples held out, by group.
-        max_train: At most so many training examples per site; None keeps all.
+        max_train: Maximum number of training examples per site; None keeps all.
         seed: The run's seed.
-        where: What leaves a site without examples, for the message.
+        where: Key and data set, which begin the messages.
 
     Raises:
         UserError: A site has no training or no test example.
     """
-    # Dropped examples stay in the pool: they are a client's all the same, and kept from the public.
+    # Dropped examples stay in the pool, since they are still private and must not become public.
     dropped = dropped_by(split, groups, is_test)
     clients = []
     for site in np.unique(sites[sites >= 0]).tolist():
         train = np.flatnonzero((sites == site) & ~is_test & ~dropped)
         test = np.flatnonzero((sites == site) & is_test).astype(np.int32)
         if not len(train) or not len(test):
-            # Said here rather than after decoding thousands of images.
+            # Raised here rather than after decoding thousands of images.
             part = "test" if len(train) else "train"
             raise UserError(
                 f"{where} leaves client {name(site)} no {part} example "

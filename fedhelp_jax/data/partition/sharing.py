@@ -1,9 +1,9 @@
-"""How examples that come from no known hospitals are shared out among clients.
+"""Assigns examples without known hospitals to clients.
 
-Alike (``fractions``, ``iid``), or unlike each other as papers make them: in classes (``dirichlet``,
-``shards``), in size (``quantity``) or in looks (``clusters``). Groups, such as a patient's images,
-stay together. Peers draw until every client has enough, which for a small alpha is for ever; here
-the tries are counted.
+Clients are alike (``fractions``, ``iid``) or heterogeneous in the ways that papers simulate: in
+classes (``dirichlet``, ``shards``), in size (``quantity``) or in appearance (``clusters``). Groups,
+such as a patient's images, stay together. Other libraries redraw until every client has enough
+examples, which may never end for a small alpha; here the number of draws is limited.
 """
 
 from collections.abc import Sequence
@@ -20,22 +20,23 @@ BY_CLASS = ("dirichlet", "shards")
 _TRIES = 100
 _CLUSTER_TRIES = 20
 _CLUSTER_STEPS = 50  # of Lloyd's algorithm
-_GRID = 8  # cells a side of what clusters are made by
+_GRID = 8  # cells along each side of the thumbnails that are clustered
 _BLOCK_BYTES = 2**26
 
 
 class Sharing(NamedTuple):
-    """What decides which client has which examples.
+    """How examples are assigned to clients.
 
     Attributes:
-        by: One of `SHARINGS`, "site", or "column:NAME"; None is "site" where sites are known,
-            else "fractions".
+        by: One of `SHARINGS`, "site", or "column:NAME"; None means "site" if sites are known,
+            otherwise "fractions".
         fractions: With "fractions", each client's share; positive, with sum 1.
-        num_clients: Otherwise, how many clients there are.
-        dirichlet_alpha: With "dirichlet" and "quantity", the concentration: the smaller, the more
-            unlike.
-        min_examples: The least a client has, validation examples too.
-        shards_per_client: With "shards", how many a client has: about as many classes.
+        num_clients: Otherwise, the number of clients.
+        dirichlet_alpha: With "dirichlet" and "quantity", the concentration; the smaller it is, the
+            more the clients differ.
+        min_examples: Minimum number of training and validation examples per client.
+        shards_per_client: With "shards", the number of shards per client, which is about the number
+            of classes that it has.
     """
 
     by: str | None = "fractions"
@@ -47,12 +48,12 @@ class Sharing(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What is dealt out: groups of examples.
+    """The units that are assigned to clients as a whole: groups of examples.
 
     Attributes:
-        of: int [n] unit of each example, numbered as they first appear.
-        sizes: int [u] examples in each.
-        labels: int [u] the most frequent class of each, the first of equals.
+        of: int [n] unit of each example, numbered in order of first appearance.
+        sizes: int [u] number of examples of each unit.
+        labels: int [u] most frequent class of each unit; ties go to the lowest class.
     """
 
     of: np.ndarray
@@ -61,11 +62,11 @@ class Units(NamedTuple):
 
 
 def units_of(groups: np.ndarray, labels: np.ndarray) -> Units:
-    """Returns groups as what is dealt out.
+    """Returns the groups of examples as units.
 
     Args:
         groups: [n] group of each example.
-        labels: int [n] class of each.
+        labels: int [n] class of each example.
 
     >>> units_of(np.array(["b", "a", "b"]), np.array([1, 0, 1]))
     Units(of=array([0, 1, 0]), sizes=array([2, 1]), labels=array([1, 0]))
@@ -77,7 +78,7 @@ def units_of(groups: np.ndarray, labels: np.ndarray) -> Units:
     sizes = np.bincount(of)
     if len(sizes) == len(of):
         return Units(of, sizes, labels)
-    # By unit, then the most frequent class first.
+    # Sorted by unit, then by frequency with the most frequent class first.
     pairs, counts = np.unique(np.stack([of, labels]), axis=1, return_counts=True)
     order = np.lexsort((-counts, pairs[0]))
     _, starts = np.unique(pairs[0][order], return_index=True)
@@ -90,28 +91,31 @@ def share_out(
     rng: np.random.Generator,
     groups: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Returns each client's examples, sorted int32 indices, together all of them.
+    """Assigns every example to a client and returns each client's sorted int32 indices.
 
-    - "fractions": at random, in the given sizes; "iid": in equal ones.
+    - "fractions": at random, in the given sizes; "iid": at random, in equal sizes.
     - "quantity": at random, in sizes ``p n`` with ``p ~ Dirichlet(alpha 1_K)``.
-    - "dirichlet": of each class ``c`` client ``k`` gets the part ``p_ck``, with
-      ``p_c ~ Dirichlet(alpha 1_K)``, drawn until every client has enough, 100 times at most.
-    - "shards": sorted by class and cut into ``K shards`` equal pieces, dealt out at random.
+    - "dirichlet": client ``k`` gets the share ``p_ck`` of each class ``c``, with
+      ``p_c ~ Dirichlet(alpha 1_K)``. The draw is repeated until every client has enough examples,
+      at most 100 times.
+    - "shards": examples are sorted by class and cut into ``K shards`` equal pieces, which are
+      assigned at random.
 
-    Groups stay whole: sizes then are as near as that lets them be.
+    Groups are never cut, so the sizes are only as close as whole groups allow.
 
     Args:
         labels: int [n] classes.
-        sharing: How; "clusters" has `share_out_by_looks`.
+        sharing: How to assign them; for "clusters", use `share_out_by_looks`.
         rng: Source of all draws.
-        groups: [n] group of each example; None: each is its own.
+        groups: [n] group of each example; if None, each example is its own group.
 
     Raises:
         UserError: If there are too few examples, or no draw gives every client enough.
 
     References:
         McMahan et al., AISTATS 2017, arXiv:1602.05629 (shards); Yurochkin et al., ICML 2019,
-        arXiv:1905.12022 (a Dirichlet a class); Li et al., ICDE 2022, arXiv:2102.02079 (quantity).
+        arXiv:1905.12022 (one Dirichlet draw per class); Li et al., ICDE 2022, arXiv:2102.02079
+        (quantity).
     """
     total, clients, least = len(labels), sharing.num_clients, sharing.min_examples
     units = units_of(np.arange(total) if groups is None else groups, labels)
@@ -128,7 +132,7 @@ def share_out(
         case "iid" | "quantity":
             shares = np.full(clients, 1.0)
             if sharing.by == "quantity":
-                # A draw may round to 0, which is no share.
+                # A draw may round to 0, which is not a valid share.
                 shares = np.maximum(_dirichlet(sharing.dirichlet_alpha, clients, rng), 1e-9)
             sizes = split_sizes(total, (shares / shares.sum()).tolist(), least)
             dealt = _cut(rng.permutation(len(units.sizes)), units.sizes, np.cumsum(sizes)[:-1])
@@ -139,7 +143,7 @@ def share_out(
                     f"data.shards_per_client = {sharing.shards_per_client}: {total} examples are "
                     f"too few for {clients} clients of so many pieces each"
                 )
-            # A random order of equals, then one that keeps it.
+            # Shuffle, then sort stably, so that units of the same class are in random order.
             order = rng.permutation(len(units.sizes))
             order = order[np.argsort(units.labels[order], kind="stable")]
             count = clients * sharing.shards_per_client
@@ -184,19 +188,19 @@ def partition_like(
     rng: np.random.Generator,
     groups: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Returns each client's part of other examples, in which its classes are as in its own.
+    """Assigns further examples so that each client's class proportions match those of its own.
 
-    Of each class a client gets as many as its part of that class is there; of a class that nobody
-    has, all the same. Everyone gets one at least. Groups stay whole.
+    A client gets the same share of each class as it has of that class in `like`. A class that no
+    client has is divided equally. Every client gets at least one example. Groups are never cut.
 
     Args:
         like: The classes of each client's own examples.
-        labels: int [n] classes of the others, at least one a client.
-        rng: Decides which.
-        groups: [n] group of each of the others; None: each is its own.
+        labels: int [n] classes of the further examples, at least one per client.
+        rng: Source of all draws.
+        groups: [n] group of each further example; if None, each example is its own group.
 
     Returns:
-        Sorted int32 indices, together all of them.
+        Each client's sorted int32 indices, which together cover all examples.
 
     Raises:
         UserError: If there are fewer examples, or groups, than clients.
@@ -229,24 +233,24 @@ def share_out_by_looks(
     rng: np.random.Generator,
     groups: np.ndarray,
 ) -> np.ndarray:
-    """Returns whose each example is, int [n]: clients are clusters of images that look alike.
+    """Returns the client of each example, int [n]; clients are clusters of similar images.
 
-    k-means on images of 8 cells a side (see `thumbnail_features`), each number less its mean and
-    over its deviation; groups are clustered by their means. Test examples are of the client whose
-    centre is nearest. The largest client is the first.
+    Runs k-means on thumbnails with 8 cells per side (see `thumbnail_features`), after standardising
+    each feature. Groups are clustered by their means. Test examples go to the client with the
+    nearest centre. Clients are numbered by size, largest first.
 
     Args:
         images: [n, *spatial, C].
-        is_test: bool [n]; centres are those of the others.
-        sharing: `num_clients` and `min_examples`.
-        rng: Draws the first centres, 20 times at most.
+        is_test: bool [n]; the centres are computed from the other examples.
+        sharing: `num_clients` and `min_examples` are used.
+        rng: Draws the initial centres, at most 20 times.
         groups: [n] group of each example.
 
     Raises:
-        UserError: If no draw leaves every client enough training examples, and a test example
-            where there are any.
+        UserError: If no draw gives every client enough training examples, and a test example if
+            there are any.
     """
-    # Here, since few runs need it.
+    # Imported here, since few runs need it.
     from scipy.cluster.vq import ClusterError, kmeans2, vq
 
     clients, least = sharing.num_clients, sharing.min_examples
@@ -266,7 +270,7 @@ def share_out_by_looks(
                 centred[trained], centred[first], _CLUSTER_STEPS, minit="matrix", missing="raise"
             )
         except ClusterError:
-            continue  # a cluster was left empty
+            continue  # a cluster became empty
         owner = vq(centred, centres)[0][units.of]
         counts = np.bincount(owner[~is_test], minlength=clients)
         tests = np.bincount(owner[is_test], minlength=clients)
@@ -282,9 +286,9 @@ def share_out_by_looks(
 
 
 def thumbnail_features(images: np.ndarray) -> np.ndarray:
-    """Returns images as the means of their cells, float64 [n, cells].
+    """Returns the cell means of each image, float64 [n, cells].
 
-    Each axis is cut into 8 nearly equal parts, or as many as it is long; channels are kept.
+    Each axis is cut into 8 nearly equal parts, or fewer if it is shorter; channels are kept.
 
     Args:
         images: [n, *spatial, C].
@@ -304,13 +308,13 @@ def thumbnail_features(images: np.ndarray) -> np.ndarray:
 
 
 def _dirichlet(alpha: float, count: int, rng: np.random.Generator) -> np.ndarray:
-    """A draw of ``Dirichlet(alpha 1)``; of so small an alpha that all round to 0, a corner."""
+    """Returns a draw of ``Dirichlet(alpha 1)``; a random vertex if all shares underflow to 0."""
     shares = rng.dirichlet(np.full(count, alpha))
     return shares if shares.sum() > 0.5 else np.eye(count)[rng.integers(count)]
 
 
 def _cut(order: np.ndarray, sizes: np.ndarray, places: np.ndarray) -> list[np.ndarray]:
-    """Units in order, cut after so many examples, or as near as no unit is cut."""
+    """Cuts ordered units at the given numbers of examples, as nearly as whole units allow."""
     ends = np.concatenate([[0], np.cumsum(sizes[order])])
     before = np.searchsorted(ends, places, side="right") - 1
     after = np.minimum(before + 1, len(order))

@@ -1,1 +1,1 @@
-"""Readers of folders, .npz files and prepared sets, which refuse what they cannot use."""
+"""Readers of folders, .npz files and prepared data sets, which reject unusable input."""

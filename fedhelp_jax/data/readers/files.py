@@ -1,4 +1,4 @@
-"""Files in a folder or a zip file: found by the ids of images, and read."""
+"""Finds files in a folder or a zip file by the ids of images, and reads them."""
 
 import logging
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.decode import picture_stem
 
-# HAM10000 itself calls its masks <id>_segmentation.png.
+# HAM10000's own masks are called <id>_segmentation.png.
 _MASK_ENDS = ("", "_segmentation")
-# What macOS and Windows leave beside real files.
+# Files that macOS and Windows add to folders.
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 logger = logging.getLogger(__name__)
@@ -38,22 +38,22 @@ class Files:
                 raise UserError(f"{key}: {source} is neither a folder nor a zip file") from error
 
     def read(self, name: str) -> bytes:
-        """Returns the content of a file."""
-        # A ZipFile locks its file, so that threads may share it.
+        """Returns the contents of a file."""
+        # A ZipFile locks its file, so that threads can share it.
         return self._archive.read(name) if self._archive else (self._folder / name).read_bytes()
 
     def names(self, folder: str) -> set[str]:
-        """Returns the files that stand in a folder of the source itself, or ("") beside it."""
+        """Returns the files directly in a top-level folder, or, for "", in the source itself."""
         start = f"{folder}/" if folder else ""
         return {f"{start}{name}" for name, is_file in self._entries(folder).items() if is_file}
 
     def folders(self, folder: str) -> set[str]:
-        """Returns the folders that stand in a folder of the source itself."""
+        """Returns the folders directly in a top-level folder."""
         entries = self._entries(folder).items()
         return {f"{folder}/{name}" for name, is_file in entries if not is_file}
 
     def walk(self) -> list[str]:
-        """Returns all files, those in folders too; no litter."""
+        """Returns all files, including those in subfolders, without litter."""
         if self._archive:
             found = [name for name in self._archive.namelist() if not name.endswith("/")]
         else:
@@ -65,7 +65,7 @@ class Files:
         return sorted(n for n in found if not any(map(is_litter, n.split("/"))))
 
     def _entries(self, folder: str) -> dict[str, bool]:
-        """Returns by name what stands in a folder, and whether it is a file; no litter."""
+        """Returns the entries of a folder by name, and whether each is a file, without litter."""
         if self._archive:
             start = f"{folder}/" if folder else ""
             inside = [
@@ -92,23 +92,23 @@ class Files:
 
 
 def is_litter(name: str) -> bool:
-    """Returns whether a file or folder of this name is one that nobody put there on purpose."""
+    """Returns whether a file or folder of this name is hidden or added by an operating system."""
     return name.startswith(".") or name in _LITTER
 
 
 def find_images(source: Path, ids: Iterable[str], key: str = "data.path") -> dict[str, str]:
-    """Returns where each image is: `images/<id>` or `<id>`, with the ending of any picture.
+    """Returns where each image is: `images/<id>` or `<id>`, with the extension of any picture.
 
     Args:
         source: A folder or a zip file.
-        ids: File names without ending.
+        ids: File names without extension.
         key: The configuration key that names `source`, for messages.
 
     Returns:
-        The name inside `source` of each image that is there; others have no entry.
+        The name inside `source` of each image that was found; others have no entry.
 
     Raises:
-        UserError: `source` is a file, but not a zip file, or an image is there twice.
+        UserError: `source` is a file, but not a zip file, or an image was found twice.
     """
     with Files(source, key) as files:
         names = files.names("images") | files.names("")
@@ -116,9 +116,9 @@ def find_images(source: Path, ids: Iterable[str], key: str = "data.path") -> dic
 
 
 def find_masks(source: Path, ids: Iterable[str], key: str = "data.path") -> dict[str, str]:
-    """Returns where each mask is, `masks/<id>` or `masks/<id>_segmentation`.
+    """Returns where each mask is: `masks/<id>` or `masks/<id>_segmentation`.
 
-    Otherwise as `find_images`.
+    Otherwise the same as `find_images`.
     """
     with Files(source, key) as files:
         names = files.names("masks")
@@ -126,9 +126,9 @@ def find_masks(source: Path, ids: Iterable[str], key: str = "data.path") -> dict
 
 
 def image_ids(source: Path, key: str = "data.path") -> list[str]:
-    """Returns the sorted ids of all that `find_images` would find in the folder `images`.
+    """Returns the sorted ids of all images that `find_images` would find in the folder `images`.
 
-    What else there is in that folder is counted, and the first three named, in a warning.
+    Anything else in that folder is reported in a warning with its number and the first three names.
     """
     with Files(source, key) as files:
         stems = {name: picture_stem(name) for name in files.names("images")}
@@ -140,7 +140,7 @@ def image_ids(source: Path, key: str = "data.path") -> list[str]:
 
 
 def unread(names: Sequence[str]) -> str:
-    """Returns the words for files that are no pictures: how many, and the first three.
+    """Returns a message about files that are not pictures: their number, and the first three.
 
     >>> unread(["images/a.dcm", "images/b.dcm"])
     '2 that are no pictures by their names are not read: images/a.dcm, images/b.dcm'

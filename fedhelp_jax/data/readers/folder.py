@@ -1,4 +1,4 @@
-"""Private and public data from a folder or zip file of images, with a table or without."""
+"""Private and public data from a folder or zip file of images, with or without a table."""
 
 import logging
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
 from fedhelp_jax.settings.schema import DataConfig, PublicConfig
 
 FOREGROUND = ("foreground",)
-_OWN = ("image", "label", "mask", "split")  # columns that clients cannot be made of
+_OWN = ("image", "label", "mask", "split")  # columns from which clients cannot be made
 
 logger = logging.getLogger(__name__)
 
 
 class _Read(NamedTuple):
-    """The examples of a folder that can be used."""
+    """The usable examples of a folder."""
 
     entries: list[Entry]
     images: np.ndarray
@@ -49,17 +49,17 @@ class _Read(NamedTuple):
 def load_folder(
     config: DataConfig, sharing: Sharing, splitting: Splitting, *, masks: bool, bad: Bad
 ) -> FederatedDataset:
-    """Returns clients' private data from a folder or zip file of images.
+    """Returns the clients' private data from a folder or zip file of images.
 
-    Clients are the sites, where they are known. Sides of the split are as the table or the folders
-    say; where they do not, they are drawn, whole groups at a time.
+    If sites are known, they are the clients by default. The table or the folders define the splits;
+    if they do not, splits are drawn by whole groups.
 
     Args:
         config: `data` of the run: `path`, `table`, `columns`, `label_names`, `image_size`.
-        sharing: Which client has which.
-        splitting: How each client's are split.
-        masks: Labels are masks of one foreground class rather than classes.
-        bad: Is told of images and masks that cannot be used.
+        sharing: How examples are assigned to clients.
+        splitting: How each client's examples are split.
+        masks: Whether labels are masks of one foreground class rather than classes.
+        bad: Collects images and masks that cannot be used.
 
     Raises:
         UserError: A file, column or value is missing or not as described.
@@ -90,7 +90,7 @@ def load_folder(
         )
     name = read.source.stem
     if (sides == "validation").any():
-        # The rest is then for training: nothing more is held out for validation.
+        # All other examples are for training: nothing more is held out for validation.
         splitting = splitting._replace(validation_fraction=0.0)
     clients = make_clients(examples, sharing, splitting, name=name, where=where)
     if (sides == "validation").any():
@@ -118,16 +118,16 @@ def load_folder_public(
 ) -> PublicDataset:
     """Returns public data from a folder or zip file of images, labelled or not.
 
-    A subset is the same for every seed, so that a study over seeds asks the teacher once. Images at
-    their native size stay in the files, and are decoded again when a teacher is asked about them.
+    A subset is the same for every seed, so that a study over seeds queries the teacher only once.
+    Images at their native size stay in the files, and are decoded again when a teacher is queried.
 
     Args:
         config: `public` of the run.
         image_size: Height and width of the result.
-        masks: Take the images that have a mask, and the masks as labels.
-        cache_dir: Folder of the image cache; None takes the default.
-        bad: Is told of images and masks that cannot be used; where they are skipped, all images are
-            decoded, so that a subset is one of those that can be used.
+        masks: Whether to use only the images that have a mask, with the masks as labels.
+        cache_dir: Folder of the image cache; None uses the default.
+        bad: Collects images and masks that cannot be used. If they are skipped, all images are
+            decoded, so that the subset is drawn from usable examples.
 
     Raises:
         UserError: A file, column or value is unusable, or there are too few images.
@@ -215,7 +215,7 @@ def _read(
 
 
 def _sizes(sides: np.ndarray) -> str:
-    """Width and height of images before they were resized."""
+    """Describes the widths and heights of images before they were resized."""
     if not len(sides):
         return "none"
     low, high = sides.min(axis=0), sides.max(axis=0)
@@ -227,7 +227,7 @@ def _sizes(sides: np.ndarray) -> str:
 def _about_groups(
     groups: np.ndarray, clients: Sequence[ClientSplit], known: bool
 ) -> tuple[tuple[str, str], ...]:
-    """How many groups there are, and how many have examples on two sides of a split."""
+    """Describes how many groups there are, and how many have both training and test examples."""
     if not known:
         return (("groups", "none: an example stands for itself"),)
     sides = [np.concatenate([getattr(c, side) for c in clients]) for side in ("train", "test")]
@@ -237,7 +237,7 @@ def _about_groups(
 
 
 def _with_masks(entries: list[Entry], source: Path, key: str, *, every: bool) -> list[Entry]:
-    """The images that have a mask; private ones must all have one."""
+    """Returns the images that have a mask; every private image must have one."""
     missing = [entry.id for entry in entries if not entry.mask]
     if len(missing) == len(entries):
         raise UserError(
@@ -257,7 +257,7 @@ def _with_masks(entries: list[Entry], source: Path, key: str, *, every: bool) ->
 
 
 def _labelled(entries: list[Entry], where: str) -> list[Entry]:
-    """Private images, which must all have a label if any has one."""
+    """Returns private images after checking that either all or none have a label."""
     unknown = [entry.id for entry in entries if is_unknown(entry.values.get("label", ""))]
     if unknown and len(unknown) < len(entries):
         raise UserError(
@@ -269,10 +269,10 @@ def _labelled(entries: list[Entry], where: str) -> list[Entry]:
 def _classes(
     entries: Sequence[Entry], names: tuple[str, ...], where: str
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """The class of each image as a number, and the classes' names; None where none is known.
+    """Returns the class number of each image and the classes' names; None if any class is unknown.
 
-    Whole numbers from 0 are the classes themselves; words are numbered in the order of the
-    alphabet, or in that of `names`.
+    Labels that are nonnegative integers are the class numbers themselves. Words are numbered in the
+    order of `names` or, without names, in alphabetical order.
     """
     texts = [entry.values.get("label", "") for entry in entries]
     if any(map(is_unknown, texts)):
@@ -301,7 +301,7 @@ def _classes(
 
 
 def _columns(entries: Sequence[Entry], site_name: str) -> tuple[np.ndarray, dict[str, Column]]:
-    """The group of each image, and what clients can be made of."""
+    """Returns the group of each image, and the columns from which clients can be made."""
     names = list(dict.fromkeys(name for entry in entries for name in entry.values))
     columns: dict[str, Column] = {}
     for name in names:
@@ -320,12 +320,12 @@ def _columns(entries: Sequence[Entry], site_name: str) -> tuple[np.ndarray, dict
 def _column(texts: Sequence[str], site_name: str | None) -> Column:
     """Returns the values of a column.
 
-    Sites that are numbers are their own codes, so that what is drawn for site 3 is the same whether
-    sites 1 and 2 are there or not. Site 3 of the column "center" is called "center_3".
+    Sites that are numbers are their own codes, so that the random draws for site 3 do not depend on
+    whether sites 1 and 2 are present. Site 3 of the column "center" is called "center_3".
 
     Args:
         texts: The value of each example.
-        site_name: What the table calls its column of sites; None for any other column.
+        site_name: Name of the table's column of sites; None for any other column.
     """
     if site_name is not None and all(text.isdecimal() and len(text) < 7 for text in texts):
         codes = np.array([int(text) for text in texts])
@@ -338,6 +338,6 @@ def _column(texts: Sequence[str], site_name: str | None) -> Column:
 
 
 def _with_validation(client: ClientSplit, sides: np.ndarray) -> ClientSplit:
-    """A client whose validation examples are those that the table or the folders name."""
+    """Returns the client with the validation examples that the table or the folders define."""
     held = sides[client.train] == "validation"
     return client._replace(train=client.train[~held], validation=client.train[held])

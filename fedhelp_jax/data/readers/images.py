@@ -1,4 +1,4 @@
-"""Images and masks from a folder or a zip file: decoded, resized, and kept in a cache."""
+"""Decodes and resizes images and masks from a folder or a zip file, and caches them."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from fedhelp_jax.data.readers.files import Files
 from fedhelp_jax.data.readers.masks import decode_mask
 from fedhelp_jax.data.types import image_sha256
 
-# From a picture and its place among the names to an array.
+# Maps a picture and its position among the names to an array.
 Decode = Callable[[Image.Image, int], np.ndarray]
 
 
@@ -30,10 +30,10 @@ def existing_path(value: str | None, key: str, what: str) -> Path:
     Args:
         value: The configured path.
         key: The configuration key it came from.
-        what: What should stand there, for the message.
+        what: What the path should name, for the message.
 
     Raises:
-        UserError: The key is not set, or nothing stands at the path.
+        UserError: The key is not set, or the path does not exist.
     """
     if not value:
         raise UserError(f"{key} is not set; it must name {what}")
@@ -46,8 +46,8 @@ def existing_path(value: str | None, key: str, what: str) -> Path:
 def resize(image: Image.Image, size: int) -> np.ndarray:
     """Returns the picture as uint8 [size, size, 3].
 
-    Antialiased (bicubic); the aspect ratio is not kept, so that no part of a lesion is cut off.
-    A picture that has the size already keeps its pixels.
+    Uses antialiased bicubic interpolation. The aspect ratio is not kept, so that no part of a
+    lesion is cut off. A picture that already has this size keeps its pixels.
     """
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
@@ -59,7 +59,7 @@ def resize_arrays(images: np.ndarray, size: int) -> np.ndarray:
 
     Args:
         images: uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]; grey is repeated over channels.
-        size: Height and width of the result; images that have it already keep their pixels.
+        size: Height and width of the result; images that already have this size keep their pixels.
     """
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
@@ -73,12 +73,12 @@ def resize_arrays(images: np.ndarray, size: int) -> np.ndarray:
 
 
 class Decoded(NamedTuple):
-    """Images as they were decoded; those of bad examples are blank.
+    """Decoded images; those of bad examples are blank.
 
     Attributes:
         images: uint8 [n, size, size, 3], resized.
-        sides: int32 [n, 2] height and width of each before it was resized.
-        sha256: [n] `image_sha256` of each at that size; empty where nobody asked for it.
+        sides: int32 [n, 2] height and width of each image before it was resized.
+        sha256: [n] `image_sha256` of each image at that size; empty unless requested.
     """
 
     images: np.ndarray
@@ -102,11 +102,11 @@ def load_images(
         source: A folder or a zip file.
         names: Names inside `source`, as `find_images` gives them.
         size: Height and width of the result.
-        hashed: Whether the images' `image_sha256` is wanted.
-        cache_dir: Folder of the cache; None takes the environment's `FEDHELP_CACHE_DIR`, or
-            else `fedhelp_jax` in the user's cache folder.
+        hashed: Whether to compute the images' `image_sha256`.
+        cache_dir: Folder of the cache; None uses the environment variable `FEDHELP_CACHE_DIR` or,
+            if that is unset, `fedhelp_jax` in the user's cache folder.
         key: The configuration key that names `source`, for messages.
-        bad: Is told of images that cannot be decoded; None refuses the first.
+        bad: Collects images that cannot be decoded; None raises an error for the first.
 
     Raises:
         UserError: An image cannot be decoded.
@@ -148,16 +148,16 @@ def load_masks(
     Args:
         source: A folder or a zip file.
         names: Names inside `source`, as `find_masks` gives them.
-        cache_dir: As of `load_images`.
+        cache_dir: As in `load_images`.
         key: The configuration key that names `source`, for messages.
-        bad: Is told of masks that are none, or not of the size that most have; None refuses the
-            first.
+        bad: Collects files that are not masks, or do not have the most common size; None raises an
+            error for the first.
 
     Returns:
-        uint8 [len(names), H, W], 1 where there is foreground; empty at the places of bad ones.
+        uint8 [len(names), H, W], 1 for foreground; bad masks are blank.
 
     Raises:
-        UserError: A mask cannot be decoded, is no mask, or has another size than the first.
+        UserError: A mask cannot be decoded, is not a mask, or differs in size from the first.
     """
     bad = bad or Bad()
 
@@ -166,7 +166,7 @@ def load_masks(
 
     def make(bad: Bad) -> Arrays:
         masks = _decode_all(source, names, "mask", decode, key, bad)
-        # Eight pixels to a byte: the masks of HAM10000 take 38 MB and not 300.
+        # With eight pixels per byte, the masks of HAM10000 take 38 MB instead of 300.
         return {"bits": np.packbits(masks, axis=-1), "width": np.array(masks.shape[-1:])}
 
     kinds = {"bits": ("uint8", (len(names), None, None)), "width": ("int64", (1,))}
@@ -175,11 +175,11 @@ def load_masks(
 
 
 class LazyImages(Sequence[np.ndarray]):
-    """Images that are read only when asked for, each time anew.
+    """Images that are read on access, and read again at each access.
 
     Args:
-        count: How many there are.
-        read: Returns the one at a place.
+        count: Number of images.
+        read: Returns the image at a position.
     """
 
     def __init__(self, count: int, read: Callable[[int], np.ndarray]):
@@ -201,12 +201,12 @@ class LazyImages(Sequence[np.ndarray]):
 
 
 def native_images(source: Path, names: Sequence[str], key: str) -> LazyImages:
-    """Returns images of a folder or zip file at their own size, as `native`.
+    """Returns images of a folder or zip file at their own size, as `native` does.
 
-    Reading one raises a `UserError` where it cannot be decoded (any more).
+    Accessing an image that cannot be decoded (any more) raises a `UserError`.
 
     Args:
-        source: A folder or a zip file; it stays open.
+        source: A folder or a zip file; a zip file stays open.
         names: Names inside it.
         key: The configuration key that names `source`, for messages.
     """
@@ -219,12 +219,12 @@ def native_images(source: Path, names: Sequence[str], key: str) -> LazyImages:
 
 
 def _resized(image: Image.Image, size: int) -> np.ndarray:
-    # To RGB first: Pillow does not interpolate palette images.
+    # Converted to RGB first, since Pillow does not interpolate palette images.
     return resize(image.convert("RGB"), size)
 
 
 def native(image: Image.Image) -> np.ndarray:
-    """Returns a picture at its own size, uint8: grey [H, W], all else RGB [H, W, 3]."""
+    """Returns a picture at its own size as uint8: [H, W] if grey, otherwise RGB [H, W, 3]."""
     return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
@@ -240,9 +240,9 @@ def _read(files: Files, name: str, where: str) -> Image.Image:
 def _decode_all(
     source: Path, names: Sequence[str], what: str, decode: Decode, key: str, bad: Bad
 ) -> np.ndarray:
-    """Returns what `decode` makes of each file, one array, blank where it is bad.
+    """Returns the results of `decode` for all files as one array, blank for bad files.
 
-    All must be of the first's shape; where bad ones are skipped, of the shape that most have.
+    All results must have the shape of the first or, if bad ones are skipped, the most common shape.
     """
 
     def one(index: int) -> np.ndarray | None:
@@ -307,7 +307,7 @@ def _decode_all(
 def _progress(items: Iterator[None], title: str, total: int) -> Iterable[None]:
     if not sys.stderr.isatty():
         return items
-    # Imported here: most runs find the cache and need no bar.
+    # Imported here, since most runs find the cache and need no progress bar.
     from rich.console import Console
     from rich.progress import track
 

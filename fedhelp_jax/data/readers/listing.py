@@ -1,4 +1,4 @@
-"""What there is in a folder of images: by a table beside them, or by the folders they lie in."""
+"""Lists the images of a folder, described by a table or by the subfolders that they are in."""
 
 import logging
 from collections import Counter, defaultdict
@@ -11,26 +11,26 @@ from fedhelp_jax.data.decode import picture_stem
 from fedhelp_jax.data.readers.files import Files, unread
 from fedhelp_jax.data.readers.tables import is_unknown, read_table
 
-# What sides of a split are called in tables and folders, in lower case.
+# Accepted names of the splits in tables and folders, in lower case.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _TABLES = (".csv", ".tsv", ".parquet")
-_MASK_ENDS = ("", "_segmentation")  # HAM10000 itself calls its masks <id>_segmentation.png
+_MASK_ENDS = ("", "_segmentation")  # HAM10000's own masks are called <id>_segmentation.png
 
 logger = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """One image; what is not known of it is "".
+    """One image; unknown values are "".
 
     Attributes:
-        id: Its name without folder `images` and ending.
+        id: Its name without the folder `images` and without extension.
         image: Its file inside the source.
         mask: The file of its mask.
-        values: By column, what the table or the folders say: "label", "site", "group", "split",
+        values: Values from the table or the folders, by column: "label", "site", "group", "split",
             and every other column of the table.
     """
 
@@ -43,17 +43,17 @@ class Entry(NamedTuple):
 def list_images(
     source: Path, table: Path | None, columns: Mapping[str, str | None], keys: tuple[str, str]
 ) -> list[Entry]:
-    """Returns what there is in a folder or a zip file, sorted by id.
+    """Returns the images of a folder or a zip file, sorted by id.
 
-    With a table, the images that it names. Without one, all pictures, by their folders:
-    ``images/ID``; or ``CLASS/*``, ``SITE/CLASS/*``, and either below ``train``, ``validation`` and
-    ``test``. Masks are ``masks/ID`` or ``masks/ID_segmentation``.
+    With a table, these are the images that it names. Without one, they are all pictures, and their
+    folders describe them: ``images/ID``; or ``CLASS/*``, ``SITE/CLASS/*``, and either below
+    ``train``, ``validation`` and ``test``. Masks are ``masks/ID`` or ``masks/ID_segmentation``.
 
     Args:
         source: A folder or a zip file.
-        table: A CSV or Parquet file; None takes the only one in `source`, if there is one.
-        columns: What the columns image, label, site, group, split and mask are called; None stands
-            for the name itself, if there is such a column.
+        table: A CSV, TSV or Parquet file; None uses the only one in `source`, if there is one.
+        columns: Names of the columns image, label, site, group, split and mask in the table. None
+            means the key itself, if there is such a column.
         keys: The configuration keys of `source` and `table`, for messages.
 
     Raises:
@@ -91,7 +91,7 @@ def list_images(
 
 
 def _rows(data: bytes, name: str, where: str) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and rows of a table."""
+    """Returns the columns and rows of a table."""
     if not name.lower().endswith(".parquet"):
         return read_table(data, (), where)
     try:
@@ -125,7 +125,7 @@ class _Pictures:
                 self._by_stem[_without_ending(name)].append(name)
 
     def find(self, value: str, folders: Sequence[str]) -> str:
-        """The file that a value names, with its ending or without; "" if there is none."""
+        """Returns the file that a value names, with or without extension; "" if there is none."""
         path = PurePosixPath(value.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{self._where}: {value!r} is not the name of a file inside it")
@@ -140,7 +140,7 @@ class _Pictures:
         raise UserError(f"{self._where} has both {one} and {other}; {name} must be one")
 
     def mask_of(self, identity: str) -> str:
-        """The file of an image's mask, or ""."""
+        """Returns the file of an image's mask, or ""."""
         found = [self.find(f"{identity}{end}", ("masks",)) for end in _MASK_ENDS]
         found = [name for name in found if name]
         if len(found) > 1:
@@ -148,7 +148,7 @@ class _Pictures:
         return found[0] if found else ""
 
     def by_folders(self) -> list[Entry]:
-        """All pictures but masks, and what their folders say."""
+        """Returns all pictures except masks, described by their folders."""
         names = [name for found in self._by_stem.values() for name in found]
         names = [name for name in names if not name.startswith("masks/")]
         others = [name for name in self._others if not name.startswith("masks/")]
@@ -191,7 +191,7 @@ class _Pictures:
         source: Path,
         key: str,
     ) -> list[Entry]:
-        """The pictures that a table names, and what it says of them."""
+        """Returns the pictures that a table names, described by its rows."""
         known, rows = table
         called: dict[str, str] = {}
         for column, name in columns.items():
@@ -242,10 +242,10 @@ class _Pictures:
         source: Path,
         key: str,
     ) -> None:
-        """A site none of whose images is there may be left out; a part of one may not.
+        """Warns of sites of which all images are missing; these sites are left out.
 
         Raises:
-            UserError: Some images of a site are there, and others are not.
+            UserError: Only some images of a site are missing, or no image is present at all.
         """
         if not missing:
             return

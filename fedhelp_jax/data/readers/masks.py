@@ -1,4 +1,4 @@
-"""Masks: the class of each pixel or voxel, checked, whatever way a file spells it."""
+"""Decodes and checks masks, the class of each pixel or voxel, from the encodings files use."""
 
 import itertools
 import logging
@@ -11,30 +11,30 @@ from PIL import Image
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.bad_examples import Bad
 
-# A binary mask that was resized has greys along its border only. Of the 10,015 masks of HAM10000
-# at 200x150 none has more than 2 % of them.
+# A binary mask that was resized has greys only along its border. None of the 10,015 masks of
+# HAM10000 at 200x150 has more than 2 % of them.
 _MAX_GREY = 0.1
 _GREYS = range(32, 224)
 _GREY_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
-# More classes than these are taken for a grey picture, unless they have names.
+# Masks with more classes than this are taken for grey pictures, unless the classes have names.
 _MAX_UNNAMED = 32
 
-# By the file name up to the first "_": what one foreground class is, where a file does not tell.
+# Name of the foreground class if the file does not state it, by the file name up to the first "_".
 _NAMES = {"lung": ("lung",)}
 
 logger = logging.getLogger(__name__)
 
 
 def stored_values(stored: np.ndarray, where: str) -> list[int]:
-    """Returns the values that masks hold, sorted.
+    """Returns the sorted values that occur in masks.
 
     Args:
         stored: Integers or bools, of any shape.
         where: Key, file and array, for messages.
 
     Raises:
-        UserError: They are of another type.
+        UserError: The masks have another type.
     """
     if stored.dtype.kind not in "biu":
         raise UserError(f"{where} must be integers or bools, got {stored.dtype}")
@@ -44,7 +44,7 @@ def stored_values(stored: np.ndarray, where: str) -> list[int]:
     low, high = int(stored.min()), int(stored.max())
     if high - low <= 1:
         return sorted({low, high})
-    # Counted a row at a time: sorting hundreds of megabytes takes seconds.
+    # Counted row by row, since sorting hundreds of megabytes takes seconds.
     counts = np.zeros(high - low + 1, np.int64)
     for row in stored.reshape(len(stored), -1):
         counts += np.bincount(row.astype(np.int16) - low, minlength=len(counts))
@@ -61,17 +61,17 @@ def class_masks(
     """Returns the class of each pixel, uint8 [N, *mask].
 
     Args:
-        stored: Integers or bools [N, *mask]. Of one foreground class 0 and 1, or 0 and 255 in all
-            masks; of C >= 2 classes 0..C-1, where 0 is the background.
-        label_names: One name for one foreground class; else a name per class.
+        stored: Integers or bools [N, *mask]. Masks of one foreground class all hold 0 and 1, or all
+            hold 0 and 255. Masks of C >= 2 classes hold 0..C-1, where 0 is the background.
+        label_names: One name for one foreground class; otherwise a name per class.
         names: [N] name of each mask, for messages.
-        where: Key, file and maybe array, for messages.
-        bad: Is told of masks that hold another value; None refuses the first. What it knows
-            already does not count.
+        where: Key, file and optionally array, for messages.
+        bad: Collects masks that hold another value; None raises an error for the first. Masks that
+            are already known to be bad are ignored.
 
     Raises:
-        UserError: The type, the number of masks or a value is another, or no mask has any
-            foreground. Some masks without any are warned about.
+        UserError: The type, the number of masks or a value is not as described, or no mask has any
+            foreground. If only some masks have none, a warning is logged.
     """
     bad = bad or Bad()
     bad.check(len(stored), where)
@@ -79,7 +79,7 @@ def class_masks(
     if stored.ndim < 2 or len(stored) != len(names) or not stored.size:
         raise UserError(f"{where}: expected {len(names)} masks, got the shape {stored.shape}")
     if len(label_names) > 1:
-        # Masks are uint8 wherever they are kept.
+        # Masks are always stored as uint8.
         allowed = range(min(len(label_names), 256))
         right = f"0..{allowed[-1]}"
     else:
@@ -120,7 +120,8 @@ def class_masks(
 def _foreground_values(stored: np.ndarray, values: Sequence[int], bad: Bad) -> tuple[int, int]:
     """Returns background and foreground of masks of one class: 0 and 255, or 0 and 1.
 
-    The first where any mask holds 255; where bad ones are skipped, what fits more masks.
+    The result is 0 and 255 if any mask holds 255. If bad masks are skipped, it is whichever pair
+    fits more masks.
     """
     ways = (0, 255), (0, 1)
     if 255 not in values:
@@ -131,11 +132,11 @@ def _foreground_values(stored: np.ndarray, values: Sequence[int], bad: Bad) -> t
 
 
 def same_aspect(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Returns whether two sizes differ by a scale only, up to rounding each side of both.
+    """Returns whether two sizes have the same aspect ratio, up to rounding of each side.
 
     Args:
         one: Sides of an image or volume, in pixels or voxels.
-        other: Sides of another, as many.
+        other: Sides of another one of the same dimension.
 
     >>> same_aspect((450, 600), (150, 200)), same_aspect((224, 299), (768, 1024))
     (True, True)
@@ -155,9 +156,9 @@ def check_aspects(
     where: str,
     bad: Bad,
 ) -> None:
-    """Checks that no image is of another aspect than its mask.
+    """Checks that every image has the aspect ratio of its mask.
 
-    Images are stretched to squares, and would then not lie under their masks.
+    Images are stretched to squares, so that otherwise they would not match their masks.
 
     Args:
         sides: int [n, 2] height and width of each image.
@@ -165,10 +166,10 @@ def check_aspects(
         names: [n] names of the images.
         masks: [n] names of the masks.
         where: Key and source, for messages.
-        bad: Is told of those that are.
+        bad: Collects images with another aspect ratio.
 
     Raises:
-        UserError: One is, if that is not to be skipped.
+        UserError: An image has another aspect ratio, and bad examples are not skipped.
     """
     for place, (image, name, mask_name) in enumerate(
         zip(sides.tolist(), names, masks, strict=True)
@@ -184,16 +185,16 @@ def check_aspects(
 def unnamed_classes(
     values: list[int], foreground: tuple[str, ...], where: str, names: str
 ) -> tuple[str, ...]:
-    """Returns the names of classes that nobody has named: `foreground`, or "background", "1", ...
+    """Returns default names of unnamed classes: `foreground`, or "background", "1", ...
 
     Args:
-        values: What the masks hold, sorted.
+        values: The sorted values of the masks.
         foreground: The name of a single foreground class.
         where: The masks, for the message.
-        names: What would name the classes.
+        names: What would name the classes, for the message.
 
     Raises:
-        UserError: They are neither 0 and 1, nor 0 and 255, nor 0, 1, 2, ... without a gap.
+        UserError: The values are neither 0 and 1, nor 0 and 255, nor 0, 1, 2, ... without a gap.
     """
     if set(values) <= {0, 1} or set(values) == {0, 255}:
         return foreground
@@ -211,22 +212,22 @@ def take_masks(
 ) -> tuple[np.ndarray, tuple[str, ...]] | None:
     """Returns the `masks` or `labels`, uint8 [N, *mask], and the classes' names.
 
-    Names are those stored as `label_names`; without, the one known for the file or "foreground"
-    of binary masks, and "background", "1", "2", ... of others.
+    The names are those stored as `label_names`. Without these, binary masks have the name known for
+    the file or "foreground", and other masks have "background", "1", "2", ...
 
     Args:
         arrays: The file's arrays.
-        path: The file, whose name tells which data set it is.
+        path: The file, whose name identifies the data set.
         count: Number of images or volumes.
         volumes: Whether they are volumes.
         where: Key and file, for messages.
-        bad: As of `class_masks`.
+        bad: As in `class_masks`.
 
     Returns:
-        None where the file has no masks, or only one label per image.
+        Masks and names, or None if the file has no masks or only one label per image.
 
     Raises:
-        UserError: Masks are of another type or shape, or hold other values.
+        UserError: The masks have an unsupported type or shape, or hold unsupported values.
     """
     name = "masks" if "masks" in arrays else "labels"
     stored = arrays.get(name)
@@ -263,7 +264,7 @@ def stored_names(arrays: dict[str, np.ndarray], name: str, where: str) -> tuple[
     """Returns the names stored as `name`, or None.
 
     Raises:
-        UserError: They are no list of strings.
+        UserError: The array is not a list of strings.
     """
     stored = arrays.get(name)
     if stored is None:
@@ -276,20 +277,20 @@ def stored_names(arrays: dict[str, np.ndarray], name: str, where: str) -> tuple[
 
 
 def decode_mask(image: Image.Image, name: str, where: str) -> np.ndarray:
-    """Returns the one foreground class of a mask's picture, bool [H, W].
+    """Returns the foreground of a mask stored as a picture of one foreground class, bool [H, W].
 
-    Black and white, as 0 and 1 or as 0 and 255. A mask that was resized has greys along its
-    border, which are cut at > 127; where more than a tenth of the pixels are between 32 and 223,
-    the picture is no mask. Colours count and not the numbers that a palette gives them: some
-    masks of HAM10000 have a palette in which white is number 0.
+    The picture is black and white, as 0 and 1 or as 0 and 255. A mask that was resized has greys
+    along its border, which are foreground if > 127. If more than a tenth of the pixels are between
+    32 and 223, the picture is not a mask. Colours matter rather than palette indices: some masks of
+    HAM10000 have a palette in which white is number 0.
 
     Args:
-        image: Grey, with a palette, or in colours that are all grey; opaque.
+        image: An opaque picture in grey, with a palette, or in RGB with only grey colours.
         name: Its file, for messages.
         where: Key and source, for messages.
 
     Raises:
-        UserError: The picture is no such mask.
+        UserError: The picture is not such a mask.
     """
 
     def refused(what: str) -> UserError:
@@ -318,7 +319,7 @@ def decode_mask(image: Image.Image, name: str, where: str) -> np.ndarray:
     if values[-1] < _GREYS.stop:
         raise refused(f"holds {values[-1]}")
     if values == [0, 1, 255]:
-        # Foreground 1, and 255 around it for pixels that do not count.
+        # Here 1 is the foreground, and 255 marks pixels around it that are to be ignored.
         raise refused("holds 1 beside 255")
     share = counts[_GREYS.start : _GREYS.stop].sum() / pixels.size
     if share > _MAX_GREY:

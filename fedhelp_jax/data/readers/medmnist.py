@@ -1,4 +1,4 @@
-"""MedMNIST .npz files, shared out among clients."""
+"""MedMNIST .npz files, split among clients."""
 
 import numpy as np
 
@@ -21,20 +21,21 @@ def load_medmnist(
     splitting: Splitting,
     bad: Bad | None = None,
 ) -> FederatedDataset:
-    """Returns a MedMNIST data set over clients.
+    """Returns a MedMNIST data set, split among clients.
 
-    The official train and validation splits are pooled and shared out for training, the official
-    test split for testing, as `make_clients` does it. Every client gets one example of either.
+    The official train and validation splits are pooled for training; the official test split is
+    for testing. `make_clients` assigns both to clients, each of which gets at least one example of
+    either.
 
     Args:
         path: `data.path`, an .npz file with {train,val,test}_{images,labels}.
         image_size: Height and width of the result.
-        sharing: How the examples are shared out.
-        splitting: How each client's are split.
-        bad: Is told of labels that cannot be used; None refuses the first.
+        sharing: How the examples are assigned to clients.
+        splitting: How each client's examples are split.
+        bad: Collects labels that cannot be used; None raises an error for the first.
 
     Raises:
-        UserError: The file is missing or not as described, or a value is not usable.
+        UserError: The file is missing or not as described, or a value is invalid.
 
     Notes:
         MedMNIST files hold no patient ids, so a validation split cannot be grouped.

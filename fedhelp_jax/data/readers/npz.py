@@ -1,4 +1,4 @@
-"""Images and labels from .npz files, as a public data set or for `medmnist`."""
+"""Images and labels from .npz files, for public data sets and for `medmnist`."""
 
 import zipfile
 import zlib
@@ -17,7 +17,8 @@ from fedhelp_jax.data.types import PublicDataset, image_sha256
 
 _READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
-# By the file name up to the first "_" (pneumoniamnist_64.npz): MedMNIST files hold no names.
+# Class names by the file name up to the first "_" (pneumoniamnist_64.npz), since MedMNIST files do
+# not contain them.
 LABEL_NAMES = {
     "pneumoniamnist": ("normal", "pneumonia"),
     "pathmnist": (
@@ -40,18 +41,18 @@ WITH_MASKS = ("images", "volumes", "masks", "labels", "names", "site")
 def read_npz(
     path: Path, key: str, endings: tuple[str, ...] = _IMAGES_AND_LABELS
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz file whose names end so.
+    """Returns the arrays of an .npz file whose names end with one of `endings`.
 
     Args:
         path: The file.
         key: The configuration key that names it, for messages.
-        endings: Ends of names; other arrays may be large, and stay unread.
+        endings: Ends of names. Other arrays may be large and are not read.
 
     Raises:
-        UserError: The file is damaged, holds pickled objects, or is no .npz file.
+        UserError: The file is damaged, holds pickled objects, or is not an .npz file.
     """
     try:
-        # Opened here: np.load leaves a damaged file open.
+        # The file is opened here because np.load leaves a damaged file open.
         with path.open("rb") as file:
             stored = np.load(file, allow_pickle=False)
             if not isinstance(stored, np.lib.npyio.NpzFile):
@@ -67,11 +68,11 @@ def take_images(arrays: dict[str, np.ndarray], name: str, where: str) -> np.ndar
 
     Args:
         arrays: The file's arrays.
-        name: Which of them.
+        name: Name of the array.
         where: Key and file, for messages.
 
     Raises:
-        UserError: The array is missing, or of another type or shape.
+        UserError: The array is missing, or has another type or shape.
     """
     if name not in arrays:
         raise UserError(f"{where} has no array {name!r}; it has {sorted(arrays) or 'none'}")
@@ -94,14 +95,14 @@ def take_labels(
 
     Args:
         arrays: The file's arrays.
-        name: Which of them.
+        name: Name of the array.
         count: Number of images.
         where: Key and file, for messages.
-        bad: Is told of labels that are negative or past 32 bits, which are 0 in the result; None
-            refuses the first.
+        bad: Collects labels that are negative or exceed 32 bits, which become 0 in the result; None
+            raises an error for the first.
 
     Raises:
-        UserError: The array is missing, of another type or shape, or holds a negative number.
+        UserError: The array is missing, has another type or shape, or holds a negative number.
     """
     if name not in arrays:
         raise UserError(f"{where} has no array {name!r}; it has {sorted(arrays) or 'none'}")
@@ -132,11 +133,11 @@ def name_labels(
     """Returns the classes' names: those stored, those known for the file, or "0", "1", ...
 
     Args:
-        path: The file, whose name tells which data set it is.
-        labels: int [N], not negative.
+        path: The file, whose name identifies the data set.
+        labels: int [N], nonnegative.
         where: Key and file, for messages.
-        stored: Names the file holds itself.
-        bad: Is told of labels without a name; None refuses the first.
+        stored: Names stored in the file.
+        bad: Collects labels without a name; None raises an error for the first.
 
     Raises:
         UserError: A label has no name.
@@ -152,14 +153,17 @@ def name_labels(
 
 
 def take_pictures(arrays: dict[str, np.ndarray], where: str) -> tuple[np.ndarray, bool]:
-    """Returns the `images`, as `take_images`, or the `volumes`, uint8 [N, D, H, W], and which.
+    """Returns the `images` or the `volumes` of a file, and whether they are volumes.
 
     Args:
         arrays: The file's arrays.
         where: Key and file, for messages.
 
+    Returns:
+        Images as in `take_images`, or volumes, uint8 [N, D, H, W]; and True for volumes.
+
     Raises:
-        UserError: There are none or both, or they are of another type or shape.
+        UserError: The file has neither or both, or they have another type or shape.
     """
     if ("images" in arrays) == ("volumes" in arrays):
         held = sorted(arrays) or "none"
@@ -177,18 +181,18 @@ def take_pictures(arrays: dict[str, np.ndarray], where: str) -> tuple[np.ndarray
 
 
 def public_subset(count: int, num_examples: int | None, source: Path) -> np.ndarray:
-    """Returns which of `count` public images to take: sorted indices, the same for every seed.
+    """Returns which of `count` public images to use: sorted indices, the same for every seed.
 
-    They are the first of one order, so that asking for more images asks a teacher about the new
-    ones only.
+    They are the first ones in a fixed random order, so that a larger subset contains a smaller one
+    and a teacher is queried only for the new images.
 
     Args:
-        count: Number of images there are.
-        num_examples: `public.num_examples`; None takes all.
-        source: Where they are, for the message.
+        count: Number of available images.
+        num_examples: `public.num_examples`; None means all.
+        source: Where the images are, for the message.
 
     Raises:
-        UserError: There are not so many.
+        UserError: There are fewer images than requested.
     """
     if num_examples is None:
         return np.arange(count)
@@ -210,18 +214,19 @@ def load_npz_public(
 ) -> PublicDataset:
     """Returns a public data set from an .npz file.
 
-    The file has `images`, maybe `labels`, and maybe `label_names` or `fine_label_names`; or the
-    keys of MedMNIST (`train_images`, ...), whose splits are joined: public images serve for
-    training only. With `masks` it has `images` or `volumes`, and maybe what `take_masks` reads.
-    A subset is the same for every seed, so that a study over seeds asks the teacher once.
+    The file has `images` and optionally `labels` and `label_names` or `fine_label_names`; or the
+    keys of MedMNIST (`train_images`, ...), whose splits are joined, since public images are used
+    only for training. With `masks`, the file has `images` or `volumes`, and optionally the arrays
+    that `take_masks` reads. A subset is the same for every seed, so that a study over seeds queries
+    the teacher only once.
 
     Args:
         path: `public.path`.
-        num_examples: `public.num_examples`; None takes all.
+        num_examples: `public.num_examples`; None means all.
         image_size: Height and width of the result.
         masks: Whether labels are masks.
-        volume_size: Sides of the result where it is volumes; None keeps theirs.
-        bad: Is told of labels and masks that cannot be used; None refuses the first.
+        volume_size: Sides of the result if it is volumes; None keeps their sizes.
+        bad: Collects labels and masks that cannot be used; None raises an error for the first.
 
     Raises:
         UserError: The file is missing or not as described, or has too few images.
@@ -267,7 +272,7 @@ def load_npz_public(
 def _take_all(
     arrays: dict[str, np.ndarray], where: str, bad: Bad
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns images and, if there are any, labels; of MedMNIST those of all splits."""
+    """Returns images and, if there are any, labels; for MedMNIST, those of all splits."""
     splits = [part for part in ("train", "val", "test") if f"{part}_images" in arrays]
     prefixes = [f"{part}_" for part in splits] if splits and "images" not in arrays else [""]
     parts = [take_images(arrays, f"{prefix}images", where) for prefix in prefixes]
@@ -283,13 +288,13 @@ def _take_all(
 def take_all_labels(
     arrays: dict[str, np.ndarray], counts: Mapping[str, int], where: str, bad: Bad
 ) -> np.ndarray:
-    """Returns several arrays of labels, each as `take_labels`, one after the other.
+    """Returns the concatenation of several arrays of labels, each read by `take_labels`.
 
     Args:
         arrays: The file's arrays.
-        counts: The number of images of each of them, by name.
+        counts: The number of images of each array of labels, by its name.
         where: Key and file, for messages.
-        bad: As of `take_labels`.
+        bad: As in `take_labels`.
     """
     labels, first = [], 0
     for name, count in counts.items():

@@ -1,4 +1,4 @@
-"""Segmentation from .npz files: images or volumes with masks, split over clients."""
+"""Segmentation data from .npz files: images or volumes with masks, split among clients."""
 
 from collections.abc import Sequence
 
@@ -34,32 +34,36 @@ def load_npz_masks(
     seed: int,
     bad: Bad | None = None,
 ) -> FederatedDataset:
-    """Returns images or volumes with masks, over clients.
+    """Returns images or volumes with masks, split among clients.
 
-    The file has `images`, uint8 [N, H, W] or [N, H, W, 3], or `volumes`, uint8 [N, D, H, W];
-    `masks` or `labels` of one shape, which may be another than the images'; maybe `label_names`
-    (one foreground class, or the background and the others), `names` (for messages), `site`
-    (a whole number each) and `site_names`.
+    The file has these arrays:
+
+    - `images`, uint8 [N, H, W] or [N, H, W, 3], or `volumes`, uint8 [N, D, H, W];
+    - `masks` or `labels`, whose resolution may differ from that of the images;
+    - optionally `label_names` (one foreground class, or the background and the other classes),
+      `names` (for messages), `site` (integers) and `site_names`.
 
     Args:
         path: `data.path`, the file.
         fractions: Each client's share with `split_by="fractions"`; positive, with sum 1.
-        split_by: "fractions" deals the examples out at random to `client_0`, ...; "site" makes
-            a client of each site, by its name, or `site_<k>`. None is "site" where there are sites.
+        split_by: "fractions" assigns the examples at random to `client_0`, ...; "site" makes one
+            client per site, named after the site or `site_<k>`. None means "site" if there are
+            sites, otherwise "fractions".
         image_size: Height and width of the images.
         volume_size: Sides of the volumes.
         validation_fraction: Share of a client's training examples held out for validation.
-        test_fraction: Share of a client's examples that are for testing; at least one is.
-        max_train: At most so many training examples per client; None keeps all.
-        scanner_shift: Give each client a SIMULATED scanner of its own; volumes only.
+        test_fraction: Share of a client's examples used for testing, at least one example.
+        max_train: Maximum number of training examples per client; None keeps all.
+        scanner_shift: Whether each client gets its own SIMULATED scanner; volumes only.
         seed: The run's seed.
-        bad: Is told of masks that cannot be used; None refuses the first.
+        bad: Collects masks that cannot be used; None raises an error for the first.
 
     Raises:
-        UserError: The file is missing or not as described, or a value is not usable.
+        UserError: The file is missing or not as described, or a value is invalid.
 
     Notes:
-        Files hold no patients' ids, so splits go by example: one with several of a patient leaks.
+        The files hold no patient ids, so splits are by example. If a patient has several examples,
+        the splits leak.
     """
     bad = bad or Bad()
     file = existing_path(path, "data.path", "an .npz file with images or volumes and masks")
@@ -117,7 +121,7 @@ def load_npz_masks(
         return resize_arrays(pictures, image_size)
 
     return FederatedDataset(
-        # Simulated differences are called that wherever the data's name appears.
+        # Simulated differences are disclosed wherever the name of the data appears.
         name=f"{file.stem}_simulated_scanners" if scanner_shift else file.stem,
         synthetic=False,
         images=resized(pictures),
@@ -132,8 +136,8 @@ def load_npz_masks(
 def _by_fractions(
     total: int, fractions: Sequence[float], seed: int
 ) -> dict[int, tuple[str, np.ndarray]]:
-    """Returns name and sorted examples of each client, by its number: dealt out at random."""
-    # One to train on and one to test on.
+    """Returns name and sorted examples of each client, by its number, assigned at random."""
+    # Every client needs one example for training and one for testing.
     parts = partition(total, fractions, rng_for(seed, "npz_masks"), minimum=2)
     return {number: (f"client_{number}", part) for number, part in enumerate(parts)}
 
@@ -158,7 +162,7 @@ def _sites(
 def _by_site(
     site: np.ndarray, names: Sequence[str], where: str
 ) -> dict[int, tuple[str, np.ndarray]]:
-    """Returns name and sorted examples of each client, by its site's number."""
+    """Returns name and sorted examples of each client, by the number of its site."""
     members = {}
     for number in np.unique(site).tolist():
         members[number] = (names[number], np.flatnonzero(site == number))
@@ -180,7 +184,7 @@ def _split(
     seed: int,
     client: int,
 ) -> ClientSplit:
-    """Returns one client's examples, dealt out to its three splits."""
+    """Returns one client's examples, assigned at random to its three splits."""
     order = rng_for(seed, "npz_masks test", client).permutation(indices)
     num_test = min(max(1, round(len(order) * test_fraction)), len(order) - 1)
     train = np.sort(order[num_test:])

@@ -1,8 +1,8 @@
-"""The files of a set that TensorFlow Datasets has prepared: opened, decoded and resized.
+"""Opens, decodes and resizes the files of a data set prepared by TensorFlow Datasets.
 
-A set has, by the names that `fedhelp_jax.data.builders` gives them, an ``image`` or ``volume``, a
-``label`` or ``mask``, and maybe ``site``, ``group`` and other columns. Files must be array_record,
-which need no TensorFlow to be read.
+A data set has an ``image`` or ``volume``, a ``label`` or ``mask``, and optionally ``site``,
+``group`` and other columns, named as in `fedhelp_jax.data.builders`. The files must have the format
+array_record, which can be read without TensorFlow.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ _AT_ONCE = 256  # examples read before they are decoded
 
 
 class StoredSet:
-    """A prepared set, opened, and what of it is wanted.
+    """An open prepared data set, and what is requested from it.
 
     Args:
         name: NAME or NAME/CONFIG.
-        data_dir: Where prepared sets lie; None takes TFDS's default.
-        key: The configuration key that names the set, for messages.
-        masks: Labels are masks, not classes.
+        data_dir: Folder of prepared data sets; None uses TFDS's default.
+        key: The configuration key that names the data set, for messages.
+        masks: Whether labels are masks rather than classes.
         image_size: Height and width of images.
         volume_size: Sides of volumes.
 
     Raises:
-        UserError: The set is unknown, not prepared or damaged, or lacks what is asked of it.
+        UserError: The data set is unknown, not prepared or damaged, or lacks what is requested.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StoredSet:
         image_size: int,
         volume_size: tuple[int, ...],
     ):
-        import tensorflow_datasets as tfds  # takes a second
+        import tensorflow_datasets as tfds  # imported here, since it takes a second
 
         self.name, self.key, self.masks = name, key, masks
         self._made = _opened(name, data_dir, key)
@@ -107,10 +107,10 @@ class StoredSet:
             ) from None
 
     def columns(self) -> dict[str, Sequence[str] | None]:
-        """What else is known of each example: the names of its values, None of texts and numbers.
+        """Returns the metadata columns and the names of their values, None for texts and integers.
 
         Raises:
-            UserError: Sites or groups are of another kind: they must not be overlooked.
+            UserError: Sites or groups have an unsupported type; they must not be overlooked.
         """
         import tensorflow_datasets as tfds
 
@@ -132,7 +132,7 @@ class StoredSet:
         return found
 
     def kinds(self, count: int) -> dict[str, tuple[str, tuple[int | None, ...]]]:
-        """Type and shape of pictures and targets, for the cache."""
+        """Returns type and shape of pictures and targets, for the cache."""
         dtype = "float32"
         if not self.volumes or self.features["volume"].np_dtype == np.uint8:
             dtype = "uint8"
@@ -146,15 +146,15 @@ class StoredSet:
         return kinds
 
     def all(self) -> list[tuple[str, int]]:
-        """Split and place in it of all examples."""
+        """Returns the split of each example, and its position in that split."""
         return [(split, i) for split in self.splits for i in range(self._counts[split])]
 
     def rows(
         self, places: Sequence[tuple[str, int]], *, hashed: bool, skip: bool
     ) -> Iterator[dict[str, Any]]:
-        """The examples at these places, decoded and resized.
+        """Yields the examples at these positions, decoded and resized.
 
-        Where bad ones are to be skipped, they have an `error` instead of what it concerns.
+        If `skip` is True, a bad example has an `error` in place of the entries that it concerns.
         """
         columns = self.columns()
 
@@ -187,14 +187,14 @@ class StoredSet:
                     yield from pool.map(row, zip(some, examples, strict=True))
 
     def tell(self, rows: Sequence[dict[str, Any]], bad: Bad) -> None:
-        """Tells of the rows that have an error."""
+        """Reports the rows that have an error to `bad`."""
         for place, row in enumerate(rows):
             if "error" in row:
                 bad.found(place, row["error"])
         bad.check(len(rows), f"{self.key}: {self.name}")
 
     def original(self, place: tuple[str, int]) -> np.ndarray:
-        """A picture at its native size."""
+        """Returns a picture at its native size."""
         split, i = place
         with self._undamaged():
             example = self._sources[split][i]
@@ -215,7 +215,7 @@ class StoredSet:
     def labels(
         self, targets: np.ndarray, ids: Sequence[str], where: str, bad: Bad, *, least: int = 0
     ) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Classes from ``least`` on, or masks, checked, and the classes' names."""
+        """Returns checked classes (at least ``least``) or masks, and the classes' names."""
         if not self.masks:
             names = tuple(self.features["label"].names)
             for place in np.flatnonzero((targets < least) | (targets >= len(names))).tolist():
@@ -230,7 +230,7 @@ class StoredSet:
 
     @property
     def mask_names(self) -> tuple[str, ...] | None:
-        """Names of the classes of masks; None where only the masks tell which there are."""
+        """Names of the classes of masks; None if the classes are known only from the masks."""
         from fedhelp_jax.data.builders import BUILDERS
 
         known = (self._made.info.metadata or {}).get("labels")
@@ -270,13 +270,13 @@ class StoredSet:
 
 
 def stacked(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    """Returns what rows hold by that name, one array, blank where a row does not hold it."""
+    """Returns the entries `name` of all rows as one array, blank for rows without this entry."""
     blank = np.zeros_like(next(row[name] for row in rows if name in row))
     return np.stack([row.get(name, blank) for row in rows])
 
 
 def _opened(name: str, data_dir: str | None, key: str) -> Any:
-    """The set's builder; of ours or whatever TFDS has prepared."""
+    """Returns the builder of the data set: one of our own, or of any set that TFDS has prepared."""
     from google.protobuf.json_format import ParseError
     from tensorflow_datasets.core import read_only_builder, registered
 
@@ -311,7 +311,7 @@ def base_name(name: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """Returns what a set is called where names are those of files."""
+    """Returns the name of a data set in a form that is usable as a file name."""
     return name.replace("/", "_").replace(":", "_")
 
 
@@ -320,7 +320,7 @@ def _identity(split: str, place: int, example: dict[str, Any]) -> str:
 
 
 def order_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns by what rows are sorted: site, or split where there are no sites, and then name."""
+    """Returns the sort key of a row: its site, or split if there are no sites, and then its id."""
     site = row["columns"].get(SITE)
     return _split_order(row["split"]) if site is None else site, row["id"]
 

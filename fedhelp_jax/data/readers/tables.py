@@ -1,4 +1,4 @@
-"""Tables of values separated by commas or tabs, and what in them stands for "unknown"."""
+"""Tables of values separated by commas or tabs, and the values that mean "unknown"."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fedhelp_jax.core.errors import UserError
 
-# What pandas, R and spreadsheets write for a missing value, in lower case.
+# Representations of a missing value in pandas, R and spreadsheets, in lower case.
 _UNKNOWN = frozenset(
     ("", "nan", "-nan", "na", "n/a", "<na>", "#na", "#n/a", "#n/a n/a", "1.#qnan", "-1.#qnan")
     + ("1.#ind", "-1.#ind", "nat", "none", "null", "nil", "unknown", "-", "?")
@@ -15,7 +15,7 @@ _UNKNOWN = frozenset(
 
 
 def is_unknown(value: str) -> bool:
-    """Returns whether a value of a table stands for one that nobody knows.
+    """Returns whether a value of a table means that it is unknown.
 
     >>> [is_unknown(value) for value in ("", " NaN ", "N/A", "null", "HAM_0000118", "0")]
     [True, True, True, True, False, False]
@@ -24,35 +24,35 @@ def is_unknown(value: str) -> bool:
 
 
 def group_of(value: str, example: str) -> str:
-    """Returns the group (patient, lesion) of an example: its own where the group is unknown.
+    """Returns the group (patient, lesion) of an example, or a group of its own if it is unknown.
 
     Args:
-        value: The group, as a table states it.
-        example: The example's name, different from all others'.
+        value: The group, as stated in a table.
+        example: The unique name of the example.
 
     >>> group_of("HAM_1", "a"), group_of("nan", "b")
     ('HAM_1', 'image b')
     """
-    # Marked, so that the name of an image never equals the name of a group.
+    # Prefixed, so that the name of an image never equals the name of a group.
     return f"image {example}" if is_unknown(value) else value.strip()
 
 
 def read_table(
     data: bytes, needed: Sequence[str], where: str
 ) -> tuple[list[str], list[dict[str, str]]]:
-    """Returns the names of the columns, and the rows by these names; all without blanks around.
+    """Returns the names of the columns, and the rows by these names, stripped of whitespace.
 
-    A value that a short row lacks is "".
+    Values missing at the end of a short row are "".
 
     Args:
-        data: The file: UTF-8, separated by tabs if its first line has any, else by commas.
-        needed: Columns that it must have; ``a|b`` is a column called either, and then ``a`` in
-            the rows.
+        data: The file: UTF-8, separated by tabs if its first line has any, otherwise by commas.
+        needed: Columns that the table must have; ``a|b`` is a column with either name, which is
+            called ``a`` in the rows.
         where: Key and file, for messages.
 
     Raises:
-        UserError: The file is no such table, lacks a column or rows, names a column twice, or has
-            a row of more values than there are columns.
+        UserError: The file is not such a table, lacks a column or rows, names a column twice, or
+            has a row with more values than there are columns.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -90,6 +90,6 @@ def read_table(
 
 
 def _without_end(line: Sequence[str]) -> list[str]:
-    """Returns the values of a line but for blank ones at its end, as spreadsheets write them."""
+    """Returns the values of a line without the empty ones that spreadsheets append at its end."""
     count = max((place for place, value in enumerate(line, start=1) if value), default=0)
     return list(line[:count])

@@ -1,6 +1,6 @@
-"""Data sets that lie prepared by TensorFlow Datasets, by ``fedhelp data prepare`` or otherwise.
+"""Private and public data from data sets prepared by TensorFlow Datasets.
 
-As private data over clients, and as public data.
+They are prepared by ``fedhelp data prepare`` or in any other way.
 """
 
 import logging
@@ -39,25 +39,26 @@ def load_prepared(
     cache_dir: str | None,
     bad: Bad | None = None,
 ) -> FederatedDataset:
-    """Returns a prepared data set as clients' private data.
+    """Returns a prepared data set as the clients' private data.
 
-    Equal to what the reader of the raw files gives, where there is one: examples are in the order
-    of sites, or of splits where there are no sites, and then of their names. A split called test
-    is the official one; all others are for training.
+    The result equals that of the reader of the raw files, if there is one. Examples are ordered by
+    site (by split if there are no sites) and then by name. A split called test is the official test
+    split; all other splits are used for training.
 
     Args:
         name: `data.name` without its prefix: NAME or NAME/CONFIG.
-        data_dir: `data.path`, where prepared sets lie; None takes TFDS's default.
-        masks: Labels are masks, at the size of the result (nearest neighbour), not classes.
+        data_dir: `data.path`, the folder of prepared data sets; None uses TFDS's default.
+        masks: Whether labels are masks rather than classes. Masks are resized to the size of the
+            result (nearest neighbour).
         image_size: Height and width of the result.
-        volume_size: Sides of the result where it is volumes; they stay floats where they are.
-        sharing: Which client has which.
-        splitting: How each client's are split.
-        cache_dir: Folder of the image cache; None takes the default.
-        bad: Is told of examples that cannot be used; None refuses the first.
+        volume_size: Sides of the result if it is volumes; floating-point volumes stay floats.
+        sharing: How examples are assigned to clients.
+        splitting: How each client's examples are split.
+        cache_dir: Folder of the image cache; None uses the default.
+        bad: Collects examples that cannot be used; None raises an error for the first.
 
     Raises:
-        UserError: The set is unknown, not prepared or damaged, or lacks what is asked of it.
+        UserError: The data set is unknown, not prepared or damaged, or lacks what is requested.
     """
     bad = bad or Bad()
     stored = StoredSet(name, data_dir, "data.name", masks, image_size, volume_size)
@@ -70,7 +71,7 @@ def load_prepared(
 
     def make(bad: Bad) -> Arrays:
         rows = list(stored.rows(stored.all(), hashed=False, skip=bad.skip))
-        # By names, so that nothing depends on the order in the files.
+        # Sorted, so that nothing depends on the order in the files.
         rows.sort(key=order_of)
         stored.tell(rows, bad)
         arrays = {
@@ -143,29 +144,29 @@ def load_prepared_public(
     cache_dir: str | None,
     bad: Bad | None = None,
 ) -> PublicDataset:
-    """Returns a prepared data set as public data: all its splits, labelled or not.
+    """Returns all splits of a prepared data set, labelled or not, as public data.
 
-    Any set of TFDS's catalogue will do that has an ``image``. A subset is the same for every seed,
-    and only it is read. Images at their native size stay in the files.
+    Any data set of TFDS's catalogue with an ``image`` can be used. A subset is the same for every
+    seed, and only the subset is read. Images at their native size stay in the files.
 
     Args:
         name: `public.name` without its prefix.
-        data_dir: `public.path`, where prepared sets lie; None takes TFDS's default.
-        num_examples: `public.num_examples`; None takes all.
-        masks: As of `load_prepared`; so are the others.
+        data_dir: `public.path`, the folder of prepared data sets; None uses TFDS's default.
+        num_examples: `public.num_examples`; None means all.
+        masks: As in `load_prepared`, like the remaining arguments.
         image_size: Height and width of the result.
         volume_size: Sides of volumes.
         cache_dir: Folder of the image cache.
-        bad: Is told of examples that cannot be used; None refuses the first. Where they are
-            skipped, the whole set is read, so that a subset is one of those that can be used.
+        bad: Collects examples that cannot be used; None raises an error for the first. If they are
+            skipped, the whole data set is read, so that the subset is drawn from usable examples.
 
     Raises:
-        UserError: As of `load_prepared`, or there are too few examples.
+        UserError: As in `load_prepared`, or there are too few examples.
     """
     bad = bad or Bad()
     stored = StoredSet(name, data_dir, "public.name", masks, image_size, volume_size)
     places = stored.all()
-    # Which classes there are must not depend on how many examples are used.
+    # The set of classes must not depend on how many examples are used.
     whole = masks and stored.target is not None and stored.mask_names is None
     whole = whole or (bad.skip and num_examples is not None)
     if not whole:
@@ -199,7 +200,7 @@ def load_prepared_public(
     places = bad.drop(places)
     if labels is not None:
         labels = bad.drop(labels)
-        if not masks and labels.min() < 0:  # as TFDS marks what nobody has labelled
+        if not masks and labels.min() < 0:  # TFDS marks unlabelled examples by -1
             logger.warning("%s: some images have no label: none is used", where)
             labels = names = None
     if whole:

@@ -1,4 +1,4 @@
-"""Volumes: resized, and given the look of another scanner."""
+"""Resizes volumes and simulates the appearance of another scanner."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.memory import check_fits
 from fedhelp_jax.data.partition.fractions import rng_for
 
-# Volumes are worked on in blocks of about so many voxels, so that memory stays small.
+# Volumes are processed in blocks of about this many voxels to limit memory use.
 _BLOCK_VOXELS = 2**24
 
 
 def check_finite(volume: np.ndarray, where: str) -> None:
-    """Checks that all voxels are numbers.
+    """Checks that all voxels are finite.
 
     Args:
         volume: Voxels of any type and shape.
@@ -29,17 +29,17 @@ def check_finite(volume: np.ndarray, where: str) -> None:
 
 
 def resize_volumes(volumes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Returns volumes resized, [N, *size, 1], uint8 or float32 as they are.
+    """Returns resized volumes, [N, *size, 1], of the same type.
 
-    Antialiased and linear along each axis, as `jax.image.resize(method="linear")`; uint8 is
-    rounded. Sides are stretched independently.
+    Uses antialiased linear interpolation along each axis, as in
+    `jax.image.resize(method="linear")`; uint8 results are rounded. Axes are scaled independently.
 
     Args:
         volumes: uint8 or float32 [N, D, H, W].
-        size: The three sides of the result; volumes that have them already keep their voxels.
+        size: The three sides of the result. Volumes of this size are not changed.
 
     Raises:
-        UserError: A voxel is not finite: it would spread over the whole volume.
+        UserError: A voxel is not finite; it would spread over the whole volume.
     """
     check_finite(volumes, "volumes to be resized")
     if volumes.shape[1:] == tuple(size):
@@ -54,7 +54,7 @@ def resize_volumes(volumes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
         part = volumes[start : start + block].astype(np.float32)
         part = height @ (part @ width.T)
         part = depth @ part.reshape(*part.shape[:2], -1)
-        # Weights are positive with sum 1, so that nothing leaves 0..255.
+        # Weights are nonnegative and sum to 1, so that values stay in 0..255.
         part = np.rint(part) if volumes.dtype == np.uint8 else part
         resized[start : start + block] = part.reshape(-1, *size)
     return resized[..., None]
@@ -64,7 +64,7 @@ def resize_volume(volume: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Returns one volume resized as by `resize_volumes`, [*size, C].
 
     Args:
-        volume: uint8 or float32 [D, H, W] or, of several modalities, [D, H, W, C].
+        volume: uint8 or float32 [D, H, W] or, with several modalities, [D, H, W, C].
         size: The three sides of the result.
     """
     channels = np.moveaxis(volume, -1, 0) if volume.ndim == 4 else volume[None]
@@ -72,9 +72,10 @@ def resize_volume(volume: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Returns a mask resized, [*size]: the class at the centre of each new pixel or voxel.
+    """Returns a resized mask, [*size]: the class at the centre of each new pixel or voxel.
 
-    Along an axis of n, place i of m is place ``floor((i + 1/2) n / m)``.
+    Along an axis of length n that is resized to m, index i takes the value at index
+    ``floor((i + 1/2) n / m)``.
 
     Args:
         mask: [H, W] or [D, H, W].
@@ -85,22 +86,22 @@ def resize_mask(mask: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def scanner_shift(volumes: np.ndarray, seed: int, client: int) -> np.ndarray:
-    """Returns volumes as if one client's own scanner had taken them: a SIMULATED difference.
+    """Returns volumes as if taken by one client's own scanner, a SIMULATED difference.
 
-    For data of a single site, to make clients unlike each other. With intensities s in 0..1,
+    This makes clients differ in data of a single site. With intensities s in 0..1,
 
         s' = gain * s**gamma * exp(bias) + noise
 
     where the bias field is a random quadratic polynomial of the position. Gain, gamma, bias field
-    and level of noise are the client's; the noise is each voxel's. Zero stays zero, since the
+    and noise level are drawn per client; the noise is drawn per voxel. Zero stays zero, since the
     noise fades out where there is no signal. The strengths are fixed and say nothing about real
     scanners.
 
     Args:
-        volumes: uint8 [n, D, H, W], at the resolution they were taken at.
+        volumes: uint8 [n, D, H, W], at their original resolution.
         seed: The run's seed.
-        client: The client's number. The noise of a volume depends on seed, client and its place
-            in `volumes`.
+        client: The client's number. The noise of a volume depends on the seed, the client and the
+            volume's position in `volumes`.
 
     Returns:
         uint8 of the same shape.
@@ -121,19 +122,19 @@ def scanner_shift(volumes: np.ndarray, seed: int, client: int) -> np.ndarray:
 
 
 def _weights(old: int, new: int) -> np.ndarray:
-    """Returns the weights of `old` places in each of `new` ones, float32 [new, old]."""
+    """Returns the interpolation weights of `old` samples for `new` ones, float32 [new, old]."""
     centres = (np.arange(new) + 0.5) * old / new - 0.5
-    # Triangles as wide as the step between new places: antialiasing, where that is more than one.
+    # Triangle kernels, widened to the step between new samples for antialiasing if it exceeds 1.
     distance = np.abs(centres[:, None] - np.arange(old)) / max(1, old / new)
     weights = np.maximum(0, 1 - distance)
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _bias(shape: tuple[int, ...], strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns a smooth field to multiply with, float32 [D, H, W]; its logarithm has mean 0."""
+    """Returns a smooth multiplicative field, float32 [D, H, W], whose logarithm has mean 0."""
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in shape), indexing="ij")
     terms = np.stack([x, y, z, x * y, y * z, z * x, x * x, y * y, z * z])
     field = np.tensordot(rng.standard_normal(len(terms)), terms, axes=1)
     field -= field.mean()
-    # A volume of one voxel has no field.
+    # The field of a single voxel has standard deviation 0.
     return np.exp(strength * field / max(field.std(), 1e-9)).astype(np.float32)

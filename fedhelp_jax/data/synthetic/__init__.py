@@ -1,1 +1,1 @@
-"""Generated images and volumes for demonstrations and tests; **synthetic, not medical data**."""
+"""Generated images and volumes for demonstrations and tests: **synthetic, not medical data**."""

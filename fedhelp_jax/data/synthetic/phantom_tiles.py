@@ -1,7 +1,7 @@
-"""Synthetic tissue tiles: procedural pictures that look like histology, and are not.
+"""Synthetic tissue tiles: procedural pictures that resemble histology but are not medical data.
 
-The public counterpart of the phantom lesions: another kind of picture, with classes of its own.
-Their difficulty is fixed and was never tuned to a federated method.
+They are the public counterpart of the phantom lesions, with another kind of picture and other
+classes. Their difficulty is fixed and was never tuned to a federated method.
 """
 
 import numpy as np
@@ -33,13 +33,13 @@ LABEL_NAMES = (
 
 MASK_NAMES = ("phantom_nuclei",)
 
-# A nucleus is where more than this of haematoxylin is, before the tile is stained unevenly; the
-# tissues without nuclei stay below it.
+# A pixel belongs to a nucleus if its amount of haematoxylin, before uneven staining, exceeds this.
+# Tissues without nuclei stay below it.
 _NUCLEUS = 0.35
-# Tiles with nuclei on less than this share of their area count as without.
+# Tiles whose nuclei cover less than this share of their area count as having none.
 _LEAST_AREA = 0.02
 
-# Haematoxylin (dark) and eosin (tissue), with the pale ground between.
+# Colours of the pale background, of eosin (tissue) and of haematoxylin (dark).
 _PALE = np.array((0.94, 0.90, 0.93), np.float32)
 _EOSIN = np.array((0.86, 0.56, 0.70), np.float32)
 _DARK = np.array((0.38, 0.24, 0.52), np.float32)
@@ -54,11 +54,11 @@ def phantom_tiles(
     Args:
         labels: int [n], classes 0..8.
         size: Height and width.
-        rng: Source of everything that is random.
+        rng: Source of all random draws.
 
     Returns:
-        Tiles, uint8 [n, size, size, 3], and masks of whatever haematoxylin stains strongly, bool
-        [n, size, size]; empty on tissues without nuclei.
+        Tiles, uint8 [n, size, size, 3], and masks of the pixels that haematoxylin stains strongly,
+        bool [n, size, size]; these are empty for tissues without nuclei.
     """
     images = np.zeros((len(labels), size, size, 3), np.uint8)
     masks = np.zeros((len(labels), size, size), bool)
@@ -72,15 +72,15 @@ def phantom_tiles(
 def load_phantom_public(
     num_examples: int | None, image_size: int, seed: int, *, masks: bool = False
 ) -> PublicDataset:
-    """Returns synthetic tissue tiles as a public data set, the nine classes equally likely.
+    """Returns synthetic tissue tiles of nine equally likely classes as a public data set.
 
     Args:
-        num_examples: Number of tiles; None makes 512.
+        num_examples: Number of tiles; None means 512.
         image_size: Height and width.
         seed: The run's seed.
         masks: Whether labels are masks of the nuclei, uint8 [P, image_size, image_size] of 0 and
-            1, rather than classes, int32 [P]. Tiles without nuclei are then left out: the result
-            is the first ones with nuclei of a set twice as large (or 4, 8, ... times).
+            1, rather than classes, int32 [P]. If so, twice as many tiles are drawn (or 4, 8, ...
+            times as many, until there are enough), and the first ones with nuclei are returned.
     """
     count = 512 if num_examples is None else num_examples
     drawn = 2 * count if masks else count
@@ -108,12 +108,12 @@ def load_phantom_public(
 
 
 def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tiles of which a minority of the area may show another tissue, uint8, and masks."""
+    """Returns uint8 tiles, a minority of whose area may show another tissue, and their masks."""
     n = len(labels)
     x, y = grid(size)
     eosin, dark = _tissue(labels, size, rng)
     others = _tissue(rng.integers(0, len(LABEL_NAMES), n), size, rng)
-    # Where a smooth field is above its own quantile: the label keeps the larger share.
+    # The other tissue is where a smooth field exceeds a quantile; the label keeps the larger part.
     field = waves(x, y, 2.5, rng, n)
     share = rng.uniform(0, 0.48, n)
     limit = np.array([np.quantile(f, 1 - s) for f, s in zip(field, share, strict=True)])
@@ -122,7 +122,7 @@ def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.n
     dark = dark + other * (others[1] - dark)
     nuclei = dark > _NUCLEUS
 
-    # Uneven staining, by tile and within it, makes colour alone a poor guide.
+    # Staining varies between and within tiles, so that colour alone is a poor feature.
     stain = np.exp(rng.normal(0, 0.35, (2, n, 1, 1))).astype(np.float32)
     uneven = 1 + 0.15 * waves(x, y, 3, rng, n)
     eosin = np.clip(eosin * stain[0] * uneven, 0, 1)[..., None]
@@ -137,7 +137,7 @@ def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.n
 def _tissue(
     labels: np.ndarray, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each tile's amounts of eosin and of haematoxylin, both 0..1 [n, size, size]."""
+    """Returns each tile's amounts of eosin and haematoxylin, both 0..1 [n, size, size]."""
     n = len(labels)
     x, y = turned(*grid(size), uniform(rng, 0, 2 * np.pi, n))
     zoom = uniform(rng, 0.7, 1.4, n)
@@ -156,7 +156,7 @@ def _tissue(
     near, second, _ = cells(2.6 * u, 2.6 * v, 0.8, rng, m)
     eosin[chosen] = 0.9 * bump(second - near, 0.16 + soft)
 
-    chosen, m, u, v = members(1)  # empty: a little debris
+    chosen, m, u, v = members(1)  # empty: only a little debris
     near, _, mark = cells(2 * u, 2 * v, 1, rng, m)
     eosin[chosen] = 0.10 + 0.5 * bump(near, 0.35) * (mark > 0.75)
 
@@ -181,7 +181,7 @@ def _tissue(
     eosin[chosen] = 0.6 * step(near - 0.3, 0.1)
     dark[chosen] = 0.85 * ring
 
-    chosen, m, u, v = members(6)  # cells: a nucleus each, pale borders
+    chosen, m, u, v = members(6)  # cells: one nucleus each, with pale borders
     near, second, mark = cells(2.8 * u, 2.8 * v, 0.7, rng, m)
     eosin[chosen] = 0.25 + 0.6 * step(second - near - 0.18, 0.12)
     dark[chosen] = step(0.20 + 0.08 * mark - near, 0.1)

@@ -1,9 +1,10 @@
-"""Synthetic scans: procedural volumes that look a little like tomography, and are not.
+"""Synthetic scans: procedural volumes that vaguely resemble tomography but are not medical data.
 
-The private ones show a bent organ of two parts among lumps and vessels that are as bright as it
-is, the public ones a ring among the same. So brightness alone finds neither; shape, surroundings
-and texture do. Every client scans with a scanner of its own. Numbers measured on them say nothing
-about medicine; their difficulty is fixed and was never tuned to a federated method.
+Private volumes show a bent organ of two parts among lumps and vessels of similar brightness. Public
+ones show a ring in the same surroundings. Brightness alone is therefore not sufficient to segment
+either; shape, surroundings and texture are needed. Every client has its own scanner. Results on
+these volumes say nothing about medicine; their difficulty is fixed and was never tuned to a
+federated method.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,11 +28,11 @@ from fedhelp_jax.data.types import FederatedDataset, PublicDataset, image_sha256
 LABEL_NAMES = ("background", "phantom_front", "phantom_back")
 RING_NAMES = ("phantom_ring",)
 
-# Brightness, as a share of full scale. Lumps are as bright as the organ's parts, or dark.
+# Brightness as a fraction of full scale. Lumps are as bright as the organ's parts, or dark.
 _AIR, _FLUID, _TISSUE, _VESSEL = 0.02, 0.16, 0.36, 0.72
 _FRONT, _BACK = 0.66, 0.52
 _LUMPS, _VESSELS = 14, 3
-# Volumes are drawn in blocks of about so many voxels, so that big ones fit in memory.
+# Volumes are drawn in blocks of about this many voxels, so that large ones fit in memory.
 _BLOCK_VOXELS = 2**19
 
 Size = tuple[int, ...]
@@ -39,15 +40,17 @@ Axes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Scanners(NamedTuple):
-    """How volumes are taken; every leaf has a leading axis of one per volume, or of 1 for all.
+    """Properties of the scanners that take the volumes.
+
+    The leading axis of every leaf has one entry per volume, or a single one for all volumes.
 
     Attributes:
-        bias: Log of the sensitivity at the ends of the axes against the middle: its slopes along
-            z, y and x, and its curvature along each, [n, 6].
+        bias: Coefficients of the log sensitivity, which is 0 at the centre: its linear terms in z,
+            y and x, followed by its quadratic terms, [n, 6].
         gamma: Exponent of the contrast, [n].
         gain: Factor on the brightness, [n].
-        noise: Standard deviation of the noise, in shares of full scale, [n].
-        blur: Width of the blur in shares of the shortest side, [n].
+        noise: Standard deviation of the noise as a fraction of full scale, [n].
+        blur: Width of the blur as a fraction of the shortest side, [n].
     """
 
     bias: np.ndarray
@@ -58,7 +61,7 @@ class Scanners(NamedTuple):
 
 
 def phantom_scanners(rng: np.random.Generator, count: int) -> Scanners:
-    """Returns random synthetic scanners (leading axis `count`)."""
+    """Returns random synthetic scanners (leading axis of length `count`)."""
     return Scanners(
         bias=rng.uniform(-0.18, 0.18, (count, 6)),
         gamma=np.exp(rng.uniform(-0.35, 0.35, count)),
@@ -69,7 +72,7 @@ def phantom_scanners(rng: np.random.Generator, count: int) -> Scanners:
 
 
 def phantom_scanner(seed: int, client: int) -> Scanners:
-    """Returns the synthetic scanner of one client (leading axis 1)."""
+    """Returns the synthetic scanner of one client (leading axis of length 1)."""
     return phantom_scanners(rng_for(seed, "phantom scanner", client), 1)
 
 
@@ -82,10 +85,11 @@ def phantom_organs(
         count: Number of volumes.
         scanners: The scanner of each volume, or one for all.
         size: Depth, height and width; the organ's front points towards row 0.
-        rng: Source of everything that is random.
+        rng: Source of all random draws.
 
     Returns:
-        Volumes, uint8 [count, D, H, W], and the class of each voxel by `LABEL_NAMES`, likewise.
+        Volumes, uint8 [count, D, H, W], and the class of each voxel as an index into `LABEL_NAMES`,
+        of the same type and shape.
     """
     return _volumes(_organ, count, scanners, size, rng)
 
@@ -93,7 +97,7 @@ def phantom_organs(
 def phantom_rings(
     count: int, scanners: Scanners, size: Size, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns synthetic scans of a ring, and its masks of 0 and 1; as `phantom_organs`."""
+    """Returns synthetic scans of a ring and its masks of 0 and 1; see `phantom_organs`."""
     return _volumes(_ring, count, scanners, size, rng)
 
 
@@ -107,24 +111,24 @@ def load_phantom_volumes(
     max_train: int | None,
     seed: int,
 ) -> FederatedDataset:
-    """Returns synthetic scans over `len(fractions)` clients, and the masks of their organs.
+    """Returns synthetic scans and the masks of their organs for `len(fractions)` clients.
 
-    A client's volumes depend on the seed, its number and its size only. Organs are drawn for every
-    client alike; what differs is the scanner.
+    A client's volumes depend only on the seed, its number and its size. Organs have the same
+    distribution for all clients, which differ in their scanners.
 
     Args:
-        num_examples: Volumes of all clients and splits together.
+        num_examples: Total number of volumes of all clients and splits.
         fractions: Each client's share; positive, with sum 1.
-        volume_size: Depth, height and width, of volumes and masks.
+        volume_size: Depth, height and width of volumes and masks.
         validation_fraction: Share of a client's training examples held out for validation.
-        test_fraction: Share of a client's examples that are for testing; at least one is.
-        max_train: At most so many training examples per client; None keeps all.
+        test_fraction: Share of a client's examples used for testing, at least one example.
+        max_train: Maximum number of training examples per client; None keeps all.
         seed: The run's seed.
 
     Raises:
-        UserError: A value is not usable.
+        UserError: A value is invalid.
     """
-    # One to train on and one to test on.
+    # Every client needs one example for training and one for testing.
     sizes = split_sizes(num_examples, fractions, minimum=2)
     volumes, masks, clients = [], [], []
     start = 0
@@ -158,11 +162,11 @@ def load_phantom_volumes(
 def load_phantom_volume_public(
     num_examples: int | None, volume_size: Size, seed: int
 ) -> PublicDataset:
-    """Returns synthetic scans of rings as a public data set, each from another scanner.
+    """Returns synthetic scans of rings as a public data set, each from a different scanner.
 
     Args:
-        num_examples: Number of volumes; None makes 64.
-        volume_size: Depth, height and width, of volumes and masks.
+        num_examples: Number of volumes; None means 64.
+        volume_size: Depth, height and width of volumes and masks.
         seed: The run's seed.
     """
     rng = rng_for(seed, "phantom rings")
@@ -180,12 +184,12 @@ def load_phantom_volume_public(
 
 
 class _Part(NamedTuple):
-    """What stands among the distractors: a part of it per class, all [n, D, H, W].
+    """The object to segment among the distractors; all arrays are [n, D, H, W].
 
     Attributes:
-        inside: How far inside the surface a voxel is, below 0 outside.
-        brightness: Of each voxel, wherever it is inside.
-        classes: uint8, 0 outside.
+        inside: Depth of each voxel below the surface; negative outside.
+        brightness: Brightness of each voxel, used only inside.
+        classes: uint8 class of each voxel; 0 outside.
     """
 
     inside: np.ndarray
@@ -200,7 +204,7 @@ def _volumes(
     size: Size,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns uint8 volumes and classes, [count, *size] each, of what `draw` draws."""
+    """Returns uint8 volumes of the objects that `draw` draws, and classes, [count, *size] each."""
     volumes = np.zeros((count, *size), np.uint8)
     masks = np.zeros_like(volumes)
     axes = grid_3d(size)
@@ -212,7 +216,7 @@ def _volumes(
         thing = draw(axes, rng, n)
         masks[part] = thing.classes
         scene = _surroundings(axes, edge, rng, n)
-        # A dark seam of fluid, uneven in width, so that the surface shows on bright lumps too.
+        # A dark seam of fluid of uneven width makes the surface visible against bright lumps too.
         seam = uniform_3d(rng, 0.02, 0.07, n) * (1 + 0.5 * waves_3d(axes, 4, rng, n)) + edge
         scene += step(thing.inside + seam, edge) * (_FLUID - scene)
         scene += step(thing.inside, edge) * (thing.brightness - scene)
@@ -222,7 +226,7 @@ def _volumes(
 
 
 def _organ(axes: Axes, rng: np.random.Generator, n: int) -> _Part:
-    """Returns bent ellipsoids, thicker in front, which is along -y."""
+    """Returns bent ellipsoids that are thicker towards the front, which is at negative y."""
     z, y, x = _placed(axes, rng, n, shift=0.14, angle=0.35)
     length = uniform_3d(rng, 0.52, 0.68, n)
     along = y / length
@@ -243,7 +247,7 @@ def _organ(axes: Axes, rng: np.random.Generator, n: int) -> _Part:
 
 
 def _ring(axes: Axes, rng: np.random.Generator, n: int) -> _Part:
-    """Returns tori turned any way."""
+    """Returns tori in any orientation."""
     z, y, x = _placed(axes, rng, n, shift=0.2, angle=np.pi)
     radius, thickness = uniform_3d(rng, 0.38, 0.55, n), uniform_3d(rng, 0.13, 0.20, n)
     around = np.hypot(y, x * uniform_3d(rng, 1.0, 1.3, n)) - radius
@@ -269,7 +273,7 @@ def _surroundings(axes: Axes, edge: float, rng: np.random.Generator, n: int) -> 
         v = v - uniform_3d(rng, -0.4, 0.4, n) * u * u
         width = np.maximum(uniform_3d(rng, 0.03, 0.07, n), edge)
         scene += bump(np.hypot(v, w), width) * (_VESSEL - scene)
-    # Rounder than the box, so that the corners are air.
+    # The body is rounder than the box, so that the corners are air.
     skin = uniform_3d(rng, 1.0, 1.12, n) + 0.03 * waves_3d(axes, 5, rng, n)
     body = skin - np.power(np.abs(z) ** 3 + np.abs(y) ** 3 + np.abs(x) ** 3, 1 / 3)
     scene *= np.exp(rng.normal(0, 0.05, (n, 1, 1, 1))).astype(np.float32)
@@ -277,7 +281,7 @@ def _surroundings(axes: Axes, edge: float, rng: np.random.Generator, n: int) -> 
 
 
 def _placed(axes: Axes, rng: np.random.Generator, n: int, shift: float, angle: float) -> Axes:
-    """Returns coordinates moved by up to `shift` and turned by up to `angle` about each axis."""
+    """Returns coordinates shifted by up to `shift` and rotated by up to `angle` about each axis."""
     z, y, x = (axis - uniform_3d(rng, -shift, shift, n) for axis in axes)
     y, x = turned(y, x, uniform_3d(rng, -angle, angle, n))
     z, y = turned(z, y, uniform_3d(rng, -angle, angle, n))
@@ -286,7 +290,7 @@ def _placed(axes: Axes, rng: np.random.Generator, n: int, shift: float, angle: f
 
 
 def _scan(scene: np.ndarray, scanner: Scanners, axes: Axes, rng: np.random.Generator) -> np.ndarray:
-    """Returns what the scanner makes of a scene, uint8 [n, D, H, W]."""
+    """Returns the scanner's volume of a scene, uint8 [n, D, H, W]."""
     gamma, gain, noise, blur = (
         leaf.astype(np.float32)[:, None, None, None] for leaf in scanner[1:]
     )

@@ -1,9 +1,9 @@
-"""Synthetic skin lesions: procedural pictures that look like dermoscopy, and are not.
+"""Synthetic skin lesions: procedural pictures that resemble dermoscopy but are not medical data.
 
-They stand in for real hospitals where a program must run without any data. Eight imbalanced
-classes differ in colour, border and inner texture together: no single one of the three tells
-them apart. Every client photographs with a camera of its own. Numbers measured on them say
-nothing about medicine; their difficulty is fixed and was never tuned to a federated method.
+They replace real hospitals when a program must run without any data. Eight imbalanced classes
+differ in the combination of colour, border and inner texture; none of the three alone is
+sufficient to tell them apart. Every client has its own camera. Results on these images say nothing
+about medicine; their difficulty is fixed and was never tuned to a federated method.
 """
 
 from collections.abc import Sequence
@@ -42,18 +42,20 @@ _TEXTURES = ("network", "dots", "streaks")
 _PALETTE = np.array([(0.60, 0.40, 0.26), (0.36, 0.25, 0.24), (0.76, 0.44, 0.40)], np.float32)
 _SKIN = np.array((0.88, 0.70, 0.61), np.float32)
 _HAIRS = 5
-# Images are drawn in blocks of about so many pixels, so that big ones fit in memory.
+# Images are drawn in blocks of about this many pixels, so that large ones fit in memory.
 _BLOCK_PIXELS = 2**19
 
 
 class Cameras(NamedTuple):
-    """How images are taken; every leaf has a leading axis of one per image, or of 1 for all.
+    """Properties of the cameras that take the images.
+
+    The leading axis of every leaf has one entry per image, or a single one for all images.
 
     Attributes:
         gain: Colour cast, [n, 3].
-        gradient: Change of the light from the middle to the right and to the lower edge, [n, 2].
-        noise: Standard deviation of the sensor's noise, in shares of full scale, [n].
-        blur: Width of the blur in shares of the image's width, [n].
+        gradient: Change of the light from the centre to the right and to the lower edge, [n, 2].
+        noise: Standard deviation of the sensor noise as a fraction of full scale, [n].
+        blur: Width of the blur as a fraction of the image width, [n].
     """
 
     gain: np.ndarray
@@ -83,7 +85,7 @@ def phantom_images(
         labels: int [n], classes 0..7.
         cameras: The camera of each image, or one for all.
         size: Height and width.
-        rng: Source of everything that is random.
+        rng: Source of all random draws.
 
     Returns:
         Images, uint8 [n, size, size, 3], and lesion masks, bool [n, size, size].
@@ -111,26 +113,26 @@ def load_phantoms(
     seed: int,
     masks: bool = False,
 ) -> FederatedDataset:
-    """Returns synthetic skin lesions over `len(fractions)` clients.
+    """Returns synthetic skin lesions for `len(fractions)` clients.
 
-    A client's images depend on the seed, its number and its size only. Classes are drawn by
-    `PROPORTIONS` for every client alike; what differs is the camera.
+    A client's images depend only on the seed, its number and its size. All clients draw their
+    classes with the same `PROPORTIONS`; they differ in their cameras.
 
     Args:
-        num_examples: Images of all clients and splits together.
+        num_examples: Total number of images of all clients and splits.
         fractions: Each client's share; positive, with sum 1.
         image_size: Height and width.
         validation_fraction: Share of a client's training examples held out for validation.
-        test_fraction: Share of a client's examples that are for testing; at least one is.
-        max_train: At most so many training examples per client; None keeps all.
+        test_fraction: Share of a client's examples used for testing, at least one example.
+        max_train: Maximum number of training examples per client; None keeps all.
         seed: The run's seed.
         masks: Whether labels are the lesions' masks, uint8 [N, image_size, image_size] of 0 and
             1, rather than classes, int32 [N]. The images and splits are the same either way.
 
     Raises:
-        UserError: A value is not usable.
+        UserError: A value is invalid.
     """
-    # One to train on and one to test on.
+    # Every client needs one example for training and one for testing.
     sizes = split_sizes(num_examples, fractions, minimum=2)
     images, labels, clients = [], [], []
     start = 0
@@ -173,15 +175,15 @@ def split_generated(
     """Returns the splits of one client whose examples were drawn independently of each other.
 
     Args:
-        indices: int32 [n] places in the pool, two at least.
+        indices: int32 [n] positions in the pool, at least two.
         validation_fraction: Share of the training examples held out for validation.
-        test_fraction: Share of all that are for testing; at least one is, and never all.
-        max_train: At most so many training examples; None keeps all.
+        test_fraction: Share of all examples used for testing; at least one, but never all.
+        max_train: Maximum number of training examples; None keeps all.
         seed: The run's seed.
         client: The client's number.
     """
     num_test = min(max(1, round(len(indices) * test_fraction)), len(indices) - 1)
-    # Drawn independently, so that the last ones are as good as any.
+    # Examples are independent, so the last ones can serve as the test split.
     rest, test = np.split(indices, [len(indices) - num_test])
     train, validation = split_validation(
         rest,
@@ -203,25 +205,25 @@ def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.n
     irregular = np.array([word[2] == "irregular" for word in words])
     texture = np.array([_TEXTURES.index(word[3]) for word in words])
 
-    # Where the lesion is: position, rotation, aspect, and a border made of a few harmonics.
+    # Geometry of the lesion: position, rotation, aspect, and a border made of a few harmonics.
     u, v = x - uniform(rng, -0.18, 0.18, n), y - uniform(rng, -0.18, 0.18, n)
     u, v = turned(u, v, uniform(rng, 0, 2 * np.pi, n))
     aspect = uniform(rng, 0.85, 1.18, n)
     u, v = u * aspect, v / aspect
     rho, phi = np.hypot(u, v), np.arctan2(v, u)
     radius = uniform(rng, 0.50, 0.74, n)
-    # Chance still makes some irregular borders round: the harmonics' strengths are random.
+    # Some irregular borders still come out round, because the harmonics' strengths are random.
     roughness = np.where(irregular, rng.uniform(0.10, 0.20, n), rng.uniform(0.0, 0.06, n))
     roughness = roughness.astype(np.float32)[:, None, None]
     wobble = np.zeros_like(rho)
     for harmonic in range(2, 11):
-        # Weaker with the harmonic: ragged rather than star-shaped.
+        # Higher harmonics are weaker, so that borders are ragged rather than star-shaped.
         strength = rng.normal(0, 1.7 / np.sqrt(harmonic), (n, 1, 1)).astype(np.float32)
         wobble += strength * np.cos(harmonic * phi + uniform(rng, 0, 2 * np.pi, n))
     inside = radius * (1 + roughness * wobble / np.float32(np.sqrt(3))) - rho
     cover = step(inside, np.maximum(uniform(rng, 0.03, 0.10, n), 1 / size))[..., None]
 
-    # Colours: each lesion leans towards a second palette by chance, and is never even.
+    # Colours: each lesion is mixed with a random second palette colour and is never uniform.
     other = rng.integers(0, len(_PALETTE), n)
     lean = rng.uniform(0, 0.25, (n, 1))
     base = (1 - lean) * _PALETTE[colour] + lean * _PALETTE[other]
@@ -241,7 +243,7 @@ def _draw(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.n
 def _texture(
     kind: np.ndarray, u: np.ndarray, v: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Returns how dark the inner texture is, 0..1 [n, H, W], on lesions of radius 1."""
+    """Returns the darkness of the inner texture of lesions of radius 1, 0..1 [n, H, W]."""
     n = len(kind)
     density = uniform(rng, 2.4, 3.4, n)
     near, second, mark = cells(u * density, v * density, 0.6, rng, n)
@@ -251,14 +253,14 @@ def _texture(
     phase = count * np.arctan2(v, u) + uniform(rng, 0, 2 * np.pi, n) + 0.8 * waves(u, v, 3, rng, n)
     streaks = np.square(0.5 + 0.5 * np.cos(phase)) * step(np.hypot(u, v) - 0.35, 0.2)
     chosen = np.stack([network, dots, streaks])[kind, np.arange(n)]
-    # A touch of the other two, as in real lesions.
+    # Add a little of the other two textures, as in real lesions.
     return 0.85 * chosen + 0.15 * (network + dots + streaks) / 3
 
 
 def _hairs(x: np.ndarray, y: np.ndarray, size: int, rng: np.random.Generator, n: int) -> np.ndarray:
     """Returns how much hair covers each pixel, 0..1 [n, H, W]."""
     cover = np.zeros((n, size, size), np.float32)
-    # Thinner than a pixel would vanish at random, so a hair is at least about one wide.
+    # Hairs are at least about one pixel wide, since thinner ones would vanish at random.
     width = np.maximum(uniform(rng, 0.008, 0.02, n), 0.8 / size)
     number = rng.choice(_HAIRS + 1, (n, 1, 1), p=(0.6, 0.18, 0.1, 0.06, 0.04, 0.02))
     for hair in range(_HAIRS):
@@ -270,7 +272,7 @@ def _hairs(x: np.ndarray, y: np.ndarray, size: int, rng: np.random.Generator, n:
 
 
 def _photograph(scene: np.ndarray, camera: Cameras, rng: np.random.Generator) -> np.ndarray:
-    """Returns what the camera makes of a scene, uint8 [n, H, W, 3]."""
+    """Returns the camera's image of a scene, uint8 [n, H, W, 3]."""
     size = scene.shape[1]
     x, y = grid(size)
     gradient = camera.gradient.astype(np.float32)[:, :, None, None]

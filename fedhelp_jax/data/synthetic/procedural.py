@@ -1,22 +1,22 @@
-"""Procedural fields that the phantoms are drawn with: all NumPy, one call for many images."""
+"""Procedural fields from which phantoms are drawn, in NumPy and batched over images."""
 
 import numpy as np
 
 
 def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns x and y of the pixel centres of a square from -1 to 1, float32 [1, size, size]."""
+    """Returns x and y of the pixels of a square from -1 to 1, float32 [1, size, size] each."""
     line = ((np.arange(size, dtype=np.float32) + 0.5) / size) * 2 - 1
     y, x = np.meshgrid(line, line, indexing="ij")
     return x[None], y[None]
 
 
 def uniform(rng: np.random.Generator, low: float, high: float, count: int) -> np.ndarray:
-    """Returns one number per image, float32 [count, 1, 1]."""
+    """Returns one uniform random number per image, float32 [count, 1, 1]."""
     return rng.uniform(low, high, (count, 1, 1)).astype(np.float32)
 
 
 def turned(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the coordinates in axes turned by `angle`."""
+    """Returns the coordinates in axes rotated by `angle`."""
     cos, sin = np.cos(angle), np.sin(angle)
     return x * cos + y * sin, y * cos - x * sin
 
@@ -45,14 +45,14 @@ def cells(
 
     Args:
         x: [count or 1, H, W], in units of cells.
-        y: Likewise.
+        y: Same shape and units as `x`.
         jitter: 0 for a regular lattice, 1 for a point anywhere in its square.
-        rng: Source of one lattice per image.
+        rng: Source of one random lattice per image.
         count: Number of images.
 
     Returns:
         Distance to the nearest point, distance to the second nearest, and a number in [0, 1)
-        that belongs to the nearest point; each [count, H, W].
+        that is characteristic of the nearest point; each [count, H, W].
     """
     salt = rng.integers(0, 2**32, (count, 1, 1), dtype=np.uint32)
     column, row = np.floor(x).astype(np.int32), np.floor(y).astype(np.int32)
@@ -74,17 +74,17 @@ def cells(
 
 
 def bump(value: np.ndarray, width: np.ndarray | float) -> np.ndarray:
-    """Returns 1 where `value` is 0, falling off as a Gaussian of the given width."""
+    """Returns a Gaussian of `value` with the given width, which is 1 where `value` is 0."""
     return np.exp(-np.square(value / width))
 
 
 def step(value: np.ndarray, width: np.ndarray | float) -> np.ndarray:
-    """Returns 0 below 0 and 1 above it, with a soft edge of the given width."""
+    """Returns 0 where `value` is negative and 1 where positive, with a soft edge of that width."""
     return 0.5 + 0.5 * np.tanh(value / width)
 
 
 def blurred(images: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Returns images after a Gaussian blur.
+    """Returns Gaussian-blurred images.
 
     Args:
         images: [n, H, W, 3].
@@ -101,14 +101,14 @@ def blurred(images: np.ndarray, sigma: np.ndarray) -> np.ndarray:
 
 
 def grid_3d(size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns z, y and x of the voxel centres of a box from -1 to 1, float32 [1, D, H, W] each."""
+    """Returns z, y and x of the voxel centres of the box [-1, 1]^3, float32 [1, D, H, W] each."""
     lines = [((np.arange(side, dtype=np.float32) + 0.5) / side) * 2 - 1 for side in size]
     z, y, x = np.meshgrid(*lines, indexing="ij")
     return z[None], y[None], x[None]
 
 
 def uniform_3d(rng: np.random.Generator, low: float, high: float, count: int) -> np.ndarray:
-    """Returns one number per volume, float32 [count, 1, 1, 1]."""
+    """Returns one uniform random number per volume, float32 [count, 1, 1, 1]."""
     return uniform(rng, low, high, count)[..., None]
 
 
@@ -131,7 +131,7 @@ def waves_3d(
 
 
 def blurred_3d(volumes: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Returns volumes after a Gaussian blur.
+    """Returns Gaussian-blurred volumes.
 
     Args:
         volumes: [n, D, H, W].
@@ -151,7 +151,7 @@ def blurred_3d(volumes: np.ndarray, sigma: np.ndarray) -> np.ndarray:
 
 
 def _mixed(column: np.ndarray, row: np.ndarray, salt: np.ndarray) -> np.ndarray:
-    """Returns 32 bits that look random for each lattice square; uint32 wraps around."""
+    """Returns 32 pseudorandom bits per lattice square; uint32 overflow is intended."""
     bits = column.astype(np.uint32) * np.uint32(374761393)
     bits = bits + row.astype(np.uint32) * np.uint32(668265263) + salt
     bits = (bits ^ (bits >> np.uint32(13))) * np.uint32(1274126177)
