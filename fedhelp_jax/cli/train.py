@@ -51,7 +51,7 @@ def _evaluate(given: Given) -> int:
 
 
 def _shown(run: Callable[[], dict[str, Any]]) -> int:
-    """Prints what a run came to, also where it diverged; returns the exit code."""
+    """Prints the results of a run, even if it diverged, and returns the exit code."""
     from fedhelp_jax.core import distributed
     from fedhelp_jax.report import console
     from fedhelp_jax.simulation.divergence import Diverged
@@ -59,7 +59,7 @@ def _shown(run: Callable[[], dict[str, Any]]) -> int:
     diverged = None
     try:
         summary = run()
-    except Diverged as error:  # in all processes alike, which must end together
+    except Diverged as error:  # all processes raise it and must end together
         diverged, summary = error, error.summary
     if distributed.is_coordinator():
         console.print_summary(summary)
