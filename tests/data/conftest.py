@@ -1,4 +1,4 @@
-"""Real data, where there is any, and a cache for it."""
+"""Fixtures for real data, if there is any, and for its cache."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def real() -> Path:
-    """The folder of real data."""
+    """Returns the folder of real data, or skips the test."""
     folder = os.environ.get("FEDHELP_DATA_DIR")
     if not folder:
         pytest.skip("FEDHELP_DATA_DIR is not set: no real data to try")
@@ -17,5 +17,5 @@ def real() -> Path:
 
 @pytest.fixture(scope="session")
 def image_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder to decode thousands of real images into, once for all tests."""
+    """Returns a folder for thousands of decoded real images, shared by all tests."""
     return os.environ.get("FEDHELP_CACHE_DIR") or str(tmp_path_factory.mktemp("image_cache"))
