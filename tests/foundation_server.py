@@ -133,7 +133,7 @@ class FoundationServer:
 
 class _Server(ThreadingHTTPServer):
     owner: FoundationServer
-    daemon_threads = False  # joined when the server closes
+    daemon_threads = False  # threads are joined when the server closes
 
     def __init__(self, *arguments: Any) -> None:
         self._open: set[socket.socket] = set()

@@ -235,7 +235,10 @@ def moment(optimizer: Any, name: str) -> Callable[[Any], Any]:
 
 
 class Losses(NamedTuple):
-    """``supervised(logits, y)``, ``distill(student, teacher, T)``, ``rank(s, v, k, margin)``."""
+    """The losses ``supervised(logits, y)``, ``distill(student, teacher, T)``, ``rank(s, v, k, m)``.
+
+    ``m`` is the margin.
+    """
 
     supervised: Callable[..., Any]
     distill: Callable[..., Any]

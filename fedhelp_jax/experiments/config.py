@@ -121,7 +121,7 @@ class RunConfig:
 # --- config files and their values --------------------------------------------------------------
 
 
-# Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
+# Typed as Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
 def default_config() -> Any:
     """Returns a locked `ConfigDict` of all settings at their defaults, for config files to change.
 

@@ -33,7 +33,7 @@ def read_settings(source: str, overrides: list[str]) -> RunConfig:
     return _changed(load_config(source), overrides)
 
 
-# Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
+# Typed as Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
 def load_config(source: str) -> Any:
     """Returns the `ConfigDict` of a config file, ``file.py`` or ``file.py:argument``.
 

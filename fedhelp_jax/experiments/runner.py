@@ -299,10 +299,7 @@ def _run_rounds(
 
 
 def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
-    """Returns the `Divergence` of a run, given the clients that had diverged after ``done`` rounds.
-
-    The first process reads them from ``metrics.jsonl``.
-    """
+    """Returns the `Divergence` of a run, restored as it was after ``done`` rounds."""
     rows = _rows(workdir, done) if distributed.is_coordinator() else []
     before = distributed.all_gather_text(json.dumps(rows[-1].get("diverged") if rows else None))[0]
     names = {group.role: group.names for group in experiment.simulation.groups}

@@ -107,7 +107,7 @@ class Failed(UserError):
     """Some runs of a study failed; the others are finished.
 
     Attributes:
-      failures: The runs that failed, with their errors.
+      failures: The failed runs, with their errors.
     """
 
     def __init__(self, failures: "Failures"):

@@ -239,7 +239,7 @@ def stdout_console() -> Console:
 def print_line(console: Console, text: str) -> None:
     """Prints a line without wrapping it."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
-    console.file.flush()  # so that a log file can be followed
+    console.file.flush()  # lets users follow a log file
 
 
 def _metric_names(clients: Sequence[Record]) -> list[str]:

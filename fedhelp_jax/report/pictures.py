@@ -26,7 +26,7 @@ MISSED, TOO_MUCH, WRONG_CLASS = "#F0E442", "#56B4E9", "#D55E00"  # fills
 
 _CELL = 220  # approximate longest side of a drawn mask, in pixels
 _LINE = 2
-_OPACITY = 0.6  # of fills
+_OPACITY = 0.6  # opacity of fills
 _DIMMED = 0.7  # brightness of the image under fills
 _MARGIN, _GAP = 16, 8
 _NARROWEST = 640  # leaves room for title and legend even if the images are narrow

@@ -1,4 +1,4 @@
-"""Zero-shot image classification behind a Hugging Face inference endpoint, such as a CLIP.
+"""Zero-shot image classifiers, such as CLIP, behind a Hugging Face inference endpoint.
 
 References:
   https://huggingface.co/docs/inference-providers/tasks/zero-shot-image-classification
