@@ -1,4 +1,4 @@
-"""Writes ``hospital_x/``: 400 JPEGs of four hospitals and a CSV, as a hospital might hand them out.
+"""Writes ``hospital_x/``: 400 JPEGs from four hospitals and a CSV, like a hospital's export.
 
     python examples/make_hospital.py hospital_x
 

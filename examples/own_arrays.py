@@ -1,4 +1,4 @@
-"""Private and public images, and a foundation model's logits, out of NumPy arrays."""
+"""Private and public images, and a foundation model's logits, from NumPy arrays."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""A loss of one's own, and a learning rate that falls over the rounds."""
+"""A custom loss, and a learning rate that decays over the rounds."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import fedhelp_jax as fh
 def focal_loss(
     logits: jax.Array, labels: jax.Array, *, where: jax.Array | None = None
 ) -> jax.Array:
-    """``-(1 - p_y)^2 log p_y`` of each example (Lin et al., arXiv:1708.02002)."""
+    """Returns ``-(1 - p_y)^2 log p_y`` of each example (Lin et al., arXiv:1708.02002)."""
     log_probs = jax.nn.log_softmax(logits)
     log_p = jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
     loss = -((1 - jnp.exp(log_p)) ** 2) * log_p

@@ -1,9 +1,9 @@
-r"""FedEMA in a file of its own: the server keeps a moving average of the clients' mean.
+r"""A custom method, FedEMA: the server keeps a moving average of the clients' mean.
 
     fedhelp train --config=configs/quickstart.py --workdir=runs/fedema \
         --config.algorithm.name=own_method:fedema --config.algorithm.decay=0.8
 
-with this folder on ``PYTHONPATH``.
+This command needs the folder of this file on ``PYTHONPATH``.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class FedEMASettings:
 
 @fh.algorithms.method(FedEMASettings, unused=("server", "model.large"))
 def fedema(setup: fh.algorithms.Setup, settings: FedEMASettings):
-    """FedAvg whose server keeps a moving average, on the small architecture."""
+    """FedAvg on the small architecture, whose server keeps a moving average."""
     train = functools.partial(train_locally, setup, setup.models["small"])
     client = training_client(setup, train)
     plain = averaging(setup, {"small": client, "large": client})

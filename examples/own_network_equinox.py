@@ -8,7 +8,7 @@ import fedhelp_jax as fh
 
 
 class Features(eqx.Module):
-    """One image ``[H, W, C]`` to features ``[16]``; the head is added by `from_equinox`."""
+    """Maps one image ``[H, W, C]`` to features ``[16]``; `from_equinox` adds the head."""
 
     conv: eqx.nn.Conv2d
 

@@ -1,4 +1,4 @@
-"""A network of two plain functions."""
+"""A network made of two plain functions."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ def init(key: jax.Array, sample_shape: tuple[int, ...]) -> dict[str, jax.Array]:
 
 
 def features(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """Images ``[B, H, W, C]`` to features ``[B, 16]``; the head is added by `from_functions`."""
+    """Maps images ``[B, H, W, C]`` to features ``[B, 16]``; `from_functions` adds the head."""
     layout = ("NHWC", "HWIO", "NHWC")
     x = jax.lax.conv_general_dilated(x, params["kernel"], (2, 2), "SAME", dimension_numbers=layout)
     return jnp.mean(jax.nn.relu(x), axis=(1, 2))

@@ -7,7 +7,7 @@ import fedhelp_jax as fh
 
 
 class Features(nn.Module):
-    """Images ``[B, H, W, C]`` to features ``[B, 32]``; the head is added by `from_linen`."""
+    """Maps images ``[B, H, W, C]`` to features ``[B, 32]``; `from_linen` adds the head."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:

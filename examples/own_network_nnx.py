@@ -7,7 +7,7 @@ import fedhelp_jax as fh
 
 
 class Features(nnx.Module):
-    """Images ``[B, H, W, C]`` to features ``[B, 16]``; the head is added by `from_nnx`."""
+    """Maps images ``[B, H, W, C]`` to features ``[B, 16]``; `from_nnx` adds the head."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.conv = nnx.Conv(3, 16, (3, 3), strides=2, rngs=rngs)

@@ -1,4 +1,4 @@
-"""A method's small clients under one's own ``jax.vmap``, and a mean of one's own."""
+"""A method's small clients under your own ``jax.vmap``, aggregated by a median."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ small, key = method.clients["small"], jax.random.key(0)
 
 
 def update(key: jax.Array, download: dict, index: jax.Array, size: jax.Array):
-    """What one client sends, and what it reports; all functions of `method` are pure."""
+    """Returns a client's upload and its report; all functions of `method` are pure."""
     examples = fh.data.ClientData(sim.federation.pool, None, index, size)
     state = small.init(key, jnp.int32(0))
     _, upload, info = small.update(key, download, state, examples)

@@ -1,4 +1,4 @@
-"""What ``fedhelp train`` does, with a callback, from Python."""
+"""The same as ``fedhelp train``, from Python and with a callback."""
 
 import fedhelp_jax as fh
 
@@ -11,7 +11,7 @@ config.algorithm.name = "fedhelp"
 
 
 def stop_when_good(round, metrics, state):
-    """Prints each round, and ends the run once small clients are right in nine of ten images."""
+    """Prints each round, and ends the run once the small clients' mean score exceeds 0.9."""
     print(f"round {round}: loss {metrics['loss']:.3f}")
     return (metrics.get("small_mean") or 0) > 0.9
 

@@ -1,4 +1,4 @@
-"""The command line as tests use it: in this process, on runs that take seconds."""
+"""Runs the command line in the test process, on runs that take seconds."""
 
 import json
 import shlex
@@ -13,24 +13,24 @@ CONFIG = Path(__file__).parent / "tiny_config.py"
 
 
 def fedhelp(command: str) -> int:
-    """The exit code of a command."""
+    """Runs a command and returns its exit code."""
     return main(["fedhelp", *shlex.split(command)])
 
 
 def train_command(workdir: Path, rest: str = "") -> str:
-    """The arguments that train the tiny run; ``rest`` changes settings."""
-    # Whoever came first in this process has chosen the number of devices.
+    """Returns the arguments that train the tiny run; ``rest`` changes settings."""
+    # The number of devices is fixed once JAX has started in this process.
     devices = f"--config.mapping.cpu_devices={jax.device_count()}"
     return f"train --config={CONFIG} --workdir={workdir} {devices} {rest}"
 
 
 def train(workdir: Path, rest: str = "") -> int:
-    """The exit code of a run."""
+    """Trains the tiny run and returns the exit code."""
     return fedhelp(train_command(workdir, rest))
 
 
 def refusal(capsys: Any, code: int) -> str:
-    """The one line on stderr of a command that ended with exit code 2."""
+    """Returns the single line on stderr of a command that ended with exit code 2."""
     lines = capsys.readouterr().err.splitlines()
     assert code == 2, lines
     assert len(lines) == 1, lines
@@ -39,7 +39,7 @@ def refusal(capsys: Any, code: int) -> str:
 
 
 def read(path: Path) -> Any:
-    """The JSON of a file, or of each line of a ``.jsonl`` one, without any NaN or infinity."""
+    """Returns the JSON in a file, or in each line of a ``.jsonl``; refuses NaN and infinities."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{path} holds {constant}")

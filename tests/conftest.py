@@ -1,4 +1,4 @@
-"""Two CPU devices for every test, so that what is spread over devices is spread here too."""
+"""Gives every test two CPU devices, so that work is spread over devices in tests too."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,9 @@ from fedhelp_jax.core.compilation import protect_process
 
 jax.config.update("jax_num_cpu_devices", 2)
 
-# Tests compile much and compute little: without LLVM's optimisations they take half the time.
+# Tests compile a lot and compute little, so they take half the time without LLVM's optimisations.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-protect_process()  # many tests compile functions of the package by themselves
+protect_process()  # many tests compile functions of the package directly
 
 
 def pytest_collection_modifyitems(items):
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_user(tmp_path_factory):
-    """Tests leave the user's cache folder alone."""
+    """Keeps tests out of the user's cache folder."""
     os.environ.setdefault("FEDHELP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -46,23 +46,26 @@ def image_cache(tmp_path_factory) -> str:
 
 @pytest.fixture
 def float64():
-    """For comparisons over many steps: in float32 Adam amplifies rounding."""
+    """Enables float64 for comparisons over many steps, as Adam amplifies float32 rounding."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="session")
 def compiled_programs(tmp_path_factory):
-    """The folder of programs that modules compile again and again."""
+    """Returns the folder of compiled programs that test modules share."""
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module")
 def kept_programs(compiled_programs):
-    """For modules that compile the same run many times, or one that other modules compile too."""
+    """Enables a compilation cache for modules that compile the same runs repeatedly.
+
+    Modules also share it with each other.
+    """
     settings = {
         "jax_compilation_cache_dir": str(compiled_programs),
-        "jax_compilation_cache_max_size": -1,  # a command may have set it: here as in subprocesses
+        "jax_compilation_cache_max_size": -1,  # as in subprocesses, since a command may change it
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

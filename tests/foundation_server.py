@@ -1,6 +1,7 @@
-"""A foundation model on loopback, by the Open Inference Protocol v2: well-behaved, or as told not.
+"""A foundation model on loopback that speaks the Open Inference Protocol v2, with faults on demand.
 
-It remembers what it was sent. By hand, so that it shares no mistake with the client under test.
+It records what it was sent. The protocol is written by hand, so that it shares no mistakes with the
+client under test.
 """
 
 import contextlib
@@ -24,38 +25,38 @@ import numpy as np
 
 from fedhelp_jax.data.types import image_sha256
 
-_BOUND = 60.0  # seconds that nothing here outlives
-_HUGE = 1 << 28  # bytes after which a flood ends, though nobody stopped it
+_BOUND = 60.0  # longest wait in seconds
+_HUGE = 1 << 28  # bytes after which a flood ends even if nothing stopped it
 _INPUT_TYPES = {"UINT8": np.uint8, "FP32": np.float32}
 
 
 class Request(NamedTuple):
-    """One request, as it came."""
+    """One request, as received."""
 
     method: str
     path: str
-    headers: dict[str, str]  # by names in lower case
-    header: dict[str, Any]  # the JSON that tells about its tensors
-    sha256: tuple[str, ...]  # of each image
-    time: float  # by time.time()
+    headers: dict[str, str]  # by lower-case name
+    header: dict[str, Any]  # the JSON that describes the tensors
+    sha256: tuple[str, ...]  # hash of each image
+    time: float  # from time.time()
 
 
 Fault = Callable[["Exchange"], None]
 
 
 class FoundationServer:
-    """Answers logits that depend on each image's pixels alone.
+    """Answers with logits that depend only on each image's pixels.
 
     Attributes:
-        faults: What to do about the next requests, one each; None is a good answer.
-        always: What to do about the requests after those.
+        faults: Faults for the next requests, one each; None gives a good answer.
+        always: Fault for all requests after those; None gives good answers.
         delay: Seconds before each good answer.
-        extensions: What it says it knows besides the protocol; None says nothing of itself.
-        described: How often it was asked what it knows.
-        requests: What was received besides that, whatever was answered.
-        answered: Hash of each image that a good answer was sent for.
-        flood: Bytes sent by the faults that send without end.
-        busiest: Most requests that were under way at once.
+        extensions: Protocol extensions that the server lists; None means no description of itself.
+        described: How often the description was requested.
+        requests: All other requests, whatever was answered.
+        answered: Hash of each image for which a good answer was sent.
+        flood: Bytes sent by faults that send without end.
+        busiest: Largest number of concurrent requests.
     """
 
     def __init__(
@@ -98,32 +99,32 @@ class FoundationServer:
 
     @property
     def url(self) -> str:
-        """Its address, without a path."""
+        """The address of the server, without a path."""
         return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
 
     @property
     def port(self) -> int:
-        """The port it listens at."""
+        """The port that the server listens on."""
         return self._http.server_address[1]
 
     def expected(self, images: np.ndarray) -> np.ndarray:
-        """The good answer: float32 ``[B, classes]`` to images ``[B, ...]``."""
+        """Returns the good answer, float32 ``[B, classes]``, for images ``[B, ...]``."""
         seeds = [int(_sha256(image)[:16], 16) for image in images]
         rows = [np.random.default_rng(seed).normal(size=self.classes) for seed in seeds]
         return np.array(rows, np.float32).reshape(len(images), self.classes)
 
     def received(self) -> Counter[str]:
-        """How often each image was received."""
+        """Returns how often each image was received."""
         with self._lock:
             return Counter(sha for request in self.requests for sha in request.sha256)
 
     def forget(self) -> None:
-        """Begins to record anew."""
+        """Clears the records."""
         with self._lock:
             self.requests, self.answered, self.busiest = [], [], 0
 
     def wait_for(self, requests: int, within: float = 30.0) -> None:
-        """Returns when so many requests have been received."""
+        """Waits until ``requests`` requests have been received."""
         end = time.monotonic() + within
         while len(self.requests) < requests:
             assert time.monotonic() < end, f"{len(self.requests)} of {requests} requests came"
@@ -132,7 +133,7 @@ class FoundationServer:
 
 class _Server(ThreadingHTTPServer):
     owner: FoundationServer
-    daemon_threads = False  # joined when the server closes
+    daemon_threads = False  # threads are joined when the server closes
 
     def __init__(self, *arguments: Any) -> None:
         self._open: set[socket.socket] = set()
@@ -147,7 +148,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def cut(self) -> None:
-        """Ends the connections that clients keep, on which threads wait for requests."""
+        """Closes connections that clients keep open, on which threads wait for requests."""
         for connection in list(self._open):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -159,7 +160,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class Exchange(BaseHTTPRequestHandler):
-    """One connection; what a fault is given, to answer the request on it."""
+    """One connection, which a fault gets in order to answer the request on it."""
 
     server: _Server
     protocol_version = "HTTP/1.1"
@@ -167,13 +168,13 @@ class Exchange(BaseHTTPRequestHandler):
     timeout = _BOUND
 
     logits: np.ndarray  # the good answer
-    binary: bool  # whether it is asked for in binary
+    binary: bool  # whether the client asked for a binary answer
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
     def do_GET(self) -> None:
-        """Tells what the server knows; there is nothing else to get, which is recorded."""
+        """Describes the server; other paths are recorded and answered with 404."""
         owner = self.server.owner
         if self.path == "/v2" and owner.extensions is not None:
             with owner._lock:
@@ -187,7 +188,7 @@ class Exchange(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_GET
 
     def do_POST(self) -> None:
-        """Records the request, and answers it by the script of faults."""
+        """Records the request, and answers it with the next fault or a good answer."""
         owner = self.server.owner
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
@@ -217,7 +218,7 @@ class Exchange(BaseHTTPRequestHandler):
     def tensor(
         self, values: np.ndarray, datatype: str = "FP32", name: str = "logits"
     ) -> tuple[dict[str, str], bytes]:
-        """Headers and body of an answer, in binary if the client asked for that."""
+        """Returns the headers and body of an answer, in binary if the client asked for that."""
         output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(values.shape)}
         if datatype == "BYTES":
             texts = [str(value).encode() for value in values.ravel().tolist()]
@@ -242,13 +243,13 @@ class Exchange(BaseHTTPRequestHandler):
     def send(
         self, status: int, headers: dict[str, str], body: bytes, length: int | None = None
     ) -> None:
-        """Sends a whole answer, unless ``length`` claims that more than ``body`` will follow."""
+        """Sends a complete answer, unless ``length`` announces more bytes than ``body`` has."""
         self.start(status, headers, len(body) if length is None else length)
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def start(self, status: int, headers: dict[str, str], length: int | None) -> None:
-        """Sends all that comes before the body."""
+        """Sends everything before the body."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -266,7 +267,7 @@ class Exchange(BaseHTTPRequestHandler):
         return sha256
 
     def _parsed(self, content: bytes) -> tuple[dict[str, Any], np.ndarray]:
-        """The JSON of a request, and its images."""
+        """Returns the JSON of a request and its images."""
         parts = self.path.strip("/").split("/")
         if parts[0] != "v2" or parts[1] != "models" or parts[-1] != "infer":
             raise ValueError(f"no such path {self.path}")
@@ -295,7 +296,7 @@ def _sha256(image: np.ndarray) -> str:
 
 
 def status(code: int, **headers: str) -> Fault:
-    """An error, told with all that a careless server would tell: the caller's own key."""
+    """Answers with an error whose message repeats the caller's key, like a careless server."""
 
     def fault(exchange: Exchange) -> None:
         said = f"no, {exchange.headers.get('Authorization')}\nis not\nwelcome"
@@ -306,7 +307,10 @@ def status(code: int, **headers: str) -> Fault:
 
 
 def retry_at(code: int, seconds: float, told: list[float]) -> Fault:
-    """An error with a Retry-After that is a date; ``told`` receives it, by time.time()."""
+    """Answers with an error and a date in Retry-After, which is also appended to ``told``.
+
+    ``told`` holds it as in time.time().
+    """
 
     def fault(exchange: Exchange) -> None:
         told.append(math.ceil(time.time() + seconds))
@@ -316,7 +320,7 @@ def retry_at(code: int, seconds: float, told: list[float]) -> Fault:
 
 
 def reset(exchange: Exchange) -> None:
-    """Half of the body, then a reset of the connection."""
+    """Sends half of the body, then resets the connection."""
     headers, body = exchange.tensor(exchange.logits)
     exchange.send(200, headers, body[: len(body) // 2], len(body))
     exchange.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -326,20 +330,20 @@ def reset(exchange: Exchange) -> None:
 
 
 def cut(exchange: Exchange) -> None:
-    """Half of the body, then an orderly end of the connection."""
+    """Sends half of the body, then closes the connection in an orderly way."""
     headers, body = exchange.tensor(exchange.logits)
     exchange.send(200, headers, body[: len(body) // 2], len(body))
     exchange.close_connection = True
 
 
 def hang(exchange: Exchange) -> None:
-    """Nothing at all."""
+    """Sends nothing at all."""
     exchange.server.owner.closing.wait(_BOUND)
     exchange.close_connection = True
 
 
 def drip(exchange: Exchange) -> None:
-    """The good answer at ten bytes a second, each of them in time."""
+    """Sends the good answer at ten bytes per second, none of which arrives late."""
     headers, body = exchange.tensor(exchange.logits)
     exchange.start(200, headers, len(body))
     exchange.close_connection = True
@@ -350,7 +354,7 @@ def drip(exchange: Exchange) -> None:
 
 
 def drip_headers(exchange: Exchange) -> None:
-    """Headers for a second, each of them in time."""
+    """Sends headers for a second, none of which arrives late."""
     exchange.close_connection = True
     exchange.wfile.write(b"HTTP/1.1 200 OK\r\n")
     for number in range(10):
@@ -362,25 +366,25 @@ def drip_headers(exchange: Exchange) -> None:
 def changed(
     change: Callable[[np.ndarray], np.ndarray], datatype: str = "FP32", name: str = "logits"
 ) -> Fault:
-    """A well-formed answer with another tensor."""
+    """Sends a well-formed answer with a changed tensor."""
     return lambda e: e.send(200, *e.tensor(change(e.logits), datatype, name))
 
 
 def with_nan(logits: np.ndarray) -> np.ndarray:
-    """The last value of the answer is no number."""
+    """Returns the logits with the last value replaced by NaN."""
     logits = logits.copy()
     logits[-1, -1] = np.nan
     return logits
 
 
 def short_binary(exchange: Exchange) -> None:
-    """Announces a whole tensor and sends a few bytes of it, in an answer that is whole as HTTP."""
+    """Sends a tensor that lacks its last bytes, in an answer that is complete as HTTP."""
     headers, body = exchange.tensor(exchange.logits)
     exchange.send(200, headers, body[:-5])
 
 
 def described(**changes: Any) -> Fault:
-    """The good answer with other words about its tensor, such as another shape."""
+    """Sends the good answer with a changed description of its tensor, such as another shape."""
 
     def fault(exchange: Exchange) -> None:
         headers, whole = exchange.tensor(exchange.logits)
@@ -396,7 +400,7 @@ def described(**changes: Any) -> Fault:
 
 
 def with_header(name: str, value: str) -> Fault:
-    """The good answer with another header."""
+    """Sends the good answer with an additional or changed header."""
 
     def fault(exchange: Exchange) -> None:
         headers, whole = exchange.tensor(exchange.logits)
@@ -406,13 +410,13 @@ def with_header(name: str, value: str) -> Fault:
 
 
 def body(content: bytes, kind: str = "application/json", **headers: str) -> Fault:
-    """Something that is no answer."""
+    """Sends content that is not an answer."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda exchange: exchange.send(200, {"Content-Type": kind} | named, content)
 
 
 def bomb(exchange: Exchange) -> None:
-    """A small answer that unpacks to a large one."""
+    """Sends a small answer that decompresses to a large one."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     block = b" " * (1 << 20)
     packed = b"".join([packer.compress(block) for _ in range(_HUGE >> 20)]) + packer.flush()
@@ -420,7 +424,7 @@ def bomb(exchange: Exchange) -> None:
 
 
 def flood(length: int | None) -> Fault:
-    """An answer of ``length`` bytes, or of no end."""
+    """Sends an answer that announces ``length`` bytes, or none, and does not end."""
 
     def fault(exchange: Exchange) -> None:
         owner, block = exchange.server.owner, b" " * (1 << 16)
@@ -435,5 +439,5 @@ def flood(length: int | None) -> Fault:
 
 
 def redirect(code: int, host: str) -> Fault:
-    """Sends the client to the same path elsewhere."""
+    """Redirects the client to the same path on another host."""
     return lambda e: e.send(code, {"Location": f"{host}{e.path}"}, b"")

@@ -1,4 +1,4 @@
-"""A federation of a few dozen tiny images, tiny networks, and what joins them."""
+"""A federation of a few dozen tiny images, tiny networks, and helpers to run and compare them."""
 
 import functools
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from fedhelp_jax.teachers.base import PublicImages, clear_public
 SIZE, CLASSES, PUBLIC_CLASSES, ANSWERS = 8, 4, 5, 6
 BATCH, PUBLIC_BATCH = 4, 3
 
-# (name, train, validation, test): one example to train on, no validation, batches left over.
+# (name, train, validation, test), with a single training example, no validation, partial batches.
 CLIENTS = (
     ("north", 6, 1, 4),
     ("big", 13, 2, 5),
@@ -42,16 +42,16 @@ CLIENTS = (
     ("town", 9, 1, 3),
     ("coast", 5, 0, 1),
 )
-ABSENT = {"coast": 2}  # a class that a client has no example of
+ABSENT = {"coast": 2}  # a class of which the client has no example
 
 
 def tiny_model(num_classes: int, width: int = 4) -> Model:
-    """Mean pooling, a dense layer, batch normalisation as in PyTorch, ReLU; then a linear head."""
+    """Returns mean pooling, a dense layer, batch normalisation as in PyTorch, ReLU and a head."""
 
     def init(key: jax.Array, sample_shape: tuple[int, ...]) -> Variables:
         rows, columns, channels = sample_shape
         inputs = (rows // 4) * (columns // 4) * channels
-        # One draw for all: each takes longer to compile than the whole network.
+        # All weights come from one draw, since a draw takes longer to compile than the network.
         draw = jax.random.uniform(key, (width, inputs + num_classes), float, -1.0, 1.0)
         head = {"kernel": draw[:, inputs:], "bias": jnp.zeros(num_classes)}
         return {
@@ -82,7 +82,7 @@ def tiny_model(num_classes: int, width: int = 4) -> Model:
 
 
 def tiny_dataset(clients=CLIENTS, seed: int = 0) -> FederatedDataset:
-    """Random images whose class shifts their brightness; a client's splits stand in a row."""
+    """Returns random images whose class shifts their brightness; a client's rows are contiguous."""
     rng = np.random.default_rng(seed)
     labels, splits, start = [], [], 0
     for name, *sizes in clients:
@@ -99,7 +99,7 @@ def tiny_dataset(clients=CLIENTS, seed: int = 0) -> FederatedDataset:
 
 
 def tiny_public(num_examples: int = 10, seed: int = 1) -> PublicDataset:
-    """Random public images with a label space of their own."""
+    """Returns random public images with their own label space."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, size=(num_examples, SIZE, SIZE, 3), dtype=np.uint8)
     labels = rng.integers(0, PUBLIC_CLASSES, size=num_examples).astype(np.int32)
@@ -109,7 +109,7 @@ def tiny_public(num_examples: int = 10, seed: int = 1) -> PublicDataset:
 
 
 def public_images(images: np.ndarray) -> PublicImages:
-    """Images ``[B, H, W, C]``, or a list of such of any sizes, as a foundation model gets them."""
+    """Returns images ``[B, H, W, C]``, or a list of images of any sizes, as `PublicImages`."""
     sha256 = tuple(image_sha256(image) for image in images)
     public = tiny_public(len(sha256))._replace(sha256=sha256, originals=images)
     return clear_public(public, tiny_dataset())
@@ -122,7 +122,7 @@ def tiny_federation(
     public: PublicDataset | None = None,
     on_host: bool = False,
 ) -> Federation:
-    """The tiny clients, the largest ``top_n`` of them large, and answers to the public images."""
+    """Returns the tiny clients, of which the ``top_n`` biggest are large, and public answers."""
     dataset = tiny_dataset(clients)
     answers = None
     if public is not None:
@@ -133,7 +133,7 @@ def tiny_federation(
 
 
 def tiny_setup(**changes: Any) -> Setup:
-    """What methods are given: two tiny architectures, SGD, no public set."""
+    """Returns the set-up of a method: two tiny architectures, SGD, no public set."""
     setup = Setup(
         task=classification,
         num_classes=CLASSES,
@@ -152,7 +152,7 @@ PUBLIC = PublicSpec(num_images=10, num_labels=PUBLIC_CLASSES, num_answers=ANSWER
 
 
 def build(name: str, setup: Setup, **settings: Any) -> FederatedAlgorithm:
-    """A method by name."""
+    """Builds a method by name."""
     method = ALGORITHMS[name]
     return method.build(setup, method.settings(**settings))
 
@@ -169,7 +169,7 @@ def simulate(
     max_device_bytes: int = 0,
     **options: Any,
 ) -> CompiledRounds:
-    """A simulation on one device, clients one after the other, unless told otherwise."""
+    """Returns a simulation, by default on one device with clients one after the other."""
     mapping = make_mapping(chunk_size, num_devices, private=private)
     phases = RoundProgram(algorithm, classification, num_clients(federation), mapping, **options)
     if max_device_bytes:
@@ -178,17 +178,17 @@ def simulate(
 
 
 def on_host(tree: Any) -> Any:
-    """A copy as NumPy arrays, which outlives the donation of what it was made from."""
+    """Returns a copy as NumPy arrays, which survives the donation of the original."""
     return jax.tree.map(np.array, tree)
 
 
 def row(tree: Any, index: int) -> Any:
-    """One client of a stacked tree."""
+    """Returns one client of a stacked tree."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def run(simulation: CompiledRounds, rounds: int, state: Any = None) -> Any:
-    """The state on the host after some rounds."""
+    """Returns the state on the host after some rounds."""
     state = simulation.init() if state is None else state
     for round in range(rounds):
         state, _ = simulation.round(state, round)
@@ -196,14 +196,17 @@ def run(simulation: CompiledRounds, rounds: int, state: Any = None) -> Any:
 
 
 def use_tiny_networks(patch: pytest.MonkeyPatch) -> None:
-    """Makes runs build tiny networks, of another width for each role, instead of ResNets."""
+    """Makes runs build tiny networks, with a different width for each role, instead of ResNets."""
     for name, width in (("resnet20", 4), ("resnet32", 7)):
         tiny = Architecture(functools.partial(tiny_model, width=width), "tiny", ("classification",))
         patch.setitem(MODELS._found, name, tiny)
 
 
 def assert_trees_close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
-    """Same leaves, of the same type, each within ``tolerance`` of the largest of its values."""
+    """Checks that trees have the same leaves up to ``tolerance``, relative to their largest value.
+
+    Paths, dtypes and shapes must be equal.
+    """
     got, expected = (dict(jax.tree.leaves_with_path(tree)) for tree in (got, expected))
     assert got.keys() == expected.keys()
     assert got, "nothing is compared"
@@ -216,7 +219,7 @@ def assert_trees_close(got: Any, expected: Any, tolerance: float = 1e-10) -> Non
 
 
 def assert_trees_equal(got: Any, expected: Any) -> None:
-    """Bit for bit."""
+    """Checks that trees are equal bit for bit."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     leaves = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
     assert leaves, "nothing is compared"
@@ -227,13 +230,13 @@ def assert_trees_equal(got: Any, expected: Any) -> None:
 
 
 def differs(got: Any, expected: Any) -> bool:
-    """Whether any leaf is not the same."""
+    """Returns whether any leaf differs."""
     leaves = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
     return any(not np.array_equal(ours, theirs) for ours, theirs in leaves)
 
 
 def plain_adam(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-    """Adam with L2 decay once more, in the words of ``torch.optim.Adam``, as a reference."""
+    """Returns a reference Adam with L2 decay, written like ``torch.optim.Adam``."""
 
     def init(params):
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -256,7 +259,7 @@ def plain_adam(learning_rate: float, weight_decay: float) -> optax.GradientTrans
 
 
 def refusal(do: Callable[[], Any], kind: type[UserError] = UserError) -> str:
-    """The one line that a call is refused with."""
+    """Returns the one-line message with which a call is refused."""
     with pytest.raises(kind) as error:
         do()
     message = str(error.value)

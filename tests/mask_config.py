@@ -1,4 +1,4 @@
-"""Settings of a segmentation run that takes seconds: `:2d` phantoms, or `:3d` phantom volumes."""
+"""Settings of a segmentation run that takes seconds, on `:2d` phantoms or `:3d` phantom volumes."""
 
 from ml_collections import config_dict
 
@@ -21,7 +21,7 @@ def get_config(rank: str) -> config_dict.ConfigDict:
     config.model.small_widths = (2, 3)
     config.model.large_widths = (3, 4)
     if rank == "2d":
-        config.data.image_size = 18  # two divides it, four does not
+        config.data.image_size = 18  # divisible by two but not by four
     else:
         config.data.name = "phantom_volumes"
         config.public.name = "phantom_volumes"

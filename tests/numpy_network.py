@@ -1,7 +1,7 @@
-"""A network of two layers in NumPy float64, gradients by hand, and a federation to train it on.
+"""A two-layer network in NumPy float64 with hand-written gradients, as a reference for methods.
 
-What methods are compared with: nothing of ``fedhelp_jax`` is used but the order of the batches.
-Parameters are ``{"features": {"dense": [D, H]}, "head": {"kernel": [H, C], "bias": [C]}}``.
+The reference uses nothing of ``fedhelp_jax`` except the order of the batches. Its parameters are
+``{"features": {"dense": [D, H]}, "head": {"kernel": [H, C], "bias": [C]}}``.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from fedhelp_jax.models.model import Model
 
 Tree = dict[str, Any]
 INPUTS = SIZE * SIZE * 3
-RATE = 0.05  # of every optimizer here
+RATE = 0.05  # learning rate of every optimizer here
 
 
 def two_layers(width: int) -> Model:
-    """``tanh(x W1) W2 + b`` as a network of the package; without batch statistics."""
+    """Returns ``tanh(x W1) W2 + b`` as a network of the package, without batch statistics."""
 
     def init(key, sample_shape):
         first, second = jax.random.split(key)
@@ -47,14 +47,14 @@ def two_layers(width: int) -> Model:
 
 
 def setup(**changes: Any) -> Any:
-    """What methods are given: both architectures of two layers, plain SGD, two local epochs."""
+    """Returns the set-up of a method: two-layer architectures, plain SGD, two local epochs."""
     models = {"small": two_layers(4), "large": two_layers(7)}
     given = {"models": models, "tx": optax.sgd(RATE), "learning_rate": RATE, "local_epochs": 2}
     return tiny_setup(**{**given, **changes})
 
 
 def rounds_of(name: str, count: int, federation: Any = None, given: Any = None, **settings: Any):
-    """``(simulation, states)``: a method's states on the host, before and after each round."""
+    """Returns ``(simulation, states)``, with the states on the host before and after each round."""
     federation = tiny_federation() if federation is None else federation
     simulation = simulate(build(name, given or setup(), **settings), federation)
     state = simulation.init()
@@ -66,7 +66,7 @@ def rounds_of(name: str, count: int, federation: Any = None, given: Any = None, 
 
 
 def clients_of(federation: Any) -> Iterator[tuple[str, int, int, np.ndarray]]:
-    """``(role, row in its group, id, positions of its training examples)`` of every client."""
+    """Yields ``(role, row in its group, id, positions of its training examples)`` by client."""
     for group in federation.groups:
         for i, client_id in enumerate(np.asarray(group.ids)):
             index, size = row(group.train, i)
@@ -74,7 +74,7 @@ def clients_of(federation: Any) -> Iterator[tuple[str, int, int, np.ndarray]]:
 
 
 def examples(federation: Any, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images ``[n, D]`` in [-1, 1] and labels ``[n]``."""
+    """Returns images ``[n, D]`` in [-1, 1] and labels ``[n]``."""
     images = np.asarray(federation.pool.images, np.float64)[index] / 127.5 - 1
     return images.reshape(len(index), -1), np.asarray(federation.pool.targets)[index]
 
@@ -82,7 +82,7 @@ def examples(federation: Any, index: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def batches(
     federation: Any, round: int, client_id: int, index: np.ndarray, epochs: int = 2, size: int = 4
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A client's batches of a round of seed 0, the last of an epoch shorter."""
+    """Yields a client's batches in a round with seed 0; an epoch's last batch may be shorter."""
     key = client_round_key(jax.random.key(0), round, client_id)
     yield from _in_order(for_purpose(key, Purpose.PRIVATE_BATCHES), federation, index, epochs, size)
 
@@ -90,7 +90,7 @@ def batches(
 def server_batches(
     federation: Any, round: int, index: np.ndarray, epochs: int = 2, size: int = 4
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The batches of a server that trains on these private examples, ascending, like a client."""
+    """Yields the batches of a server that trains like a client on these examples, in order."""
     key = for_purpose(server_round_key(jax.random.key(0), round), Purpose.PRIVATE_BATCHES)
     yield from _in_order(key, federation, index, epochs, size)
 
@@ -103,13 +103,13 @@ def _in_order(key: Any, federation: Any, index: np.ndarray, epochs: int, size: i
 
 
 def forward(params: Tree, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features ``[B, H]`` and logits ``[B, C]``."""
+    """Returns features ``[B, H]`` and logits ``[B, C]``."""
     features = np.tanh(x @ params["features"]["dense"])
     return features, features @ params["head"]["kernel"] + params["head"]["bias"]
 
 
 def backward(params: Tree, x: np.ndarray, d_logits: np.ndarray, d_features: Any = 0.0) -> Tree:
-    """Gradients of a loss with these derivatives by logits ``[B, C]`` and features ``[B, H]``."""
+    """Returns gradients, given derivatives by logits ``[B, C]`` and by features ``[B, H]``."""
     features, _ = forward(params, x)
     d_features = d_features + d_logits @ params["head"]["kernel"].T
     return {
@@ -119,38 +119,38 @@ def backward(params: Tree, x: np.ndarray, d_logits: np.ndarray, d_features: Any 
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Returns the softmax over the last axis."""
     e = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
 
 def d_cross_entropy(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Derivative by the logits of the mean cross-entropy over a batch."""
+    """Returns the derivative by the logits of the mean cross-entropy over a batch."""
     return (softmax(logits) - np.eye(CLASSES)[y]) / len(y)
 
 
 def d_divergence(logits: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """Derivative by the logits of the batch mean of KL(softmax(teacher) || softmax(logits))."""
+    """Returns the derivative by the logits of the mean KL(softmax(teacher) || softmax(logits))."""
     return (softmax(logits) - softmax(teacher)) / len(logits)
 
 
 def gradient(params: Tree, x: np.ndarray, y: np.ndarray) -> Tree:
-    """Of the mean cross-entropy."""
+    """Returns the gradient of the mean cross-entropy."""
     return backward(params, x, d_cross_entropy(forward(params, x)[1], y))
 
 
 def combine(function: Any, *trees: Tree) -> Tree:
-    """``function`` leaf by leaf."""
+    """Applies ``function`` leaf by leaf."""
     if not isinstance(trees[0], dict):
         return function(*trees)
     return {name: combine(function, *(tree[name] for tree in trees)) for name in trees[0]}
 
 
 def step(params: Tree, gradient: Tree, rate: float = RATE) -> Tree:
-    """``params - rate * gradient``."""
+    """Returns ``params - rate * gradient``."""
     return combine(lambda p, g: p - rate * g, params, gradient)
 
 
 def mean(trees: list[Tree]) -> Tree:
-    """Unweighted."""
+    """Returns the unweighted mean of trees."""
     return combine(lambda *leaves: np.mean(leaves, axis=0), *trees)

@@ -1,9 +1,9 @@
-"""Makes one sweep again and again, beside busy loops, and prints how many outcomes it had, as JSON.
+"""Repeats a sweep alongside busy loops, and prints the number of distinct outcomes as JSON.
 
     python tests/repeat_sweep.py 5
 
-Two learning rates and two seeds of FedHelp with ResNet-20 on synthetic images. As
-``repeat_worker.py`` it is a process of its own.
+The sweep has two learning rates and two seeds of FedHelp with ResNet-20 on synthetic images. Like
+``repeat_worker.py``, this runs in a separate process.
 """
 
 import json
@@ -24,10 +24,10 @@ SWEPT = [{"learning_rate": rate, "seed": seed} for rate in (1e-3, 1e-2) for seed
 
 
 def a_run(swept: dict[str, float]) -> Run:
-    """One run of the sweep."""
+    """Returns one run of the sweep."""
     config = default_config()
     config.rounds, config.batch_size, config.public_batch_size = 1, 16, 16
-    # Wide products on purpose, as in test_repeatability.py.
+    # The products are wide on purpose, as in test_repeatability.py.
     config.data.num_examples, config.data.image_size, config.data.max_train = 900, 64, 16
     config.public.num_examples = 32
     config.model.small = config.model.large = "resnet20"
@@ -36,13 +36,13 @@ def a_run(swept: dict[str, float]) -> Run:
 
 
 def main() -> None:
-    """Counts the outcomes of the state after a round, and of its evaluation, bit for bit."""
+    """Counts the distinct outcomes of a round and its evaluation, compared bit for bit."""
     jax.config.update("jax_num_cpu_devices", 2)
     (block,) = blocks([a_run(swept) for swept in SWEPT])
     program = Program(block, "test")
 
     def some(runs: Sequence[Run]) -> Any:
-        # The phases themselves: a row of the table holds means of a few metrics only.
+        # The phases are called directly, since rows of the table hold only means of a few metrics.
         point = program._points(runs)
         state = program._init(program.shared, point, ())
         state, _ = program._rounds(program.shared, point, state, np.int32(0), np.int32(1))

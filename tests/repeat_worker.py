@@ -1,10 +1,10 @@
-"""Runs the phases of a simulation again and again, and prints how many outcomes each had, as JSON.
+"""Repeats the phases of a simulation, and prints the number of distinct outcomes of each as JSON.
 
     python tests/repeat_worker.py '{"network": "resnet20", "devices": 2, "evaluations": 50}'
 
-The same state must give the same bits every time, whatever else the machine and the process do. It
-is a process of its own, since the number of CPU devices and XLA's flags are chosen only once. The
-keys of the argument are those of `DEFAULTS`.
+The same state must give the same bits every time, whatever else the machine and the process do.
+This runs in a separate process, since the number of CPU devices and XLA's flags can be chosen only
+once. The keys of the argument are those of `DEFAULTS`.
 """
 
 import concurrent.futures
@@ -40,30 +40,30 @@ from fedhelp_jax.simulation.vectorize import make_mapping
 CLASSES, PUBLIC, ANSWERS = 8, 32, 6
 
 DEFAULTS: dict[str, Any] = {
-    "network": "resnet20",  # of all clients
+    "network": "resnet20",  # the network of all clients
     "method": "local",
     "task": "classification",
-    "clients": 4,  # the first half of them large
+    "clients": 4,  # the first half are large
     "devices": 2,
-    "size": 32,  # side of an image
+    "size": 32,  # side length of an image
     "batch": 16,
     "eval_batch": 64,
-    "train": 64,  # examples of a client
+    "train": 64,  # training examples per client
     "test": 128,
     "evaluations": 0,
-    "rounds": 0,  # how often the first round is made again
+    "rounds": 0,  # repetitions of the first round
     "predictions": 0,
-    "streams": 0,  # how often a round and an evaluation are made with images in host memory
-    "direct": False,  # compare with loops in Python, without shard_map
+    "streams": 0,  # repetitions of a round and an evaluation with images in host memory
+    "direct": False,  # compare with Python loops, without shard_map
     "float64": False,
-    "safe": True,  # with the compiler options of the package
-    "busy": "ours",  # the program that runs beside all this in the process: ours, others or none
-    "loops": 0,  # how many busy loops run beside all this, each a process
+    "safe": True,  # use the compiler options of the package
+    "busy": "ours",  # the program that runs alongside in the process: ours, others or none
+    "loops": 0,  # number of busy loops that run alongside, each in its own process
 }
 
 
 def build_network(name: str) -> Model:
-    """A network of the package by its name in configs."""
+    """Builds a network of the package by its name in configs."""
     found = architecture(name, "network")
     if "segmentation" in found.tasks:
         return found.build(1, widths=(), norm="batch", remat=False)
@@ -71,7 +71,7 @@ def build_network(name: str) -> Model:
 
 
 def datasets(options: dict[str, Any]) -> tuple[FederatedDataset, PublicDataset, np.ndarray]:
-    """Random pixels, labels or masks, and answers."""
+    """Returns random images with labels or masks, random public images, and answers."""
     draw = np.random.default_rng(0)
     masks, side, each = options["task"] == "segmentation", options["size"], options["train"]
     total = options["clients"] * (each + options["test"])
@@ -100,14 +100,14 @@ def datasets(options: dict[str, Any]) -> tuple[FederatedDataset, PublicDataset, 
 def simulation_of(
     options: dict[str, Any], federation: Federation, **streaming: Any
 ) -> CompiledRounds:
-    """The method over the federation."""
+    """Returns a simulation of the method on the federation."""
     masks, model = options["task"] == "segmentation", build_network(options["network"])
     setup = Setup(
         task=tasks.segmentation(("thing",)) if masks else tasks.classification,
         num_classes=1 if masks else CLASSES,
         sample_shape=(options["size"], options["size"], 3),
         models={"small": model, "large": model},
-        # Adam amplifies rounding, which is not what is looked for where loops are compared.
+        # SGD is used for comparisons with loops, since Adam amplifies rounding.
         tx=optax.sgd(1e-3) if options["direct"] else adam_l2(1e-3, 1e-4),
         batch_size=options["batch"],
         public_batch_size=options["batch"],
@@ -120,7 +120,7 @@ def simulation_of(
         ),
     )
     method, task = ALGORITHMS[options["method"]], setup.task
-    if options["direct"]:  # metrics are computed in float32, so logits are compared instead
+    if options["direct"]:  # compare logits, since metrics are computed in float32
         task = task._replace(metrics=lambda logits, targets, mask: {"logits": logits})
     phases = RoundProgram(
         method.build(setup, method.settings()),
@@ -136,11 +136,12 @@ def simulation_of(
 
 @contextlib.contextmanager
 def other_work(program: str, loops: int) -> Iterator[None]:
-    """Keeps the machine and the threads of XLA busy, for as long as the context lasts.
+    """Keeps the machine and the threads of XLA busy within the context.
 
     Args:
-      program: Whose options the program has that runs in this process: ours, others or none.
-      loops: How many busy loops run beside, each a process.
+      program: The program that runs in this process: "ours" with the package's compiler options,
+        "others" with JAX's defaults, or "none".
+      loops: Number of busy loops, each in its own process.
     """
     command, stop = [sys.executable, "-c", "while True: pass"], threading.Event()
 
@@ -169,10 +170,10 @@ def _long_loop(x: jax.Array) -> jax.Array:
 
 
 def outcomes(times: int, compute: Callable[[], Any], program: str, loops: int) -> int:
-    """How many different results there are, bit for bit.
+    """Returns the number of distinct results, compared bit for bit.
 
-    The first is made without `other_work`: compiling takes most of the time, and is not what other
-    work disturbs.
+    The first result is computed without `other_work`, since it includes compilation, which takes
+    most of the time and is not affected by other work.
     """
 
     def bits() -> bytes:
@@ -184,7 +185,7 @@ def outcomes(times: int, compute: Callable[[], Any], program: str, loops: int) -
 
 
 def error_of_evaluation(simulation: CompiledRounds, federation: Federation, state: Any) -> float:
-    """How far logits are from those of the networks applied to one batch after the other."""
+    """Returns the distance of logits from those of the networks applied batch by batch."""
     worst, measured = 0.0, simulation.evaluate(state, "test")
     for group in simulation.groups:
         client = simulation.phases.algorithm.clients[group.role]
@@ -203,7 +204,7 @@ def error_of_evaluation(simulation: CompiledRounds, federation: Federation, stat
 
 
 def error_of_training(simulation: CompiledRounds, federation: Federation, state: Any) -> float:
-    """How far clients' states after a round are from those of one client after the other."""
+    """Returns the distance of clients' states after a round from those updated one by one."""
     got, _ = simulation.round(jax.tree.map(jnp.copy, state), 0)
     worst, moved = 0.0, 0.0
     for group in simulation.groups:
@@ -223,14 +224,14 @@ def error_of_training(simulation: CompiledRounds, federation: Federation, state:
 
 
 def one_client(simulation: CompiledRounds, state: Any, role: str, row: int) -> tuple[Any, Any]:
-    """What a client gets from the server, and its state, on the host."""
+    """Returns a client's download from the server and its state, on the host."""
     server, states = jax.tree.map(np.asarray, (state.server, state.clients[role]))
     download = simulation.phases.algorithm.download(server, role)
     return download, jax.tree.map(lambda leaf: leaf[row], states)
 
 
 def distance(ours: Any, theirs: Any) -> float:
-    """The largest difference, relative to the largest value but at least 1."""
+    """Returns the largest difference, divided by the largest value or 1, whichever is larger."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
     scale = max(1.0, np.abs(theirs).max(initial=0.0))
@@ -238,7 +239,7 @@ def distance(ours: Any, theirs: Any) -> float:
 
 
 def repeat(options: dict[str, Any]) -> dict[str, Any]:
-    """How many outcomes each phase has, and how far it is from loops in Python."""
+    """Returns the number of outcomes of each phase, and its distance from Python loops."""
     beside = options["busy"], options["loops"]
     dataset, public, answers = datasets(options)
     roles = ["large" if i < options["clients"] // 2 else "small" for i in range(options["clients"])]
@@ -272,7 +273,7 @@ def repeat(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Reads the options, and prints what `repeat` finds."""
+    """Reads the options and prints the result of `repeat`."""
     given = json.loads(sys.argv[1])
     assert given.keys() <= DEFAULTS.keys(), given.keys() - DEFAULTS.keys()
     options = DEFAULTS | given

@@ -8,7 +8,7 @@ from fedhelp_jax.experiments.study import Study
 
 
 def get_study() -> Study:
-    """Returns the study; both methods learn from the same answers."""
+    """Returns the study, in which both methods learn from the same answers."""
     study = tiny_study.get_study()
     teacher = {"rounds": 2, "teacher.name": "self_trained", "teacher.epochs": 1}
     methods = {"fedhelp": {}, "cool": {"algorithm.name": "fedhelp", "algorithm.temperature": 1.0}}

@@ -1,4 +1,4 @@
-"""The settings of a teacher on a real inference server, asked about all images of a file."""
+"""Settings of a teacher on a real inference server, asked about all images in a file."""
 
 from ml_collections import config_dict
 
@@ -6,7 +6,7 @@ from fedhelp_jax.experiments.config import default_config
 
 
 def get_config() -> config_dict.ConfigDict:
-    """Returns the settings; the test says where the images, the labels and the server are."""
+    """Returns the settings; the test sets the images, the labels and the server."""
     config = default_config()
     config.data.image_size = 16
     config.data.num_examples = 48

@@ -1,4 +1,4 @@
-"""The settings of a teacher that is asked about 40 tiny images, four at a time."""
+"""Settings of a teacher that is asked about 40 tiny images, four at a time."""
 
 from ml_collections import config_dict
 
@@ -6,7 +6,7 @@ from fedhelp_jax.experiments.config import default_config
 
 
 def get_config() -> config_dict.ConfigDict:
-    """Returns the settings; the test says where the public images, the labels and the model are."""
+    """Returns the settings; the test sets the public images, the labels and the model."""
     config = default_config()
     config.rounds = 1
     config.data.image_size = 16

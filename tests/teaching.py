@@ -1,4 +1,4 @@
-"""The command ``fedhelp teach`` as tests use it: tiny public images and a server on loopback."""
+"""Runs ``fedhelp teach`` for tests, on tiny public images and with a server on loopback."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ main_entry()
 
 
 class Study:
-    """A folder with public images, some of them twice, and the commands that ask about them."""
+    """A folder with public images, some of them duplicated, and commands that ask about them."""
 
     def __init__(self, folder: Path, server: FoundationServer, size: int = 12):
         self.folder, self.server = folder, server
@@ -54,11 +54,11 @@ class Study:
 
     @property
     def sha256(self) -> list[str]:
-        """Of each public image."""
+        """The hash of each public image."""
         return [image_sha256(image) for image in self.images]
 
     def command(self, rest: str = "", name: str = "teach") -> str:
-        """The arguments of a command; ``rest`` changes settings."""
+        """Returns the arguments of a command; ``rest`` changes settings."""
         return (
             f"{name} --config={CONFIG} --config.public.path={self.public} "
             f"--config.teacher.url={self.server.url} --config.teacher.labels={self.labels} "
@@ -67,12 +67,12 @@ class Study:
         )
 
     def teach(self, rest: str = "") -> int:
-        """The exit code of the command in this process."""
+        """Runs the command in this process and returns its exit code."""
         return fedhelp(self.command(rest))
 
     @contextlib.contextmanager
     def process(self, rest: str = "", file_limit: int = 0) -> Iterator[subprocess.Popen[str]]:
-        """The command in a process of its own, which is killed when the test is through with it."""
+        """Runs the command in a separate process, which is killed at the end of the context."""
         process = subprocess.Popen(
             [sys.executable, "-c", _ENTRY, str(file_limit), *shlex.split(self.command(rest))],
             stdout=subprocess.PIPE,
@@ -88,7 +88,7 @@ class Study:
             process.communicate(timeout=30)
 
     def assert_stored_rightly(self, count: int = DISTINCT) -> None:
-        """The store holds so many answers, each the one that was given about its image."""
+        """Checks that the store holds ``count`` answers, each equal to what the server answers."""
         expected = dict(zip(self.sha256, self.server.expected(self.images), strict=True))
         found = stored(self.store)
         assert len(found) == count
@@ -96,13 +96,13 @@ class Study:
             np.testing.assert_array_equal(answer, expected[sha])
 
     def files(self) -> bytes:
-        """All that is in the folder, whose names and contents no key may be in."""
+        """Returns the names and contents of all files in the folder, to search them for a key."""
         found = [path for path in self.folder.rglob("*") if path.is_file()]
         return b"\n".join(str(path).encode() + b"\n" + path.read_bytes() for path in found)
 
 
 def stored(folder: Path) -> dict[str, np.ndarray]:
-    """All answers in a store by the hash of their image, read past the class that keeps them."""
+    """Returns all answers in a store by image hash, read without the `AnswerStore`."""
     found = {}
     with (
         lmdb.open(str(folder), readonly=True, lock=False) as environment,

@@ -1,4 +1,4 @@
-"""The settings of a run that takes seconds: four clinics, one with a single training image."""
+"""Settings of a run that takes seconds, with four clinics, one with a single training image."""
 
 from ml_collections import config_dict
 
@@ -10,7 +10,7 @@ def get_config() -> config_dict.ConfigDict:
     config = default_config()
     config.rounds = 6
     config.checkpoint_every = 2
-    config.batch_size = 16  # more than two of the clinics have
+    config.batch_size = 16  # two of the clinics have fewer training images
     config.public_batch_size = 8
     config.data.image_size = 8
     config.data.num_examples = 100

@@ -1,11 +1,11 @@
-"""The command ``fedhelp`` with tiny networks for its ResNets, which stops itself where it is told.
+"""The command ``fedhelp`` with tiny networks instead of ResNets, which signals itself on demand.
 
 python tiny_fedhelp.py SIGNAL after-row|before-sums|after-rounds ROUND[@PART OF FOLDER]  train ...
 python tiny_fedhelp.py SIGNAL after-program -  sweep ...
 python tiny_fedhelp.py FOLDER pool -  train ...
 
-The last writes what this process's devices hold of the pool.
-Only the first of many processes writes rows and sums; rounds all make.
+The last form writes the part of the pool that this process's devices hold.
+With several processes, only the first writes rows and sums; all of them make rounds.
 """
 
 import os

@@ -1,8 +1,9 @@
-"""FedHelp's two kinds of client in plain PyTorch: what our steps are compared with.
+"""FedHelp's two kinds of client in plain PyTorch, as a reference for our steps.
 
-Written from the method's formulas in the way a PyTorch user would; nothing of ``fedhelp_jax`` is
-used. Trees of NumPy arrays have the layout of our variables, so that states can be carried to
-PyTorch and back: kernels HWIO, and blocks of a stage after the first stacked.
+The code follows the method's formulas as a PyTorch user would write them, and uses nothing of
+``fedhelp_jax``. Trees of NumPy arrays have the layout of our variables, so that states can be
+converted to PyTorch and back: kernels are HWIO, and the blocks of a stage after the first are
+stacked.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,13 +15,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
 nn = torch.nn
 functional = torch.nn.functional
-# On tensors this small a second thread only spins, for seconds where other programs want the cores.
+# On tensors this small, a second thread only spins and takes cores from other programs.
 torch.set_num_threads(1)
 
 Tree = dict[str, Any]
 
 
-# --- The network: He et al., arXiv:1512.03385, sec. 4.2, shortcuts of option A. ---
+# --- The network: He et al., arXiv:1512.03385, sec. 4.2, with shortcuts of option A. ---
 
 
 class Block(nn.Module):
@@ -63,7 +64,7 @@ class Features(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """``[B, 3, H, W] -> [B, num_classes]`` logits; ``.features`` gives ``[B, 64]``."""
+    """Maps ``[B, 3, H, W]`` to logits ``[B, num_classes]``; ``.features`` gives ``[B, 64]``."""
 
     def __init__(self, depth: int, num_classes: int):
         super().__init__()
@@ -75,15 +76,15 @@ class CifarResNet(nn.Module):
 
 
 def images(x: np.ndarray) -> Any:
-    """``[B, H, W, C]`` as PyTorch wants it."""
+    """Returns images ``[B, H, W, C]`` in PyTorch's layout."""
     return torch.tensor(x).permute(0, 3, 1, 2).contiguous()
 
 
-# --- States to and fro. ---
+# --- Conversion of states. ---
 
 
 def _layers(features: Any) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
-    """Paths in our tree and the layers there; those under "rest" are stacked."""
+    """Yields each path in our tree with its layers; layers under "rest" are stacked."""
     yield ("stem", "conv"), [features.conv]
     yield ("stem", "bn"), [features.bn]
     for i, stage in enumerate(features.stages):
@@ -111,7 +112,7 @@ def _itself(tensor: Any) -> Any:
 
 
 def features_tree(features: Any, get: Callable[[Any], Any] = _itself) -> Tree:
-    """``get(parameter)`` of every parameter: itself, its gradient, or an optimizer's moment."""
+    """Returns ``get(parameter)`` of every parameter, such as its gradient or an Adam moment."""
     tree: Tree = {}
     for path, layers in _layers(features):
         weights = [get(layer.weight).detach() for layer in layers]
@@ -126,7 +127,7 @@ def features_tree(features: Any, get: Callable[[Any], Any] = _itself) -> Tree:
 
 
 def batch_stats_tree(features: Any) -> Tree:
-    """Running statistics."""
+    """Returns the running statistics."""
     tree: Tree = {}
     for path, layers in _layers(features):
         if isinstance(layers[0], nn.BatchNorm2d):
@@ -142,23 +143,23 @@ def batch_stats_tree(features: Any) -> Tree:
 
 
 def head_tree(head: Any, get: Callable[[Any], Any] = _itself) -> Tree:
-    """``get(parameter)`` of a linear head."""
+    """Returns ``get(parameter)`` of a linear head."""
     kernel, bias = get(head.weight).detach(), get(head.bias).detach()
     return {"kernel": kernel.T.numpy().copy(), "bias": bias.numpy().copy()}
 
 
 def params_tree(model: Any, get: Callable[[Any], Any] = _itself) -> Tree:
-    """``get(parameter)`` of a whole network."""
+    """Returns ``get(parameter)`` of a whole network."""
     return {"features": features_tree(model.features, get), "head": head_tree(model.head, get)}
 
 
 def variables_tree(model: Any) -> Tree:
-    """A whole network as our variables."""
+    """Returns a whole network in the layout of our variables."""
     return {"params": params_tree(model), "batch_stats": batch_stats_tree(model.features)}
 
 
 def make_head(tree: Tree) -> Any:
-    """A linear layer with the parameters of ``tree``, in their precision."""
+    """Returns a linear layer with the parameters of ``tree``, in their precision."""
     kernel = torch.tensor(tree["kernel"])
     head = nn.Linear(*kernel.shape, dtype=kernel.dtype)
     with torch.no_grad():
@@ -168,7 +169,7 @@ def make_head(tree: Tree) -> Any:
 
 
 def make_resnet(depth: int, variables: Tree) -> Any:
-    """A network with the parameters and running statistics of ``variables``, in their precision."""
+    """Returns a network with the parameters and statistics of ``variables``, in their precision."""
     head = make_head(variables["params"]["head"])
     model = CifarResNet(depth, head.out_features).to(head.weight.dtype)
     model.head = head
@@ -192,7 +193,7 @@ def make_resnet(depth: int, variables: Tree) -> Any:
     return model
 
 
-# --- Losses: means over the batch. ---
+# --- Losses, as means over the batch. ---
 
 
 def cross_entropy(logits, labels):
@@ -200,7 +201,7 @@ def cross_entropy(logits, labels):
 
 
 def distillation(student, teacher, temperature):
-    """T^2 KL( sigma(teacher / T) || sigma(student / T) )."""
+    """Returns T^2 KL( sigma(teacher / T) || sigma(student / T) )."""
     kl = functional.kl_div(
         torch.log_softmax(student / temperature, dim=-1),
         torch.softmax(teacher / temperature, dim=-1),
@@ -210,7 +211,7 @@ def distillation(student, teacher, temperature):
 
 
 def ranking(student, teacher, k, margin):
-    """1/(k (C-k)) sum over t in top_k(teacher), r elsewhere, of max(0, margin + s_r - s_t)."""
+    """Returns 1/(k (C-k)) sum_{t in top_k(teacher), r not} max(0, margin + s_r - s_t)."""
     order = torch.sort(teacher, dim=-1, descending=True, stable=True).indices
     total = torch.zeros_like(student[:, :1])
     for i in range(k):
@@ -229,12 +230,15 @@ def adam(parameters: Any) -> Any:
 
 
 def moment(optimizer: Any, name: str) -> Callable[[Any], Any]:
-    """Reads "exp_avg" or "exp_avg_sq" of a parameter."""
+    """Returns a function that reads "exp_avg" or "exp_avg_sq" of a parameter."""
     return lambda parameter: optimizer.state[parameter][name]
 
 
 class Losses(NamedTuple):
-    """``supervised(logits, y)``, ``distill(student, teacher, T)``, ``rank(s, v, k, margin)``."""
+    """The losses ``supervised(logits, y)``, ``distill(student, teacher, T)``, ``rank(s, v, k, m)``.
+
+    ``m`` is the margin.
+    """
 
     supervised: Callable[..., Any]
     distill: Callable[..., Any]
@@ -245,7 +249,7 @@ CLASSIFICATION = Losses(cross_entropy, distillation, ranking)
 
 
 class SmallClient:
-    """Surrogate (theta, phi) and public heads psi; two optimizers that share theta."""
+    """A surrogate (theta, phi) and public heads psi, with two optimizers that share theta."""
 
     def __init__(self, model: Any, heads: dict[str, Any], losses: Losses = CLASSIFICATION):
         self.model, self.heads, self.losses = model, heads, losses
@@ -254,7 +258,7 @@ class SmallClient:
         self.opt_public = adam([*model.features.parameters(), *psi])
 
     def step(self, x, y, public_x, public_y, answers, *, lambda_fm, temperature, discard):
-        """Step A on the private batch, then step B on the public one."""
+        """Takes step A on the private batch, then step B on the public batch."""
         self.model.train()
         self.opt_private.zero_grad()
         private = self.losses.supervised(self.model(x), y)
@@ -276,14 +280,14 @@ class SmallClient:
 
 
 class LargeClient:
-    """Proxy v and large model W, each with its optimizer."""
+    """A proxy v and a large model W, each with its own optimizer."""
 
     def __init__(self, proxy: Any, large: Any, losses: Losses = CLASSIFICATION):
         self.proxy, self.large, self.losses = proxy, large, losses
         self.opt_proxy, self.opt_large = adam(proxy.parameters()), adam(large.parameters())
 
     def step(self, x, y, *, lambda_f, lambda_b, temperature, k, margin):
-        """Step A on v with W in evaluation mode, then step B on W with v in evaluation mode."""
+        """Takes step A on v with W in evaluation mode, then step B on W with v in that mode."""
         self.proxy.train()
         self.large.eval()
         with torch.no_grad():

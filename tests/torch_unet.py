@@ -1,7 +1,8 @@
-"""U-Nets and losses of masks in plain PyTorch; FedHelp's clients are in `torch_reference`.
+"""U-Nets and mask losses in plain PyTorch; FedHelp's clients are in `torch_reference`.
 
-Written from the papers' formulas in the way a PyTorch user would; nothing of ``fedhelp_jax`` is
-used. Trees of NumPy arrays have the layout of our variables: kernels ``[*size, in, out]``.
+The code follows the papers' formulas as a PyTorch user would write them, and uses nothing of
+``fedhelp_jax``. Trees of NumPy arrays have the layout of our variables: kernels are
+``[*size, in, out]``.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ class Level(nn.Sequential):
 
 
 class Features(nn.Module):
-    """``[B, C, *spatial] -> [B, widths[0], *spatial]``."""
+    """Maps ``[B, C, *spatial]`` to ``[B, widths[0], *spatial]``."""
 
     def __init__(self, rank: int, channels: int, widths: tuple[int, ...], convs: int, norm: str):
         super().__init__()
@@ -56,7 +57,7 @@ class Features(nn.Module):
         spatial, multiple = x.shape[2:], 2 ** len(self.grow)
         before = [(-n % multiple) // 2 for n in spatial]
         after = [-n % multiple - b for n, b in zip(spatial, before, strict=True)]
-        # The last axis comes first.
+        # PyTorch lists the padding of the last axis first.
         pads = [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
         x = functional.pad(x, pads, mode="replicate")
         skips = []
@@ -73,7 +74,7 @@ class Features(nn.Module):
 
 
 class UNet(nn.Module):
-    """``[B, C, *spatial] -> [B, num_classes, *spatial]`` logits."""
+    """Maps ``[B, C, *spatial]`` to logits ``[B, num_classes, *spatial]``."""
 
     def __init__(self, rank, channels, widths, convs, num_classes, norm="batch"):
         super().__init__()
@@ -85,20 +86,20 @@ class UNet(nn.Module):
 
 
 def channels_first(x: np.ndarray) -> Any:
-    """``[B, *spatial, C]`` as PyTorch wants it."""
+    """Returns an array ``[B, *spatial, C]`` in PyTorch's layout."""
     return torch.tensor(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
 
 
 def channels_last(x: Any) -> np.ndarray:
-    """And back."""
+    """Returns a tensor in PyTorch's layout as an array ``[B, *spatial, C]``."""
     return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
-# --- States to and fro. ---
+# --- Conversion of states. ---
 
 
 def _layers(features: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Paths in our tree and the layers there."""
+    """Yields each path in our tree with its layer."""
     for side in ("down", "up"):
         for i, level in enumerate(getattr(features, side)):
             count = 0
@@ -113,7 +114,7 @@ def _layers(features: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _leaves(layer: Any) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
-    """Our name of each parameter, itself, and the order of its axes in our layout."""
+    """Yields our name of each parameter, the parameter, and the order of its axes in our layout."""
     axes = tuple(range(2, layer.weight.ndim))
     if isinstance(layer, tuple(CONVS.values())):
         yield "kernel", layer.weight, (*axes, 1, 0)
@@ -136,7 +137,7 @@ def _itself(tensor: Any) -> Any:
 
 
 def features_tree(features: Any, get: Callable[[Any], Any] = _itself) -> Tree:
-    """``get(parameter)`` of every parameter: itself, its gradient, or an optimizer's moment."""
+    """Returns ``get(parameter)`` of every parameter, such as its gradient or an Adam moment."""
     tree: Tree = {}
     for path, layer in _layers(features):
         for name, parameter, order in _leaves(layer):
@@ -145,7 +146,7 @@ def features_tree(features: Any, get: Callable[[Any], Any] = _itself) -> Tree:
 
 
 def batch_stats_tree(features: Any) -> Tree:
-    """Running statistics; empty without batch normalisation."""
+    """Returns the running statistics; empty without batch normalisation."""
     tree: Tree = {}
     for path, layer in _layers(features):
         if isinstance(layer, tuple(BATCH_NORMS.values())):
@@ -155,23 +156,23 @@ def batch_stats_tree(features: Any) -> Tree:
 
 
 def head_tree(head: Any, get: Callable[[Any], Any] = _itself) -> Tree:
-    """``get(parameter)`` of a convolution of size one."""
+    """Returns ``get(parameter)`` of a convolution of size one."""
     kernel = get(head.weight).detach().flatten(1).T
     return {"kernel": kernel.numpy().copy(), "bias": get(head.bias).detach().numpy().copy()}
 
 
 def params_tree(model: Any, get: Callable[[Any], Any] = _itself) -> Tree:
-    """``get(parameter)`` of a whole network."""
+    """Returns ``get(parameter)`` of a whole network."""
     return {"features": features_tree(model.features, get), "head": head_tree(model.head, get)}
 
 
 def variables_tree(model: Any) -> Tree:
-    """A whole network as our variables."""
+    """Returns a whole network in the layout of our variables."""
     return {"params": params_tree(model), "batch_stats": batch_stats_tree(model.features)}
 
 
 def make_head(tree: Tree, rank: int) -> Any:
-    """A convolution of size one with the parameters of ``tree``, in their precision."""
+    """Returns a convolution of size one with the parameters of ``tree``, in their precision."""
     kernel = torch.tensor(tree["kernel"])
     head = CONVS[rank](*kernel.shape, 1, dtype=kernel.dtype)
     with torch.no_grad():
@@ -181,7 +182,7 @@ def make_head(tree: Tree, rank: int) -> Any:
 
 
 def make_unet(widths: tuple[int, ...], convs: int, norm: str, variables: Tree) -> Any:
-    """A network with the parameters and running statistics of ``variables``, in their precision."""
+    """Returns a network with the parameters and statistics of ``variables``, in their precision."""
     params = variables["params"]
     first = params["features"]["down0"]["conv1"]["kernel"]
     rank, channels = first.ndim - 2, first.shape[-2]
@@ -199,11 +200,11 @@ def make_unet(widths: tuple[int, ...], convs: int, norm: str, variables: Tree) -
     return model
 
 
-# --- Losses: means over the batch. Logits are [B, C, *spatial], masks [B, *spatial]. ---
+# --- Losses, as means over the batch. Logits are [B, C, *spatial], masks [B, *spatial]. ---
 
 
 def mask_loss(logits, masks):
-    """Cross-entropy and soft Dice; logits of another size are resized linearly to the masks'."""
+    """Returns cross-entropy plus soft Dice; logits are resized linearly to the masks' size."""
     if masks.shape[1:] != logits.shape[2:]:
         mode = "bilinear" if logits.ndim == 4 else "trilinear"
         logits = functional.interpolate(logits, masks.shape[1:], mode=mode)
@@ -218,14 +219,14 @@ def mask_loss(logits, masks):
 
 
 def _dice(probs, truth):
-    """Of every example and channel alone, then the mean."""
+    """Returns the soft Dice loss of each example and channel, averaged."""
     both = (probs * truth).flatten(2).sum(dim=2)
     either = probs.flatten(2).sum(dim=2) + truth.flatten(2).sum(dim=2)
     return (1 - (2 * both + 1) / (either + 1)).mean()
 
 
 def distillation(student, teacher, temperature):
-    """T^2 KL( teacher || student ) per pixel; answers of another size are resized linearly."""
+    """Returns the mean T^2 KL( teacher || student ) per pixel; answers are resized linearly."""
     if teacher.shape[2:] != student.shape[2:]:
         if teacher.ndim == 4:
             options: dict[str, Any] = {"mode": "bilinear", "antialias": True}
@@ -242,7 +243,7 @@ def distillation(student, teacher, temperature):
 
 
 def ranking(student, teacher, k, margin):
-    """Every class that the teacher does not put first lies ``margin`` below the one it does."""
+    """Returns the hinge loss that puts the teacher's first class ``margin`` above the others."""
     assert k == 1
     if student.shape[1] == 1:
         student, teacher = (torch.cat([torch.zeros_like(x), x], 1) for x in (student, teacher))

@@ -1,4 +1,4 @@
-"""`Command`: what a command is called, which flags it takes, its help; and how flags are read."""
+"""Defines commands with their flags, parses command lines, and prints help."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ class Flag(NamedTuple):
     """A flag of a command.
 
     Attributes:
-      name: Its name; a hyphen in it may be written for each underscore.
-      about: Its help.
+      name: Name of the flag; on the command line, underscores may be written as hyphens.
+      about: Help text.
       kind: "text", "folder", "switch", "number" or "many" (text, given any number of times).
-      value: What its value is called in the help.
-      choices: Of a text, what it must be one of; the first is the default.
-      least: Of a number.
-      most: Of a number.
-      needed: An example, if the command cannot do without it.
+      value: Placeholder for the value in the help.
+      choices: The allowed values of a text flag; the first is the default.
+      least: Minimum of a number.
+      most: Maximum of a number.
+      needed: An example value if the flag is required; else empty.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Command(NamedTuple):
     """A command.
 
     Attributes:
-      name: One word, or two.
-      about: What it does, in one sentence.
-      examples: Whole command lines.
-      run: From what was given to the exit code.
-      flags: Its own.
-      settings: Whether it takes ``--config.KEY=VALUE`` too.
-      arguments: What else may stand on the line, for the help; nothing if empty.
-      more: Further help, below the flags.
+      name: Name of the command, one or two words.
+      about: What the command does, in one sentence.
+      examples: Complete command lines.
+      run: A function of the `Given` arguments that runs the command and returns its exit code.
+      flags: The command's own flags.
+      settings: Whether the command also takes ``--config.KEY=VALUE``.
+      arguments: Placeholder in the help for positional arguments; empty if there are none.
+      more: Further help text, below the flags.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Command(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a command was given: its flags by name, and the rest of the line."""
+    """The parsed command line: the values of flags by name, and the remaining words."""
 
     values: dict[str, Any]
     rest: list[str]
@@ -110,15 +110,15 @@ DISTRIBUTED = (
 
 
 def workdir(about: str, example: str) -> Flag:
-    """The flag of a command's folder."""
+    """Returns the flag for a command's folder."""
     return Flag("workdir", about, "folder", "FOLDER", needed=example)
 
 
 def read(command: Command, arguments: Sequence[str]) -> Given:
-    """Reads a command line; flags of their own, so that calls share no state.
+    """Parses a command line with its own set of flags, so that calls share no state.
 
     Raises:
-      UserError: If a flag is unknown, missing or wrong, or something is one argument too many.
+      UserError: If a flag is unknown, missing or invalid, or there is an unexpected argument.
     """
     found = flags.FlagValues()
     found.set_gnu_getopt(True)
@@ -179,7 +179,7 @@ def _define(flag: Flag, values: flags.FlagValues) -> None:
 
 
 def _underscored(command: Command, arguments: Sequence[str]) -> list[str]:
-    """The words of a line with the command's own flags spelt as they are defined."""
+    """Returns the words of a line, with the command's own flags spelt as they are defined."""
     known = {flag.name for flag in command.flags}
     changed = []
     for word in arguments:
@@ -194,7 +194,7 @@ def _underscored(command: Command, arguments: Sequence[str]) -> list[str]:
 def _check(flag: Flag, value: Any) -> None:
     if flag.needed and not value:
         raise UserError(f"--{flag.name} is missing; e.g. --{flag.name}={flag.needed}")
-    # s3://... would be made as a folder s3: here.
+    # For s3://..., a local folder called s3: would be created.
     if flag.kind == "folder" and value and not LOCAL.passes(value):
         raise UserError(f"--{flag.name}={value} must be {LOCAL.right}")
 
@@ -224,7 +224,7 @@ def _usage(command: Command) -> list[str]:
 
 
 def _described(name: str, about: str) -> list[str]:
-    """A name and its help, beside or below it."""
+    """Returns lines with a name and its help text, beside or below it."""
     indent = 34
     text = textwrap.wrap(about, _WIDTH - indent) or [""]
     first = f"  {name}"

@@ -1,4 +1,4 @@
-"""``fedhelp data``: list, describe, prepare, check."""
+"""``fedhelp data``: lists, describes, prepares and checks data sets."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""The command ``fedhelp``: what went wrong becomes an exit code.
+"""The command ``fedhelp``, which turns errors into exit codes.
 
-0: done. 2: something the user can mend, told in one line on stderr. 1: a run that went wrong, told
-in one line, or our own failure, with its traceback. 3: another process of a distributed run is
-lost. 130: interrupted, after the run was saved.
+0: success. 2: an error that the user can fix, reported in one line on stderr. 1: a failed run,
+reported in one line, or a bug, with its traceback. 3: another process of a distributed run is lost.
+130: interrupted, after the run was saved.
 
-Nothing heavy is imported before it is needed, so that ``fedhelp --help`` answers at once, and so
-that the number of CPU devices can be set before JAX starts.
+Heavy modules are imported only when needed, so that ``fedhelp --help`` is fast and the number of
+CPU devices can be set before JAX starts.
 """
 
 import sys
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit code; may be called many times in a process.
 
     Args:
-        argv: program name, command, flags; as `sys.argv`.
+        argv: program name, command and flags, as in `sys.argv`.
     """
     with dispensable_terminal():
         return _exit_code(list(argv))
@@ -63,7 +63,7 @@ def _exit_code(argv: list[str]) -> int:
         complain("interrupted")
         return 130
     except Exception as error:
-        # What NumPy and XLA raise where an allocation fails, with its size.
+        # NumPy and XLA raise these errors, with the size, when an allocation fails.
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             complain(
                 f"out of memory ({str(error).splitlines()[0] if str(error) else 'no size is told'})"

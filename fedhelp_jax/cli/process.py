@@ -1,4 +1,4 @@
-"""What commands share: other processes, JAX's start, exit codes of what only prints."""
+"""Helpers that commands share, such as error messages, JAX's set-up and distributed processes."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from fedhelp_jax.cli.command import Given
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.terminal import is_output_lost
 
-if TYPE_CHECKING:  # these bring jax along
+if TYPE_CHECKING:  # these import JAX
     from fedhelp_jax.core.distributed import Address
     from fedhelp_jax.experiments.config import RunConfig
 
@@ -22,12 +22,12 @@ def complain(message: str) -> None:
 
 
 def printed() -> int:
-    """The exit code of a command that does nothing but print."""
+    """Returns the exit code of a command that only prints."""
     return 2 if is_output_lost() else 0
 
 
 def address(given: Given) -> "Address | None":
-    """Returns where the processes of a distributed run meet, or None for a run of one."""
+    """Returns the address at which distributed processes meet, or None for a single process."""
     from fedhelp_jax.core.distributed import Address
 
     values = {name: given[name] for name in Address._fields if given[name] is not None}
@@ -39,16 +39,16 @@ def address(given: Given) -> "Address | None":
 
 
 def teach_first(error: Exception, *flags: str) -> UserError:
-    """What to do where a teacher has not been asked yet."""
+    """Returns an error that tells the user to run ``fedhelp teach`` first."""
     return UserError(f"{error}: {shlex.join(['fedhelp', 'teach', *flags])}")
 
 
 def prepare_jax(config: "RunConfig", run: Path | None = None) -> "RunConfig":
-    """Keeps compiled programs, and sets how many devices the CPU is, if JAX has not started yet.
+    """Enables the compilation cache and, if JAX has not started, sets the number of CPU devices.
 
     Args:
         config: The settings.
-        run: The folder of a run to go on with, on as many devices as it was started with.
+        run: The folder of a run to resume, on as many devices as it was started with.
 
     Returns:
         The settings, with the mapping of that run.
@@ -69,15 +69,15 @@ def prepare_jax(config: "RunConfig", run: Path | None = None) -> "RunConfig":
     try:
         jax.config.update("jax_num_cpu_devices", config.mapping.cpu_devices or devices)
     except RuntimeError:
-        pass  # a back end is in use: a library's caller, or an earlier call, has chosen
+        pass  # JAX has started, so the calling program or an earlier call has chosen the number
     return config
 
 
 def ready_folder(given: Given) -> Path:
-    """Returns the folder of ``--workdir``, made if there is none.
+    """Returns the folder of ``--workdir``, which is created if it is missing.
 
     Raises:
-      UserError: If it cannot be made or written to.
+      UserError: If the folder cannot be created or written to.
     """
     from fedhelp_jax.report.run_files import prepare_folder
 
@@ -87,7 +87,7 @@ def ready_folder(given: Given) -> Path:
 
 
 def settings_of(given: Given, more: Sequence[str] = ()) -> "RunConfig":
-    """Returns the settings of ``--config``, changed by the rest of the line and by more flags."""
+    """Returns the settings of ``--config``, with the remaining flags and ``more`` applied."""
     from fedhelp_jax.experiments.config_files import read_settings
 
     return read_settings(given["config"], [*given.rest, *more])

@@ -30,7 +30,7 @@ def _list(given: Given) -> int:
 
 
 def _about(kind: str) -> list[tuple[str, str]]:
-    """Names of a kind, and a line on each."""
+    """Returns the names of a kind, with a line about each."""
     match kind:
         case "algorithms":
             from fedhelp_jax.algorithms import ALGORITHMS

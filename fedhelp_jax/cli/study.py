@@ -9,7 +9,7 @@ from fedhelp_jax.cli.process import complain, prepare_jax, ready_folder, teach_f
 from fedhelp_jax.core.errors import UserError
 
 if TYPE_CHECKING:
-    from fedhelp_jax.experiments.study import Study  # brings jax along
+    from fedhelp_jax.experiments.study import Study  # imports JAX
 
 
 def _compare(given: Given) -> int:

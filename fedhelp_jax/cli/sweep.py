@@ -88,7 +88,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _literal(text: str) -> Any:
-    """Returns a number as such, for the table; anything else as it is."""
+    """Returns the Python literal in ``text``, such as a number, for the table; else ``text``."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fedhelp_jax.cli.command import CONFIG, DISTRIBUTED, Command, Flag, Given, workdir
 from fedhelp_jax.cli.process import (
@@ -13,6 +12,7 @@ from fedhelp_jax.cli.process import (
     settings_of,
     teach_first,
 )
+from fedhelp_jax.typing import Record
 
 
 def _train(given: Given) -> int:
@@ -51,8 +51,8 @@ def _evaluate(given: Given) -> int:
         return _shown(lambda: runner.evaluate(folder, config))
 
 
-def _shown(run: Callable[[], dict[str, Any]]) -> int:
-    """Prints what a run came to, also where it diverged; returns the exit code."""
+def _shown(run: Callable[[], Record]) -> int:
+    """Prints the results of a run, even if it diverged, and returns the exit code."""
     from fedhelp_jax.core import distributed
     from fedhelp_jax.report import console
     from fedhelp_jax.simulation.divergence import Diverged
@@ -60,7 +60,7 @@ def _shown(run: Callable[[], dict[str, Any]]) -> int:
     diverged = None
     try:
         summary = run()
-    except Diverged as error:  # in all processes alike, which must end together
+    except Diverged as error:  # all processes raise it and must end together
         diverged, summary = error, error.summary
     if distributed.is_coordinator():
         console.print_summary(summary)

@@ -1,1 +1,1 @@
-"""Runs with their files: settings, orchestration, checkpoints, studies and sweeps."""
+"""Runs and their files: settings, orchestration, checkpoints, studies and sweeps."""

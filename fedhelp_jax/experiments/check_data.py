@@ -1,4 +1,4 @@
-"""``fedhelp data check``: what a run would read, before it is trained on."""
+"""``fedhelp data check``: reports what a run would read, before training on it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,18 +18,18 @@ _MOST_REASONS = 20
 
 
 def check_data(config: RunConfig, folder: Path | None, say: Callable[[str], None] = print) -> bool:
-    """Reads a run's data and says what they are; nothing is trained.
+    """Reads a run's data and describes it; nothing is trained.
 
     Args:
-      config: The settings; examples that cannot be used are listed, whatever ``on_bad_example``.
-      folder: Where a contact sheet of each client goes; None draws none.
-      say: Where lines go.
+      config: The settings; unusable examples are listed whatever ``on_bad_example`` is.
+      folder: Folder for a contact sheet of each client; None draws none.
+      say: Called with each line of the report.
 
     Returns:
-      Whether a run would accept them.
+      Whether a run would accept the data.
 
     Raises:
-      UserError: If they cannot be read at all.
+      UserError: If the data cannot be read at all.
     """
     skipping = dataclasses.replace(config.data, on_bad_example="skip")
     with_public = ALGORITHMS[config.algorithm.name].uses_public and config.public.name != "none"

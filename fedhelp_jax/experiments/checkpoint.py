@@ -1,12 +1,13 @@
-"""Checkpoints of the whole run state: what is loaded is bit for bit what was saved, or refused.
+"""Checkpoints of the whole run state, which load bit for bit as they were saved, or are refused.
 
-Orbax writes a checkpoint beside its place and renames it, so that a killed run leaves a whole one
-or none. Damage on the disk it may not see (a byte that flips in a stored array can load without an
-error), or tell of from threads of its own. So the digests of a checkpoint's files are written into
-it, in the format of ``sha256sum -c``, and compared before Orbax reads it.
+Orbax writes a checkpoint to a temporary folder and renames it, so a killed run leaves a complete
+checkpoint or none. Orbax may not notice damage on the disk (a stored array with a flipped byte can
+load without an error), or may report it from its own threads. Therefore the digests of a
+checkpoint's files are written into it, in the format of ``sha256sum -c``, and compared before Orbax
+reads it.
 
-Where there are many processes, all write and read their part of the arrays in one folder that they
-share; the first one does the rest and says what is found there.
+With several processes, each writes and reads its part of the arrays in one shared folder. The first
+process does the rest and tells the others what it finds there.
 """
 
 import functools
@@ -29,16 +30,16 @@ from fedhelp_jax.typing import JsonObject, PyTree
 
 _log = logging.getLogger(__name__)
 
-_KEEP = 2  # the newest, and the one before in case the newest cannot be read
+_KEEP = 2  # the newest, and the previous one in case the newest cannot be read
 _SUMS = "SHA256SUMS"
 
 
 class Checkpointer:
-    """Saves a run's state by round in a folder and restores the newest that can be read.
+    """Saves a run's state by round in a folder and restores the newest readable checkpoint.
 
     Args:
-        folder: where they stand, usually ``workdir/checkpoints``; made if it does not exist.
-        read_only: nothing in the folder is changed, and nothing can be saved.
+        folder: folder of the checkpoints, usually ``workdir/checkpoints``; created if missing.
+        read_only: if True, nothing in the folder is changed, and nothing can be saved.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -51,16 +52,17 @@ class Checkpointer:
         """Saves `state` and returns once it is on disk; only the last two checkpoints are kept.
 
         Args:
-            round: completed rounds; more than in any checkpoint that `restore_latest` could read.
+            round: number of completed rounds; larger than in any checkpoint that `restore_latest`
+                could read.
             state: any pytree of arrays.
-            meta: JSON-able; given back as it is.
+            meta: JSON-serialisable; returned unchanged by `restore_latest`.
 
         Raises:
-            StorageError: If the disk takes no more; nothing is left of this checkpoint then.
+            StorageError: If the disk is full; nothing is left of this checkpoint then.
         """
         self._set_unreadable_aside()
         leaves = _leaves(state)
-        # An array without elements has no bytes to keep, and Orbax refuses it.
+        # Orbax refuses arrays without elements, which hold nothing to save.
         arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
         envelope = {"meta": meta, "leaves": _describe(leaves)}
         place = self._folder / str(round)
@@ -76,7 +78,7 @@ class Checkpointer:
                 if distributed.is_coordinator():
                     _write_sums(place)
             except Exception:
-                # A full disk has no room for what is of no use.
+                # Free the space of the incomplete checkpoint, as the disk may be full.
                 for part in (place, *self._folder.glob(f"{round}.*")):
                     shutil.rmtree(part, ignore_errors=True)
                 raise
@@ -87,22 +89,23 @@ class Checkpointer:
     ) -> tuple[int, PyTree, JsonObject] | None:
         """Returns (round, state, meta) of the newest readable checkpoint; None if none exists.
 
-        One that cannot be read is passed over with a warning in favour of the one before.
+        An unreadable checkpoint is skipped with a warning, in favour of the previous one.
 
         Args:
-            template: a pytree like the saved state; leaves need `shape` and `dtype` only, so that
-                `jax.eval_shape` makes one; where there are many processes, `sharding` too.
-            check: refuses what the template need not fit, by raising a UserError.
+            template: a pytree like the saved state. Its leaves need only `shape` and `dtype`, so
+                `jax.eval_shape` can make it; with several processes they need `sharding` too.
+            check: called with the metadata; refuses the checkpoint by raising a UserError, before
+                the state is compared with the template.
 
         Returns:
-            The state has the template's structure, with NumPy arrays as leaves; where there are
-            many processes, arrays on their devices.
+            The state has the template's structure, with NumPy arrays as leaves; with several
+            processes, the leaves are arrays on their devices.
 
         Raises:
             UserError: There are checkpoints, but none can be read or fits the template.
         """
         found = sorted(self._manager.all_steps(), reverse=True)
-        # Another process's view of a shared folder may be older.
+        # Another process may see an older state of the shared folder.
         rounds = json.loads(distributed.all_gather_text(json.dumps(found))[0])
         reasons: list[str] = []
         for round in rounds:
@@ -112,7 +115,7 @@ class Checkpointer:
                     restored = self._restore(round, template, check)
                 except UserError:
                     raise
-                except Exception as error:  # Orbax and TensorStore raise whatever damage leads to
+                except Exception as error:  # on damage, Orbax and TensorStore may raise anything
                     reason = _first_line(error)
                 reason = next(filter(None, distributed.all_gather_text(reason)), "")
             if restored is None or reason:
@@ -135,7 +138,7 @@ class Checkpointer:
         return None
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Closes the checkpoint manager."""
         self._manager.close()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -150,12 +153,12 @@ class Checkpointer:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=_KEEP,
                 enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,  # what a killed run was writing
+                cleanup_tmp_directories=True,  # left by killed runs
             )
         return ocp.CheckpointManager(self._folder, options=options)
 
     def _check(self, round: int) -> str:
-        """Returns what is wrong with a checkpoint's files, or nothing."""
+        """Returns what is wrong with a checkpoint's files, or an empty string."""
         reason = ""
         if distributed.is_coordinator():
             try:
@@ -176,7 +179,7 @@ class Checkpointer:
         wanted = _describe(shapes)
         _check_fit(envelope["leaves"], wanted)
         leaves = {name: np.zeros(shape, dtype) for name, (dtype, shape) in wanted.items()}
-        if jax.process_count() > 1:  # each reads what its devices hold
+        if jax.process_count() > 1:  # each process reads what its devices hold
             leaves |= {name: leaf for name, leaf in shapes.items() if leaf.size}
         arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
         restored = self._manager.restore(
@@ -186,7 +189,7 @@ class Checkpointer:
         return jax.tree.unflatten(jax.tree.structure(template), leaves.values()), envelope["meta"]
 
     def _set_unreadable_aside(self) -> None:
-        """Renames checkpoints that were passed over, so that their rounds can be saved again."""
+        """Renames checkpoints that were skipped, so that their rounds can be saved again."""
         if not self._unreadable:
             return
         self._manager.close()
@@ -204,10 +207,10 @@ class Checkpointer:
 
 @functools.cache
 def _drop_traces_of_threads() -> None:
-    """Lets a checkpoint that cannot be written be told once, by what Orbax raises.
+    """Suppresses messages from background threads, so that a failed save is reported only once.
 
-    Its threads log the same error, and those of TensorStore print that nobody waits for them any
-    more.
+    The error that Orbax raises is enough. Its threads log the same error, and threads of
+    TensorStore print that their event loop is closed.
     """
     logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in str(record.msg))
     show = sys.unraisablehook
@@ -220,7 +223,7 @@ def _drop_traces_of_threads() -> None:
 
 
 def _leaves(state: PyTree, *, shapes_only: bool = False) -> JsonObject:
-    """Returns the leaves by their path, in the order of the tree."""
+    """Returns the leaves by path, in the order of the tree."""
     paths, _ = jax.tree.flatten_with_path(state)
     named = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -246,7 +249,7 @@ def _check_fit(saved: JsonObject, wanted: JsonObject) -> None:
 
 
 def _sums(checkpoint: Path) -> dict[str, str]:
-    """Returns the digest of each file by its path inside the checkpoint."""
+    """Returns the digest of each file, by its path inside the checkpoint."""
     return {
         file.relative_to(checkpoint).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(checkpoint.rglob("*"))
@@ -261,7 +264,10 @@ def _write_sums(checkpoint: Path) -> None:
 
 
 def _check_sums(checkpoint: Path) -> None:
-    """Raises ValueError if a file is not as it was saved; one killed before its end has no sums."""
+    """Raises ValueError if a file is not as it was saved, or if the digests are missing.
+
+    They are missing if the process was killed before the save was complete.
+    """
     try:
         lines = (checkpoint / _SUMS).read_text().splitlines()
     except FileNotFoundError:

@@ -1,12 +1,12 @@
-"""The settings of a run: from config files and flags to one checked, frozen `RunConfig`.
+"""The settings of a run, turned from config files and flags into a checked, frozen `RunConfig`.
 
 `default_config` turns the schema (`fedhelp_jax.settings.schema`) into the `ConfigDict` that config
-files and ``--config.a.b=...`` change, and `validate` turns that back into a `RunConfig`, which is
-all that the rest of the package sees: no other module reads a `ConfigDict`.
+files and ``--config.a.b=...`` change. `validate` turns that into a `RunConfig`, which is all that
+the rest of the package sees: no other module reads a `ConfigDict`.
 
-A method's own settings live with the method (`fedhelp_jax.algorithms.Method`). A config declares
-those of all methods, as None (the method's default), because ml_collections refuses to override a
-key that is not there; one that is set but that the chosen method does not have is refused.
+A method's own settings are defined with the method (`fedhelp_jax.algorithms.Method`). A config
+declares the settings of all methods as None (the method's default), because ml_collections refuses
+to override a missing key. Settings that the chosen method does not have must not be set.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ from fedhelp_jax.typing import JsonObject, Record
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-    """The method, and its own settings with the defaults filled in."""
+    """The method and its own settings, with the defaults filled in."""
 
     name: str = setting("fedhelp", "the method; package.module:object is one of your own")
     settings: Any = dataclasses.field(default_factory=lambda: ALGORITHMS["fedhelp"].settings())
@@ -60,8 +60,8 @@ class AlgorithmConfig:
 class RunConfig:
     """All settings of a run.
 
-    `validate` and `from_dict` fill in the optimizer and the learning rates that None stands for,
-    so that the settings of a run always hold them.
+    `validate` and `from_dict` replace None by the default optimizer and learning rates, so the
+    settings of a run always hold them.
     """
 
     task: str = setting(
@@ -121,11 +121,11 @@ class RunConfig:
 # --- config files and their values --------------------------------------------------------------
 
 
-# Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
+# Typed as Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
 def default_config() -> Any:
     """Returns a locked `ConfigDict` of all settings at their defaults, for config files to change.
 
-    Those of a method that is not of this package are there after `declare_method`.
+    The settings of a method from outside this package are added by `declare_method`.
 
     Example:
         >>> config = default_config()
@@ -136,7 +136,7 @@ def default_config() -> Any:
 
 
 def declare_method(config: Any, name: str) -> None:
-    """Chooses a method in a `ConfigDict`, and declares its settings, as None, if they are not yet.
+    """Chooses a method in a `ConfigDict`, and declares its missing settings as None.
 
     Raises:
         UserError: There is no such method.
@@ -157,7 +157,7 @@ def validate(config: config_dict.ConfigDict) -> RunConfig:
     """Returns the settings as a `RunConfig`, checked one by one and together.
 
     Args:
-        config: made by `default_config`, then changed.
+        config: made by `default_config` and then changed.
 
     Raises:
         UserError: A key is unknown or missing, a value has the wrong type or is out of range, or
@@ -182,7 +182,7 @@ def validate(config: config_dict.ConfigDict) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> JsonObject:
-    """Returns the settings as plain dicts, lists, numbers and strings, which JSON keeps exactly."""
+    """Returns the settings as dicts, lists, numbers and strings, which JSON preserves exactly."""
     values = dataclasses.asdict(config)
     return _listed(values)
 
@@ -191,7 +191,7 @@ def from_dict(values: Any) -> RunConfig:
     """Returns the `RunConfig` that `to_dict` was given; the inverse of `to_dict`.
 
     Raises:
-        UserError: A key is unknown or missing, or a value is not one that `validate` lets pass.
+        UserError: A key is unknown or missing, or `validate` would refuse a value.
     """
     return _run_config(as_dict(values, "config"))
 
@@ -259,11 +259,11 @@ def describe() -> list[tuple[str, Any, str]]:
     return rows
 
 
-# --- how it is done -----------------------------------------------------------------------------
+# --- implementation -----------------------------------------------------------------------------
 
 
 def _fields(cls: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field[Any]]]:
-    """Gives each setting of a dataclass of the schema, sections' settings too, by dotted key."""
+    """Yields the dotted key and the field of each setting in a dataclass of the schema."""
     for field in dataclasses.fields(cls):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             yield from _fields(field.type, f"{prefix}{field.name}.")
@@ -272,7 +272,7 @@ def _fields(cls: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Fiel
 
 
 def _declare(cls: type) -> JsonObject:
-    """Returns what a `ConfigDict` declares for a dataclass of the schema."""
+    """Returns the entries that a `ConfigDict` declares for a dataclass of the schema."""
     declared: JsonObject = {}
     for field in dataclasses.fields(cls):
         if cls is AlgorithmConfig and field.name == "settings":
@@ -282,8 +282,8 @@ def _declare(cls: type) -> JsonObject:
         elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             declared[field.name] = _declare(field.type)
         elif field.default is None:
-            # `object` for numbers, so that the command line can say None again; `str` for names, so
-            # that a folder called 2019 stays a string.
+            # `object` for numbers, so that a flag can set None again; `str` for names, so that a
+            # folder called 2019 stays a string.
             is_text = str in typing.get_args(field.type)
             declared[field.name] = config_dict.placeholder(str if is_text else object)
         else:
@@ -292,7 +292,7 @@ def _declare(cls: type) -> JsonObject:
 
 
 def _settings(method: str) -> dict[str, dataclasses.Field[Any]]:
-    """Returns the settings of a method by name.
+    """Returns the fields of a method's settings, by name.
 
     Raises:
         UserError: There is no such method.
@@ -316,7 +316,7 @@ _SERVER_LEARNING_RATES = {"sgd": 1.0, "adam": 0.01, "yogi": 0.01}
 
 
 def _filled_in(config: RunConfig) -> RunConfig:
-    """Returns the settings with the optimizer and the learning rates that None stands for."""
+    """Returns the settings with None replaced by the default optimizer and learning rates."""
     name, server = config.algorithm.name, config.server
     plain_sgd = ALGORITHMS[name].plain_sgd
     optimizer = config.optimizer or ("sgd" if plain_sgd else "adam")
@@ -334,7 +334,7 @@ def _filled_in(config: RunConfig) -> RunConfig:
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
-    """Returns a dataclass of the schema from a dict with exactly its keys."""
+    """Returns a dataclass of the schema, built from a dict with exactly its keys."""
     values = as_dict(values, path)
     fields = dataclasses.fields(cls)
     refuse_unknown(values, [field.name for field in fields], path)
@@ -361,13 +361,16 @@ _KEY_SETTINGS = ("api_key_env", "api_key_file")
 
 
 def _build_members(values: Any, teacher: Record, path: str) -> tuple[FoundationConfig, ...]:
-    """Returns the members of an ensemble; what one leaves out is as in the teacher itself."""
+    """Returns the members of an ensemble; a member inherits what it does not set from the teacher.
+
+    It does not inherit the API key if it sets its own URL or key.
+    """
     if not isinstance(values, tuple | list):
-        # Without the value, here and below: a key may stand in it by mistake.
+        # The value is not shown, here and below, since it may hold an API key by mistake.
         raise UserError(f"{path} must be a tuple of dicts, one for each member")
     names = {field.name for field in dataclasses.fields(FoundationConfig)} - {"name"}
     shared = {name: value for name, value in teacher.items() if name in names}
-    # A key is for one host, and written in one way.
+    # An API key is for one host, and is given in only one of the two settings.
     no_key = dict.fromkeys(_KEY_SETTINGS)
     built = []
     for i, item in enumerate(values):
@@ -387,7 +390,7 @@ def _build_settings(method: str, values: Any, path: str) -> Any:
 
 
 def _check_together(config: RunConfig) -> None:
-    """Refuses settings of which each is right but which do not go together."""
+    """Refuses settings that are each valid by themselves but incompatible with each other."""
     for section, registry in (("data", DATA), ("public", PUBLIC)):
         given = getattr(config, section)
         if section == "public" and given.name == "none":
@@ -453,7 +456,7 @@ def _check_task(config: RunConfig) -> None:
 
 
 def _listed(value: Any) -> Any:
-    """Returns `value` with its tuples as the lists that JSON makes of them."""
+    """Returns `value` with its tuples turned into lists, as JSON does."""
     if isinstance(value, dict):
         return {key: _listed(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -462,7 +465,7 @@ def _listed(value: Any) -> Any:
 
 
 def flat(values: Record, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Gives dotted key and value of each setting of what `to_dict` returns."""
+    """Yields the dotted key and the value of each setting in the result of `to_dict`."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")

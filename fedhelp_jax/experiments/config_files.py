@@ -1,4 +1,4 @@
-"""Settings and studies from the Python files that a command names, changed by its flags."""
+"""Reads settings and studies from the Python files that a command names, and applies its flags."""
 
 import ast
 import contextlib
@@ -19,26 +19,26 @@ from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.unused import refuse_unused
 
 if TYPE_CHECKING:
-    from fedhelp_jax.experiments.study import Study  # brings all that computes along
+    from fedhelp_jax.experiments.study import Study  # imports JAX and everything that computes
 
 
 def refuse_rest(arguments: Sequence[str]) -> None:
-    """Refuses what is left of a command line once its flags are taken."""
+    """Refuses arguments that remain on a command line after its flags are parsed."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is one argument too many; flags are --name=value")
 
 
 def read_settings(source: str, overrides: list[str]) -> RunConfig:
-    """Returns the settings of a config file, changed by ``--config.a.b=...`` and checked."""
+    """Returns the checked settings of a config file, with ``--config.a.b=...`` applied."""
     return _changed(load_config(source), overrides)
 
 
-# Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
+# Typed as Any, because type checkers refuse `config.data.name = ...` on a ConfigDict.
 def load_config(source: str) -> Any:
     """Returns the `ConfigDict` of a config file, ``file.py`` or ``file.py:argument``.
 
     Raises:
-        UserError: The file cannot be read, or does not return one.
+        UserError: The file cannot be read, or does not return a `ConfigDict`.
     """
     config = _call(source, "config")
     if not isinstance(config, config_dict.ConfigDict):
@@ -50,12 +50,13 @@ def load_config(source: str) -> Any:
 
 
 def load_run(path: Path, overrides: list[str]) -> RunConfig:
-    """Returns the settings in a run's ``config.json``, changed by flags that leave it the same run.
+    """Returns the settings in a run's ``config.json``, with flags applied.
 
     Raises:
-        UserError: A flag would make another run, or as of `fedhelp_jax.experiments.config.load`.
+        UserError: A flag would make it a different run, or `fedhelp_jax.experiments.config.load`
+            fails.
     """
-    from fedhelp_jax.experiments.identity import differences  # brings all that computes along
+    from fedhelp_jax.experiments.identity import differences  # imports everything that computes
 
     before = config_lib.load(path)
     if not overrides:
@@ -84,7 +85,7 @@ def _changed(config: Any, overrides: list[str]) -> RunConfig:
         kind = types[flag.removeprefix("--").split("=", 1)[0]]
         raise UserError(f"{flag} must be of type {kind.__name__}") from None
     except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
-        # ml_collections lets some of these through as they are; all are about an override.
+        # ml_collections does not wrap all of these errors; each is about an override.
         raise UserError(f"{' '.join(overrides)}: {error}") from None
     checked = config_lib.validate(config)
     names = [name if name in types else name.removeprefix("no") for name in _flag_names(overrides)]
@@ -94,7 +95,7 @@ def _changed(config: Any, overrides: list[str]) -> RunConfig:
 
 
 def _declare_own(config: Any, overrides: Sequence[str]) -> None:
-    """Declares the settings of a method that is not of this package, which flags may change."""
+    """Declares the settings of a method from outside this package, so flags can change them."""
     flag = "--config.algorithm.name="
     named = [text.removeprefix(flag) for text in overrides if text.startswith(flag)]
     algorithm = config.get("algorithm")
@@ -104,7 +105,7 @@ def _declare_own(config: Any, overrides: Sequence[str]) -> None:
 
 
 def load_study(source: str) -> "Study":
-    """Returns the study of a study file, its config files read."""
+    """Returns the study of a study file, with its config files loaded."""
     from fedhelp_jax.experiments.study import Study
 
     study = _call(source, "study")
@@ -122,7 +123,7 @@ def load_study(source: str) -> "Study":
 
 
 def _call(source: str, what: str) -> Any:
-    """Runs a file and returns what its ``get_<what>`` gives; ``file.py:x`` hands it "x"."""
+    """Runs a file and returns the result of its ``get_<what>``; ``file.py:x`` passes it "x"."""
     path, *argument = source.split(":", 1)
     if not Path(path).is_file():
         raise UserError(f"--{what}={source}: there is no file {path}")
@@ -145,7 +146,10 @@ def _call(source: str, what: str) -> Any:
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Lets a file import what lies beside it, as a script may; another folder's stays another."""
+    """Lets a file import modules from its own folder, as a script can.
+
+    The modules are forgotten afterwards, so another folder's modules may have the same names.
+    """
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
@@ -159,7 +163,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 
 def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
-    """Returns the type of each setting in a `ConfigDict`, by its flag's name."""
+    """Returns the type of each setting in a `ConfigDict`, by the name of its flag."""
     types: dict[str, type] = {}
     for key in config:
         if hasattr(config[key], "keys"):
@@ -170,18 +174,18 @@ def _types(config: Any, prefix: str = "config.") -> dict[str, type]:
 
 
 def _refuse_unknown_flags(arguments: Sequence[str], keys: Iterable[str]) -> None:
-    """Refuses a misspelt flag by the closest known one; ml_collections would raise its own way."""
+    """Refuses a misspelt flag and suggests the closest known one, unlike ml_collections."""
     known = [f"--{key}" for key in keys]
     for name in _flag_names(arguments):
-        # A switch is turned off by a leading "no".
+        # A leading "no" turns a switch off.
         if f"--{name}" not in known and f"--{name.removeprefix('no')}" not in known:
             raise UserError(f"--{name} is not a known flag{suggest(f'--{name}', known)}")
 
 
 def _with_tuples(arguments: Sequence[str]) -> list[str]:
-    """Returns flags in which names, ``a,b`` or ``(a,b)``, are written as a tuple of Python.
+    """Returns flags in which lists of names, ``a,b`` or ``(a,b)``, are written as Python tuples.
 
-    ml_collections takes such a text for a single name, unless it is a number or a tuple already.
+    ml_collections would read such text as a single name, unless it is a number or a tuple already.
     """
     kinds = config_lib.kinds()
     changed = []

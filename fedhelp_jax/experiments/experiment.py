@@ -1,4 +1,4 @@
-"""From settings to what runs: data, roles, teacher, models and method put together."""
+"""Builds a run from its settings: data, roles, teacher, models and method."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from fedhelp_jax.teachers.resolve import resolve_answers
 from fedhelp_jax.transforms import harmonize
 
 MOST_ROUNDS = 1000
-# Floats past this are no normalised images.
+# Pixel values beyond this are not normalised.
 _LARGE = 100
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _Data = TypeVar("_Data", FederatedDataset, PublicDataset)
 
 
 class Loaded(NamedTuple):
-    """A run's data, and what follows from them."""
+    """A run's data, and what is derived from it."""
 
     task: Task
     dataset: FederatedDataset
@@ -53,7 +53,7 @@ class Loaded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A run ready to start, and what its report says of it."""
+    """A run that is ready to start, with the information that its report needs."""
 
     config: RunConfig
     task: Task
@@ -65,10 +65,10 @@ class Experiment:
 
 
 def build_experiment(config: RunConfig) -> Experiment:
-    """Loads the data and puts the run together.
+    """Loads the data and builds the run.
 
     Raises:
-      UserError: If the data cannot be read or do not fit the settings.
+      UserError: If the data cannot be read or does not fit the settings.
     """
     max_device_bytes = config.mapping.max_device_bytes
     if max_device_bytes and ALGORITHMS[config.algorithm.name].pools_data:
@@ -77,7 +77,7 @@ def build_experiment(config: RunConfig) -> Experiment:
             "needs all clients' data on the device at once: it must be 0"
         )
     loaded = load(config)
-    # The process may have more CPU devices, if another caller has chosen them.
+    # The process may have more CPU devices than the config asks for, if other code chose them.
     alone = jax.process_count() == 1 and jax.default_backend() == "cpu"
     mapping = make_mapping(config.mapping.chunk_size, config.mapping.cpu_devices if alone else None)
     phases = make_phases(config, loaded, mapping)
@@ -96,21 +96,21 @@ def build_experiment(config: RunConfig) -> Experiment:
 
 
 def rounds_at_once(config: RunConfig) -> int:
-    """The most rounds that are made in one dispatch, whose reports lie on the device together."""
+    """Returns the most rounds that one dispatch computes; their reports share device memory."""
     return min(config.evaluate_every, config.checkpoint_every, config.rounds, MOST_ROUNDS)
 
 
 def load(config: RunConfig) -> Loaded:
-    """Loads what a run learns from.
+    """Loads the data that a run learns from.
 
     Raises:
-      UserError: If it cannot be read or does not fit the settings.
+      UserError: If the data cannot be read or does not fit the settings.
     """
     dataset, public, answers = load_sources(config)
     task = task_of(config, dataset)
     roles = assign_roles(dataset, top_n=config.roles.top_n, large=config.roles.large)
     logits = None if answers is None else answers.logits
-    # Where there are other processes, no device is given what is not its own.
+    # With several processes, the data stays on the host, so a device gets only its own part.
     on_host = jax.process_count() > 1 or config.mapping.max_device_bytes > 0
     federation = make_federation(dataset, roles, public, logits, on_host=on_host)
     return Loaded(task, dataset, roles, public, answers, federation)
@@ -119,7 +119,7 @@ def load(config: RunConfig) -> Loaded:
 def load_sources(
     config: RunConfig,
 ) -> tuple[FederatedDataset, PublicDataset | None, Answers | None]:
-    """Loads the data and the teacher's answers, each where the method needs it.
+    """Loads the data, and the public data and the teacher's answers if the method needs them.
 
     Raises:
       UserError: If they cannot be read or do not fit the settings.
@@ -133,7 +133,7 @@ def load_sources(
     if answers is None:
         if public.labels is None:
             raise UserError(f"teacher.name: {public.name} has no labels, so a teacher is needed")
-    # A mask has an axis for each of the image's; a label has none.
+    # A mask has the image's spatial axes; a label has none.
     elif answers.logits.ndim != dataset.labels.ndim + 1:
         needed = "one row of logits" if dataset.labels.ndim == 1 else "a map of logits"
         raise UserError(
@@ -145,12 +145,12 @@ def load_sources(
 
 
 def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> RoundProgram:
-    """The method over the clients of the loaded data.
+    """Returns the phases of a round: the method over the clients of the loaded data.
 
     Args:
       config: The settings; numbers that no shape depends on may be traced.
       loaded: The data.
-      mapping: How clients run.
+      mapping: How clients are mapped to devices.
 
     Returns:
       The phases of a round.
@@ -185,7 +185,7 @@ def make_phases(config: RunConfig, loaded: Loaded, mapping: Mapping) -> RoundPro
 
 
 def algorithm_of(config: RunConfig, num_classes: int) -> Algorithm:
-    """The method of a run with its networks and optimizers."""
+    """Returns the method of a run, with its networks and optimizers."""
     assert config.learning_rate is not None, "not validated"
     optimizer = {"adam": adam_l2, "sgd": sgd_l2}[str(config.optimizer)]
     networks = {
@@ -214,10 +214,12 @@ def algorithm_of(config: RunConfig, num_classes: int) -> Algorithm:
 def load_data(
     config: RunConfig, *, with_public: bool
 ) -> tuple[FederatedDataset, PublicDataset | None]:
-    """The private data, and the public where wanted, harmonised as ``data.harmonize`` says.
+    """Returns the private data and, if ``with_public``, the public data, both harmonised.
+
+    ``data.harmonize`` names the steps of the harmonisation.
 
     Raises:
-      UserError: If they cannot be read or harmonised, or are not images of one kind.
+      UserError: If the data cannot be read or harmonised, or the images differ in shape or dtype.
     """
     names = config.data.harmonize
     dataset, public = read_data(config, with_public=with_public)
@@ -246,10 +248,12 @@ def load_data(
 def read_data(
     config: RunConfig, *, with_public: bool
 ) -> tuple[FederatedDataset, PublicDataset | None]:
-    """The same before anything is harmonised, so that equal images are equal, and others are not.
+    """Returns what `load_data` returns, before harmonisation.
+
+    Harmonisation could make different images equal, or equal images different.
 
     Raises:
-      UserError: If they cannot be read, or are not images of one shape.
+      UserError: If the data cannot be read, or the images differ in shape.
     """
     masks = config.task == "segmentation"
     dataset = load_federated(config.data, config.seed, masks=masks)
@@ -274,10 +278,10 @@ def read_data(
 
 
 def harmonized(data: _Data, names: tuple[str, ...]) -> _Data:
-    """Data with their images harmonised, which their name then tells.
+    """Returns data with harmonised images; the steps are appended to the data's name.
 
     Raises:
-      UserError: If the images are not what a method needs.
+      UserError: If the images do not fit a harmonisation step.
     """
     if not names:
         return data
@@ -285,28 +289,28 @@ def harmonized(data: _Data, names: tuple[str, ...]) -> _Data:
         images = harmonize(data.images, names)
     except ValueError as error:
         raise UserError(f"config.data.harmonize: {data.name}: {error}") from None
-    # What was done is told wherever the data's name appears; answers may depend on it.
+    # The name records the steps wherever it appears, since answers may depend on them.
     return data._replace(name="_".join((data.name, *names)), images=images)
 
 
 def task_of(config: RunConfig, dataset: FederatedDataset) -> Task:
-    """The task of a run; masks are named by the data's classes."""
+    """Returns the task of a run; the data's classes name the masks."""
     if config.task == "segmentation":
         return tasks.segmentation(dataset.label_names)
     return tasks.classification
 
 
 def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_classes: int) -> Model:
-    """The network of that name, with ``num_classes`` outputs; ``widths`` replace a U-Net's own."""
+    """Returns the network of that name; ``widths``, if any, replace a U-Net's default widths."""
     found = architecture(name, "model")
     given = {"widths": widths, "norm": config.norm, "remat": config.remat}
     model = found.build(num_classes, **{option: given[option] for option in found.options})
-    # "float32" leaves the networks alone: they compute in their parameters' dtype.
+    # "float32" leaves the networks unchanged: they compute in the dtype of their parameters.
     return model if config.compute_dtype == "float32" else with_compute_dtype(model, "bfloat16")
 
 
 def _server_optimizer(config: ServerConfig) -> optax.GradientTransformation | None:
-    """The optimizers of Reddi et al., arXiv:2003.00295, as optax has them; None for the mean."""
+    """Returns an optax optimizer of Reddi et al., arXiv:2003.00295, or None for a plain mean."""
     if config.optimizer == "none":
         return None
     assert config.learning_rate is not None, "not validated"

@@ -1,8 +1,8 @@
-"""What makes a run the run it is: its settings, what it read, and the program that computed it.
+"""The identity of a run: its settings, the data it read, and the program that computed it.
 
-Which settings count is said in the schema, beside each (`fedhelp_jax.settings.schema.setting`).
-Where data lie does not count, but their content does: ``provenance.json`` in a run folder, and each
-checkpoint, hold its hash. They also hold what else decides the last bits of a result: the back
+The schema states for each setting whether it counts (`fedhelp_jax.settings.schema.setting`). The
+location of data does not count, but its content does: ``provenance.json`` in a run folder and each
+checkpoint hold its hash. They also hold what else determines the last bits of a result: the back
 end, the devices and how clients are vectorised on them.
 """
 
@@ -36,14 +36,14 @@ PROVENANCE = "provenance.json"
 
 
 def identity(config: RunConfig) -> JsonObject:
-    """Returns the settings that make a run the run it is, as dicts, lists, numbers and strings."""
+    """Returns the settings that identify a run, as dicts, lists, numbers and strings."""
     return {**_identity(config), "algorithm": configs.to_dict(config)["algorithm"]}
 
 
 def identity_sha256(config: RunConfig) -> str:
-    """Returns the hash of the settings with which a run goes on from a checkpoint.
+    """Returns the hash of the settings that must not change when a run resumes from a checkpoint.
 
-    The number of rounds is one of them only where a schedule depends on it.
+    They include the number of rounds only if a schedule depends on it.
     """
     values = identity(config)
     if not schedule_over_rounds(config):
@@ -52,7 +52,7 @@ def identity_sha256(config: RunConfig) -> str:
 
 
 def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
-    """Returns one ``key: value -> value`` for each setting that makes them different runs.
+    """Returns one ``key: value -> value`` for each setting that makes two runs different.
 
     Example:
         >>> differences(RunConfig(), RunConfig(rounds=12))
@@ -62,7 +62,7 @@ def differences(ours: RunConfig, theirs: RunConfig) -> tuple[str, ...]:
 
 
 def changes(before: Record, after: Record) -> tuple[str, ...]:
-    """Returns the same of the dicts that `identity` gives."""
+    """Returns the same as `differences`, given two dicts that `identity` returned."""
     old, new = dict(configs.flat(before)), dict(configs.flat(after))
     keys = [*old, *(key for key in new if key not in old)]
     return tuple(
@@ -73,7 +73,10 @@ def changes(before: Record, after: Record) -> tuple[str, ...]:
 
 
 def schedule_over_rounds(config: RunConfig) -> str:
-    """Returns what depends on the number of rounds, which must then stay as it is, or nothing."""
+    """Returns the setting that depends on the number of rounds, or an empty string.
+
+    If there is one, the number of rounds must not change.
+    """
     if config.learning_rate_schedule != "constant":
         return f"learning_rate_schedule = {config.learning_rate_schedule!r}"
     if ALGORITHMS[config.algorithm.name].schedules(config.algorithm.settings):
@@ -82,15 +85,15 @@ def schedule_over_rounds(config: RunConfig) -> str:
 
 
 def refuse_other_settings(before: RunConfig, config: RunConfig, where: str) -> None:
-    """Refuses settings with which the run of a folder cannot be gone on with.
+    """Refuses settings with which the run in a folder cannot be resumed.
 
     Args:
-      before: Those of the folder.
-      config: Those asked for. Another number of rounds is fine where no schedule depends on it.
+      before: The settings in the folder.
+      config: The requested settings. The number of rounds may differ if no schedule depends on it.
       where: The flag and the folder, for the message.
 
     Raises:
-      UserError: If others make another run.
+      UserError: If the requested settings make a different run.
     """
     schedule = schedule_over_rounds(config)
     if not schedule:
@@ -127,7 +130,7 @@ def sources(
     public: PublicDataset | None,
     answers: Answers | None,
 ) -> dict[str, JsonObject]:
-    """Returns path, bytes of the file, number of examples and their hash, of each source."""
+    """Returns the path, file size in bytes, number of examples and content hash of each source."""
     asked = [m.store if is_asked(m) else m.path for m in members(config.teacher)]
     found: dict[str, tuple[list[str | None], int, str]] = {
         "data": ([config.data.path], len(dataset.images), dataset.content_sha256)
@@ -143,15 +146,15 @@ def sources(
 
 
 def refuse_other_sources(before: Record, now: Record, where: str) -> None:
-    """Refuses to go on with other examples or answers than a run was started with.
+    """Refuses to resume a run with examples or answers other than those it was started with.
 
     Args:
-      before: What `sources` gave then.
-      now: What it gives now.
+      before: What `sources` returned at the start of the run.
+      now: What `sources` returns now.
       where: The flag and the folder of the run, for the message.
 
     Raises:
-      UserError: If a source has other content.
+      UserError: If the content of a source has changed.
     """
     for name in now:
         old, new = before.get(name, {}).get("sha256", ""), now[name]["sha256"]
@@ -173,7 +176,7 @@ def _place(paths: list[str | None]) -> JsonObject:
 
 
 def program(experiment: Experiment) -> JsonObject:
-    """Returns what decides the last bits of a result besides settings and data."""
+    """Returns what determines the last bits of a result, besides settings and data."""
     mapping, count = experiment.simulation.mapping, jax.process_count()
     max_device_bytes = experiment.config.mapping.max_device_bytes
     return {
@@ -186,7 +189,7 @@ def program(experiment: Experiment) -> JsonObject:
 
 
 def provenance(experiment: Experiment) -> JsonObject:
-    """Returns what ``provenance.json`` holds: the program, and what was read."""
+    """Returns the content of ``provenance.json``: the program and the sources."""
     read = experiment.dataset, experiment.public, experiment.answers
     return {"program": program(experiment), "sources": sources(experiment.config, *read)}
 
@@ -197,10 +200,10 @@ def write_provenance(workdir: Path, value: Record) -> None:
 
 
 def read_provenance(workdir: Path) -> JsonObject | None:
-    """Returns the content of ``provenance.json``; None where there is none.
+    """Returns the content of ``provenance.json``, or None if there is no such file.
 
     Raises:
-      UserError: It is not as it was written.
+      UserError: If the file cannot be read or is damaged.
     """
     path = workdir / PROVENANCE
     try:
@@ -216,17 +219,17 @@ def read_provenance(workdir: Path) -> JsonObject | None:
 
 
 def as_started(config: RunConfig, workdir: Path, cpu_devices: int | None = None) -> RunConfig:
-    """Returns settings with the mapping of the run in a folder, and warns where it is another one.
+    """Returns settings with the mapping of the run in a folder, and warns if it differs.
 
-    Otherwise the run would not end with the same bits.
+    With another mapping, the run would not end with the same bits.
 
     Args:
-      config: The settings asked for.
-      workdir: The run folder. Where it holds no checkpoint, the settings stay as they are.
-      cpu_devices: How many devices the CPU would be by itself, where JAX has not started yet.
+      config: The requested settings.
+      workdir: The run folder. If it holds no checkpoint, the settings are returned unchanged.
+      cpu_devices: The default number of CPU devices, if JAX has not started yet.
 
     Raises:
-      UserError: If ``provenance.json`` is not as it was written.
+      UserError: If ``provenance.json`` cannot be read or is damaged.
     """
     recorded = read_provenance(workdir)
     checkpoints = workdir / "checkpoints"
@@ -236,7 +239,7 @@ def as_started(config: RunConfig, workdir: Path, cpu_devices: int | None = None)
     on_cpu = before["platform"] == "cpu"
     devices = before["devices"] // before.get("processes", 1) if on_cpu else asked.cpu_devices
     max_device_bytes = before.get("max_device_bytes", 0)
-    # All clients at once, as accelerators do by themselves, have no number among the settings.
+    # No setting stands for all clients at once, which is the default on accelerators.
     kept = MappingConfig(devices, before["chunk_size"] or None, max_device_bytes)
     wanted = MappingConfig(
         (asked.cpu_devices or cpu_devices or devices) if on_cpu else devices,
@@ -259,7 +262,7 @@ def as_started(config: RunConfig, workdir: Path, cpu_devices: int | None = None)
 
 
 def of_checkpoint(experiment: Experiment) -> JsonObject:
-    """Returns what each checkpoint holds beside the state, for `refuse_other_checkpoint`."""
+    """Returns the metadata that each checkpoint holds, for `refuse_other_checkpoint`."""
     return {
         **provenance(experiment),
         "identity_sha256": identity_sha256(experiment.config),
@@ -267,17 +270,17 @@ def of_checkpoint(experiment: Experiment) -> JsonObject:
 
 
 def refuse_other_checkpoint(meta: Record, ours: Record, where: str, *, same_program: bool) -> None:
-    """Refuses a checkpoint of another run.
+    """Refuses a checkpoint of a different run.
 
     Args:
-      meta: What `of_checkpoint` gave when it was saved.
-      ours: What it gives now.
+      meta: What `of_checkpoint` returned when the checkpoint was saved.
+      ours: What `of_checkpoint` returns now.
       where: The flag and the folder of the run, for the message.
       same_program: Whether the results must have the same bits as if the run had never stopped.
-        The state of many processes fits no other program in any case.
+        With several processes the program must always be the same, since their state fits no other.
 
     Raises:
-      UserError: If settings, data or program are others.
+      UserError: If the settings, the data or the program differ.
     """
     if "identity_sha256" not in meta:
         raise distributed.Agreed(

@@ -1,4 +1,4 @@
-"""Runs from Python: `run`, what it returns, and the same of a finished run folder."""
+"""Running from Python: `run`, its `Result`, and `load_run` for finished run folders."""
 
 import csv
 import functools
@@ -28,16 +28,17 @@ def run(
     *,
     overwrite: bool = False,
 ) -> "Result":
-    """Runs, or goes on with, what ``fedhelp train`` runs, and returns its result.
+    """Starts or resumes a run, like ``fedhelp train``, and returns its result.
 
     Args:
-      config: A config file, as ``--config`` takes it; or the settings, as `default_config` or
-        `load_config` returns them, changed.
-      workdir: The run folder; None takes a temporary one, which goes with the result.
-      callbacks: Called after every round with its number from 1, its row of ``metrics.jsonl``, and
-        the state; the state's arrays must not be kept, since the next round takes over their
-        memory. If one returns True, the run ends after that round, and is measured.
-      overwrite: Begin anew, removing what an earlier run left in the folder.
+      config: A config file, as ``--config`` takes it, or settings based on what `default_config`
+        or `load_config` returns.
+      workdir: The run folder; None uses a temporary folder, which is deleted with the result.
+      callbacks: Called after every round with its number, starting at 1, its row of
+        ``metrics.jsonl``, and the state. Do not keep the state's arrays, since the next round
+        reuses their memory. If a callback returns True, the run ends after that round and is
+        evaluated.
+      overwrite: Whether to start from scratch and remove an earlier run from the folder.
 
     Raises:
       UserError: If the settings, the data or the folder do not allow the run.
@@ -58,13 +59,12 @@ def run(
     else:
         settings = read_settings(str(config), [])
     if workdir is not None:
-        runner.train(settings, Path(workdir), overwrite, callbacks=callbacks)
-        return Result(Path(workdir))
+        summary = runner.train(settings, Path(workdir), overwrite, callbacks=callbacks)
+        return Result(Path(workdir), settings, summary)
     folder = Path(tempfile.mkdtemp(prefix="fedhelp_"))
     remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
     try:
-        runner.train(settings, folder, callbacks=callbacks)
-        result = Result(folder)
+        result = Result(folder, settings, runner.train(settings, folder, callbacks=callbacks))
     except BaseException:
         remove()
         raise
@@ -76,50 +76,51 @@ def load_run(folder: str | Path) -> "Result":
     """Returns the result of a finished run from its folder.
 
     Raises:
-      UserError: If it is none.
+      UserError: If the folder does not hold a finished run.
     """
-    return Result(Path(folder))
+    folder = Path(folder)
+    summary = run_files.read_summary(folder)
+    return Result(folder, configs.load(folder / runner.CONFIG), summary)
 
 
 class Table(dict[str, list[Any]]):
-    """Columns by name."""
+    """A table: a dict of columns by name."""
 
     def to_pandas(self) -> Any:
-        """Returns it as a ``pandas.DataFrame``, where pandas is installed."""
+        """Returns the table as a ``pandas.DataFrame``; pandas must be installed."""
         import pandas as pd  # pyright: ignore[reportMissingImports]
 
         return pd.DataFrame(dict(self))
 
 
 class Result:
-    """A finished run.
+    """The result of a finished run.
 
     Attributes:
-      folder: Its run folder.
-      config: Its settings.
-      summary: The content of ``summary.json``.
+      folder: The run folder.
+      config: The settings of the run.
+      summary: The content of ``summary.json``; in a run of several processes, empty in all but the
+        first.
     """
 
-    def __init__(self, folder: Path):
-        """Reads the folder."""
-        self.folder = folder
-        self.summary = run_files.read_summary(folder)
-        self.config = configs.load(folder / runner.CONFIG)
+    def __init__(self, folder: Path, config: RunConfig, summary: Record):
+        """Holds what `run` and `load_run` give it."""
+        self.folder, self.config, self.summary = folder, config, summary
         self._restored: Any = None
 
     def __repr__(self) -> str:
-        return f"Result({str(self.folder)!r}, {self.summary['algorithm']})"
+        return f"Result({str(self.folder)!r}, {self.config.algorithm.name})"
 
     @property
     def history(self) -> Table:
-        """A value for each round: losses, and metrics of rounds that were evaluated, else None."""
+        """The losses and metrics by round; metrics are None in rounds without an evaluation."""
         rows = run_files.read_metrics(self.folder / runner.METRICS)
         names = dict.fromkeys(name for row in rows for name in row)
         return Table({name: [row.get(name) for row in rows] for name in names})
 
     @property
     def clients(self) -> Table:
-        """The content of ``clients.csv``: each client's metrics by model and split."""
+        """The content of ``clients.csv``: the metrics of each client by model and split."""
         with (self.folder / runner.CLIENTS).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         columns = Table({name: [row[name] for row in rows] for name in run_files.CLIENT_COLUMNS})
@@ -133,14 +134,14 @@ class Result:
 
         Args:
           images: ``[n, *spatial, channels]`` of the size that the run trained on: uint8 pixels, or
-            floats as they are.
-          client: Its name.
+            floats, which are used unchanged.
+          client: Name of the client.
 
         Returns:
-          ``[n, C]``, or for masks ``[n, *spatial, C]``.
+          ``[n, C]``, or ``[n, *spatial, C]`` for masks.
 
         Raises:
-          UserError: If there is no such client, or the images are of another size.
+          UserError: If there is no such client, or the images have another size.
         """
         if self._restored is None:
             self._restored = runner.restore(self.config, self.folder)
@@ -162,10 +163,10 @@ class Result:
         return runner.logits_of(*runner.deployed(experiment, state, *places[client]), images)
 
     def save(self, folder: str | Path) -> None:
-        """Copies the run folder.
+        """Copies the run folder to ``folder``.
 
         Raises:
-          UserError: If there is such a folder.
+          UserError: If ``folder`` already exists.
         """
         if Path(folder).exists():
             raise UserError(f"{folder}: exists; name another folder")
@@ -173,5 +174,5 @@ class Result:
 
     @staticmethod
     def load(folder: str | Path) -> "Result":
-        """Returns the result that `save` wrote; as `load_run`."""
-        return Result(Path(folder))
+        """Returns the result that `save` wrote; the same as `load_run`."""
+        return load_run(folder)

@@ -1,8 +1,8 @@
-"""The orchestrator: rounds, evaluation, checkpoints and the run folder.
+"""Runs the rounds and evaluations, and manages checkpoints and the run folder.
 
-A run folder holds ``config.json``, ``metrics.jsonl`` (a line a round), ``checkpoints/`` and, at the
-end, ``clients.csv`` and ``summary.json``; of masks also ``pictures/``. The same command on the same
-folder goes on where it stopped, and ends with the same bits as if it had never stopped.
+A run folder holds ``config.json``, ``metrics.jsonl`` (one line per round), ``checkpoints/`` and, at
+the end, ``clients.csv`` and ``summary.json``; for masks also ``pictures/``. The same command on the
+same folder resumes where the run stopped, and ends with the same bits as if it had never stopped.
 """
 
 import contextlib
@@ -58,17 +58,17 @@ CONFIG, METRICS, CLIENTS, _SUMMARY = (
     "clients.csv",
     "summary.json",
 )
-# What is called after a round: ``(round, metrics, state)``; the run ends early if it returns True.
+# Called after a round with ``(round, metrics, state)``; the run ends early if it returns True.
 Callback = Callable[[int, Record, RunState], bool | None]
 
 _CHECKPOINTS = "checkpoints"
-# What a client sends to the server, and what it receives; keys of its info where a method has them.
+# Bytes that a client sends and receives; a method may report them under these keys of its info.
 _TRAFFIC = ("bytes_up", "bytes_down")
 _PICTURES = "pictures"
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state."""
+    """The run was asked to stop and has saved its state."""
 
 
 def train(
@@ -79,23 +79,23 @@ def train(
     split: str = "test",
     callbacks: Sequence[Callback] = (),
 ) -> JsonObject:
-    """Runs, or goes on with, a run in a folder.
+    """Starts or resumes a run in a folder.
 
     Args:
       config: The settings.
       workdir: The run folder.
-      overwrite: Begin anew, removing what an earlier run left there.
-      split: What the last models are measured on; with "validation" no test image is looked at.
+      overwrite: Whether to start from scratch and remove an earlier run from the folder.
+      split: The split that the final models are evaluated on; "validation" uses no test image.
       callbacks: Called after every round with its number, its row of ``metrics.jsonl`` and the
-        state; if one returns True, the run ends there and is measured.
+        state; if one returns True, the run ends there and is evaluated.
 
     Returns:
-      The content of ``summary.json``; nothing in other processes than the first.
+      The content of ``summary.json`` in the first process; an empty dict in the others.
 
     Raises:
       UserError: If the settings, the data or the folder do not allow the run.
-      Diverged: If every client of a role has diverged, once the state is saved and the results are
-        written; the same command on the folder then ends so again.
+      Diverged: If every client of a role has diverged, after saving the state and writing the
+        results. Repeating the command on the folder raises it again.
       Interrupted: After SIGINT or SIGTERM, once the state is saved.
     """
     _check_together(config, workdir)
@@ -148,18 +148,19 @@ def _train(
 
 
 def evaluate(workdir: Path, config: RunConfig | None = None) -> JsonObject:
-    """Evaluates the newest checkpoint of a run folder anew and rewrites its ``summary.json``.
+    """Evaluates the newest checkpoint of a run folder again and rewrites its ``summary.json``.
 
     Args:
       workdir: The run folder.
-      config: Its settings, but for where data lie and the like; None takes those of the folder.
+      config: The settings of the run, which may differ in such things as the location of data; None
+        takes the settings in the folder.
 
     Returns:
-      The content of ``summary.json``; nothing in other processes than the first.
+      The content of ``summary.json`` in the first process; an empty dict in the others.
 
     Raises:
       UserError: If the folder holds no checkpoint or is not as the run left it.
-      Diverged: As in `train`.
+      Diverged: See `train`.
     """
     found: RunConfig = config or distributed.run_on_all(lambda: configs.load(workdir / CONFIG))
     _check_together(found, workdir)
@@ -185,7 +186,7 @@ def _evaluate(config: RunConfig, workdir: Path) -> JsonObject:
             f"--workdir={workdir}: the run stopped after round {done} of {config.rounds}; "
             "the same train command goes on with it"
         )
-    # A run that tuned without the test images is not to be judged by them afterwards.
+    # A run that was evaluated on validation images must not be evaluated on test images later.
     before = run_files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
     split = before.get("split", "test")
     summary = _finish(experiment, workdir, state, done, split, health, meta["program"])
@@ -195,7 +196,7 @@ def _evaluate(config: RunConfig, workdir: Path) -> JsonObject:
 
 
 def restore(config: RunConfig, workdir: Path) -> tuple[Experiment, RunState]:
-    """Returns a run's data and its last checkpoint, to look at.
+    """Returns a run's experiment and the state of its last checkpoint, without changing the folder.
 
     Raises:
       UserError: If the folder holds no checkpoint or is not as the run left it.
@@ -211,7 +212,7 @@ def restore(config: RunConfig, workdir: Path) -> tuple[Experiment, RunState]:
 def deployed(
     experiment: Experiment, state: RunState, group: Group, row: int
 ) -> tuple[Model, Variables]:
-    """Returns the network that one client deploys, and its variables."""
+    """Returns the network that a client deploys, and its variables."""
     dataset = experiment.dataset
     train = dataset.clients[int(np.asarray(group.ids)[row])].train
     pool = Pool(jnp.asarray(dataset.images[train]), jnp.asarray(dataset.labels[train]))
@@ -220,10 +221,10 @@ def deployed(
 
 
 def logits_of(model: Model, variables: Variables, images: np.ndarray) -> np.ndarray:
-    """Returns a network's logits on images, a batch at a time."""
+    """Returns a network's logits on images, computed in batches."""
     apply = jit(lambda v, x: apply_model(model, v, normalize_images(x))[0])
     size = 64
-    # The last batch is filled up, so that there is one program.
+    # The last batch is filled up, so that only one program is compiled.
     padded = np.concatenate([images, np.repeat(images[-1:], -len(images) % size, axis=0)])
     starts = range(0, len(padded), size)
     logits = [np.asarray(apply(variables, padded[i : i + size])) for i in starts]
@@ -240,7 +241,7 @@ def _run_rounds(
     health: Divergence,
     callbacks: Sequence[Callback],
 ) -> tuple[int, RunState]:
-    """Makes the rounds that are missing; returns how many are done, and the state after them."""
+    """Runs the remaining rounds; returns the number of completed rounds and the final state."""
     config, simulation = experiment.config, experiment.simulation
     metric, payload = experiment.task.headline, None
     shown = (
@@ -279,10 +280,10 @@ def _run_rounds(
                 row |= {"wall_s": wall_s, "compile_s": compile_s}
                 run_files.append_metrics(workdir / METRICS, row)
                 shown.update(run_files.plain(row) | {"seconds": wall_s - compile_s})
-            # Whichever process was asked: all stop after the same round.
+            # If any process is asked to stop, all stop after the same round.
             stopping = distributed.any_process(stop.requested)
             ends = [callback(done, run_files.plain(rows[-1]), state) for callback in callbacks]
-            # Processes end together, even if a callback does so in one of them only.
+            # All processes end together, even if a callback returned True in only one of them.
             ended = bool(callbacks) and distributed.any_process(True in ends)
             last = last or _must_stop(config, health) or ended
             if last or stopping or done % config.checkpoint_every == 0:
@@ -298,7 +299,7 @@ def _run_rounds(
 
 
 def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
-    """Which clients had diverged after a round."""
+    """Returns the `Divergence` of a run, restored as it was after ``done`` rounds."""
     rows = _rows(workdir, done) if distributed.is_coordinator() else []
     before = distributed.all_gather_text(json.dumps(rows[-1].get("diverged") if rows else None))[0]
     names = {group.role: group.names for group in experiment.simulation.groups}
@@ -306,7 +307,7 @@ def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
 
 
 def _rows(workdir: Path, done: int) -> list[JsonObject]:
-    """What is written down of the first rounds: a killed run may have told more than it saved."""
+    """Returns the rows of the first rounds; a killed run may have written more than it saved."""
     return [row for row in run_files.read_metrics(workdir / METRICS) if row["round"] <= done]
 
 
@@ -315,7 +316,7 @@ def _must_stop(config: RunConfig, health: Divergence) -> bool:
 
 
 def _next_stop(config: RunConfig, done: int) -> int:
-    """The round after which something is to be evaluated or saved, or a dispatch is full."""
+    """Returns the next round at which to evaluate, to save, or to end a full dispatch."""
     every = (config.evaluate_every, config.checkpoint_every)
     return min(config.rounds, done + rounds_at_once(config), *((done // n + 1) * n for n in every))
 
@@ -329,7 +330,7 @@ def _finish(
     health: Divergence,
     trained_by: Record | None = None,
 ) -> JsonObject:
-    """Measures the last state and writes the results."""
+    """Evaluates the final state and writes the results."""
     started, compiled = time.perf_counter(), compile_totals()
     simulation, config = experiment.simulation, experiment.config
     results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}
@@ -409,7 +410,7 @@ def _finish(
 
 
 def _round_losses(experiment: Experiment, info: RoundInfo) -> JsonObject:
-    """The round's mean loss over all who took part, and the means of each role's report."""
+    """Returns a round's mean loss over all participants, and the mean of each value by role."""
     details, losses = {}, []
     for group in experiment.simulation.groups:
         took_part = np.asarray(info.participants[group.role]) < len(group.names)
@@ -424,7 +425,10 @@ def _round_losses(experiment: Experiment, info: RoundInfo) -> JsonObject:
 def _traffic(
     experiment: Experiment, info: RoundInfo, payload: Mapping[str, tuple[int, int]]
 ) -> dict[str, int]:
-    """Bytes that all who took part sent and received: as they say, where it changes by round."""
+    """Returns the bytes that all participants sent and received.
+
+    A method whose traffic changes by round reports it; for others, ``payload`` gives it.
+    """
     total: dict[str, int] = {way: 0 for way in _TRAFFIC}
     for group in experiment.simulation.groups:
         took_part = np.asarray(info.participants[group.role]) < len(group.names)
@@ -438,7 +442,7 @@ def _traffic(
 def _restore(
     experiment: Experiment, checkpointer: Checkpointer, workdir: Path, *, same_program: bool
 ) -> tuple[int, RunState, JsonObject]:
-    """The newest checkpoint's round, state and what is with it, or round 0 and the first state."""
+    """Returns the newest checkpoint's round, state and metadata; without one, an initial state."""
     simulation, ours = experiment.simulation, identity.of_checkpoint(experiment)
 
     def check(meta: JsonObject) -> None:
@@ -453,7 +457,7 @@ def _restore(
 
 
 def _check_together(config: RunConfig, workdir: Path) -> None:
-    """Checks that all processes make the same run, in one folder that they share.
+    """Checks that all processes have the same settings and share one folder.
 
     Raises:
       UserError: If they do not.
@@ -466,7 +470,7 @@ def _check_together(config: RunConfig, workdir: Path) -> None:
             "cannot be --distributed"
         )
 
-    # Data may lie elsewhere on each host.
+    # The location of data may differ between hosts.
     ours = {**identity.identity(config), "mapping": configs.to_dict(config)["mapping"]}
 
     def differences(theirs: str) -> str:
@@ -493,7 +497,7 @@ def _check_together(config: RunConfig, workdir: Path) -> None:
 
 
 def _check_same_sources(experiment: Experiment) -> None:
-    """Checks that all processes have read the same.
+    """Checks that all processes have read the same data.
 
     Raises:
       UserError: If they have not.
@@ -521,7 +525,7 @@ def _remove_run(workdir: Path) -> None:
 
 
 class _StopRequest:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after the round; a second one kills."""
+    """Turns the first SIGINT or SIGTERM into a request to stop after the round; the next kills."""
 
     _signals = (signal.SIGINT, signal.SIGTERM)
 

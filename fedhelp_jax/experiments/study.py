@@ -1,12 +1,12 @@
-"""Studies: methods x data sets x budgets x seeds, each a run of its own, in one folder.
+"""Studies: one run for each method x data set x budget x seed, all in one folder.
 
-``WORKDIR/<data set>/<method>/seed<N>`` is a run folder like any other. What is finished there is
-not run again, and a run that was stopped goes on, so the same command on the same folder goes on
-with a study where it stopped, and ends with the same table.
+``WORKDIR/<data set>/<method>/seed<N>`` is a run folder like any other. Finished runs are not run
+again and stopped runs are resumed. The same command on the same folder therefore resumes a study
+where it stopped, and ends with the same table.
 
-Every method gets the same data, rounds, local epochs and batches: a study may change for one
-method only what `METHOD_SETTINGS` names. Where it tunes, every method gets the same number of
-trials, and they are judged on the clients' validation images; no test image is looked at.
+Every method gets the same data, rounds, local epochs and batches: a study may change only the
+settings in `METHOD_SETTINGS` for one method. If it tunes, every method gets the same number of
+trials. They are judged on the clients' validation images; no test image is used.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from fedhelp_jax.typing import JsonObject, Record
 
 Settings = Record
 
-# What may differ from method to method, as keys or parts of settings.
+# The settings, or groups of settings, that may differ between methods.
 METHOD_SETTINGS = (
     "algorithm",
     "client_weights",
@@ -58,22 +58,22 @@ METHOD_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a study file's ``get_study()`` returns.
+    """A study, as returned by a study file's ``get_study()``.
 
     Attributes:
-      datasets: Name -> settings: `default_config`, changed; or a config file, as ``--config`` takes
+      datasets: Name -> settings, based on `default_config`, or a config file, as ``--config`` takes
         it, relative to the study file.
-      methods: Label -> what the method changes, by dotted key. ``algorithm.name`` is the label
-        where it is not given.
-      seeds: One run each; the data are shared out by the seed too.
-      budgets: Name -> what it changes in all runs, by dotted key, such as ``{"20 rounds":
-        {"rounds": 20}}``; the name is added to the data set's.
+      methods: Label -> settings that the method changes, by dotted key. ``algorithm.name`` defaults
+        to the label.
+      seeds: Seeds, with one run each; the seed also determines how data is split among clients.
+      budgets: Name -> settings that it changes in all runs, by dotted key, such as ``{"20 rounds":
+        {"rounds": 20}}``; the name is appended to the data set's name.
       reference: Label of the method that the others are tested against.
-      grids: Label -> {dotted key: values to try}. Empty: nothing is tuned. Otherwise of every
-        method, because tuning some is no comparison.
-      trials: Points of its grid that are tried for each method and data set; of a larger grid,
-        drawn at random.
-      tuning_seed: Of the trials, apart from `seeds`.
+      grids: Label -> {dotted key: values to try}. If empty, nothing is tuned. Otherwise every
+        method must have a grid, because tuning only some is not a fair comparison.
+      trials: Number of grid points that are tried for each method and data set; if the grid is
+        larger, they are drawn at random.
+      tuning_seed: Seed of the trials, which must not be in `seeds`.
     """
 
     datasets: Record
@@ -104,10 +104,10 @@ class Cell:
 
 
 class Failed(UserError):
-    """Some runs of a study could not be made; the others were.
+    """Some runs of a study failed; the others are finished.
 
     Attributes:
-      failures: Each of these runs and why.
+      failures: The failed runs, with their errors.
     """
 
     def __init__(self, failures: "Failures"):
@@ -119,12 +119,12 @@ Failures = list[tuple[Cell, Exception]]
 
 
 def compare(study: Study, workdir: Path) -> None:
-    """Tunes and runs what is missing, then prints the comparison and writes it to `workdir`.
+    """Makes the missing trials and runs, then prints the comparison and writes it to `workdir`.
 
     Raises:
-      UserError: If the study is not sound, or a folder holds another run.
-      Failed: If some runs were refused; the table then lacks them.
-      Interrupted: After SIGINT or SIGTERM, once the run under way is saved.
+      UserError: If the study is invalid, or a folder holds a different run.
+      Failed: If some runs failed; the table then lacks them.
+      Interrupted: After SIGINT or SIGTERM, once the current run is saved.
     """
     with folder_lock(workdir):
         _compare(study, workdir)
@@ -143,19 +143,19 @@ def _compare(study: Study, workdir: Path) -> None:
 
 
 def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], Failures]:
-    """Runs the trials that are missing and chooses each method's settings on each data set.
+    """Runs the missing trials and chooses each method's settings on each data set.
 
     A trial's score is the mean, over the two roles, of the role's mean headline metric on its
-    clients' *validation* images after the last round; the first of equal ones is chosen. A trial
-    that has diverged has no score. All trials are written to ``tuning.csv``.
+    clients' *validation* images after the last round. Ties are resolved in favour of the first
+    trial. A trial that has diverged has no score. All trials are written to ``tuning.csv``.
 
     Returns:
-      ``{(data set, method): {dotted key: value}}``, empty if the study has no grids; and which
-      trials failed, and why. A method with such a trial has no entry for that data set.
+      ``{(data set, method): {dotted key: value}}``, empty if the study has no grids, and the trials
+      that failed, with their errors. A method with a failed trial has no entry for that data set.
 
     Raises:
-      UserError: If the study is not sound, or no client has validation images.
-      Interrupted: After SIGINT or SIGTERM, once the trial under way is saved.
+      UserError: If the study is invalid, or no client has validation images.
+      Interrupted: After SIGINT or SIGTERM, once the current trial is saved.
     """
     with folder_lock(workdir):
         return _tune(study, workdir)
@@ -163,12 +163,12 @@ def tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], 
 
 def _tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings], Failures]:
     trials = dict(_trials(study, workdir))
-    list(_cells(study, workdir, {}))  # whatever is wrong with the runs is told before the trials
+    list(_cells(study, workdir, {}))  # report errors in the runs before making any trial
     failures = _run_missing([cell for cells in trials.values() for cell, _ in cells])
     chosen, rows = {}, []
     for (dataset, method), cells in trials.items():
         if not all(_is_done(cell) for cell, _ in cells):
-            continue  # a method is tuned by all its trials, or not compared there
+            continue  # without all of its trials, a method is left out on this data set
         summaries = [run_files.read_summary(cell.folder) for cell, _ in cells]
         scores = [mean_of_roles(summary) for summary in summaries]
         best = None
@@ -203,13 +203,13 @@ def _tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings],
 
 
 def teach(study: Study, *, dry_run: bool = False) -> None:
-    """Gets the answers of all foundation models that a study's runs learn from, each once.
+    """Gets the answers of all foundation models that a study's runs learn from, each only once.
 
     Raises:
-      UserError: If the study is not sound, none is asked, or as in
-        `fedhelp_jax.experiments.teach.teach`.
+      UserError: If the study is invalid, no model needs to be asked, or
+        `fedhelp_jax.experiments.teach.teach` fails.
     """
-    # What is asked, and what must not be among it, follows from these alone.
+    # These settings alone determine which images are asked about, and which must not be sent.
     asked = {
         repr((config.data, config.public, config.teacher, config.seed)): config
         for config in _all_configs(study)
@@ -222,23 +222,23 @@ def teach(study: Study, *, dry_run: bool = False) -> None:
 
 
 def _all_configs(study: Study) -> Iterator[RunConfig]:
-    """Of trials and runs; what is tuned does not change a teacher's answers."""
+    """Yields the settings of all trials and runs; tuning does not change a teacher's answers."""
     for _, cells in _trials(study, Path()):
         yield from (cell.config for cell, _ in cells)
     yield from (cell.config for cell in _cells(study, Path(), {}))
 
 
 def first_config(study: Study) -> RunConfig:
-    """The settings of a study's first run, of which the process takes its number of CPU devices.
+    """Returns the settings of a study's first run, which determine the number of CPU devices.
 
     Raises:
-      UserError: If the study is not sound.
+      UserError: If the study is invalid.
     """
     return next(_cells(study, Path(), {})).config
 
 
 def stopped_run(workdir: Path) -> Path | None:
-    """The folder of a run of the study that was begun and is not finished, if there is one."""
+    """Returns the folder of a run of the study that is started but not finished, if any."""
     begun = sorted(path.parent for path in workdir.glob(f"*/*/*/{identity.PROVENANCE}"))
     return next((folder for folder in begun if not (folder / "summary.json").exists()), None)
 
@@ -247,7 +247,7 @@ def stopped_run(workdir: Path) -> Path | None:
 
 
 def _blocks(study: Study) -> Iterator[tuple[str, str, Any]]:
-    """Name, budget and settings of each data set at each budget."""
+    """Yields the name, budget and settings of each data set at each budget."""
     names = set()
     for (name, base), (budget, changes) in itertools.product(
         study.datasets.items(), study.budgets.items()
@@ -273,7 +273,7 @@ def _cells(study: Study, workdir: Path, chosen: Mapping[Any, Settings]) -> Itera
 def _trials(
     study: Study, workdir: Path
 ) -> Iterator[tuple[tuple[str, str], list[tuple[Cell, Settings]]]]:
-    """Per data set and method, its trials and their points of the grid."""
+    """Yields, for each data set and method, the trials and their grid points."""
     _check(study)
     for dataset, budget, base in _blocks(study):
         if study.grids and base.data.name == "npz_masks":
@@ -293,10 +293,12 @@ def _trials(
 
 
 def grid_points(grid: Mapping[str, Sequence[Any]], trials: int, method: str) -> list[Settings]:
-    """``trials`` points of a grid, in its order; of a larger one drawn at random, always the same.
+    """Returns ``trials`` points of a grid, in its order.
+
+    From a larger grid, the points are drawn at random, always the same ones.
 
     Raises:
-      UserError: If the grid has fewer.
+      UserError: If the grid has fewer points.
 
     Example:
       >>> grid_points({"lr": (0.1, 0.01), "mu": (0, 1)}, 4, "fedprox")[1]
@@ -329,7 +331,7 @@ def _changed(base: Any, changes: Settings, where: str) -> Any:
         try:
             config.update_from_flattened_dict({key: value})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            said = str(error.args[0]).split(" Other fields present")[0]  # pages of them
+            said = str(error.args[0]).split(" Other fields present")[0]  # a very long list follows
             raise UserError(f"{where}: {key} = {value!r}: {said}") from None
     return config
 
@@ -387,10 +389,10 @@ def _checked_name(what: str, name: str) -> str:
 
 
 def _is_done(cell: Cell) -> bool:
-    """Whether its run is finished.
+    """Returns whether the run of a cell is finished.
 
     Raises:
-      UserError: If its folder holds a run of other settings.
+      UserError: If its folder holds a run with different settings.
     """
     config, summary = cell.folder / "config.json", cell.folder / "summary.json"
     if not config.exists():
@@ -401,14 +403,14 @@ def _is_done(cell: Cell) -> bool:
     found = run_files.read_summary(cell.folder)
     if found.get("stopped_after") is not None and cell.config.on_divergence == "continue":
         return False
-    # A trial counts only by validation images, whatever was done in its folder since.
+    # A trial counts only if its summary is of validation images.
     return found.get("rounds") == cell.config.rounds and (
         cell.trial is None or found.get("split") == "validation"
     )
 
 
 def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> Failures:
-    """Runs what is not finished; returns what failed, and why."""
+    """Makes the unfinished runs; returns those that failed, with their errors."""
     missing = [cell for cell in cells if not _is_done(cell)]
     if len(missing) < len(cells):
         say(f"{len(cells) - len(missing)} of {len(cells)} runs are finished")
@@ -426,23 +428,23 @@ def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> F
             with storage_errors():
                 runner.train(cell.config, cell.folder, split=split)
         except StorageError:
-            raise  # the next run would end there too, after its first rounds
+            raise  # the next run would fail in the same way after its first rounds
         except UserError as error:
             say(f"refused: {error}")
             failures.append((cell, error))
         except Diverged as error:
-            say(f"diverged: {error}")  # a result as well: the tables tell it
+            say(f"diverged: {error}")  # this is a result too, which the tables show
         except runner.Interrupted:
             raise
-        except Exception as error:  # of memory, or ours: one run is no reason to lose a night's
+        except Exception as error:  # such as out of memory, or a bug: the other runs still count
             traceback.print_exc()
             failures.append((cell, error))
-        jax.clear_caches()  # the programs of a run serve no other; the next one's come from disk
+        jax.clear_caches()  # runs share no programs in memory; the next run loads its own from disk
     return failures
 
 
 def _reasons(failures: Failures) -> list[str]:
-    """Why runs failed, each reason once."""
+    """Returns why runs failed, with each reason listed once."""
     by_reason: dict[str, list[Cell]] = {}
     for cell, error in failures:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -454,7 +456,7 @@ def _reasons(failures: Failures) -> list[str]:
 
 
 def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> list[Result]:
-    """What the finished ones came to, with clients grouped as the reference groups them."""
+    """Returns the results of finished runs, with clients grouped as in the reference's runs."""
     reference_roles = {
         cell.dataset: cell.config.roles for cell in cells if cell.method == study.reference
     }
@@ -468,16 +470,16 @@ def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> l
     results = []
     for cell, summary in zip(finished, summaries, strict=True):
         if (cell.dataset, cell.seed) not in roles:
-            continue  # nothing says yet which clients are large
+            continue  # it is not known yet which clients are large
         values: dict[str, list[float]] = {"small": [], "large": []}
         for client in summary["per_client"]:
             value = client["metrics"][summary["metric"]]
             role = roles[cell.dataset, cell.seed][client["name"]]
             values[role].append(math.nan if value is None else value)
-        # Not even of the role that did not, for means over seeds would then mix runs.
+        # A diverged run has no scores for either role, since means over seeds would mix runs.
         scores = group_summary({} if has_diverged(summary) else values)
         rows = run_files.read_metrics(cell.folder / "metrics.jsonl")
-        # The first of a process compiles and traces.
+        # The first round of a process includes tracing and compilation.
         round_s = float(np.median([row["wall_s"] for row in rows[1:] or rows]))
         run = cell.dataset, cell.budget, cell.method, cell.seed
         results.append(Result(*run, summary, scores, round_s))
@@ -485,10 +487,10 @@ def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> l
 
 
 def _check_same_data(finished: Sequence[Cell]) -> None:
-    """Refuses to compare runs that have read other private data, as replaced between them.
+    """Refuses to compare runs that have read different private data.
 
     Raises:
-      UserError: If they have.
+      UserError: If the data was replaced between two runs.
     """
     first: dict[tuple[str, int], tuple[Cell, JsonObject]] = {}
     for cell in finished:

@@ -1,14 +1,14 @@
-"""Sweeps: many runs that differ in numbers or seeds, as one compiled program over an axis of runs.
+"""Sweeps: many runs that differ in numbers or seeds, compiled as one program over an axis of runs.
 
-What is a number in the traced program (a rate, a weight of a loss, the seed) goes along that axis;
-what decides shapes (batch size, architecture) makes a program of its own. A run inside a sweep
-computes what it computes alone: its clients run one after the other or vectorised, as
-``mapping.chunk_size`` says, and the devices share out runs instead of clients.
+Settings that are numbers in the traced program (a rate, a loss weight, the seed) vary along that
+axis. Settings that determine shapes (batch size, architecture) need separate programs. A run in a
+sweep computes the same as it does alone: its clients run one after the other or vectorised, as
+``mapping.chunk_size`` says. The devices divide the runs among themselves instead of the clients.
 
-``WORKDIR/runs.jsonl`` gets a line per finished run, known by its settings: the same command goes on
-where it stopped, and one with more values or seeds runs only what is missing. Of many processes
-each makes a share of the runs on its own devices, with a file of its own, ``runs.1.jsonl`` and so
-on; any number of processes goes on from all of them.
+``WORKDIR/runs.jsonl`` gets one line per finished run, identified by its settings. The same command
+resumes where it stopped, and a command with more values or seeds runs only what is missing. With
+several processes, each makes a share of the runs on its own devices and writes its own file,
+``runs.1.jsonl`` and so on. Any number of processes can resume from all of these files.
 """
 
 import functools
@@ -54,24 +54,25 @@ def sweep(
     runs_at_once: int | None = None,
     say: Callable[[str], None] = print,
 ) -> list[JsonObject]:
-    """Makes the runs that are missing in a folder, and writes the table and the pictures of all.
+    """Makes the runs that are missing in a folder, and writes the table and pictures of all runs.
 
-    Of many processes all must call it with the same; each returns all rows, and the first writes.
+    With several processes, all must call it with the same arguments. Each returns all rows, and the
+    first writes the table and the pictures.
 
     Args:
-      runs: What to run.
+      runs: The runs of the sweep.
       workdir: The folder of the sweep.
-      split: What the last models are measured on. Settings are chosen on "validation"; "test" is
-        for runs that differ in nothing that is chosen, such as seeds.
-      runs_at_once: How many runs a device vectorises; None takes 1 on CPU, and on accelerators as
-        many as fit the memory by the measure of one.
-      say: Where progress goes.
+      split: The split that the final models are evaluated on. Choose settings on "validation"; use
+        "test" for runs that differ only in what is not chosen, such as seeds.
+      runs_at_once: How many runs a device vectorises. None takes 1 on CPU; on accelerators it takes
+        as many as fit in memory, estimated from a single run.
+      say: Called with each line of progress.
 
     Returns:
-      One row per run: what is swept, ``small_mean``, ``large_mean``, ``worst_small``, ``gap``.
+      One row per run: the swept values, ``small_mean``, ``large_mean``, ``worst_small``, ``gap``.
 
     Raises:
-      UserError: If the data do not fit the settings, or the runs do not fit the memory.
+      UserError: If the data does not fit the settings, or the runs do not fit in memory.
     """
     if any(run.config.mapping.max_device_bytes for run in runs):
         raise UserError(
@@ -117,7 +118,7 @@ def _sweep(
 def _made(
     runs: Sequence[Run], split: str, runs_at_once: int | None, say: Callable[[str], None]
 ) -> Iterator[JsonObject]:
-    """Makes runs, and gives the line of each."""
+    """Makes runs and yields the line of each."""
     started, before, done, running = time.monotonic(), compile_totals(), 0, 0.0
     programs = list(blocks(runs))
     for number, block in enumerate(programs):
@@ -158,10 +159,14 @@ def _measures(line: Record) -> JsonObject:
 
 
 class Program:
-    """The compiled functions of a block, and how many runs they take at once."""
+    """The compiled functions of a block, and the number of runs that they take at once."""
 
     def __init__(self, block: Block, split: str, runs_at_once: int | None = None):
-        """Compiles; on an accelerator first for one run, whose memory tells how many fit."""
+        """Compiles the functions.
+
+        On an accelerator they are first compiled for one run, to estimate how many runs fit in
+        memory.
+        """
         self.block, self.split = block, split
         self.config = block.runs[0].config
         self.shared = [jnp.asarray(leaf) for leaf in block.arrays]
@@ -180,7 +185,7 @@ class Program:
             )
 
     def plan(self) -> str:
-        """What will be run, and in how much memory."""
+        """Returns a line that describes what will be run, and in how much memory."""
         runs, devices = len(self.block.runs), self.mapping.num_devices
         return (
             f"{runs} runs, {self.slots} at a time ({self.per_device} on each of {devices} "
@@ -188,7 +193,7 @@ class Program:
         )
 
     def results(self) -> Iterator[tuple[list[Run], list[JsonObject]]]:
-        """Gives runs and their rows, as they are finished."""
+        """Yields runs and their rows as they finish."""
         task, clients = self.block.loaded.task, num_clients(self.block.loaded.federation)
         models = self._phases(self.config).algorithm.clients
         for start in range(0, len(self.block.runs), self.slots):
@@ -226,12 +231,12 @@ class Program:
             yield part, rows
 
     def _recheck(self, state: PyTree, results: PyTree) -> None:
-        """Measures one client of each role of the first run again.
+        """Evaluates one client of each role of the first run again.
 
         Raises:
-          Failure: If that disagrees by more than rounding explains.
+          Failure: If the results differ by more than rounding explains.
         """
-        # Data are kept of one seed, which is that of the first run.
+        # The data is kept only for one seed, that of the first run.
         config, loaded = self.block.runs[0].config, self.block.loaded
         first = jit(
             lambda tree: jax.tree.map(lambda leaf: leaf[0], tree),
@@ -247,7 +252,7 @@ class Program:
 
     @property
     def _most_rounds(self) -> int:
-        """The most rounds of one dispatch."""
+        """The maximum number of rounds in one dispatch."""
         return min(self.config.checkpoint_every, self.config.rounds, MOST_ROUNDS)
 
     def _most(self) -> int:
@@ -264,7 +269,7 @@ class Program:
         point = self._points(self.block.runs[: self.slots])
 
         def over(fn: Callable[..., Any]) -> Callable[..., Any]:
-            """``fn(leaves, point, state, *rest)`` of one run, as a function of all."""
+            """Maps ``fn(leaves, point, state, *rest)`` of one run over all runs."""
 
             def one(shared: PyTree, run: PyTree) -> PyTree:
                 leaves, rest = shared
@@ -275,7 +280,7 @@ class Program:
             )
 
         self._init = program(over(self._init_one), optimized=False)
-        state = self._init(self.shared, point, ())  # its placement belongs to what is compiled
+        state = self._init(self.shared, point, ())  # compilation depends on its sharding
         rounds = program(over(self._rounds_of_one), donate_argnums=2)
         zero = np.int32(0)
         self._rounds = rounds.lower(self.shared, point, state, zero, zero).compile()
@@ -290,7 +295,7 @@ class Program:
         )
 
     def _points(self, runs: Sequence[Run]) -> PyTree:
-        """What goes along the axis of runs; the last run stands in the empty slots too."""
+        """Returns what varies along the axis of runs; empty slots repeat the last run."""
         runs = [*runs, *[runs[-1]] * (self.slots - len(runs))]
         point = {
             "key": jax.vmap(jax.random.key)(
@@ -324,7 +329,7 @@ class Program:
     def _rounds_of_one(
         self, leaves: PyTree, point: PyTree, state: RunState, first: jax.Array, last: jax.Array
     ) -> tuple[RunState, PyTree]:
-        """The state after the rounds, and of each who took part and who was not finite."""
+        """Returns the final state, and each round's participants and non-finite clients."""
         data, most = self._data(leaves, point), self._most_rounds
         phases, key = self._at(point), point["key"]
         state, infos = phases.rounds(state, key, first, last, data, most=most)
@@ -345,7 +350,10 @@ class Program:
 
 
 def _memory_limit(device: Any) -> int | None:
-    """Bytes a program may take on a device; of all devices together on a CPU; None if not known."""
+    """Returns the bytes that a program may use on a device, or None if unknown.
+
+    On CPU, the limit is for all devices together.
+    """
     if device.platform == "cpu":
         pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
         return None if pages is None else pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Which runs of a sweep share a program, and the numbers and data that they differ in."""
+"""Groups the runs of a sweep by program, with the numbers and data in which they differ."""
 
 import dataclasses
 import hashlib
@@ -23,19 +23,19 @@ _SERVER = ("learning_rate", "momentum", "beta2", "eps")
 
 
 class Run(NamedTuple):
-    """One run of a sweep: what it is called in the table, and all its settings."""
+    """One run of a sweep: its swept values, which identify it in tables, and all its settings."""
 
     swept: Record
     config: RunConfig
 
     @property
     def name(self) -> str:
-        """What tells it from the others."""
+        """The swept names and values, which distinguish the run from the others."""
         return ", ".join(f"{name} {value}" for name, value in self.swept.items())
 
     @property
     def fingerprint(self) -> str:
-        """Of the settings that make it the run it is."""
+        """The hash of the settings that identify the run."""
         text = json.dumps(identity(self.config), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 
 def numbers(config: RunConfig) -> dict[str, float]:
-    """The settings that no shape depends on, by dotted key."""
+    """Returns the numeric settings that no shape depends on, by dotted key."""
     found = {name: vars(config)[name] for name in _TOP_LEVEL}
     found |= {f"server.{name}": vars(config.server)[name] for name in _SERVER}
     settings = settings_of(config.algorithm.settings)
@@ -53,7 +53,7 @@ def numbers(config: RunConfig) -> dict[str, float]:
 
 
 def with_numbers(config: RunConfig, values: Record) -> RunConfig:
-    """The settings with other numbers, traced ones too."""
+    """Returns the settings with these numbers, which may be traced."""
     top, server, settings = {}, {}, {}
     for name, value in values.items():
         part, _, own = name.rpartition(".")
@@ -69,18 +69,19 @@ def with_numbers(config: RunConfig, values: Record) -> RunConfig:
 
 
 class Block(NamedTuple):
-    """Runs that one program makes.
+    """Runs that share one program.
 
     Attributes:
-      runs: They.
-      traced: Which numbers go along the axis of runs.
-      loaded: The data of one of them, for shapes and names.
-      arrays: Leaves of the federation's arrays; with a leading axis of the seeds where they differ.
-      by_seed: Which leaves have it.
-      structure: Of the leaves.
+      runs: The runs.
+      traced: Names of the numbers that vary along the axis of runs.
+      loaded: The data of one of the runs, for shapes and names.
+      arrays: Leaves of the federation's arrays. Leaves that differ between seeds have a leading
+        axis of seeds.
+      by_seed: For each leaf, whether it has the axis of seeds.
+      structure: The tree structure of the leaves.
       seeds: The seeds along that axis.
-      sources: What was read, by seed.
-      left_out: How many examples could not be read, private and public, by seed.
+      sources: The sources that were read, by seed.
+      left_out: The number of unusable examples, private and public, by seed.
     """
 
     runs: list[Run]
@@ -95,7 +96,7 @@ class Block(NamedTuple):
 
 
 def blocks(runs: Sequence[Run]) -> list[Block]:
-    """The runs by the program that makes them."""
+    """Groups runs by the program that they share."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         values = configs.to_dict(with_numbers(run.config, dict.fromkeys(numbers(run.config))))
@@ -105,7 +106,7 @@ def blocks(runs: Sequence[Run]) -> list[Block]:
 
 
 def _by_shape(runs: list[Run]) -> list[Block]:
-    """Runs that differ in numbers and seeds only, apart where the seed changes shapes."""
+    """Splits runs that differ only in numbers and seeds, where the seed changes shapes."""
     by_seed = {run.config.seed: run.config for run in runs}
     first: FederationArrays | None = None
     shapes: dict[PyTree, dict[int, PyTree]] = {}
@@ -125,7 +126,7 @@ def _by_shape(runs: list[Run]) -> list[Block]:
     }
     for seed, found in loaded.items():
         arrays = jax.tree.map(np.asarray, _padded(federation_arrays(found.federation), width))
-        # Of equal arrays one is kept: real images are the same for every seed.
+        # Equal arrays are kept only once: real images are the same for every seed.
         first = arrays if first is None else first
         arrays = _shared_with(first, arrays)
         key = json.dumps(
@@ -166,7 +167,7 @@ def _shared_with(first: PyTree, arrays: PyTree) -> PyTree:
 
 
 def _widths(arrays: FederationArrays) -> dict[str, int]:
-    """How wide the tables are; of all roles, as only the widest decides."""
+    """Returns the widths of the index tables; for clients, the maximum over all roles."""
     tables = [group["train"] for group in arrays.groups.values()]
     return {
         "clients": max(table.index.shape[1] for table in tables),
@@ -175,7 +176,7 @@ def _widths(arrays: FederationArrays) -> dict[str, int]:
 
 
 def _padded(arrays: FederationArrays, width: Mapping[str, int]) -> FederationArrays:
-    """Tables as wide as those of the other seeds, so that one program takes all."""
+    """Pads the index tables to the widths over all seeds, so that one program takes them all."""
 
     def pad(table: PyTree, to: int) -> PyTree:
         missing = to - table.index.shape[-1]

@@ -1,4 +1,4 @@
-"""The finished runs of a sweep in its folder: a line each, in a file for each process."""
+"""The record of a sweep's finished runs: one line per run, in one file per process."""
 
 import json
 from collections.abc import Sequence
@@ -14,21 +14,22 @@ from fedhelp_jax.typing import JsonObject, Record
 
 
 def lines_file(workdir: Path, process: int) -> Path:
-    """The file of the lines of one process."""
+    """Returns the file that one process writes its lines to."""
     return workdir / (f"runs.{process}.jsonl" if process else "runs.jsonl")
 
 
 def finished_runs(workdir: Path, split: str) -> dict[str, JsonObject]:
-    """The lines of finished runs measured on that split, by fingerprint; the same in all processes.
+    """Returns the lines of finished runs measured on ``split``, by fingerprint.
 
-    A last line that was cut off in the writing is removed, so the caller must hold the folder.
+    The result is the same in all processes. An incomplete last line is removed from its file, so
+    the caller must hold the folder's lock.
 
     Raises:
-      UserError: If a line is not one of a sweep.
+      UserError: If a line is not a line of a sweep.
     """
 
     def found() -> str:
-        # A shared folder may show the others less.
+        # Other processes may see an older state of the shared folder.
         return json.dumps(_finished(workdir, split)) if distributed.is_coordinator() else ""
 
     return json.loads(distributed.all_gather_text(distributed.run_on_all(found))[0])
@@ -57,14 +58,16 @@ def _finished(workdir: Path, split: str) -> dict[str, JsonObject]:
 
 
 def refuse_other_data(finished: Sequence[tuple[RunConfig, Record]], workdir: Path) -> None:
-    """Refuses to add runs to finished ones that have read other data; each is read once.
+    """Refuses to add runs to finished runs that have read different data.
+
+    Each combination of sources is read only once.
 
     Args:
-      finished: Settings of finished runs, and their lines.
+      finished: The settings and the line of each finished run.
       workdir: The folder of the sweep, for the message.
 
     Raises:
-      UserError: If a source has other content.
+      UserError: If the content of a source has changed.
     """
 
     def check() -> None:

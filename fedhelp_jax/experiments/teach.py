@@ -1,4 +1,4 @@
-"""``fedhelp teach``: asks the foundation model about the public images, once."""
+"""``fedhelp teach``: asks the foundation model about each public image once."""
 
 from importlib.util import find_spec
 
@@ -27,26 +27,25 @@ from fedhelp_jax.teachers.resolve import (
 )
 from fedhelp_jax.typing import JsonObject
 
-# Enough to see whether a teacher is of use, in seconds.
+# Limits that show within seconds whether a teacher is useful.
 _MOST_PROBED = 1000  # images
 _PROBE_ITERATIONS = 30
 
 
 def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
-    """Gets the teacher's answers about all public images into its store, and tells how good it is.
+    """Stores the teacher's answers about all public images, and reports how good they are.
 
-    Every public image is first compared with all private ones; nothing is sent if one is both.
+    Every public image is first compared with all private images; nothing is sent if any is equal.
 
     Args:
       config: The settings of the run that will train on the answers.
-      dry_run: Only print what would be asked.
+      dry_run: Whether to only print what would be asked.
 
     Returns:
-      What `agreement` says; empty for a dry run.
+      The result of `agreement`; empty for a dry run.
 
     Raises:
-      UserError: If a public image is a client's, a budget does not suffice, or a model does not
-        answer.
+      UserError: If a client has a public image, a budget is too small, or a model does not answer.
     """
     if config.public.name == "none" or config.teacher.name == "none":
         raise UserError(
@@ -73,17 +72,18 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
 
 
 def agreement(answers: Answers, public: PublicDataset) -> JsonObject:
-    """How well answers go with the public labels, so that a bad teacher is seen before it teaches.
+    """Measures how well answers agree with the public labels, to spot a bad teacher early.
 
-    Where the teacher's classes are the public ones: top-1 accuracy, calibration error (15 bins) and
-    cross-entropy of the answers themselves. Where they are others: the same of a cross-fitted
-    linear probe on the answers (`linear_probe_logits`, 30 iterations), which shows what they tell
-    of the labels; of at most 1,000 images. ``chance`` is the share of the most frequent label.
+    If the teacher's classes are the public ones, the top-1 accuracy, calibration error (15 bins)
+    and cross-entropy of the answers themselves are measured. Otherwise, the same metrics of a
+    cross-fitted linear probe on the answers (`linear_probe_logits`, 30 iterations, at most 1,000
+    images) show how much the answers reveal about the labels. ``chance`` is the share of the most
+    frequent label.
 
     Returns:
       ``images``, ``classes``, ``look_like_probabilities``; with public labels also ``probed``,
-      ``chance``, ``top_1``, ``ece`` and ``loss``, or ``note`` where they cannot be had. Of masks,
-      where the classes are the same ones, ``dice``.
+      ``chance``, ``top_1``, ``ece`` and ``loss``, or ``note`` if they cannot be measured. For masks
+      with the same classes, ``dice`` instead.
     """
     found: JsonObject = {
         "images": len(public.sha256),
@@ -103,7 +103,7 @@ def agreement(answers: Answers, public: PublicDataset) -> JsonObject:
     logits, labels, sha256 = answers.logits, public.labels, public.sha256
     probed = answers.label_names != public.label_names
     if probed:
-        # By hash: a file may be sorted by class.
+        # Images are chosen by hash, since a file may be sorted by class.
         some = np.argsort(sha256)[:_MOST_PROBED]
         labels, sha256 = labels[some], tuple(sha256[row] for row in some)
         try:
@@ -157,7 +157,7 @@ def _ask_one(
         if plan.batches:
             with open_store(config, model, write=True) as store:
                 with store.exclusive_lock(lambda: AskingProgress.note_waiting(config.store)):
-                    # Anew: another process may have asked since.
+                    # Plan again, since another process may have asked in the meantime.
                     plan = make_plan(model, images, store, pace)
                     _check_budget(plan, pace)
                     with AskingProgress(plan.to_ask) as progress:
@@ -170,7 +170,7 @@ def _ask_one(
 
 
 def _check_same_classes(config: TeacherConfig, public: PublicDataset) -> None:
-    """Refuses an ensemble that could not be averaged before it is asked rather than after."""
+    """Refuses, before asking, an ensemble whose answers could not be averaged."""
     asked = [m for m in members(config) if is_asked(m) and m.head is None]
     if len(asked) < 2:
         return

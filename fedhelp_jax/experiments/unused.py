@@ -1,7 +1,7 @@
-"""Settings that change nothing in a run, told or refused.
+"""Warns of settings that have no effect in a run, or refuses them.
 
-What a setting needs to have an effect stands beside it (`fedhelp_jax.settings.schema`), and beside
-each method what it ignores (`fedhelp_jax.algorithms.Method.ignores`).
+The schema states for each setting what it needs to have an effect (`fedhelp_jax.settings.schema`),
+and each method states which settings it ignores (`fedhelp_jax.algorithms.Method.ignores`).
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ _log = logging.getLogger(__name__)
 
 
 def needed_for(config: RunConfig, key: str, *, by_method: bool = True) -> str:
-    """Returns what would have to hold for a setting to have an effect; nothing where it has one.
+    """Returns the condition for a setting to have an effect; an empty string if it has one.
 
     Args:
         config: The settings of a run.
         key: The setting.
-        by_method: Whether the chosen method counts, or only the other settings.
+        by_method: Whether the chosen method counts, or only the other settings do.
 
     Example:
         >>> needed_for(RunConfig(), "data.shards_per_client")
@@ -37,12 +37,12 @@ def needed_for(config: RunConfig, key: str, *, by_method: bool = True) -> str:
 
 
 def unused(config: RunConfig, keys: Iterable[str], *, by_method: bool) -> Iterator[str]:
-    """Gives a line for each of some settings that is not at its default and changes nothing.
+    """Yields a message for each setting that has no effect and is not at its default.
 
     Args:
         config: The settings of a run.
-        keys: Which of them are meant.
-        by_method: As of `needed_for`.
+        keys: The settings to check.
+        by_method: See `needed_for`.
     """
     for key in keys:
         value, default, _ = _found(config, key)
@@ -52,27 +52,27 @@ def unused(config: RunConfig, keys: Iterable[str], *, by_method: bool) -> Iterat
 
 
 def warn_unused(config: RunConfig) -> None:
-    """Warns of settings, of the config file say, that change nothing, whatever the method."""
+    """Warns of settings that have no effect whatever the method is."""
     keys = [key.replace(".settings.", ".") for key, _ in flat(to_dict(config))]
     for line in unused(config, keys, by_method=False):
         _log.warning("%s", line)
 
 
 def refuse_unused(config: RunConfig, keys: Iterable[str], *, by_method: bool) -> None:
-    """Checks that settings that a command asks for have an effect; for arguments see `unused`.
+    """Checks that the settings a command asks for have an effect; see `unused` for the arguments.
 
-    A config file is a base of many runs, some of which may not use all that it sets. What a flag, a
-    sweep or a study asks for is meant for that run.
+    A config file is a base for many runs, some of which may not use all of its settings. A setting
+    from a flag, a sweep or a study is meant for that particular run.
 
     Raises:
-        UserError: One of them changes nothing in the run. The message says what it is for.
+        UserError: A setting has no effect in the run. The message says what it is for.
     """
     for line in unused(config, keys, by_method=by_method):
         raise UserError(line)
 
 
 def _found(config: RunConfig, key: str) -> tuple[Any, Any, tuple[Use | Either, ...]]:
-    """Returns a setting's value and default, and what must hold for it to have an effect."""
+    """Returns a setting's value, its default, and the conditions for it to have an effect."""
     owner, last = key.rpartition(".")[::2]
     if owner == "algorithm" and last != "name":
         owner = "algorithm.settings"

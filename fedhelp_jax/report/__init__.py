@@ -1,1 +1,1 @@
-"""What is shown of a run and written about it."""
+"""Reports of runs: console output, tables, pictures and result files."""

@@ -1,6 +1,6 @@
-"""Who has what: examples of each class, by client and split, as a table and a picture.
+"""The examples of each class, by client and split, as a table and a picture.
 
-And what nobody has, since it cannot be used.
+Unusable examples, which no client gets, are listed separately.
 """
 
 from collections import Counter
@@ -22,12 +22,13 @@ _SPLITS = ("train", "validation", "test")
 
 
 def write_shares(folder: Path, dataset: FederatedDataset, roles: Sequence[str]) -> None:
-    """Writes `SHARES`, the table and the picture.
+    """Writes the files in `SHARES`: the table and the picture.
 
     Args:
-      folder: Where to.
-      dataset: The data. Of masks those are counted that show a class, and drawn are sizes only.
-      roles: The clients' roles, in their order.
+      folder: Folder for the files.
+      dataset: The data. For masks, the table counts the masks that contain each class, and the
+        picture shows only the number of images.
+      roles: The role of each client, in the order of the clients.
     """
     rows = share_rows(dataset, roles)
     table, picture = SHARES
@@ -36,10 +37,11 @@ def write_shares(folder: Path, dataset: FederatedDataset, roles: Sequence[str]) 
 
 
 def share_rows(dataset: FederatedDataset, roles: Sequence[str]) -> list[JsonObject]:
-    """A row per client and split: ``client``, ``role``, ``split``, ``examples``, and each class.
+    """Returns one row per client and split, with the number of examples in total and by class.
 
-    ``left_out`` counts the examples of that client and official split that cannot be used. Those
-    of no client or split here have rows of their own, with no examples.
+    The columns are ``client``, ``role``, ``split``, ``examples``, ``left_out`` and the classes.
+    ``left_out`` counts the unusable examples of that client and official split. Those of any other
+    client or split have separate rows with no examples.
     """
     left_out = Counter((bad.client, bad.split) for bad in dataset.left_out)
     rows = []
@@ -58,7 +60,7 @@ def share_rows(dataset: FederatedDataset, roles: Sequence[str]) -> list[JsonObje
 
 
 def write_left_out(folder: Path, dataset: FederatedDataset, public: PublicDataset | None) -> None:
-    """Writes `QUARANTINE`, the examples that cannot be used, where there are any."""
+    """Writes `QUARANTINE`, the list of unusable examples, if there are any."""
     sources = {"private": dataset.left_out, "public": () if public is None else public.left_out}
     rows = [
         {"source": source, **bad._asdict()}
@@ -74,14 +76,14 @@ def _counts(dataset: FederatedDataset, members: np.ndarray) -> np.ndarray:
     labels, names = dataset.labels[members], dataset.label_names
     if labels.ndim == 1:
         return np.bincount(labels, minlength=len(names))
-    first = 1 if len(names) == 1 else 0  # a single name is the foreground's
+    first = 1 if len(names) == 1 else 0  # a single name is that of the foreground
     axes = tuple(range(1, labels.ndim))
     return np.array([(labels == first + i).any(axes).sum() for i in range(len(names))])
 
 
 def _draw(path: Path, dataset: FederatedDataset) -> None:
-    """A bar per client of its training examples, coloured by class; of many, one wide band."""
-    # Here, because it takes a second.
+    """Draws the training examples by class: a bar per client, or one band for many clients."""
+    # Imported here because it takes a second.
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

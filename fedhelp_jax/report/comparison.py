@@ -1,4 +1,4 @@
-"""The table of a comparison: of many runs one row a method, for terminals, Markdown and LaTeX."""
+"""The table of a comparison, with one row per method, for terminals, Markdown and LaTeX."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ from fedhelp_jax.report.summary import has_diverged
 from fedhelp_jax.report.tables import BEST, SECOND, Cell, Grid, latex, markdown, print_grid
 from fedhelp_jax.typing import JsonObject, Record
 
-# Of the metrics, what the columns are called and whether larger is better; a gap is neither.
+# Key and column name of each score, and whether larger is better; a gap has no better direction.
 _SCORES = (
     ("small_mean", "small mean", True),
     ("worst_small", "worst small", True),
@@ -42,14 +42,14 @@ class Result(NamedTuple):
     """One finished run.
 
     Attributes:
-      dataset: Name of its data set, and of its budget if there are several.
+      dataset: Name of the data set, followed by that of the budget if it has one.
       budget: Name of the budget alone.
-      method: Label of its method.
-      seed: Its seed.
-      summary: Content of its ``summary.json``.
+      method: Label of the method.
+      seed: The seed.
+      summary: Content of the run's ``summary.json``.
       scores: ``small_mean``, ``worst_small``, ``large_mean`` and ``gap`` of the headline metric on
-        test; NaN where there is none.
-      round_s: Usual seconds of a round.
+        the test split; NaN if undefined.
+      round_s: Typical seconds per round.
     """
 
     dataset: str
@@ -62,17 +62,20 @@ class Result(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A method on a data set.
+    """The results of a method on a data set.
 
     Attributes:
-      method: Its label.
-      pooled: Whether it trains on the data of all in one place: a reference, no contender.
-      seeds: How many runs have a `small_mean`.
-      mean: Of each score over the seeds; NaN where there is none.
-      std: Their sample standard deviation; NaN of fewer than two.
-      marks: "best" or "second", of each score that is.
-      p: Of the paired t test of `small_mean` against the reference, Holm-adjusted over the methods.
-      costs: Means over the seeds of what is sent up and down in a round, and of a round's seconds.
+      method: Label of the method.
+      pooled: Whether the method trains on the pooled data of all clients, so that it is only a
+        reference and not a contender.
+      seeds: Number of runs that have a `small_mean`.
+      mean: Mean of each score over the seeds; NaN if there is none.
+      std: Sample standard deviation of each score; NaN for fewer than two seeds.
+      marks: "best" or "second", for each score that is.
+      p: p-value of the paired t test of `small_mean` against the reference, Holm-adjusted over the
+        methods.
+      costs: Means over the seeds of the bytes sent up and down per round, and of the seconds per
+        round.
     """
 
     method: str
@@ -90,14 +93,14 @@ def write_comparison(
 ) -> None:
     """Prints the comparison, and writes it to ``comparison.csv``, ``.md`` and ``.tex``.
 
-    ``runs.csv`` has a line a run. Of several data sets there is also a table of average ranks and,
-    as ``ranks.pdf`` and ``ranks.png``, a critical-difference diagram.
+    ``runs.csv`` has one line per run. With several data sets, a table of average ranks is added,
+    and a critical-difference diagram is written to ``ranks.pdf`` and ``ranks.png``.
 
     Args:
-      results: Finished runs.
-      methods: Labels, in the order of the rows.
-      reference: The method that others are tested against.
-      folder: Where the files go.
+      results: The finished runs.
+      methods: Labels of the methods, in the order of the rows.
+      reference: The method that the others are tested against.
+      folder: Folder for the files.
     """
     datasets = list(dict.fromkeys(result.dataset for result in results))
     tables = {
@@ -108,7 +111,7 @@ def write_comparison(
         _grid(dataset, rows, [r for r in results if r.dataset == dataset], reference)
         for dataset, rows in tables.items()
     ]
-    # Data sets are the blocks; the budgets of one data set are not independent of each other.
+    # Only data sets are blocks, since the budgets of a data set are not independent of each other.
     for budget in dict.fromkeys(result.budget for result in results):
         of_budget = {result.dataset for result in results if result.budget == budget}
         ranked = {dataset: rows for dataset, rows in tables.items() if dataset in of_budget}
@@ -130,7 +133,7 @@ def write_comparison(
 
 
 def compare_methods(results: Sequence[Result], methods: Sequence[str], reference: str) -> list[Row]:
-    """The rows of one data set, contenders first, each kind in the order of `methods`."""
+    """Returns the rows of one data set: contenders first, then pooled methods, as in `methods`."""
     by_method = {method: [r for r in results if r.method == method] for method in methods}
     by_method = {method: runs for method, runs in by_method.items() if runs}
     pooled = {m for m, runs in by_method.items() if runs[0].summary["algorithm"] == _POOLS_DATA}
@@ -163,7 +166,10 @@ def compare_methods(results: Sequence[Result], methods: Sequence[str], reference
 
 
 def rank_methods(tables: Mapping[str, Sequence[Row]]) -> tuple[list[str], np.ndarray]:
-    """Contenders that every data set has, and their average ranks by `small_mean`; best first."""
+    """Returns the contenders that all data sets have, and their average ranks by `small_mean`.
+
+    The best method is first.
+    """
     values = [
         {r.method: r.mean[_TESTED] for r in rows if not r.pooled and math.isfinite(r.mean[_TESTED])}
         for rows in tables.values()
@@ -176,7 +182,7 @@ def rank_methods(tables: Mapping[str, Sequence[Row]]) -> tuple[list[str], np.nda
     return [names[i] for i in order], ranks[order]
 
 
-# --- how it is done -----------------------------------------------------------------------------
+# --- implementation -----------------------------------------------------------------------------
 
 
 def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], reference: str) -> Grid:
@@ -214,7 +220,7 @@ def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], referenc
 
 
 def _diverged(results: Sequence[Result]) -> list[str]:
-    """A note that names runs with clients that diverged."""
+    """Returns a note that lists the runs with diverged clients."""
     found = []
     for r in results:
         count = _count_diverged(r)
@@ -267,7 +273,7 @@ def _rank_grid(
 
 
 def _run_lines(results: Sequence[Result]) -> tuple[list[str], list[JsonObject]]:
-    """``(columns, lines)`` of ``runs.csv``."""
+    """Returns the columns and the lines of ``runs.csv``."""
     lines = [
         {
             "data": r.dataset,
@@ -288,7 +294,7 @@ def _run_lines(results: Sequence[Result]) -> tuple[list[str], list[JsonObject]]:
 def _comparison_lines(
     tables: Mapping[str, Sequence[Row]],
 ) -> tuple[list[str], list[JsonObject]]:
-    """``(columns, lines)`` of ``comparison.csv``."""
+    """Returns the columns and the lines of ``comparison.csv``."""
     lines = [
         {
             "data": dataset,
@@ -318,7 +324,7 @@ def _paired(ours: Mapping[int, float], runs: Sequence[Result]) -> float:
 
 
 def _marks(values: Mapping[str, float]) -> dict[str, str]:
-    """The best and the second best, as a reader sees them: equal digits are equal."""
+    """Returns the best and second-best marks; values that print with equal digits are equal."""
     shown = {name: round(value, 3) for name, value in values.items() if math.isfinite(value)}
     places = dict(zip(sorted(set(shown.values()), reverse=True), (BEST, SECOND), strict=False))
     return {name: places[value] for name, value in shown.items() if value in places}

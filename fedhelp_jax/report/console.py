@@ -1,7 +1,7 @@
-"""What a person sees of a run: its progress, and tables of what came out.
+"""Console output of runs: progress and tables of results.
 
-Everything goes to stdout; in a terminal the progress is one live line, elsewhere a plain line a
-round.
+Everything goes to stdout. In a terminal, the progress is one live line; elsewhere it is one plain
+line per round.
 """
 
 import statistics
@@ -20,10 +20,10 @@ from fedhelp_jax.report import run_files
 from fedhelp_jax.simulation.divergence import NON_FINITE
 from fedhelp_jax.typing import Record
 
-# More of them are too narrow to be read beside each other.
+# More columns than this would be too narrow to read.
 _MOST_METRICS = 6
 
-# Of a run: (key of summary.json, what a table calls it).
+# Pairs of a key in summary.json and its label in tables.
 _GROUP_ROWS = (
     ("small_mean", "small clients, mean"),
     ("worst_small", "small clients, worst"),
@@ -33,13 +33,13 @@ _GROUP_ROWS = (
 
 
 class Progress:
-    """Shows a run while it goes on; a context manager.
+    """Shows the progress of a run; a context manager.
 
     Args:
-        rounds: of the whole run.
-        first_round: completed before, when a stopped run goes on.
-        metric: name of the headline metric, for the heading.
-        console: where to; stdout if None.
+        rounds: number of rounds of the whole run.
+        first_round: number of rounds completed before, if a stopped run is resumed.
+        metric: name of the headline metric.
+        console: the console to print to; stdout if None.
 
     Example:
         >>> with Progress(2) as display:
@@ -73,7 +73,7 @@ class Progress:
                 progress.BarColumn(bar_width=20),
                 progress.TimeElapsedColumn(),
                 console=self._console,
-                refresh_per_second=4,  # the cores are for the training
+                refresh_per_second=4,  # leaves the cores to training
             )
             self._task = self._live.add_task(
                 "compiling", total=self._rounds, completed=self._first_round
@@ -82,7 +82,7 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Ends the display and leaves its last state standing."""
+        """Ends the display and leaves its last state on the screen."""
         if self._live is not None:
             self._live.stop()
 
@@ -90,8 +90,8 @@ class Progress:
         """Shows a completed round.
 
         Args:
-            row: `round`, and any of `loss`, `small_mean`, `large_mean`, `worst_small` and
-                `seconds`; each may be missing or None. `metric` names the headline metric.
+            row: `round`, and optionally `loss`, `small_mean`, `large_mean`, `worst_small` and
+                `seconds`, each of which may be missing or None. `metric` names the headline metric.
         """
         if row.get("seconds") is not None:
             self._seconds.append(float(row["seconds"]))
@@ -119,7 +119,7 @@ class Progress:
         if count:
             words.append(f"diverged {count}")
         if self._seconds:
-            # The first round of a process compiles, so it says nothing about those to come.
+            # The first round of a process compiles, so its time does not predict later rounds.
             usual = statistics.median(self._seconds[1:] or self._seconds)
             words.append(f"{self._seconds[-1]:.1f} s/round")
             words.append(f"left {duration(usual * (self._rounds - row['round']))}")
@@ -127,11 +127,11 @@ class Progress:
 
 
 def print_summary(summary: Record, console: Console | None = None) -> None:
-    """Prints what came out of a run: a table of its clients and one of its groups.
+    """Prints the results of a run: a table of its clients and a table of its groups.
 
     Args:
-        summary: as `summary.json` holds it.
-        console: where to; stdout if None.
+        summary: the content of `summary.json`.
+        console: the console to print to; stdout if None.
     """
     console = console or stdout_console()
     metric = str(summary.get("metric", "balanced_accuracy"))
@@ -168,10 +168,10 @@ def print_summary(summary: Record, console: Console | None = None) -> None:
 
 
 def show(folders: Sequence[Path], console: Console | None = None) -> None:
-    """Prints finished runs side by side; with a `local` run among them, what each gains over it.
+    """Prints finished runs side by side, and their gains over a `local` run if there is one.
 
     Raises:
-        UserError: A folder holds no finished run.
+        UserError: A folder does not hold a finished run.
     """
     summaries = [run_files.read_summary(folder) for folder in folders]
     for folder, summary in zip(folders, summaries, strict=True):
@@ -183,7 +183,7 @@ def show(folders: Sequence[Path], console: Console | None = None) -> None:
 def print_comparison(
     names: Sequence[str], summaries: Sequence[Record], console: Console | None = None
 ) -> None:
-    """Prints runs as columns: what they are, their groups, their clients, and what they cost."""
+    """Prints runs as columns: their settings, their groups, their clients, and their costs."""
     console = console or stdout_console()
     reference = _reference(summaries)
     table = Table(box=box.SIMPLE_HEAD)
@@ -228,28 +228,31 @@ def print_comparison(
         )
 
 
-# --- how it is done -----------------------------------------------------------------------------
+# --- implementation -----------------------------------------------------------------------------
 
 
 def stdout_console() -> Console:
-    """Returns a console on stdout, as it stands now; wide where nobody's window cuts it."""
+    """Returns a console on the current stdout, 120 columns wide if it is not a terminal."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def print_line(console: Console, text: str) -> None:
-    """Prints a line that no console breaks."""
+    """Prints a line without wrapping it."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
-    console.file.flush()  # so that a log file can be followed
+    console.file.flush()  # lets users follow a log file
 
 
 def _metric_names(clients: Sequence[Record]) -> list[str]:
     names = dict.fromkeys(name for c in clients for name in (c.get("metrics") or {}))
-    # The number of diverged clients says that one in brief.
+    # Left out, since the number of diverged clients summarises this metric.
     return [name for name in names if name != NON_FINITE]
 
 
 def _shown_metrics(headline: str, names: Sequence[str]) -> list[str]:
-    """Returns the headline metric and the others; of many, no parts but the headline's own."""
+    """Returns the headline metric, followed by the other metrics.
+
+    If there are many, parts of metrics other than the headline metric are left out.
+    """
     if len(names) > _MOST_METRICS:
         others = [n for n in names if not any(n.startswith(f"{whole}_") for whole in names)]
         parts = [n for n in names if n.startswith(f"{headline}_")]
@@ -258,7 +261,7 @@ def _shown_metrics(headline: str, names: Sequence[str]) -> list[str]:
 
 
 def marked_synthetic(name: str, synthetic: Any) -> str:
-    """Returns a data set's name, with "synthetic" beside it if it is and does not say so itself."""
+    """Returns a data set's name, with "(synthetic)" added if it is and the name does not say so."""
     return f"{name} (synthetic)" if synthetic and "synthetic" not in name else name
 
 
@@ -267,7 +270,7 @@ def _dataset(summary: Record) -> str:
 
 
 def _diverged(summary: Record) -> str:
-    """Returns how many clients of each role have diverged, and how many uploads were left out."""
+    """Returns the number of diverged clients by role, and the number of uploads left out."""
     counts = summary.get("diverged")
     if not isinstance(counts, Mapping):
         return "-"
@@ -281,12 +284,12 @@ def _teacher(summary: Record) -> str:
 
 
 def _metric(summary: Record) -> str:
-    """Returns the headline metric and the images it is of."""
+    """Returns the split and the headline metric that is measured on it."""
     return f"{summary.get('split', 'test')} {str(summary.get('metric', '-')).replace('_', ' ')}"
 
 
 def _reference(summaries: Sequence[Record]) -> Record | None:
-    """Returns the local run to hold the others against: same data, seed, rounds and metric."""
+    """Returns the local run to compare the others with, if data, seed, rounds and metric agree."""
     for summary in summaries:
         same = all(
             other.get(key) == summary.get(key)
@@ -301,7 +304,7 @@ def _reference(summaries: Sequence[Record]) -> Record | None:
 def _client_rows(
     summaries: Sequence[Record],
 ) -> list[tuple[str, list[Any]]]:
-    """Returns (label, headline metric in each run) per client, in the order they first appear."""
+    """Returns (label, headline metric in each run) per client, in order of first appearance."""
     rows: dict[str, list[Any]] = {}
     for column, summary in enumerate(summaries):
         for client in summary.get("per_client") or []:
@@ -312,7 +315,7 @@ def _client_rows(
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """Returns the last part of each path, or the whole paths where that would say too little."""
+    """Returns the last part of each path, or the whole paths if those are not distinct."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 

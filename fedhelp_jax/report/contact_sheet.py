@@ -1,4 +1,4 @@
-"""A sheet of small images for each client, to see what a run would learn from."""
+"""Contact sheets: small images of each client, to see what a run would learn from."""
 
 import math
 import re
@@ -16,15 +16,15 @@ _SPLITS = ("train", "validation", "test")
 
 
 def write_contact_sheets(folder: Path, dataset: FederatedDataset, most: int = 32) -> list[Path]:
-    """Writes ``CLIENT.png`` for each client: images from all its splits, with their classes.
+    """Writes ``CLIENT.png`` for each client: images from all of its splits, with their classes.
 
     Args:
-      folder: Where to.
-      dataset: The data. Of volumes the middle plane is shown.
-      most: Images of a client, in the proportions of its splits.
+      folder: Folder for the files.
+      dataset: The data. For volumes, the middle plane is shown.
+      most: Approximate number of images per client, shared among its splits in proportion.
 
     Returns:
-      The files.
+      The paths of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -53,7 +53,7 @@ def _sheet(dataset: FederatedDataset, client: ClientSplit, most: int) -> Image.I
 
 
 def _chosen(client: ClientSplit, most: int) -> list[tuple[str, int]]:
-    """Images of each split, spread evenly over it; at least one of each that has any."""
+    """Returns images spread evenly over each split, at least one from each non-empty split."""
     total = sum(len(getattr(client, split)) for split in _SPLITS)
     chosen = []
     for split in _SPLITS:

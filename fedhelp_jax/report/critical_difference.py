@@ -1,4 +1,4 @@
-"""The critical-difference diagram of Demsar (JMLR 2006, fig. 1), drawn by matplotlib."""
+"""The critical-difference diagram of Demsar (JMLR 2006, fig. 1), drawn with matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +11,15 @@ from fedhelp_jax.report import run_files
 def critical_difference_diagram(
     path: Path, names: Sequence[str], ranks: np.ndarray, distance: float
 ) -> None:
-    """Draws methods on an axis of average ranks; bars join those that do not differ.
+    """Draws methods on an axis of average ranks; bars join methods that do not differ.
 
     Args:
-      path: The picture; its ending says of what kind.
-      names: Methods, best first.
+      path: The picture; its suffix determines the file format.
+      names: The methods, best first.
       ranks: Their average ranks, ascending.
-      distance: The critical difference: what two ranks must differ by.
+      distance: The critical difference, by which two ranks must differ.
     """
-    # Here, because it takes a second, and only a comparison over several data sets draws.
+    # Imported here because it takes a second and only comparisons over several data sets need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,7 +44,7 @@ def critical_difference_diagram(
         ends = (ranks[first] - 0.05, ranks[last] + 0.05)
         axes.plot(ends, (y, y), color="black", linewidth=3, solid_capstyle="butt")
     for i, (name, rank) in enumerate(zip(names, ranks, strict=True)):
-        # The better half on the left, from above; the others on the right, from below.
+        # The better half is listed on the left, from the top; the others on the right, from below.
         left = i < half
         y = top + line * (i if left else len(names) - 1 - i)
         edge = 0.7 if left else len(names) + 0.3
@@ -71,7 +71,7 @@ def critical_difference_diagram(
 
 
 def cliques(ranks: np.ndarray, distance: float) -> list[tuple[int, int]]:
-    """Longest runs ``(first, last)`` of at least two ranks, ascending, within the distance.
+    """Returns the longest runs ``(first, last)`` of at least two ranks within the distance.
 
     Example:
       >>> cliques(np.array([1.0, 1.5, 2.4, 4.0]), 1.0)

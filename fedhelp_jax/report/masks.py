@@ -1,4 +1,4 @@
-"""What is measured and drawn of masks once, at the end: surface distances, and pictures."""
+"""Surface distances and pictures of masks, which are made once at the end of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ def final_masks(
     folder: Path | None,
     method: str,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Surface distances of the deployed models on the clients' test images; draws some of them.
+    """Returns surface distances of the deployed models on the test images, and draws some images.
 
-    Of the first three clients of each role the middle one of the test images by Dice and the worst
-    one are drawn, into ``<role>.png``.
+    For the first three clients of each role, the test images with the median and the worst Dice
+    are drawn into ``<role>.png``.
 
     Args:
       simulation: The run.
-      state: Its last state.
+      state: The final state of the run.
       dataset: The data.
-      folder: Where the pictures go; None draws none.
-      method: Name of the method, for the pictures' titles.
+      folder: Folder for the pictures; None draws none.
+      method: Name of the method, for the titles of the pictures.
 
     Returns:
       ``{role: {metric: [K]}}``.
@@ -70,7 +70,7 @@ def final_masks(
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """uint8 of the same shape, of several modalities the first; floats from percentile 1 to 99."""
+    """Returns uint8 pixels; of a volume only the first modality, of floats percentiles 1 to 99."""
     image = image[..., :1] if image.ndim == 4 else image
     if image.dtype == np.uint8:
         return image
@@ -79,14 +79,14 @@ def _pixels(image: np.ndarray) -> np.ndarray:
 
 
 def _dice(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """``[n]`` of the whole foreground; 1 where there is none on either side."""
+    """Returns the Dice ``[n]`` of the whole foreground; 1 if neither mask has any."""
     axes = tuple(range(1, truth.ndim))
     both, either = (predicted & truth).sum(axes), predicted.sum(axes) + truth.sum(axes)
     return np.where(either > 0, 2 * both / np.maximum(either, 1), 1.0)
 
 
 def merged(results: Any, found: dict[str, dict[str, np.ndarray]]) -> Any:
-    """Test results with the metrics of each role's deployed model added to its own."""
+    """Returns test results with the metrics in ``found`` added to each role's deployed model."""
     together = {role: dict(models) for role, models in results.items()}
     for role, metrics in found.items():
         name = next(iter(together[role]))

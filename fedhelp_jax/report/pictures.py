@@ -1,7 +1,7 @@
-"""Pictures of what a network segments, for eyes: image, truth, prediction and error, side by side.
+"""Pictures of segmentations: image, truth, prediction and error, side by side.
 
-Pillow alone draws them. Everything is drawn on the grid of the masks, enlarged by a whole number,
-so that a contour lies exactly on the pixels it belongs to.
+They are drawn with Pillow only. Everything is drawn on the grid of the masks, enlarged by a whole
+number, so that a contour lies exactly on the pixels it belongs to.
 """
 
 import functools
@@ -19,30 +19,30 @@ from fedhelp_jax.core.storage import replaced
 
 COLUMNS = ("image", "truth", "prediction", "error")
 
-# Colours of Okabe and Ito, which colour-blind readers tell apart.
+# Colours of Okabe and Ito, which colour-blind readers can distinguish.
 TRUTH, PREDICTION = "#009E73", "#E69F00"  # outlines of a single class
-CLASSES = ("#E69F00", "#009E73", "#CC79A7", "#0072B2")  # outlines of several
+CLASSES = ("#E69F00", "#009E73", "#CC79A7", "#0072B2")  # outlines of several classes
 MISSED, TOO_MUCH, WRONG_CLASS = "#F0E442", "#56B4E9", "#D55E00"  # fills
 
-_CELL = 220  # about the longest side of a drawn mask, in pixels
+_CELL = 220  # approximate longest side of a drawn mask, in pixels
 _LINE = 2
-_OPACITY = 0.6  # of fills
-_DIMMED = 0.7  # brightness of the image under them
+_OPACITY = 0.6  # opacity of fills
+_DIMMED = 0.7  # brightness of the image under fills
 _MARGIN, _GAP = 16, 8
-_NARROWEST = 640  # so that title and legend have room beside narrow images
+_NARROWEST = 640  # leaves room for title and legend even if the images are narrow
 _INK, _PAPER = "#222222", "#FFFFFF"
 _TITLE, _TEXT, _SMALL = 22, 16, 14
 
 
 class Row(NamedTuple):
-    """One test image and what a network made of it.
+    """One test image and a network's prediction.
 
     Attributes:
-      name: of client and example.
-      image: uint8 ``[H, W, 3]`` or ``[D, H, W, 1]``, at the network's size.
+      name: name of the client and the example.
+      image: uint8 ``[H, W, 3]`` or ``[D, H, W, 1]``, at the network's input size.
       truth: uint8 ``[*mask]``, the class of each pixel at the masks' own resolution.
-      predicted: uint8 ``[*mask]``.
-      dice: of this example; NaN where it has none.
+      predicted: uint8 ``[*mask]``, the predicted class of each pixel.
+      dice: the Dice of this example; NaN if undefined.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 class _Plane(NamedTuple):
-    """What is drawn on one line: an image ``[h, w, 3]`` and masks of one shape, maybe another."""
+    """The content of one line: an image ``[h, w, 3]`` and masks, which may have another size."""
 
     name: str
     image: np.ndarray
@@ -74,20 +74,21 @@ def segmentation_panel(
 ) -> None:
     """Writes a PNG with a line of four pictures per image, or three such lines per volume.
 
-    Images are stretched to the shape of their masks, whose pixels are square; so nothing looks
-    stretched that was not. Outlines are the outermost pixels *inside* a mask. The last column
-    fills in, on the image in dimmed grey, what is missed, what is too much and, with several
-    classes, what is given another class than its own.
+    Images are resized to the shape of their masks, whose pixels are square, so the pictures have
+    the original proportions. Outlines are the outermost pixels *inside* a mask. The last column
+    shows the image in dimmed grey and fills in what the prediction misses, what it adds and, with
+    several classes, where it predicts the wrong class.
 
-    Of a volume the three planes through the centre of mass of its true mask are shown. They are
-    named by the axes of the array, since a file of arrays does not say which way the body lies.
-    The first axis of each runs down.
+    For a volume, the three planes through the centre of mass of its true mask are shown. They are
+    named after the axes of the array, since a file of arrays does not state the orientation of the
+    body. The first axis of each plane points down.
 
     Args:
-      path: the file; an old one stands until the new one is whole.
-      title: wrapped to the width of the picture.
-      rows: at least one; names too long for the picture are shortened in the middle.
-      label_names: one name for one foreground class, else those of all classes, background first.
+      path: the file; an old file is kept until the new one is complete.
+      title: the title, wrapped to the width of the picture.
+      rows: at least one row; names too long for the picture are shortened in the middle.
+      label_names: one name for a single foreground class, else the names of all classes, background
+        first.
     """
     if not rows:
         raise ValueError("a panel needs at least one row")
@@ -121,7 +122,7 @@ def _planes(row: Row) -> list[_Plane]:
     centre = [math.floor(np.mean(axis) + 0.5) for axis in np.nonzero(shown)] if shown.any() else []
     planes = []
     for axis, at in enumerate(centre or [side // 2 for side in shown.shape]):
-        # The middle of this slice of the mask, among the slices of an image of another size.
+        # The image slice at the middle of this mask slice; their numbers of slices may differ.
         there = int((at + 0.5) * row.image.shape[axis] / shown.shape[axis])
         grey = np.take(row.image[..., 0], there, axis)
         down, right = [name for name in "DHW" if name != "DHW"[axis]]
@@ -137,14 +138,14 @@ def _planes(row: Row) -> list[_Plane]:
 
 
 def _drawn(row: Row, classes: Sequence[str]) -> list[tuple[str, list[Image.Image]]]:
-    """Per line of a row its name and its four pictures, all enlarged alike."""
+    """Returns the name and the four pictures of each line of a row, all on the same scale."""
     side = max(row.truth.shape)
     up, down = max(1, round(_CELL / side)), max(1, round(side / _CELL))
     return [(plane.name, _cells(plane, classes, up, down)) for plane in _planes(row)]
 
 
 def _cells(plane: _Plane, classes: Sequence[str], up: int, down: int) -> list[Image.Image]:
-    """Four pictures; masks much larger than a cell are thinned out by ``down``, others repeated."""
+    """Returns four pictures; masks are subsampled by ``down`` and enlarged by ``up``."""
     truth, predicted = (
         mask[::down, ::down].repeat(up, axis=0).repeat(up, axis=1)
         for mask in (plane.truth, plane.predicted)
@@ -184,7 +185,7 @@ def _fill(image: np.ndarray, where: np.ndarray, colour: str) -> None:
 
 
 def _classes(label_names: Sequence[str]) -> list[str]:
-    """A colour for each foreground class; beyond the good ones, hues that turn by 137.5 degrees."""
+    """Returns a colour for each foreground class: `CLASSES`, then hues 137.5 degrees apart."""
     count = max(1, len(label_names) - 1)
     hues = [f"hsl({137.5 * i % 360:.0f}, 80%, 70%)" for i in range(count - len(CLASSES))]
     return [*CLASSES, *hues][:count]
@@ -234,7 +235,7 @@ def _caption(row: Row, width: int) -> Image.Image:
 
 
 def _legend(keys: Sequence[_Key], width: int) -> Image.Image:
-    """Swatches with their names, in as many lines as it takes."""
+    """Returns swatches with their names, on as many lines as needed."""
     swatch, height = 24, 22
     places, x, y = [], 0, 0
     for key in keys:
@@ -275,7 +276,7 @@ def _wrap(text: str, size: int, width: int) -> list[str]:
 
 
 def _shorten(text: str, size: int, width: int) -> str:
-    """The text, without its middle if it is too long: what tells names apart is at the ends."""
+    """Returns the text, without its middle if too long, since names differ mostly at the ends."""
     kept = len(text)
     shorter = text
     while kept and _text_width(shorter, size) > width:
@@ -285,7 +286,7 @@ def _shorten(text: str, size: int, width: int) -> str:
 
 
 def _drawable(text: str) -> str:
-    """One line without accents, which Pillow's own font lacks."""
+    """Returns the text on one line without accents, which Pillow's default font lacks."""
     letters = unicodedata.normalize("NFKD", " ".join(text.split()))
     return "".join(letter for letter in letters if not unicodedata.combining(letter))
 

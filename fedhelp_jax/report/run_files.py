@@ -1,4 +1,7 @@
-"""The files of a run folder: each is either as it was or as it shall be, however the run ends."""
+"""Reads and writes the files of a run folder.
+
+However a run ends, each file holds either its old or its new content.
+"""
 
 import csv
 import io
@@ -20,10 +23,10 @@ CLIENT_COLUMNS = ("client", "role", "model", "split", "metric", "value")
 
 
 def prepare_folder(folder: Path) -> None:
-    """Makes the run folder, if there is none, and tries that a file can be written there.
+    """Creates the run folder if it is missing, and checks that a file can be written there.
 
     Raises:
-        UserError: It cannot be made or written to.
+        UserError: The folder cannot be created or written to.
     """
     probe = folder / f".writable.{os.getpid()}"
     try:
@@ -37,7 +40,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Returns `value` as JSON can keep it: arrays as lists, NaN and infinities as None.
+    """Returns `value` in a form that JSON can hold: arrays as lists, NaN and infinities as None.
 
     Example:
         >>> plain({"auroc": float("nan"), "shape": (2, 3)})
@@ -59,17 +62,17 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON; the old file stands until the new one is whole."""
+    """Writes `value` as indented JSON; the old file is kept until the new one is complete."""
     write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def append_metrics(path: Path, row: Record) -> None:
-    """Adds one line to ``metrics.jsonl``."""
+    """Appends one line to ``metrics.jsonl``."""
     append_line(path, json.dumps(plain(row), allow_nan=False))
 
 
 def read_metrics(path: Path) -> list[JsonObject]:
-    """Returns the rows of ``metrics.jsonl``, less a last line that was cut off in the writing.
+    """Returns the rows of ``metrics.jsonl``, except for an incomplete last line.
 
     Raises:
         UserError: Another line is not a JSON object with a round.
@@ -91,18 +94,18 @@ def read_metrics(path: Path) -> list[JsonObject]:
 
 
 def cut_metrics(path: Path, last_round: int) -> None:
-    """Takes from ``metrics.jsonl`` all rows after `last_round`, from which the run goes on."""
+    """Removes all rows after `last_round` from ``metrics.jsonl``, where the run resumes."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["round"] <= last_round]
         write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Record]) -> None:
-    """Writes a table, undefined values empty.
+    """Writes a CSV table; undefined values are left empty.
 
     Args:
         path: the file.
-        columns: their names, in order.
+        columns: names of the columns, in order.
         rows: dicts with these keys.
     """
     text = io.StringIO()
@@ -116,7 +119,7 @@ def read_summary(folder: Path) -> JsonObject:
     """Returns the ``summary.json`` of a finished run.
 
     Raises:
-        UserError: There is none, or it is not a JSON object.
+        UserError: The file is missing, or is not a JSON object.
     """
     path = folder / "summary.json"
     try:
@@ -133,12 +136,12 @@ def read_summary(folder: Path) -> JsonObject:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file; the old one stands until the new one is whole."""
+    """Writes a text file; the old file is kept until the new one is complete."""
     with replaced(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_figure(path: Path, figure: "Figure") -> None:
-    """Writes a figure of Matplotlib, of the kind that the ending says, as `write_text` does."""
+    """Writes a Matplotlib figure in the format of the path's suffix; see `write_text`."""
     with replaced(path) as beside:
         figure.savefig(beside, format=path.suffix[1:], dpi=150)

@@ -1,7 +1,7 @@
-"""Statistics of a comparison: paired tests with Holm's correction, average ranks, their distance.
+"""Statistics of a comparison: paired tests with Holm's correction, ranks, critical differences.
 
-Pure NumPy and SciPy on arrays ``[methods, blocks]``, a block being a data set, or a data set and a
-seed.
+The functions use only NumPy and SciPy. Their arrays are ``[methods, blocks]``; a block is a data
+set, or a data set and a seed.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from scipy import stats
 
 
 def paired_p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Two-sided p-value of Student's t test on paired values; NaN for fewer than two pairs.
+    """Returns the two-sided p-value of a paired Student's t test; NaN for fewer than two pairs.
 
-    Where all pairs differ by the same amount, but for rounding, no variance is left to test with:
-    1 if that amount is 0, else NaN.
+    If all pairs differ by the same amount up to rounding, there is no variance to test with. The
+    result is then 1 if that amount is 0, else NaN.
     """
     difference = np.asarray(ours, float) - np.asarray(theirs, float)
     difference = difference[np.isfinite(difference)]
@@ -28,9 +28,9 @@ def paired_p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (Scand. J. Stat. 1979): ``max over j <= i of (m - j) p_(j)``.
+    """Returns p-values with Holm's step-down adjustment: ``max over j <= i of (m - j) p_(j)``.
 
-    NaN stay NaN and do not count.
+    See Scand. J. Stat. 1979. NaNs stay NaN and do not count.
 
     Example:
       >>> holm([0.01, 0.04, 0.03])
@@ -46,13 +46,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Mean rank of each method over blocks, 1 the best (largest); ties share their mean rank.
+    """Returns the mean rank of each method over blocks; rank 1 is the best, ties share their mean.
 
     Args:
       values: ``[methods, blocks]``, larger is better; blocks with a NaN are left out.
 
     Returns:
-      ``[methods]``; NaN if no block is whole.
+      ``[methods]``; NaN if every block has a NaN.
 
     Example:
       >>> average_ranks(np.array([[0.9, 0.8], [0.7, 0.8], [0.1, 0.2]])).tolist()
@@ -65,10 +65,10 @@ def average_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def critical_difference(methods: int, blocks: int, alpha: float = 0.05) -> float:
-    """By how much average ranks must differ (Nemenyi; Demsar, JMLR 2006, sec. 3.2.2).
+    """Returns by how much average ranks must differ (Nemenyi; Demsar, JMLR 2006, sec. 3.2.2).
 
-    ``CD = q_alpha sqrt(k (k + 1) / (6 N))``, ``q_alpha`` the studentized range's quantile over
-    ``sqrt(2)``.
+    ``CD = q_alpha sqrt(k (k + 1) / (6 N))``, where ``q_alpha`` is the quantile of the studentized
+    range divided by ``sqrt(2)``.
 
     Example:
       >>> round(critical_difference(4, 14), 2)  # Demsar's example, with q = 2.569
@@ -79,13 +79,14 @@ def critical_difference(methods: int, blocks: int, alpha: float = 0.05) -> float
 
 
 def friedman_p_value(values: np.ndarray) -> float:
-    """The p-value of Friedman's test that all methods rank alike.
+    """Returns the p-value of Friedman's test that all methods rank alike.
 
     Args:
       values: ``[methods, blocks]``, without NaN.
 
     Returns:
-      NaN for fewer than three methods or two blocks, or if all methods are equal in every block.
+      The p-value; NaN for fewer than three methods or two blocks, or if all methods are equal in
+      every block.
     """
     if len(values) < 3 or values.shape[1] < 2 or not np.ptp(values, axis=0).any():
         return float("nan")

@@ -1,4 +1,4 @@
-"""What a run came to, as plain numbers: for ``clients.csv`` and ``summary.json``."""
+"""The results of a run as plain numbers, for ``clients.csv`` and ``summary.json``."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,22 +6,21 @@ from importlib import metadata
 
 from fedhelp_jax.typing import JsonObject, Record
 
-# {role: {model: {metric: one value per client}}}, as a simulation evaluates; any kind of array.
+# {role: {model: {metric: one value per client}}}, as evaluated by a simulation; any kind of array.
 Results = Mapping[str, Mapping[str, Record]]
 
 _PACKAGES = ("fedhelp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def group_summary(values: Record) -> dict[str, float]:
-    """Means of one metric by role, the worst small client, and the gap between the roles.
+    """Returns the mean of a metric by role, the worst small client, and the gap between the roles.
 
     Args:
-      values: Per role, one value per client; NaN where a client has none, which then counts
-        nowhere.
+      values: Per role, one value per client; clients whose value is NaN are ignored.
 
     Returns:
       ``small_mean``, ``large_mean``, ``worst_small`` and ``gap = large_mean - small_mean``; NaN
-      where no client has a value.
+      if no client has a value.
 
     Example:
       >>> group_summary({"small": [0.25, 0.75], "large": [1.0]})
@@ -39,18 +38,18 @@ def group_summary(values: Record) -> dict[str, float]:
 
 
 def headline(results: Results, metric: str) -> JsonObject:
-    """The named metric of each role's first model, which is the one it deploys."""
+    """Returns the named metric of each role's first model, which is the one that it deploys."""
     return {role: next(iter(models.values()))[metric] for role, models in results.items()}
 
 
 def client_rows(
     names: Mapping[str, Sequence[str]], results: Mapping[str, Results]
 ) -> list[JsonObject]:
-    """Rows of ``clients.csv``, one per client, model, split and metric.
+    """Returns the rows of ``clients.csv``, one per client, model, split and metric.
 
     Args:
-      names: Per role, its clients.
-      results: Per split, what the evaluation gave.
+      names: The clients of each role.
+      results: The results of the evaluation on each split.
     """
     return [
         {
@@ -75,13 +74,13 @@ def per_client(
     results: Results,
     diverged: Mapping[str, Sequence[str]],
 ) -> list[JsonObject]:
-    """One entry per client with the test metrics of the model it deploys.
+    """Returns one entry per client, with the test metrics of the model that it deploys.
 
     Args:
-      names: Per role, its clients.
-      sizes: Per role, training and test examples of each client.
-      results: What the evaluation on test gave.
-      diverged: Per role, which of them have diverged.
+      names: The clients of each role.
+      sizes: For each role, the number of training and test examples of each client.
+      results: The results of the evaluation on the test split.
+      diverged: The diverged clients of each role.
     """
     return [
         {
@@ -101,7 +100,10 @@ def per_client(
 
 
 def has_diverged(summary: Record) -> bool:
-    """Whether every client of a role has, by a ``summary.json``: the run then has no result."""
+    """Returns whether, by its ``summary.json``, a run has diverged and thus has no result.
+
+    It has diverged if every client of a role has.
+    """
     clients = summary.get("per_client") or []
     roles = {client["role"] for client in clients}
     return any(
@@ -111,13 +113,16 @@ def has_diverged(summary: Record) -> bool:
 
 
 def mean_of_roles(summary: Record) -> float:
-    """The mean of both roles' means, by a ``summary.json``; NaN of none, and of a diverged run."""
+    """Returns the mean of the roles' means in a ``summary.json``.
+
+    The result is NaN if there are none, or if the run has diverged.
+    """
     found = [summary[key] for key in ("small_mean", "large_mean") if summary[key] is not None]
     return math.nan if has_diverged(summary) else _mean(found)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed the numbers."""
+    """Returns the versions of the packages that computed the numbers."""
     return {name: metadata.version(name) for name in _PACKAGES}
 
 

@@ -1,4 +1,4 @@
-"""The table and the pictures of a sweep."""
+"""Writes the table and the pictures of a sweep."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -16,13 +16,13 @@ _COLOURS = ("#0072b2", "#d55e00", "#56b4e9", "#777777")
 
 
 def write_sweep(folder: Path, swept: Sequence[str], table: Sequence[Record], split: str) -> None:
-    """Writes ``runs.csv``, ``runs.parquet`` where pyarrow is there, and a picture per swept name.
+    """Writes ``runs.csv``, a picture per swept name and, if pyarrow is installed, ``runs.parquet``.
 
     Args:
-      folder: Where to.
-      swept: Names of what is swept, columns of the table.
+      folder: Folder for the files.
+      swept: The swept names, which are columns of the table.
       table: One row per run.
-      split: What was measured on, for the pictures.
+      split: The split of the evaluation, for the pictures.
     """
     columns = list(dict.fromkeys(name for row in table for name in row))
     run_files.write_csv(folder / "runs.csv", columns, table)
@@ -39,15 +39,15 @@ def write_sweep(folder: Path, swept: Sequence[str], table: Sequence[Record], spl
 
 
 def draw(path: Path, name: str, table: Sequence[Record], split: str) -> None:
-    """Draws each metric against one swept name: a dot a run, and the means.
+    """Draws each metric against one swept name, with a dot per run and the means.
 
     Args:
       path: The picture.
-      name: What is swept.
+      name: The swept name.
       table: One row per run.
-      split: What was measured on.
+      split: The split of the evaluation.
     """
-    # Here, because it takes a second.
+    # Imported here because it takes a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Tables as text: for terminals, Markdown and LaTeX."""
+"""Typesets tables as text for terminals, Markdown and LaTeX."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -15,14 +15,14 @@ BEST, SECOND = "best", "second"
 
 
 class Cell(NamedTuple):
-    """Text of a table and how it stands out: "best", "second" or not at all."""
+    """The text of a table cell and its mark: "best", "second" or none."""
 
     text: str
     mark: str = ""
 
 
 class Grid(NamedTuple):
-    """A table before it is typeset: title, heads, rows, and what is said below."""
+    """A table before it is typeset: title, column heads, rows, and notes below it."""
 
     title: str
     heads: Sequence[str]
@@ -31,7 +31,7 @@ class Grid(NamedTuple):
 
 
 def print_grid(grid: Grid, console: Console | None = None) -> None:
-    """Prints a table: the best of a column bold and with ``*``, the second underlined and ``+``."""
+    """Prints a table; the best of a column is bold with ``*``, the second underlined with ``+``."""
     console = console or consoles.stdout_console()
     table = Table(title=Text(grid.title), box=box.SIMPLE_HEAD, title_justify="left")
     for i, head in enumerate(grid.heads):
@@ -50,7 +50,7 @@ def print_grid(grid: Grid, console: Console | None = None) -> None:
 
 
 def markdown(grid: Grid) -> str:
-    """A Markdown table: the best of a column bold, the second best in italics."""
+    """Returns a Markdown table, with the best of a column in bold and the second in italics."""
     around = {BEST: "**", SECOND: "*", "": ""}
 
     def line(cells: Iterable[str]) -> str:
@@ -72,9 +72,9 @@ def markdown(grid: Grid) -> str:
 
 
 def latex(grid: Grid) -> str:
-    r"""A ``table`` for LaTeX with package booktabs: best ``\textbf``, second ``\underline``."""
+    r"""Returns a LaTeX table for booktabs; best is ``\textbf``, second best ``\underline``."""
     around = {BEST: r"\textbf{%s}", SECOND: r"\underline{%s}", "": "%s"}
-    # {}: a row that began with [ or * would be taken for an option of the one before.
+    # Rows begin with {}, since a leading [ or * would be read as an option of the row before.
     rows = ["{}" + " & ".join(around[c.mark] % _escaped(c.text) for c in row) for row in grid.rows]
     heads = " & ".join(_escaped(head) for head in grid.heads)
     legend = ["Best in bold, second best underlined."] if _marked(grid) else []
@@ -111,7 +111,7 @@ _LATEX = {
 
 
 def _escaped(text: str) -> str:
-    if re.match(r"-\d", text):  # a minus, which is longer than a hyphen
+    if re.match(r"-\d", text):  # a minus sign, which is longer than a hyphen
         return "$-$" + _escaped(text[1:])
     return "".join(_LATEX.get(sign, sign) for sign in text)
 

@@ -1,4 +1,4 @@
-"""What a person sees of ``fedhelp teach``: the plan, the progress, what was stored, how good."""
+"""Console output of ``fedhelp teach``: the plan, progress, stored answers and their quality."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ _SECONDS_A_LINE = 5.0
 def print_plan(
     fingerprint: Fingerprint, config: FoundationConfig, plan: Plan, public_images: int
 ) -> None:
-    """Prints what would be asked, and what it would cost."""
+    """Prints what would be asked and what it would cost."""
     _say(f"teacher    {fingerprint}")
     _say(f"images     {public_images:,}, {plan.images:,} of them distinct")
     _say(f"known      {plan.known:,} in {config.store}")
@@ -32,7 +32,7 @@ def print_plan(
 
 
 def print_stored(name: str, store: str = "", sent: int = 0, truncation_kl: float = 0.0) -> None:
-    """Prints where a model's answers are, what was sent for them, and what storing them lost."""
+    """Prints where a model's answers are stored, the images sent, and the nats lost by storing."""
     if not store:
         _say(f"teacher    {name}: there is nothing to ask")
         return
@@ -42,7 +42,7 @@ def print_stored(name: str, store: str = "", sent: int = 0, truncation_kl: float
 
 
 def print_agreement(fingerprint: str, public: str, found: Record) -> None:
-    """Prints how well the answers go with the public labels."""
+    """Prints how well the answers agree with the public labels."""
     _say(f"answers    {found['images']:,} over {found['classes']:,} classes, of {fingerprint}")
     if found["look_like_probabilities"]:
         _say("warning    these look like probabilities; name the output before the softmax")
@@ -63,9 +63,9 @@ def print_agreement(fingerprint: str, public: str, found: Record) -> None:
 
 
 class AskingProgress:
-    """Shows how asking goes on: images answered, rate, time left; a context manager.
+    """Shows the images answered, the rate and the remaining time; a context manager.
 
-    In a terminal one live line, elsewhere a plain line every few seconds.
+    In a terminal this is one live line; elsewhere it is a plain line every few seconds.
     """
 
     def __init__(self, total: int):
@@ -89,14 +89,14 @@ class AskingProgress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Ends the display, and tells what is kept of a run that did not come to its end."""
+        """Ends the display; after an error, prints how many answers are kept."""
         if self._live is not None:
             self._live.stop()
         if exception[0] is not None:
             _say(f"kept       {self._done:,} answers of {self._total:,}; the same command goes on")
 
     def advance(self, images: int) -> None:
-        """Shows that so many more images are answered and stored."""
+        """Shows that ``images`` more images are answered and stored."""
         self._done += images
         now = time.monotonic()
         rate = self._done / max(now - self._started, 1e-9)
@@ -110,7 +110,7 @@ class AskingProgress:
 
     @staticmethod
     def note_waiting(store: str) -> None:
-        """Says that another process asks the same model."""
+        """Prints that another process is asking the same model."""
         _say(f"waiting    another fedhelp teach asks this model for {store}")
 
 

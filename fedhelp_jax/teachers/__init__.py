@@ -1,4 +1,4 @@
-"""Foundation models: what they answered about public images, asked once."""
+"""Foundation models and their stored answers about public images, asked for only once."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A foundation model's answers: files of logits or embeddings, joined to images by their hash."""
+"""Files of a foundation model's answers, logits or embeddings, matched to images by their hash."""
 
 import hashlib
 import importlib
@@ -22,15 +22,16 @@ _NOT_ANSWERS = ("sha256", "images", "label_names", "fingerprint")
 
 
 class Answers(NamedTuple):
-    """What a foundation model said about some images.
+    """A foundation model's answers about a set of images.
 
     Attributes:
-      logits: float32 ``[M, F]`` over its own classes; ``[M, *spatial, F]`` of masks; embeddings
-        where there are no label names.
-      sha256: ``[M]`` which image each row is about (:func:`fedhelp_jax.data.types.image_sha256`).
-      label_names: ``[F]`` its classes; empty for embeddings.
-      fingerprint: Its name, version and preprocessing, for the record.
-      content_sha256: Hash of what was read, before a head or an ensemble computes with it.
+      logits: float32 ``[M, F]`` over the model's own classes, or ``[M, *spatial, F]`` for masks;
+        embeddings if there are no label names.
+      sha256: ``[M]`` hash of the image that each row is about
+        (:func:`fedhelp_jax.data.types.image_sha256`).
+      label_names: ``[F]`` class names; empty for embeddings.
+      fingerprint: Name, version and preprocessing of the model, for the record.
+      content_sha256: Hash of what was read, before a head or an ensemble is applied.
     """
 
     logits: np.ndarray
@@ -40,12 +41,12 @@ class Answers(NamedTuple):
     content_sha256: str = ""
 
     def about(self, public: PublicDataset) -> np.ndarray:
-        """Returns the logits in the order of the public images, as `join_answers` does."""
+        """Returns the logits in the order of the public images; see `join_answers`."""
         return join_answers(self, public)
 
 
 class _Stored(NamedTuple):
-    """What a file holds, unchecked; ``name`` is that of the array of answers."""
+    """The unchecked content of a file; ``name`` is the name of the array of answers."""
 
     name: str
     answers: np.ndarray
@@ -57,16 +58,16 @@ class _Stored(NamedTuple):
 def from_logits(
     public: PublicDataset, logits: Any, *, label_names: Sequence[str], name: str
 ) -> Answers:
-    """Returns a foundation model's answers out of an array.
+    """Returns a foundation model's answers, given as an array.
 
     Args:
-      public: The images that they are about.
-      logits: ``[P, F]`` a row for each, or of masks ``[P, *spatial, F]``; finite.
-      label_names: The model's classes, which need not be those of any data.
+      public: The images that the answers are about.
+      logits: ``[P, F]``, one row per image, or ``[P, *spatial, F]`` for masks; finite.
+      label_names: The model's classes, which need not be those of any data set.
       name: Name and version of the model.
 
     Raises:
-      UserError: If they do not fit the images or the names.
+      UserError: If the logits are not finite, or do not fit the images or the label names.
     """
     logits = np.asarray(logits, np.float32)
     if len(logits) != len(public.images) or logits.shape[-1] != len(label_names):
@@ -80,9 +81,9 @@ def from_logits(
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Log of the classes' probabilities, float64 ``[..., max(P, 2)]``, from logits ``[..., P]``.
+    """Returns log-probabilities, float64 ``[..., max(P, 2)]``, of logits ``[..., P]``.
 
-    One class is a mask's foreground: its logit ``s`` counts as two, ``[0, s]``.
+    A single class is the foreground of a mask: its logit ``s`` is read as two logits, ``[0, s]``.
     """
     if logits.shape[-1] == 1:
         logits = np.concatenate([np.zeros_like(logits), logits], axis=-1)
@@ -90,7 +91,7 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def save_answers(path: str | Path, answers: Answers) -> None:
-    """Writes answers as a file that :func:`load_answers` reads; no pickle.
+    """Writes answers to a file that :func:`load_answers` reads, without pickle.
 
     Raises:
       UserError: If the suffix is none of ``.npz``, ``.safetensors`` and ``.npy``.
@@ -125,20 +126,20 @@ def save_answers(path: str | Path, answers: Answers) -> None:
 
 
 def load_answers(path: Path, array: str | None = None) -> Answers:
-    """Reads and checks a file of answers, in the format that its suffix tells.
+    """Reads and checks a file of answers; its suffix determines the format.
 
-    ``.npz``: arrays ``logits``, ``sha256``, ``label_names``, ``fingerprint``. ``images``, uint8 at
-    their native size, may stand for ``sha256``; the fingerprint may then be missing.
+    ``.npz``: arrays ``logits``, ``sha256``, ``label_names``, ``fingerprint``. An array ``images``,
+    uint8 at native size, may replace ``sha256``; the fingerprint is then optional.
 
     ``.safetensors``: tensors ``logits`` and ``sha256`` (uint8 ``[M, 32]``), metadata
     ``label_names`` (a JSON list) and ``fingerprint``.
 
-    ``.npy``: the logits; beside them, of the same name, a ``.json`` with the other three.
+    ``.npy``: the logits. A ``.json`` file of the same name holds the other three.
 
     Args:
       path: The file.
-      array: Which array holds the answers; None takes ``logits``, or else ``embeddings``. Label
-        names belong to ``logits`` alone: other arrays are embeddings.
+      array: Name of the array that holds the answers; None takes ``logits``, or ``embeddings`` if
+        there are no logits. Label names belong only to ``logits``: other arrays are embeddings.
 
     Raises:
       UserError: If the file is missing or unreadable, or its logits are not finite floats ``[M,
@@ -178,7 +179,7 @@ def load_answers(path: Path, array: str | None = None) -> Answers:
 
 
 def join_answers(answers: Answers, public: PublicDataset) -> np.ndarray:
-    """The answers in the order of the public images, matched by hash and never by position.
+    """Returns the answers in the order of the public images, matched by hash.
 
     Returns:
       float32 ``[P, *spatial, F]``.
@@ -197,7 +198,7 @@ def join_answers(answers: Answers, public: PublicDataset) -> np.ndarray:
 
 
 def _read_npz(path: Path, array: str | None) -> _Stored:
-    # Opened here: np.load leaves a damaged file open.
+    # The file is opened here because np.load leaves a damaged file open.
     with path.open("rb") as file:
         stored = np.load(file, allow_pickle=False)
         if not isinstance(stored, np.lib.npyio.NpzFile):
@@ -236,7 +237,7 @@ def _read_safetensors(path: Path, array: str | None) -> _Stored:
                 raise UserError(f"teacher.path: {path} lacks the tensor 'sha256'")
             answers, digests = file.get_tensor(name), file.get_tensor("sha256")
     except (library.SafetensorError, AttributeError) as error:
-        # An AttributeError where NumPy does not know a tensor's type.
+        # safetensors raises AttributeError for a dtype that NumPy does not have.
         raise ValueError(error) from None
     if digests.dtype != np.uint8 or digests.shape[1:] != (32,):
         raise UserError(

@@ -1,7 +1,7 @@
-"""What a foundation model is, and what may be shown to one: public images, and nothing else.
+"""The interface of foundation models, which may see public images and nothing else.
 
-Everything that leaves for a foundation model is a `PublicImages`, and `clear_public` alone makes
-one, from a data set declared public that shares no image with any client.
+Everything that is sent to a foundation model is a `PublicImages`. Only `clear_public` makes one,
+from a data set that is declared public and shares no image with any client.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ _CLEARED = object()
 
 
 class Fingerprint(NamedTuple):
-    """What decides a foundation model's answers, known without asking it.
+    """Everything that determines a foundation model's answers, known without asking it.
 
     Attributes:
-      name: The model.
-      version: Which one of that name, such as a hash of its file.
-      preprocessing: What is done to an image, and which output is taken.
-      label_names: ``[P]`` its classes; empty where it gives embeddings.
+      name: Name of the model.
+      version: Version of the model, such as a hash of its file.
+      preprocessing: How an image is preprocessed, and which output is taken.
+      label_names: ``[P]`` class names; empty if the model returns embeddings.
     """
 
     name: str
@@ -35,20 +35,20 @@ class Fingerprint(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of all four; answers are stored under it."""
+        """Hex SHA-256 of all four fields; answers are stored under it."""
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()
 
     def __str__(self) -> str:
-        """For tables: all but the classes."""
+        """Returns the fingerprint without the class names, for tables."""
         return f"{self.name} {self.version} ({self.preprocessing})"
 
 
 class TransientError(Exception):
-    """The model did not answer, but may if it is asked again.
+    """The model did not answer, but may answer if it is asked again.
 
     Args:
       message: What happened.
-      retry_after: Seconds it asks to be left alone, if it said so.
+      retry_after: Seconds that the server asks the client to wait, if it said so.
     """
 
     def __init__(self, message: str, retry_after: float | None = None):
@@ -57,9 +57,9 @@ class TransientError(Exception):
 
 
 class PublicImages:
-    """Public images at their native sizes; no client has any of them.
+    """Public images at their native sizes, none of which any client has.
 
-    Made by `clear_public` and by `take` only, so that a client's examples cannot become one.
+    Only `clear_public` and `take` make instances, so a client's examples can never be in one.
     """
 
     __slots__ = ("_originals", "_rows", "_sha256", "_volumes")
@@ -80,34 +80,34 @@ class PublicImages:
         self._volumes = volumes
 
     def __len__(self) -> int:
-        """The number of images."""
+        """Returns the number of images."""
         return len(self._rows)
 
     def take(self, places: Sequence[int]) -> "PublicImages":
-        """Some of the images, in the order of ``places``."""
+        """Returns the images at ``places``, in that order."""
         rows = [self._rows[place] for place in places]
         sha256 = tuple(self.sha256[place] for place in places)
         return PublicImages(self._originals, rows, sha256, self._volumes, _CLEARED)
 
     @property
     def sha256(self) -> tuple[str, ...]:
-        """Each image's hash, as `image_sha256` of its native pixels."""
+        """The hash of each image: `image_sha256` of its native pixels."""
         return self._sha256
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Each image's shape, ``(H, W)``, ``(H, W, channels)``, or ``(D, H, W)`` of a volume."""
+        """The shape of each image: ``(H, W)``, ``(H, W, channels)``, or ``(D, H, W)``."""
         return [self._originals[row].shape for row in self._rows]
 
     @property
     def pixels(self) -> np.ndarray:
-        """The images as one array; they must be of one shape.
+        """The images as one array; they must all have the same shape.
 
         Returns:
           uint8 ``[B, H, W, C]``.
 
         Raises:
-          UserError: If an image is not the one that was cleared, or is a volume.
+          UserError: If an image has changed since it was cleared, or is a volume.
         """
         if self._volumes:
             raise UserError(
@@ -125,51 +125,54 @@ class PublicImages:
 
 
 class FoundationModel(Protocol):
-    """A model that answers about public images; made without any network or heavy library.
+    """A model that answers about public images.
+
+    Constructing one needs neither the network nor a heavy library.
 
     Attributes:
-      fingerprint: What decides its answers.
-      batch_limit: Most images it takes at once; None if it does not matter.
+      fingerprint: What determines its answers.
+      batch_limit: The most images that it takes at once; None for no limit.
     """
 
     fingerprint: Fingerprint
     batch_limit: int | None
 
     def open(self) -> None:
-        """Makes ready to be asked, as far as that sends nothing: reads the file, or the key.
+        """Prepares the model without sending anything, such as by reading its file or the API key.
 
         Raises:
-          UserError: If that cannot be had.
+          UserError: If the file or the key cannot be read.
         """
         ...
 
     def answer(self, images: PublicImages) -> np.ndarray:
-        """Returns float32 ``[B, P]`` logits or embeddings, or ``[B, *spatial, P]`` of masks.
+        """Returns float32 ``[B, P]`` logits or embeddings, or ``[B, *spatial, P]`` for masks.
 
         Raises:
           TransientError: If asking again may help.
-          UserError: If it will not.
+          UserError: If asking again will not help.
         """
         ...
 
     def request_bytes(self, images: PublicImages) -> int:
-        """Returns how many bytes leave this machine to have ``images`` answered."""
+        """Returns how many bytes must be sent from this machine to get answers about ``images``."""
         ...
 
     def close(self) -> None:
-        """Lets go of connections and files."""
+        """Closes connections and files."""
         ...
 
 
 def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImages:
-    """Returns the distinct public images, once it is sure that no client has any of them.
+    """Returns the distinct public images after checking that no client has any of them.
 
-    Images are compared by the SHA-256 of their pixels as RGB at the size of the run
-    (``data.image_size``), to which both sides are resized alike: equal pictures are found at equal
-    native sizes, and after resizing. Every image of the private pool counts, training, validation,
-    test or unused, and those of examples that were left out because their mask cannot be used. A
-    private picture that was saved anew with loss, cropped, or resized otherwise is another picture
-    by any hash, and is not found; nor is a volume that ``data.scanner_shift`` changed.
+    Images are compared by the SHA-256 of their RGB pixels at the size of the run
+    (``data.image_size``), to which both sides are resized in the same way. Identical images are
+    found at equal native sizes and after resizing. Every image of the private pool is checked:
+    training, validation, test and unused images, and the images of examples that were left out
+    because their mask cannot be used. A private image that was recompressed with loss, cropped, or
+    resized in another way has another hash and is not found; neither is a volume that
+    ``data.scanner_shift`` changed.
 
     Raises:
       TypeError: If ``public`` was not declared public.
@@ -197,7 +200,7 @@ def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImag
             f"public image {number} of {public.name} (sha256 {public.sha256[number]}) is "
             f"{_whose(private, row)}{more}; nothing was sent. Take it out of the public data"
         )
-    # The first of identical images stands for all.
+    # Of identical images, only the first is kept.
     firsts = {sha: number for number, sha in reversed(list(enumerate(public.sha256)))}
     rows = sorted(firsts.values())
     distinct = tuple(public.sha256[row] for row in rows)
@@ -205,7 +208,7 @@ def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImag
 
 
 def _whose(private: FederatedDataset, row: int) -> str:
-    """Returns whose private image stands in a row of the pool, and where."""
+    """Describes which client and split use the private image in ``row`` of the pool."""
     for client in private.clients:
         for part in ("train", "validation", "test"):
             places = np.flatnonzero(getattr(client, part) == row)

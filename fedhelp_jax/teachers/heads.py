@@ -1,4 +1,4 @@
-"""Heads that turn a foundation model's embeddings into logits: class vectors, or a linear probe."""
+"""Heads that turn a foundation model's embeddings into logits: class vectors or a linear probe."""
 
 import numpy as np
 from scipy import optimize, special
@@ -10,12 +10,13 @@ _L2 = 1e-2
 def class_vector_logits(
     embeddings: np.ndarray, class_vectors: np.ndarray, scale: float
 ) -> np.ndarray:
-    """Returns ``scale * cos(embedding, class vector)``, as CLIP's zero-shot classifier.
+    """Returns ``scale * cos(embedding, class vector)``, like CLIP's zero-shot classifier.
 
     Args:
-      embeddings: float ``[..., D]``, of any length.
-      class_vectors: float ``[P, D]``, such as embeddings of class names; of any length.
-      scale: What the cosine is multiplied by; CLIP's is 100.
+      embeddings: float ``[..., D]``; they need not be normalised.
+      class_vectors: float ``[P, D]``, such as embeddings of class names; they need not be
+        normalised.
+      scale: Factor that multiplies the cosine; CLIP uses 100.
 
     Returns:
       float32 ``[..., P]`` logits.
@@ -38,19 +39,20 @@ def linear_probe_logits(
     *,
     max_iterations: int = 200,
 ) -> np.ndarray:
-    """Returns what linear probes say of examples that they were not fitted on.
+    """Returns the logits of cross-fitted linear probes.
 
-    Multinomial logistic regression on standardised features in float64, minimising ``mean CE +
-    0.01/2 |W|^2`` by L-BFGS. Examples fall into five folds by their hash, so identical images fall
-    into one; each fold is answered by a probe fitted on the other four. A probe that answered its
-    own training examples would repeat their labels, surer than it can be of any new image.
+    A probe is a multinomial logistic regression on standardised features in float64. It minimises
+    ``mean CE + 0.01/2 |W|^2`` by L-BFGS. The hash of an example's image determines its fold, one of
+    five, so identical images share a fold. A probe fitted on the other four folds answers each
+    fold. On its own training examples, a probe would repeat their labels with more confidence than
+    it can have on any new image.
 
     Args:
       embeddings: float ``[M, D]``.
       labels: int ``[M]`` in ``0..num_classes-1``.
       num_classes: ``P``.
       sha256: ``[M]`` hex hash of each example's image.
-      max_iterations: Of L-BFGS; fewer give a rougher fit sooner.
+      max_iterations: Maximum number of L-BFGS iterations; fewer are faster but fit less closely.
 
     Returns:
       float32 ``[M, P]`` logits.
@@ -78,7 +80,7 @@ def linear_probe_logits(
 def _fit(
     features: np.ndarray, labels: np.ndarray, num_classes: int, max_iterations: int
 ) -> np.ndarray:
-    """Returns weights ``[D + 1, P]``, the intercept last; it is not regularised."""
+    """Returns weights ``[D + 1, P]``; the intercept is the last row and is not regularised."""
     count, width = features.shape
     targets = np.eye(num_classes)[labels]
 

@@ -1,7 +1,7 @@
-"""One HTTP request, guarded: TLS verified, no redirects, a deadline, an answer of bounded size.
+"""Guarded HTTP requests: verified TLS, no redirects, a deadline, and answers of bounded size.
 
-What went wrong is told without the key that was sent: where one was, nothing of what the server
-said is repeated, for it could say the key in any spelling.
+Error messages never reveal the API key. If one was sent, they quote nothing that the server said,
+since the server could repeat the key in any spelling.
 """
 
 import email.utils
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
 _MAX_ANSWER_BYTES = 64 * 2**20
 _CHUNK_BYTES = 2**16
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
-_SHOWN = 160  # characters of what a server said
+_SHOWN = 160  # characters of a server's answer that an error message quotes
 
 
 class Reply(NamedTuple):
-    """The body of a 200 answer, and its headers, whose names may be in any case."""
+    """The body of a 200 answer, and its headers, whose names are case-insensitive."""
 
     body: bytes
     headers: Mapping[str, str]
 
 
 class Transport:
-    """Requests to one server; safe for threads, and connects at the first request only.
+    """Sends requests to one server; thread-safe, and connects only at the first request.
 
     Args:
-      url: ``https://...``; plain ``http`` for this machine alone.
-      timeout: Seconds for one whole request. One whose headers come piece by piece is noticed only
-        when they are complete; of headers there are at most 100.
-      api_key_env: Name of the environment variable that holds the key, or None.
-      api_key_file: File of mode 0600 that holds it, or None.
+      url: ``https://...``; plain ``http`` is allowed for this machine only.
+      timeout: Seconds for one whole request. If the headers arrive piece by piece, the timeout is
+        checked only once they are complete; there are at most 100 headers.
+      api_key_env: Name of the environment variable that holds the API key, or None.
+      api_key_file: File of mode 0600 that holds the API key, or None.
 
     Raises:
-      UserError: If the URL is not one of those.
+      UserError: If the URL is of neither kind.
     """
 
     def __init__(self, url: str, timeout: float, api_key_env: str | None, api_key_file: str | None):
@@ -59,19 +59,19 @@ class Transport:
         self._key: str | None = None
 
     def open(self) -> None:
-        """Reads the key; sends nothing."""
+        """Reads the API key; sends nothing."""
         self._opened()
 
     def get(self, path: str) -> Reply:
-        """Asks for what stands at a path; raises as `post` does."""
+        """Gets what is at ``path``; raises the same errors as `post`."""
         return self._request("GET", path, None, {})
 
     def post(self, path: str, body: bytes, headers: dict[str, str]) -> Reply:
         """Posts ``body`` and returns the answer.
 
         Raises:
-          TransientError: On timeouts, broken connections and statuses that pass.
-          UserError: On a refusal, a redirect, or an answer beyond 64 MiB.
+          TransientError: On a timeout, a broken connection or a temporary status.
+          UserError: On a refusal, a redirect, or an answer longer than 64 MiB.
         """
         return self._request("POST", path, body, headers)
 
@@ -121,11 +121,11 @@ class Transport:
             if self._session is None:
                 self._key = _read_key(self._key_env, self._key_file)
                 self._session = requests.Session()
-                # Nothing that one thread's answer could change for another's request.
+                # Cookies from one thread's answer must not change another thread's request.
                 self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-                # Through no proxy, which would carry it away from this machine unencrypted.
+                # A proxy would carry a plain HTTP request away from this machine unencrypted.
                 self._session.trust_env = not self._plain
-                # Set even without a key: else a ~/.netrc could add one of its own.
+                # Set even without a key, since ~/.netrc could otherwise add credentials.
                 self._session.auth = self._sign
             return self._session
 
@@ -135,7 +135,7 @@ class Transport:
         return request
 
     def _read(self, response: "requests.Response", deadline: float) -> bytes:
-        """Returns the body, read piece by piece: a timeout of requests is one of each piece."""
+        """Returns the body, read piece by piece, since ``requests`` times out per piece only."""
         content = bytearray()
         while time.monotonic() <= deadline:
             piece = response.raw.read1(_CHUNK_BYTES, decode_content=True)
@@ -159,7 +159,7 @@ class Transport:
                 f"{self._host} answered {status}{said}", _retry_after(response.headers)
             )
         if 300 <= status < 400:
-            # Not where to: a server that was sent a key could say it there.
+            # The target is not shown, since a server that was sent a key could repeat it there.
             raise UserError(
                 f"teacher.url: {self._host} answered {status}, a redirect, which is not followed; "
                 "name the address itself"
@@ -172,7 +172,7 @@ class Transport:
         raise UserError(f"teacher.url: {self._host} answered {status}{said}")
 
     def quote(self, content: bytes) -> str:
-        """Returns what a server said, short and printable; not if it was sent a key."""
+        """Returns a short printable excerpt of an answer, or none of it if a key was sent."""
         if self._key is not None:
             return " (what it said is not shown: it was sent a key)"
         text = content[: 16 * _SHOWN].decode("utf-8", "replace")
@@ -181,7 +181,7 @@ class Transport:
 
 
 class Endpoint:
-    """What foundation models behind a `Transport` have in common."""
+    """Base class of foundation models behind a `Transport`."""
 
     def __init__(self, transport: Transport):
         self._transport = transport
@@ -196,7 +196,7 @@ class Endpoint:
 
 
 def version_name(version: str | None) -> str:
-    """Returns a served model's version, for its fingerprint."""
+    """Returns the version of a served model, as written in its fingerprint."""
     return f"version {version}" if version else "(no version)"
 
 
@@ -204,7 +204,7 @@ def _checked_host(url: str) -> str:
     parts = urlsplit(url)
     host = parts.hostname
     if parts.username or parts.password or parts.query or parts.fragment:
-        # Without the URL: what stands there may be a key.
+        # The URL is not shown, since it may contain a key.
         raise UserError(
             "teacher.url must not hold a user, a password or a query; a key goes to "
             "teacher.api_key_env or teacher.api_key_file"
@@ -225,7 +225,10 @@ def _is_local(host: str) -> bool:
 
 
 def _read_key(variable: str | None, file: str | None) -> str | None:
-    """Returns the key. No message shows it, nor the setting that someone may have put it into."""
+    """Returns the API key.
+
+    Messages show neither the key nor the setting's value, which may be the key by mistake.
+    """
     if variable:
         key = os.environ.get(variable)
         if not key:
@@ -254,7 +257,7 @@ def _read_key(variable: str | None, file: str | None) -> str | None:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Returns the seconds a server asks to be left alone, said as a number or as a date."""
+    """Returns the seconds that a server asks to wait, given as a number or as a date."""
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d+", value, re.ASCII):
         return float(value)

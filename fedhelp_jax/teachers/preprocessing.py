@@ -1,4 +1,4 @@
-"""From public images at their native size to what a foundation model takes."""
+"""Preprocessing of public images at their native size into a foundation model's input."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from fedhelp_jax.data.readers.images import resize_arrays
 from fedhelp_jax.settings.schema import PIXEL_LAYOUTS, PIXEL_SCALES
 
-# Mean and standard deviation per channel, of pixels in [0, 1]; None leaves pixels as they are.
+# Mean and standard deviation per channel, for pixels in [0, 1]; None leaves pixels unchanged.
 _STATISTICS = {
     "uint8": None,
     "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -25,13 +25,13 @@ class _Settings(NamedTuple):
 
 
 class Preprocessing(_Settings):
-    """What is done to an image before a foundation model sees it.
+    """The preprocessing of an image before a foundation model sees it.
 
     Attributes:
       size: Side of the square that the model takes; None keeps each image's own size.
-      scale: "uint8": pixels 0..255 as they are; "unit": in [0, 1]; "signed": ``x / 127.5 - 1``;
-        "imagenet", "clip": in [0, 1], then less the mean and over the deviation of each channel
-        that these models were trained with.
+      scale: "uint8": unchanged pixels 0..255; "unit": in [0, 1]; "signed": ``x / 127.5 - 1``;
+        "imagenet", "clip": in [0, 1], then standardised with the mean and standard deviation of
+        each channel that these models were trained with.
       layout: "nhwc" or "nchw".
 
     >>> print(Preprocessing(224, "clip", "nchw"))
@@ -55,17 +55,17 @@ class Preprocessing(_Settings):
         return super().__new__(cls, size, scale, layout)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Images as the model takes them.
+        """Returns the images as the model takes them.
 
         Args:
-          pixels: uint8 ``[B, H, W, C]``, ``C`` 1 (grey, repeated over the channels) or 3.
+          pixels: uint8 ``[B, H, W, C]`` with 3 channels, or 1 (grey, repeated over 3 channels).
 
         Returns:
-          ``[B, S, S, 3]``, or ``[B, 3, S, S]`` where the layout is "nchw"; uint8 where the scale is
+          ``[B, S, S, 3]``, or ``[B, 3, S, S]`` if the layout is "nchw"; uint8 if the scale is
           "uint8", else float32.
 
         Raises:
-          ValueError: If ``pixels`` are no such images.
+          ValueError: If ``pixels`` has another dtype or shape.
         """
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
             raise ValueError(
@@ -84,10 +84,10 @@ class Preprocessing(_Settings):
         return np.ascontiguousarray(pixels)
 
     def answer_of(self, output: np.ndarray) -> np.ndarray:
-        """The model's output with its classes or features on the last axis.
+        """Returns the model's output with its classes or features on the last axis.
 
-        In the layout "nchw" a mask ``[B, P, H, W]`` is turned; spatial axes of length one, as after
-        pooling, are dropped.
+        In the layout "nchw", the channel axis of a mask ``[B, P, H, W]`` is moved to the end.
+        Spatial axes of length one, as left by pooling, are dropped.
 
         Returns:
           float32 ``[B, P]`` or ``[B, *spatial, P]``.
@@ -96,10 +96,10 @@ class Preprocessing(_Settings):
             output = np.moveaxis(output, 1, -1)
         if output.ndim > 2 and math.prod(output.shape[1:]) == max(output.shape[1:]):
             output = output.reshape(len(output), -1)
-        with np.errstate(over="ignore"):  # infinite then, and refused as such
+        with np.errstate(over="ignore"):  # overflow gives infinity, which is refused later
             return np.ascontiguousarray(output, np.float32)
 
     def __str__(self) -> str:
-        """For fingerprints."""
+        """Returns the description used in fingerprints."""
         size = "native size" if self.size is None else f"bicubic {self.size}"
         return f"{size}, {self.scale}, {self.layout}"

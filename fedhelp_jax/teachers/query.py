@@ -1,4 +1,4 @@
-"""Asking a foundation model about images that the store has no answers for: planned, then done."""
+"""Plans and sends queries to a foundation model about images that have no stored answer."""
 
 import threading
 import time
@@ -19,15 +19,16 @@ _FIRST_PAUSE = 0.5  # seconds
 
 
 class QueryLimits(NamedTuple):
-    """How fast, how often and how much may be asked.
+    """Limits on the rate, the retries and the number of queries.
 
     Attributes:
-      batch_size: Images a request.
-      concurrency: Requests under way at once.
-      requests_per_second: At most; None sets no limit.
-      max_attempts: Times that a request is tried.
-      max_backoff: Longest pause in seconds before a try.
-      max_queries: Images ever sent to this model, each try counted; None sets no limit.
+      batch_size: Images per request.
+      concurrency: Maximum number of concurrent requests.
+      requests_per_second: Maximum request rate; None sets no limit.
+      max_attempts: Maximum number of attempts per request.
+      max_backoff: Longest pause in seconds before an attempt.
+      max_queries: Maximum number of images ever sent to this model, counting every attempt; None
+        sets no limit.
     """
 
     batch_size: int
@@ -39,14 +40,15 @@ class QueryLimits(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What there is to ask.
+    """The queries that remain to be made.
 
     Attributes:
-      images: Distinct public images.
-      known: Those of them with a stored answer.
-      batches: Places of those to ask, a tuple a request, all images in one of one shape.
-      bytes_out: What the requests hold in all, judged by the first; 0 for a local model.
-      sent_before: Images that were sent to this model before, each try counted.
+      images: Number of distinct public images.
+      known: Number of them that have a stored answer.
+      batches: Indices of the images to ask about, one tuple per request; all images of a request
+        have the same shape.
+      bytes_out: Total size of the requests, estimated from the first; 0 for a local model.
+      sent_before: Number of images sent to this model so far, counting every attempt.
     """
 
     images: int
@@ -57,14 +59,14 @@ class Plan(NamedTuple):
 
     @property
     def to_ask(self) -> int:
-        """Images to ask about."""
+        """The number of images to ask about."""
         return self.images - self.known
 
 
 def make_plan(
     model: FoundationModel, images: PublicImages, store: AnswerStore, pace: QueryLimits
 ) -> Plan:
-    """Returns what is to be asked; asks nothing."""
+    """Returns the queries that remain to be made; asks nothing."""
     known = store.known(images.sha256)
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for place, (sha, shape) in enumerate(zip(images.sha256, images.shapes, strict=True)):
@@ -91,22 +93,23 @@ def execute(
     pace: QueryLimits,
     on_answers: Callable[[int], None],
 ) -> None:
-    """Asks what is planned and stores each answer as it comes.
+    """Makes the planned queries and stores each answer as it arrives.
 
-    At most ``pace.concurrency`` requests are unanswered or unstored at any time. Of the first
-    error the rest of the plan is dropped, but what is under way is waited for and stored.
+    At most ``pace.concurrency`` requests are unanswered or unstored at any time. After the first
+    error, the rest of the plan is dropped; answers to pending requests are still awaited and
+    stored.
 
     Args:
-      plan: Made by `make_plan`.
-      model: Asked from several threads.
-      images: As the plan was made for.
-      store: Open for writing.
+      plan: The plan, made by `make_plan`.
+      model: The model; it is called from several threads.
+      images: The images that the plan was made for.
+      store: The store, open for writing.
       pace: The limits.
       on_answers: Called with the number of images answered, after they are stored.
 
     Raises:
-      UserError: If the model refuses, stays away, or answers what cannot be used; or
-        ``max_queries`` is spent.
+      UserError: If the model refuses, stays unavailable, or gives an unusable answer; or if
+        ``max_queries`` is exhausted.
     """
     stop = threading.Event()
     turns = _RateLimiter(pace.requests_per_second, stop)
@@ -145,7 +148,7 @@ def execute(
                     batch = under_way.pop(done)
                     store.put([images.sha256[place] for place in batch], done.result())
                     on_answers(len(batch))
-            except BaseException as error:  # an interruption too: paid answers are stored first
+            except BaseException as error:  # even if interrupted, store pending answers first
                 failure = failure or error
                 stop.set()
     finally:
@@ -167,27 +170,27 @@ def execute(
 
 
 class _RateLimiter:
-    """Lets requests go one after another: so many a second, and none while the server rests."""
+    """Spaces out requests to a maximum rate, and holds them back while the server asks to wait."""
 
     def __init__(self, per_second: float | None, stop: threading.Event):
         self._gap = 0.0 if per_second is None else 1 / per_second
         self._stop, self._lock, self._next = stop, threading.Lock(), 0.0
 
     def take(self) -> None:
-        """Waits for a turn, or until all is stopped."""
+        """Waits for a turn, or until ``stop`` is set."""
         with self._lock:
             turn = max(self._next, time.monotonic())
             self._next = turn + self._gap
         self._stop.wait(max(0.0, turn - time.monotonic()))
 
     def pause(self, seconds: float) -> None:
-        """Gives out no turn for so long; those that are waiting for one keep theirs."""
+        """Gives out no turns for ``seconds``; threads that already have a turn keep it."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
 def _retrying(pace: QueryLimits, stop: threading.Event) -> "tenacity.Retrying":
-    """Returns what calls a function again on a `TransientError`: backing off, with jitter."""
+    """Returns a retrier for `TransientError`, with exponential backoff and jitter."""
     import tenacity
 
     def asked_pause(state: tenacity.RetryCallState) -> float:
@@ -201,7 +204,7 @@ def _retrying(pace: QueryLimits, stop: threading.Event) -> "tenacity.Retrying":
             or stop.is_set()
             or asked_pause(state) > pace.max_backoff
         ),
-        # What the server asked for is waited for by `_RateLimiter`, for all requests.
+        # `_RateLimiter` waits for as long as the server asked, for all requests.
         wait=tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE, max=pace.max_backoff),
         sleep=tenacity.sleep_using_event(stop),
         reraise=True,
@@ -209,7 +212,7 @@ def _retrying(pace: QueryLimits, stop: threading.Event) -> "tenacity.Retrying":
 
 
 def _checked(model: FoundationModel, answer: np.ndarray, count: int) -> np.ndarray:
-    """Returns what a model answered, if it can be one answer for each image."""
+    """Returns a model's answer as float32, after checking that it has one finite row per image."""
     name, labels = model.fingerprint.name, model.fingerprint.label_names
     if not np.issubdtype(answer.dtype, np.floating):
         raise UserError(f"teacher: {name} must answer floating-point numbers, got {answer.dtype}")

@@ -1,4 +1,4 @@
-"""From settings to a foundation model, or to its answers, which is all that training needs."""
+"""Turns settings into a foundation model, or into its answers, which are all training needs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,23 +27,25 @@ from fedhelp_jax.teachers.store import AnswerStore, Precision
 
 
 class AnswersMissing(UserError):
-    """The store lacks answers that ``fedhelp teach`` would get."""
+    """Answers are missing from the store; ``fedhelp teach`` would get them."""
 
 
 def members(config: TeacherConfig) -> tuple[FoundationConfig, ...]:
-    """Returns the foundation models of a teacher: those of the ensemble, or the one it is."""
+    """Returns the foundation models of a teacher: the ensemble's members, or the teacher itself."""
     return config.members if config.name == "ensemble" else (config,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A foundation model, or a stand-in for one, by name.
+    """A registered kind of teacher: a foundation model or a stand-in for one.
 
     Attributes:
-      make: ``(config, public)``, with the settings of ``teacher``, to a `FoundationModel` that
-        ``fedhelp teach`` asks; or, if it is not asked, to `Answers`, None for no teacher.
-      about: What it is, in one line.
-      asked: Whether it is asked over time and its answers are stored, rather than made at once.
+      make: A function of ``(config, public)``, where ``config`` holds the settings of ``teacher``.
+        If the teacher is asked, it returns the `FoundationModel` that ``fedhelp teach`` asks;
+        otherwise it returns `Answers`, or None for no teacher.
+      about: A one-line description.
+      asked: Whether ``fedhelp teach`` asks it and stores its answers, rather than ``make``
+        returning them directly.
     """
 
     make: Callable[[FoundationConfig, PublicDataset], Any]
@@ -52,12 +54,12 @@ class Teacher:
 
 
 def teacher(name: str, key: str = "config.teacher.name") -> Teacher:
-    """Returns the teacher of that name, which the setting `key` gives.
+    """Returns the teacher named ``name``, as given by the setting ``key``.
 
-    A function of one's own, ``(config, public) -> Answers``, is one that is not asked.
+    A user's own function ``(config, public) -> Answers`` is a teacher that is not asked.
 
     Raises:
-      UserError: If there is none.
+      UserError: If there is no such teacher.
     """
     found = TEACHERS.find(name, key)
     if isinstance(found, Teacher):
@@ -66,30 +68,30 @@ def teacher(name: str, key: str = "config.teacher.name") -> Teacher:
 
 
 def is_asked(config: FoundationConfig) -> bool:
-    """Whether the model's answers come by ``fedhelp teach``, rather than with the settings."""
+    """Returns whether ``fedhelp teach`` must get the model's answers."""
     return teacher(config.name).asked
 
 
 def foundation_model(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
-    """Returns the model that settings name; connects to nothing yet.
+    """Returns the model that the settings name, without connecting to anything.
 
     Raises:
-      UserError: If a file is missing, or a setting is.
+      UserError: If a file or a setting is missing.
     """
     return teacher(config.name).make(config, public)
 
 
 def open_store(config: FoundationConfig, model: FoundationModel, *, write: bool) -> AnswerStore:
-    """Returns the store of a model's answers, to be used as a context manager."""
+    """Returns the store of a model's answers, a context manager."""
     precision = Precision(config.dtype, config.top_k)
     return AnswerStore(Path(config.store), model.fingerprint, precision, write=write)
 
 
 def resolve_answers(config: TeacherConfig, public: PublicDataset) -> Answers | None:
-    """Returns the teacher's answers to all public images, without asking anyone.
+    """Returns the teacher's answers about all public images, without querying any model.
 
-    Of an ensemble: ``log sum_m a_m softmax(z_m)``, the members' probabilities averaged; of masks
-    with one foreground class the logit of the averaged ``sigmoid(z_m)``.
+    An ensemble answers with its members' averaged probabilities, ``log sum_m a_m softmax(z_m)``. If
+    masks have one foreground class, it answers with the logit of the averaged ``sigmoid(z_m)``.
 
     Returns:
       Answers in the order of ``public``, or None for no teacher.
@@ -219,7 +221,10 @@ def _class_vectors(path: Path) -> tuple[np.ndarray, tuple[str, ...], float]:
 
 
 def _labels(config: FoundationConfig, public: PublicDataset) -> tuple[str, ...]:
-    """Returns the model's classes: of the file; for zero-shot, else those of the public set."""
+    """Returns the model's classes, read from the labels file if there is one.
+
+    Without a file, a zero-shot model takes the public set's classes, and others have none.
+    """
     if config.labels is None:
         if config.name != "hf_zero_shot":
             return ()

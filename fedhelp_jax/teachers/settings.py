@@ -1,4 +1,4 @@
-"""Checks of a teacher's settings that each are right but may not go together."""
+"""Checks that a teacher's settings, each valid by itself, are compatible with each other."""
 
 import re
 from urllib.parse import urlsplit
@@ -9,10 +9,10 @@ from fedhelp_jax.teachers.resolve import teacher
 
 
 def check_teacher(config: TeacherConfig) -> None:
-    """Checks a teacher, alone or an ensemble of members.
+    """Checks the settings of a teacher, including those of an ensemble's members.
 
     Raises:
-        UserError: Something it needs is missing, or two of its settings exclude each other.
+        UserError: A required setting is missing, or two settings exclude each other.
     """
     ensemble = config.name == "ensemble"
     if ensemble != bool(config.members):
@@ -67,7 +67,7 @@ def _check_foundation(config: FoundationConfig, path: str) -> None:
 
 
 def _check_keys(config: FoundationConfig, path: str) -> None:
-    # What is written here ends in config.json, so a key in its place must not pass; nor be shown.
+    # The value is written to config.json, so an API key in its place must be refused and not shown.
     if config.api_key_env and not re.fullmatch(r"[A-Z][A-Z0-9_]*", config.api_key_env):
         raise UserError(
             f"{path}.api_key_env must be the name of an environment variable, in capitals, not "

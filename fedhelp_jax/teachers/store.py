@@ -1,9 +1,9 @@
-"""The store of answers: a folder on disk in which each image was asked about once.
+"""The store of answers: a folder on disk, so that each image is asked about only once.
 
-An LMDB database: every batch of answers is one transaction, so that a run that is killed leaves
-whole answers only; readers map it into memory and never wait. Keys are the fingerprint of the
-foundation model and the hash of the image. Not for folders that several hosts write to over a
-network file system, which LMDB does not support.
+The store is an LMDB database. Every batch of answers is one transaction, so a killed process leaves
+only complete answers. Readers map the database into memory and never wait. Keys combine the
+fingerprint of the foundation model and the hash of the image. The folder must not be written to by
+several hosts over a network file system, which LMDB does not support.
 """
 
 import errno
@@ -29,25 +29,26 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _VERSION = 1
-# Version, bytes a number, numbers kept of each row (0: all), nats lost, number of axes.
+# Version, bytes per number, numbers kept of each row (0: all), nats lost, number of axes.
 _HEADER = struct.Struct("<BBHfB")
 _FLOATS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
-_FREE_BYTES = 2**30  # of the map, not of the disk: the file grows as it fills
+_FREE_BYTES = 2**30  # reserved in the memory map, not on disk: the file grows as it fills
 
 
 class Precision(NamedTuple):
-    """How much of an answer is kept.
+    """The precision at which answers are kept.
 
     Attributes:
       dtype: "float32" or "float16".
-      top_k: So many of the largest logits; the rest share their probability evenly. None: all.
+      top_k: The number of largest logits to keep; the other classes share the remaining probability
+        evenly. None keeps all.
     """
 
     dtype: str = "float32"
     top_k: int | None = None
 
     def covers(self, other: "Precision") -> bool:
-        """Whether answers kept so can be turned into answers kept as ``other``."""
+        """Returns whether answers kept at this precision can be reduced to ``other``."""
         wide = _FLOATS[self.dtype].itemsize >= _FLOATS[other.dtype].itemsize
         if self.top_k is None:
             return wide
@@ -55,10 +56,10 @@ class Precision(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A stored answer: float32 ``[*spatial, P]``, its precision, and the nats lost by it.
+    """A stored answer: float32 ``[*spatial, P]``, its precision, and the nats lost by storing it.
 
-    ``truncation_kl`` is ``KL(softmax(answer) || softmax(as stored))``, averaged over pixels; of one
-    class, of the sigmoids.
+    ``truncation_kl`` is ``KL(softmax(answer) || softmax(as stored))``, averaged over pixels. With
+    one class, the KL divergence is between the sigmoids.
     """
 
     answer: np.ndarray
@@ -67,10 +68,10 @@ class Stored(NamedTuple):
 
 
 def encode(answer: np.ndarray, precision: Precision) -> bytes:
-    """Returns an answer, float32 ``[*spatial, P]``, as the store keeps it.
+    """Returns an answer, float32 ``[*spatial, P]``, encoded as a record of the store.
 
     Raises:
-      UserError: If a logit is beyond what ``precision.dtype`` can hold.
+      UserError: If a logit is outside the range of ``precision.dtype``.
     """
     dtype, classes = _FLOATS[precision.dtype], answer.shape[-1]
     limit = float(np.finfo(dtype).max)
@@ -78,7 +79,7 @@ def encode(answer: np.ndarray, precision: Precision) -> bytes:
         raise UserError(f"teacher.dtype: a logit is beyond {limit:g}; use float32")
     top_k = precision.top_k if precision.top_k is not None and precision.top_k < classes else 0
     if top_k:
-        # Stable, so that ties break by class index.
+        # The sort is stable, so ties are broken by class index.
         kept, left = np.split(np.argsort(-answer, axis=-1, kind="stable"), [top_k], axis=-1)
         others = np.take_along_axis(answer, left, axis=-1)
         payload = (
@@ -98,7 +99,7 @@ def encode(answer: np.ndarray, precision: Precision) -> bytes:
 
 
 def decode(record: Any) -> Stored:
-    """Returns the answer in a record, bytes or a view of them."""
+    """Returns the answer in a record, given as bytes or a view of them."""
     precision, truncation_kl, shape, start = _header(record)
     dtype, top_k = _FLOATS[precision.dtype], precision.top_k
     rows, classes = math.prod(shape[:-1]), shape[-1]
@@ -116,7 +117,7 @@ def decode(record: Any) -> Stored:
 
 
 def _header(record: Any) -> tuple[Precision, float, tuple[int, ...], int]:
-    """Returns precision, nats lost, shape of the answer, and where its numbers begin."""
+    """Returns the precision, the nats lost, the answer's shape, and the offset of its numbers."""
     version, itemsize, top_k, truncation_kl, ndim = _HEADER.unpack_from(record)
     if version != _VERSION:
         raise UserError(f"teacher.store: holds records of version {version}, this reads {_VERSION}")
@@ -131,7 +132,7 @@ def _nats_lost(answer: np.ndarray, stored: np.ndarray) -> float:
 
 
 def _length(env: "lmdb.Environment") -> int:
-    """Returns how many bytes the file of a whole database has at least."""
+    """Returns the minimum size in bytes of the file of an undamaged database."""
     return (env.info()["last_pgno"] + 1) * env.stat()["psize"]
 
 
@@ -140,13 +141,14 @@ def _number(record: Any) -> int:
 
 
 class AnswerStore:
-    """The answers of one foundation model in a store; a context manager around the open file.
+    """The answers of one foundation model in a store, as a context manager around the open file.
 
     Args:
-      folder: The store.
-      fingerprint: Whose answers.
-      precision: How they are kept, and read: what is stored with more is read with just this much.
-      write: Whether answers will be added; makes the folder where there is none.
+      folder: The folder of the store.
+      fingerprint: The foundation model whose answers are stored.
+      precision: The precision at which answers are kept and read. Answers that are stored more
+        precisely are reduced to it when read.
+      write: Whether answers will be added; creates the folder if it does not exist.
 
     Raises:
       UserError: If the store cannot be opened.
@@ -173,18 +175,19 @@ class AnswerStore:
             self._env = None
 
     def read(self, sha256: Sequence[str]) -> dict[str, Stored]:
-        """Returns what is stored about images, by hash, of those that have an answer.
+        """Returns the stored answers about images, by hash; images without one are left out.
 
-        Answers kept with less than the asked precision do not count; more is reduced to it.
+        Answers kept at less than the requested precision are ignored. Answers kept at more are
+        reduced to it.
         """
         return self._each(sha256, lambda record: self._reduced(decode(record)))
 
     def known(self, sha256: Sequence[str]) -> set[str]:
-        """Returns which images have an answer that is kept precisely enough."""
+        """Returns the hashes of images whose stored answer is precise enough."""
         return set(self._each(sha256, lambda record: None))
 
     def truncation_kl(self, sha256: Sequence[str]) -> dict[str, float]:
-        """Returns `Stored.truncation_kl` of what `read` returns, by hash."""
+        """Returns the `Stored.truncation_kl` of each answer that `read` returns, by hash."""
 
         def lost(record: Any) -> float:
             precision, truncation_kl, *_ = _header(record)
@@ -194,10 +197,10 @@ class AnswerStore:
         return self._each(sha256, lost)
 
     def put(self, sha256: Sequence[str], answers: np.ndarray) -> None:
-        """Adds answers, float32 ``[B, ..., P]``, all or none.
+        """Adds answers, float32 ``[B, ..., P]``, either all or none.
 
         Raises:
-          UserError: If they are of another shape than those stored before, or the disk is full.
+          UserError: If their shape differs from that of stored answers, or the disk is full.
         """
         records = [encode(answer, self._precision) for answer in answers]
         about = {**self._fingerprint._asdict(), "shape": list(answers.shape[1:])}
@@ -219,7 +222,7 @@ class AnswerStore:
 
     @property
     def sent(self) -> int:
-        """How many images were ever sent to the model, each try counted."""
+        """The number of images ever sent to the model, counting every attempt."""
         if self._env is None:
             return 0
         return self._read(lambda transaction: _number(transaction.get(self._key(b"q"))))
@@ -228,7 +231,7 @@ class AnswerStore:
         """Counts images that are about to be sent.
 
         Raises:
-          UserError: If that would be more than ``limit`` in all; then none are counted.
+          UserError: If the total would exceed ``limit``; then none are counted.
         """
 
         def write(transaction: "lmdb.Transaction") -> None:
@@ -244,10 +247,12 @@ class AnswerStore:
 
     @contextmanager
     def exclusive_lock(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """While held, no other process asks this model; freed by the system if we are killed.
+        """Locks this model, so that no other process asks it.
+
+        The operating system frees the lock if this process is killed.
 
         Args:
-          on_wait: Called once if another process holds it.
+          on_wait: Called once if another process holds the lock.
         """
         lock = self._folder / f"{self._fingerprint.digest[:16]}.lock"
         what = f"teacher.store: {self._folder}"
@@ -255,7 +260,7 @@ class AnswerStore:
             yield
 
     def _each(self, sha256: Sequence[str], about: Callable[[Any], _T]) -> dict[str, _T]:
-        """Returns something about each record that is kept precisely enough, by hash."""
+        """Returns ``about(record)`` of each record that is precise enough, by hash."""
         if self._env is None:
             return {}
 
@@ -286,7 +291,7 @@ class AnswerStore:
                 self._folder.mkdir(parents=True, exist_ok=True)
             file = self._folder / "data.mdb"
             size = file.stat().st_size if file.exists() else 0
-            # Readers need the lock file too, unless nobody can write here.
+            # Readers also need the lock file, unless the folder is read-only.
             lock = os.access(self._folder, os.W_OK)
             map_size = 2 * size + _FREE_BYTES
             try:
@@ -294,10 +299,10 @@ class AnswerStore:
                     str(self._folder), map_size=map_size, readonly=not write, lock=lock
                 )
             except lmdb.Error:
-                if write and not size:  # on a full disk it may leave a part of its first pages
+                if write and not size:  # on a full disk, LMDB may leave part of its first pages
                     file.unlink(missing_ok=True)
                 raise
-            # Reading a page that is not there would kill the process.
+            # Reading a missing page of the memory map would kill the process.
             if size and _length(opened) > file.stat().st_size:
                 opened.close()
                 raise UserError(
@@ -327,7 +332,7 @@ class AnswerStore:
                 try:
                     with self._env.begin(write=True) as transaction:
                         result = change(transaction)
-                    # Free pages at the end are never written; then the file would look cut off.
+                    # LMDB never writes free pages at the end, so the file would look cut off.
                     file, length = self._folder / "data.mdb", _length(self._env)
                     if file.stat().st_size < length:
                         os.truncate(file, length)
@@ -339,7 +344,7 @@ class AnswerStore:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Turns what the disk and the library say into one line."""
+        """Turns errors of the disk and of LMDB into a one-line `UserError`."""
         import lmdb
 
         try:
@@ -347,7 +352,7 @@ class AnswerStore:
         except (lmdb.MapFullError, lmdb.MapResizedError):
             raise
         except (lmdb.Error, OSError) as error:
-            # LMDB's words for a write that came to an end half-way.
+            # LMDB reports a partial write as EIO.
             hint = "; is the disk full?" if os.strerror(errno.EIO) in str(error) else ""
             raise UserError(
                 f"teacher.store: {self._folder} cannot be used ({error}{hint}); answers stored "

@@ -1,4 +1,4 @@
-"""A small Fed-ISIC2019: a table of splits and a zip of images, and how they are read."""
+"""A small imitation of Fed-ISIC2019: a table of splits, a zip of images, and their settings."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ FLAGS = " ".join(
 
 
 def isic_config(path, table, *, masks=False, called=CALLED, **settings):
-    """The settings of `data` for raw files of Fed-ISIC2019, as configs/fed_isic2019.py has them."""
+    """Returns the `data` settings for raw Fed-ISIC2019 files, as in configs/fed_isic2019.py."""
     names = ("lesion",) if masks else LABELS
     columns = ColumnsConfig(**called)
     where = {"path": str(path), "table": str(table), "label_names": names, "columns": columns}
@@ -31,13 +31,16 @@ def isic_config(path, table, *, masks=False, called=CALLED, **settings):
 
 
 def make_rows():
-    """Centre 1: 40 images of 20 lesions, lesions 0-3 on both sides; centre 4: two images."""
+    """Returns the rows of the table.
+
+    Centre 1 has 40 images of 20 lesions; lesions 0 to 2 are in both splits. Centre 4 has 2 images.
+    """
     rows = []
     for i in range(40):
         fold = "test" if i >= 30 or i in (0, 2) else "train"
         lesion = i // 2 if i < 30 else 15 + (i - 30) // 2
         rows.append([f"ISIC_{i:03}", i % 8, 1, fold, f"HAM_{lesion}"])
-    rows[38][4] = "HAM_2"  # a test image of a lesion whose two images are in train
+    rows[38][4] = "HAM_2"  # a test image of a lesion whose other two images are in train
     rows.append(["ISIC_100_downsampled", 7, 4, "train", ""])
     rows.append(["ISIC_101", 0, 4, "test", ""])
     return rows
@@ -51,7 +54,7 @@ def jpeg(seed):
 
 
 def mask_of(image_id, shape=(9, 14)):
-    """A mask at another resolution than the images, different for each image."""
+    """Returns a mask that differs by image and has another resolution than the images."""
     seed = int.from_bytes(image_id.encode()[-4:], "big")
     return np.random.default_rng(seed).integers(0, 2, shape, dtype=np.uint8)
 
@@ -63,7 +66,7 @@ def png(pixels):
 
 
 class IsicFiles:
-    """A folder with a split file and a zip of images, both as the test wants them."""
+    """A folder with a split file and a zip of images, which a test can change."""
 
     def __init__(self, path):
         self.path = path
@@ -78,7 +81,7 @@ class IsicFiles:
                 file.writestr(f"images/{image_id}.jpg", jpeg(seed))
 
     def add_masks(self, **instead):
-        """Writes a mask for each image, or what is given instead; None for nothing."""
+        """Writes a mask for each image, or the given content instead; None writes nothing."""
         with zipfile.ZipFile(self.zip, "a") as file:
             for number, (image_id, *_) in enumerate(self.rows):
                 content = instead.get(image_id, png(255 * mask_of(image_id)))
@@ -100,5 +103,5 @@ class IsicFiles:
         return load_federated(isic_config(masks=masks, **settings), seed, masks=masks)
 
     def ids(self):
-        """Image ids in the order of the pool."""
+        """Returns the image ids in the order of the pool."""
         return sorted(row[0] for row in self.rows)

@@ -1,4 +1,4 @@
-"""Small sets of TensorFlow Datasets that no builder of ours knows, written as TFDS writes them."""
+"""Writes small TFDS data sets that none of our builders knows, in the format of TFDS."""
 
 import io
 
@@ -13,14 +13,15 @@ def png(array):
 
 
 def write_set(folder, name, features, splits, metadata=None):
-    """Writes a set.
+    """Writes a data set.
 
     Args:
         folder: The folder of prepared sets.
-        name: The set's.
-        features: Its features.
-        splits: By split, the examples, dicts in the order of their keys; images as uint8 arrays.
-        metadata: What its builder knows beside.
+        name: Name of the set.
+        features: Features of the set.
+        splits: The examples of each split, as dicts in the order of their keys; images are uint8
+            arrays.
+        metadata: Further metadata from the builder.
     """
 
     class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):

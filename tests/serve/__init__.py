@@ -1,1 +1,1 @@
-"""A real inference server, Seldon MLServer, for tests; it runs in a Python of its own."""
+"""A real inference server, Seldon MLServer, for tests; it runs in its own Python environment."""

@@ -1,3 +1,3 @@
-"""Keeps pytest from importing what only MLServer's own Python can import."""
+"""Keeps pytest from importing modules that only MLServer's own Python can import."""
 
 collect_ignore = ["runtime.py"]

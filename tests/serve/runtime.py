@@ -1,4 +1,4 @@
-"""MLServer runtimes that write down which images they were sent. Imported by the server alone."""
+"""MLServer runtimes that record which images they were sent; only the server imports this."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from PIL import Image
 class _Runtime(MLModel):
     """Takes UINT8 ``[B, H, W, 3]`` of any size, resizes it, and returns FP32 ``[B, P]``.
 
-    Settings: ``parameters.uri`` is the model file; ``parameters.extra`` names the tensor that is
-    its ``output``, and the ``log``: a file that gets a JSON line for each request.
+    Settings: ``parameters.uri`` is the model file. ``parameters.extra`` names the ``output`` tensor
+    and the ``log``, a file that gets a JSON line for each request.
     """
 
     input: str
-    shape: tuple[int, ...]  # of one image
+    shape: tuple[int, ...]  # shape of one image
 
     async def load(self) -> bool:
         self.output, self.log = (self.settings.parameters.extra[key] for key in ("output", "log"))
@@ -45,8 +45,8 @@ class _Runtime(MLModel):
         return InferenceResponse(model_name=self.name, model_version=self.version, outputs=[output])
 
     def images(self, inputs: list[RequestInput]) -> np.ndarray:
-        """The request's tensor, uint8 ``[B, H, W, 3]``."""
-        # MLServer answers 500 to any other exception, as if the fault were its own.
+        """Returns the request's tensor, uint8 ``[B, H, W, 3]``."""
+        # Only InferenceError, since MLServer answers 500 to others as if the fault were its own.
         if [tensor.name for tensor in inputs] != [self.input]:
             raise InferenceError(f"one input is taken, {self.input}")
         tensor = inputs[0]
@@ -58,16 +58,16 @@ class _Runtime(MLModel):
             raise InferenceError(f"{self.input}: {error}") from None
 
     def open(self, path: str) -> None:
-        """Reads the model file, and what it takes."""
+        """Reads the model file and the description of its input."""
         raise NotImplementedError
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Answers uint8 ``[B, H, W, 3]`` with float32 ``[B, P]``."""
+        """Returns the answer, float32 ``[B, P]``, for images, uint8 ``[B, H, W, 3]``."""
         raise NotImplementedError
 
 
 class LiteRTRuntime(_Runtime):
-    """A quantised classifier in a LiteRT file, whose ``output`` may be a tensor inside it."""
+    """A quantised classifier in a LiteRT file, whose ``output`` may be any tensor of the graph."""
 
     def open(self, path: str) -> None:
         from ai_edge_litert.interpreter import Interpreter

@@ -1,4 +1,4 @@
-"""Starts MLServer on loopback for a test, and ends it whatever happens."""
+"""Starts MLServer on loopback for a test, and stops it whatever happens."""
 
 import contextlib
 import http.client
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 
 _RUNTIME = Path(__file__).with_name("runtime.py")
-_START = 90.0  # seconds; a cold disk has half a hundred packages to read
-# The package cannot be run by -m, and its command may not be on the path.
+_START = 90.0  # seconds; some fifty packages may have to be read from a cold disk
+# The package cannot be run with -m, and its command may not be on the path.
 _ENTRY = "from mlserver.cli import main; main()"
 
 
@@ -27,10 +27,10 @@ class Served(NamedTuple):
     """A server that is ready.
 
     Attributes:
-        url: Where it listens.
-        model: Its one model.
-        version: Of that model.
-        log: JSON lines, one for each request: the number of images and the hash of each.
+        url: Address of the server.
+        model: Name of its only model.
+        version: Version of the model.
+        log: File of JSON lines, one per request, with the number of images and their hashes.
     """
 
     url: str
@@ -39,7 +39,7 @@ class Served(NamedTuple):
     log: Path
 
     def received(self) -> list[str]:
-        """The hash of each image that was received so far."""
+        """Returns the hash of each image received so far."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         requests = [json.loads(line) for line in lines]
         assert all(request["images"] == len(request["sha256"]) for request in requests)
@@ -47,10 +47,10 @@ class Served(NamedTuple):
 
 
 def serve_python() -> str:
-    """The Python that has MLServer; skips the test where there is none."""
+    """Returns the Python that has MLServer; skips the test if there is none."""
     chosen = os.environ.get("FEDHELP_SERVE_PYTHON")
     if chosen:
-        # Not resolved: a virtual environment's Python is a link.
+        # The path is not resolved, since a virtual environment's Python is a link.
         return os.path.abspath(shutil.which(chosen) or chosen)
     if importlib.util.find_spec("mlserver") is not None:
         return sys.executable
@@ -64,14 +64,14 @@ def serve_python() -> str:
 def mlserver(
     folder: Path, runtime: str, uri: Path, output: str, *, model: str = "classifier"
 ) -> Iterator[Served]:
-    """A server of one model, killed with all its children when the test is through with it.
+    """Runs a server with one model, and kills it with all its children at the end.
 
     Args:
-        folder: An empty folder, for its settings and logs.
-        runtime: Which class of ``runtime.py``.
+        folder: An empty folder for the server's settings and logs.
+        runtime: Name of a class in ``runtime.py``.
         uri: The model file.
-        output: The tensor that it returns.
-        model: The model's name.
+        output: Name of the tensor that the model returns.
+        model: Name of the model.
     """
     python = serve_python()
     http_port, grpc_port = _free_ports(2)
@@ -97,7 +97,7 @@ def mlserver(
             "extra": {"output": output, "log": str(served.log)},
         },
     )
-    # Settings in the environment would win over those in the files.
+    # Settings in the environment would override those in the files.
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MLSERVER_")}
     printed = folder / "printed.txt"
     with printed.open("wb") as file:
@@ -115,14 +115,14 @@ def mlserver(
             raise AssertionError(f"MLServer did not start: {printed.read_text()[-3000:]}")
         yield served
     finally:
-        # It has nothing to save. The group outlives its leader until the last child is gone.
+        # The server has nothing to save. Its process group lives until the last child is gone.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
 
 
 def _becomes_ready(process: subprocess.Popen[bytes], port: int, path: str) -> bool:
-    # /v2/health/ready says yes before the first model is there.
+    # /v2/health/ready reports success before the first model is loaded.
     end = time.monotonic() + _START
     while time.monotonic() < end and process.poll() is None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)

@@ -1,4 +1,4 @@
-"""A foundation model in this process, which answers from pixels and remembers what it was asked."""
+"""A fake foundation model in the test process, which records what it was asked."""
 
 import threading
 from collections import Counter
@@ -10,20 +10,20 @@ from fedhelp_jax.teachers.base import Fingerprint, PublicImages
 
 
 class FakeModel:
-    """Answers logits that depend on each image's hash alone.
+    """Answers with logits that depend only on the model's name and each image's hash.
 
     Args:
-        name: Of the model; another name answers otherwise.
-        labels: Its classes.
-        before: Called with the number of the request, from 0, before it is answered; may raise.
-        batch_limit: As `FoundationModel` has it.
-        bytes_an_image: What a request holds of each image, besides 100 bytes.
+        name: Name of the model; models with other names give other answers.
+        labels: Classes of the model.
+        before: Called with the number of a request, from 0, before it is answered; may raise.
+        batch_limit: See `FoundationModel`.
+        bytes_an_image: Request bytes per image, added to 100 bytes; 0 for a local model.
 
     Attributes:
-        asked: The hashes of each request, as they began.
-        busiest: Most requests that were under way at once.
-        opened: How often it was made ready to be asked.
-        closed: How often it was closed.
+        asked: The hashes in each request, in the order in which requests began.
+        busiest: Largest number of concurrent requests.
+        opened: How often the model was opened.
+        closed: How often the model was closed.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class FakeModel:
         self.busiest = self._busy = self.opened = self.closed = 0
 
     def expected(self, sha: str) -> np.ndarray:
-        """The answer about an image."""
+        """Returns the answer about an image."""
         seeds = [len(self.fingerprint.name), *self.fingerprint.name.encode(), int(sha[:12], 16)]
         rng = np.random.default_rng(seeds)
         return rng.normal(size=len(self.fingerprint.label_names)).astype(np.float32)
@@ -77,5 +77,5 @@ class FakeModel:
 
     @property
     def received(self) -> Counter[str]:
-        """How often each image was asked about."""
+        """The number of times that each image was asked about."""
         return Counter(sha for request in self.asked for sha in request)

@@ -1,1 +1,1 @@
-"""One file for each way of asking a foundation model."""
+"""Backends of foundation models, one module for each way of asking one."""

@@ -1,4 +1,4 @@
-"""Zero-shot image classification behind a Hugging Face inference endpoint, such as a CLIP.
+"""Zero-shot image classifiers, such as CLIP, behind a Hugging Face inference endpoint.
 
 References:
   https://huggingface.co/docs/inference-providers/tasks/zero-shot-image-classification
@@ -15,27 +15,28 @@ from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.teachers.base import Fingerprint, PublicImages
 from fedhelp_jax.teachers.http import Endpoint, Transport, version_name
 
-# Of a score that was rounded to 0.
+# Stands for a score that was rounded to 0.
 _LEAST_SCORE = 1e-7
 
 
 class HuggingFaceZeroShot(Endpoint):
-    """A model that scores images against candidate labels; one image a request.
+    """A model that scores images against candidate labels, one image per request.
 
-    With ``scores="softmax"``, as of a CLIP, the scores ``s`` are a softmax over the candidates, so
-    ``log s`` are logits of the same distribution, the model's own up to a constant. They may be
-    rounded, and then add up to 1 as nearly as so many rounded numbers do. With ``"sigmoid"``, as of
-    a SigLIP, each score is a sigmoid of its own logit, which is ``log s - log(1 - s)``. Scores
-    below 1e-7 count as 1e-7; of sigmoids, those above 1 - 1e-7 count as that too.
+    With ``scores="softmax"``, as for CLIP, the scores ``s`` are a softmax over the candidates.
+    ``log s`` are then logits of the same distribution, equal to the model's own up to a constant.
+    The scores may be rounded, so their sum may differ from 1 by the rounding error. With
+    ``"sigmoid"``, as for SigLIP, each score is the sigmoid of its own logit, which is
+    ``log s - log(1 - s)``. Scores below 1e-7 are raised to 1e-7; sigmoids above 1 - 1e-7 are
+    lowered to that value.
 
     Args:
       transport: The endpoint.
-      model: Its name, for the record.
-      version: Its revision, for the record.
+      model: Name of the model, for the record.
+      version: Revision of the model, for the record.
       label_names: The candidate labels.
-      template: Sentence that each candidate is put into, with ``{}`` for it; None leaves the
-        endpoint's own.
-      scores: What the scores are: ``"softmax"`` or ``"sigmoid"``.
+      template: Sentence into which each candidate is inserted at ``{}``; None leaves the endpoint's
+        own.
+      scores: The kind of scores, ``"softmax"`` or ``"sigmoid"``.
     """
 
     batch_limit: int | None = 1
@@ -52,7 +53,7 @@ class HuggingFaceZeroShot(Endpoint):
         super().__init__(transport)
         self._labels, self._template, self._kind = label_names, template, scores
         how = f"PNG at native size, template {template or 'the endpoint’s own'}"
-        if scores != "softmax":  # answers that were stored before there was another stay known
+        if scores != "softmax":  # keeps the fingerprint of answers stored before this setting
             how += f", {scores} scores"
         self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
 
@@ -107,7 +108,7 @@ class HuggingFaceZeroShot(Endpoint):
 
 
 def _rounding(values: np.ndarray) -> float:
-    """How far from 1 the sum of probabilities may be: by half a last digit for each of them."""
+    """Returns how far the sum may be from 1: half a unit in the last digit per probability."""
     digits = next((d for d in range(2, 8) if np.allclose(values, values.round(d), 0, 1e-9)), 8)
-    # Half precision is not rounded to digits.
+    # Half-precision scores are not rounded to decimal digits.
     return max(0.01, len(values) * 0.5 * 10.0**-digits) + 1e-9

@@ -10,7 +10,7 @@ from fedhelp_jax.teachers.backends.model_file import ModelFile, named
 
 
 class _Network(NamedTuple):
-    """An interpreter, and the details that it gives of the two tensors we use."""
+    """An interpreter, and its details of the input and output tensors that we use."""
 
     interpreter: Any
     input: dict[str, Any]
@@ -23,9 +23,9 @@ class LiteRTModel(ModelFile):
     ``output`` may name any tensor inside the graph, such as the logits before a softmax or a
     pooled feature. Integer outputs are de-quantised, ``(q - zero_point) * scale``.
 
-    Pixels of the scale "uint8" go into an integer input as they are, less 128 where it is int8:
-    such inputs count from -128. Pixels of the other scales are quantised by the input's own scale
-    and zero point.
+    Pixels of the scale "uint8" are passed unchanged to an integer input; for int8, whose range
+    starts at -128, 128 is subtracted first. Pixels of other scales are quantised with the input's
+    own scale and zero point.
     """
 
     extra = "litert"
@@ -34,7 +34,7 @@ class LiteRTModel(ModelFile):
         library = self._import("ai_edge_litert.interpreter")
         try:
             with warnings.catch_warnings():
-                # That keeping inner tensors takes memory; they are what is asked for.
+                # It warns that keeping inner tensors takes memory, but we need them.
                 warnings.filterwarnings("ignore", ".*preserve_all_tensors", UserWarning)
                 interpreter = library.Interpreter(
                     str(self.path), experimental_preserve_all_tensors=self.output is not None
@@ -54,7 +54,7 @@ class LiteRTModel(ModelFile):
     def _output(self, interpreter: Any) -> dict[str, Any]:
         if self.output is None:
             return interpreter.get_output_details()[0]
-        # Outputs first: a tensor of the same name inside the graph is not meant.
+        # An output takes precedence over a tensor of the same name inside the graph.
         tensors = [*interpreter.get_output_details(), *interpreter.get_tensor_details()]
         name = named(self.output, (t["name"] for t in tensors), "teacher.output", self.path)
         tensor = next(tensor for tensor in tensors if tensor["name"] == name)
@@ -84,7 +84,7 @@ class LiteRTModel(ModelFile):
 
 
 def _quantised(pixels: np.ndarray, tensor: dict[str, Any]) -> np.ndarray:
-    """Returns pixels in the type of the input tensor."""
+    """Returns pixels in the dtype of the input tensor."""
     dtype = np.dtype(tensor["dtype"])
     if dtype.kind not in "iu" or pixels.dtype == dtype:
         return pixels.astype(dtype)

@@ -1,4 +1,4 @@
-"""What foundation models in local files have in common: their hash, lazy loading, checks."""
+"""Base class of foundation models in local files: hashing, lazy loading and checks."""
 
 import difflib
 import hashlib
@@ -14,27 +14,27 @@ from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.teachers.base import Fingerprint, PublicImages
 from fedhelp_jax.teachers.preprocessing import Preprocessing
 
-# Where ONNX exporters put weights that do not fit into the file itself.
+# Suffixes of the files for weights that ONNX exporters cannot fit into the model file.
 _WEIGHTS = ("_data", ".data")
 
 
 class ModelFile:
-    """A foundation model in a file, run on this machine by a library that may be absent.
+    """A foundation model in a file, run on this machine by an optional library.
 
-    The file is hashed when this is made, and loaded when an image is first asked about: training
-    needs no more than the fingerprint. Answers may be asked for from several threads.
+    The file is hashed on construction and loaded at the first question, because training needs
+    only the fingerprint. Several threads may ask at once.
 
     A subclass loads the file (`_load`) and runs one batch (`_run`).
 
     Args:
       path: The file.
-      labels: Its classes; empty where the output is an embedding.
-      output: Name of the tensor that is the answer; None takes the file's first output.
-      preprocessing: What is done to images first.
+      labels: The model's classes; empty if the output is an embedding.
+      output: Name of the tensor that holds the answer; None takes the file's first output.
+      preprocessing: The preprocessing of images.
 
     Attributes:
       fingerprint: The file's name and hash, the preprocessing and the output.
-      batch_limit: None: batches are cut to what the file takes.
+      batch_limit: None, since batches are split to the size that the file takes.
 
     Raises:
       UserError: If the file is missing or unreadable.
@@ -57,7 +57,7 @@ class ModelFile:
             path.stem, f"sha256 {_file_sha256(path)[:12]}", f"{preprocessing}, {taken}", labels
         )
         self._lock = threading.Lock()
-        # What `_load` returns.
+        # Both are set to what `_load` returns.
         self._network: Any = None
         self._input_shape: Sequence[Any] = ()
 
@@ -68,7 +68,7 @@ class ModelFile:
                 self._network, self._input_shape = self._load()
 
     def answer(self, images: PublicImages) -> np.ndarray:
-        """What the file answers; see `FoundationModel` and `Preprocessing.answer_of`.
+        """Returns the model's answers; see `FoundationModel` and `Preprocessing.answer_of`.
 
         Raises:
           UserError: If the file cannot be loaded, or does not fit the images or the labels.
@@ -80,22 +80,22 @@ class ModelFile:
             parts = []
             for start in range(0, len(inputs), step):
                 part = inputs[start : start + step]
-                # Past the end the last image again, as often as the batch has room.
+                # Fill up the last batch by repeating its last image.
                 rows = np.minimum(np.arange(step), len(part) - 1)
                 parts.append(self._checked(self._run(part[rows]), step)[: len(part)])
         return np.concatenate(parts)
 
     def request_bytes(self, images: PublicImages) -> int:
-        """Nothing leaves this machine."""
+        """Returns 0, since nothing leaves this machine."""
         return 0
 
     def close(self) -> None:
-        """Lets go of the loaded file."""
+        """Releases the loaded model."""
         with self._lock:
             self._network = None
 
     def _load(self) -> tuple[Any, Sequence[Any]]:
-        """Returns the file, ready to run, and its input's shape; what is not fixed is no count."""
+        """Returns the loaded model and its input's shape; a free axis is no positive integer."""
         raise NotImplementedError
 
     def _run(self, inputs: np.ndarray) -> Any:
@@ -117,8 +117,8 @@ class ModelFile:
         )
 
     def _check_input(self, inputs: np.ndarray) -> int | None:
-        """Returns how many images the file takes at a time, if it fixes that."""
-        shape = self._input_shape or inputs.ndim * [None]  # a file need not tell it
+        """Checks the input's shape and returns the file's batch size, or None if it is free."""
+        shape = self._input_shape or inputs.ndim * [None]  # a file need not state its shape
         batch, *wanted = (n if isinstance(n, int) and n > 0 else None for n in shape)
         got = list(inputs.shape[1:])
         fits = len(wanted) == len(got)
@@ -153,10 +153,10 @@ class ModelFile:
 
 
 def named(name: str, names: Iterable[str], key: str, path: Path) -> str:
-    """Returns ``name``, once it is known to be one of ``names``.
+    """Returns ``name`` after checking that it is one of ``names``.
 
     Raises:
-      UserError: If it is not; the closest few are named.
+      UserError: If it is not; the message lists the closest names.
     """
     names = list(dict.fromkeys(names))
     if name in names:
@@ -166,7 +166,7 @@ def named(name: str, names: Iterable[str], key: str, path: Path) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Returns an error's words on one line."""
+    """Returns an error's message on one line."""
     return " ".join(str(error).split())
 
 

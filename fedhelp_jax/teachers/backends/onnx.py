@@ -18,7 +18,7 @@ _TYPES = {
 
 
 class _Network(NamedTuple):
-    """A session, the details that it gives of its input, and the output's name."""
+    """A session, its details of the input, and the output's name."""
 
     session: Any
     input: Any
@@ -28,11 +28,11 @@ class _Network(NamedTuple):
 class OnnxModel(ModelFile):
     """An ``.onnx`` file, run by onnxruntime on CPU; see `ModelFile` for the other arguments.
 
-    Weights that the exporter put beside it (``model.onnx.data``, ``model.onnx_data``) count in the
-    hash; under other names they do not.
+    The hash includes weights that the exporter put beside the file as ``model.onnx.data`` or
+    ``model.onnx_data``, but not weights under other names.
 
     Args:
-      input: Name of the file's input; None where it has only one.
+      input: Name of the file's input; may be None, since the file must have exactly one.
       output: Name of one of the file's outputs; None takes the first.
     """
 
@@ -52,12 +52,12 @@ class OnnxModel(ModelFile):
     def _load(self) -> tuple[_Network, list[Any]]:
         library = self._import("onnxruntime")
         options = library.SessionOptions()
-        options.log_severity_level = 4  # errors are raised; they need not be printed too
+        options.log_severity_level = 4  # errors are raised, so they need not be printed as well
         try:
             session = library.InferenceSession(
                 str(self.path), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime has a class per error, with no other base
+        except Exception as error:  # onnxruntime's error classes share no other base class
             raise self._unreadable(error) from None
         inputs = session.get_inputs()
         names = [tensor.name for tensor in inputs]

@@ -1,7 +1,7 @@
-"""The Open Inference Protocol, version 2, over HTTP.
+"""Foundation models behind the Open Inference Protocol, version 2, over HTTP.
 
-KServe, Triton, MLServer, TorchServe and OpenVINO Model Server speak it. The wire format, tensors
-behind a JSON header, is NVIDIA's client library's; the request itself is `Transport`'s.
+KServe, Triton, MLServer, TorchServe and OpenVINO Model Server support it. NVIDIA's client library
+encodes and decodes the messages, tensors behind a JSON header; `Transport` sends them.
 
 References:
   Open Inference Protocol, https://github.com/kserve/open-inference-protocol, and its binary tensor
@@ -20,7 +20,7 @@ from fedhelp_jax.teachers.http import Endpoint, Transport, version_name
 from fedhelp_jax.teachers.preprocessing import Preprocessing
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
-# What the client library and the JSON parser raise on what is no inference response.
+# Raised by the client library and the JSON parser for anything but an inference response.
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _FLOATS = ("FP16", "FP32", "FP64")
 
@@ -28,17 +28,18 @@ _FLOATS = ("FP16", "FP32", "FP64")
 class OpenInferenceModel(Endpoint):
     """A model behind ``{url}/v2/models/{model}/infer``.
 
-    Tensors go and come as raw bytes where the server lists that extension, else as JSON numbers,
-    which every server of the protocol takes and which keep a float32 exactly too.
+    Tensors are sent and received as raw bytes if the server lists that extension, else as JSON
+    numbers. Every server of the protocol accepts JSON numbers, which also keep float32 exactly.
 
     Args:
-      transport: Where the server is.
-      model: Its name there.
-      version: Its version there, which goes into the URL; None asks whichever the server serves.
-      label_names: Its classes; empty for embeddings.
+      transport: The connection to the server.
+      model: Name of the model on the server.
+      version: Version of the model on the server, which goes into the URL; None asks whichever
+        version the server serves.
+      label_names: The model's classes; empty for embeddings.
       input: Name of the input tensor.
       output: Name of the output tensor; None takes the first.
-      preprocessing: What the model expects of an image.
+      preprocessing: The preprocessing that the model expects.
     """
 
     batch_limit: int | None = None
@@ -100,22 +101,22 @@ class OpenInferenceModel(Endpoint):
         return self._preprocessing.answer_of(answer) if answer.ndim > 1 else answer
 
     def request_bytes(self, images: PublicImages) -> int:
-        """See `FoundationModel`; as raw bytes, JSON may take four times as many."""
+        """See `FoundationModel`; counts raw bytes, of which JSON may need four times as many."""
         return len(self._body(images, binary=True)[0])
 
     def _takes_binary(self) -> bool:
-        """Whether the server says that it knows the binary tensor data extension; asked once."""
+        """Returns whether the server lists the binary tensor data extension; asks only once."""
         with self._negotiating:
             if self._binary is None:
                 try:
                     extensions = json.loads(self._transport.get("/v2").body)["extensions"]
                     self._binary = "binary_tensor_data" in extensions
                 except (UserError, *_UNREADABLE):
-                    self._binary = False  # it does not describe itself
+                    self._binary = False  # the server does not describe itself
             return self._binary
 
     def _body(self, images: PublicImages, binary: bool) -> tuple[bytes, int | None]:
-        """Returns the body of a request, and the length of its JSON if bytes follow that."""
+        """Returns a request's body, and the length of its JSON part if raw bytes follow it."""
         from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
         pixels = self._preprocessing(images.pixels)

@@ -1,6 +1,6 @@
-"""A network of our own trained on the public labels or masks, in place of a foundation model.
+"""A stand-in for a foundation model: a network trained on the public labels or masks.
 
-It knows nothing that the public set does not say, and is called self-trained wherever it appears.
+It knows nothing beyond the public set, and is called self-trained wherever it appears.
 """
 
 import hashlib
@@ -28,29 +28,29 @@ from fedhelp_jax.typing import PyTree
 
 _UNET = "unet_small_cpu"
 _BATCH = 32
-_MASK_BATCH = 4  # mask sets are small: 32 of 32 volumes at once would be one step an epoch
+_MASK_BATCH = 4  # mask sets are small: with 32 volumes, a batch of 32 is one step per epoch
 _EVAL_BATCH = 64
 _LEARNING_RATE = 1e-3
 _WEIGHT_DECAY = 1e-4
 
 
 class SelfTrained:
-    """Two networks, each trained on one half of the public set and answering the other half.
+    """Two networks, each trained on one half of the public set and asked about the other half.
 
-    ResNet-20 where the public labels are classes of images, ``unet_small_cpu`` where they are
-    masks.
+    The networks are ResNet-20 if the public labels are classes of images, and ``unet_small_cpu`` if
+    they are masks.
 
-    A network that answered its own training images would repeat their labels, surer than it can be
-    of any new image. The halves are told apart by hash, so identical images fall into one.
+    On its own training images, a network would repeat their labels with more confidence than it can
+    have on any new image. The hash of an image determines its half, so identical images share one.
 
     Args:
-      public: Labelled public images; others are not answered.
-      epochs: Epochs that each network is trained for, at the first answer.
-      seed: Of the first weights and of the batches.
+      public: Labelled public images; only these are answered.
+      epochs: Number of epochs that each network is trained for, at the first question.
+      seed: Seed of the initial weights and of the batches.
 
     Attributes:
-      fingerprint: The settings, and a hash over all that is trained on.
-      batch_limit: None.
+      fingerprint: The settings, and a hash of all training data.
+      batch_limit: None, for no limit.
 
     Raises:
       UserError: If the images have no labels, or all fall into one half.
@@ -85,16 +85,18 @@ class SelfTrained:
         self._answers: dict[str, np.ndarray] = {}
 
     def open(self) -> None:
-        """Trains at the first answer only."""
+        """Does nothing; training starts at the first call of `answer`."""
 
     def answer(self, images: PublicImages) -> np.ndarray:
-        """Logits over the public labels, by a network that saw no label of the image; trains first.
+        """Returns logits over the public labels, from the network not trained on the image.
+
+        The first call trains both networks.
 
         Returns:
-          float32 ``[B, C]``, or ``[B, *spatial, C]`` of masks.
+          float32 ``[B, C]``, or ``[B, *spatial, C]`` for masks.
 
         Raises:
-          UserError: If an image is none of the public set that this was made for.
+          UserError: If an image is not in the public set that this was made for.
         """
         known = set(self._public.sha256)
         others = [sha for sha in images.sha256 if sha not in known]
@@ -110,16 +112,16 @@ class SelfTrained:
         return np.stack([self._answers[sha] for sha in images.sha256])
 
     def request_bytes(self, images: PublicImages) -> int:
-        """Nothing leaves this machine."""
+        """Returns 0, since nothing leaves this machine."""
         return 0
 
     def close(self) -> None:
-        """Forgets the answers."""
+        """Discards the answers."""
         with self._lock:
             self._answers = {}
 
     def _train_and_answer(self) -> np.ndarray:
-        """Returns float32 ``[P, C]``, or ``[P, *spatial, C]`` of masks."""
+        """Returns float32 logits ``[P, C]``, or ``[P, *spatial, C]`` for masks."""
         public = self._public
         assert public.labels is not None and public.label_names is not None
         num_classes = len(public.label_names)
@@ -154,7 +156,7 @@ class SelfTrained:
         index = np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int32)
         size = np.array([len(row) for row in rows], np.int32)
         pool = Pool(jnp.asarray(public.images), jnp.asarray(public.labels))
-        # As two clients that have the set between them: at once where there are two devices.
+        # The halves run like two clients that share the set, in parallel if there are two devices.
         mapping = make_mapping(num_devices=min(2, jax.device_count()))
         own = (np.arange(2, dtype=np.int32), (index, size), (index[::-1], size[::-1]))
         shared = (jax.random.key(self._seed), pool)

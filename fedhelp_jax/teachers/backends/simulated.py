@@ -1,4 +1,4 @@
-"""A simulated foundation model for synthetic public images; it knows their labels, or masks."""
+"""A simulated foundation model for synthetic public images, which knows their labels or masks."""
 
 import numpy as np
 from scipy import ndimage
@@ -11,21 +11,21 @@ _LEAD = 2.0
 
 
 def simulated(public: PublicDataset, accuracy: float = 0.85) -> Answers:
-    """Logits that name the true class with probability ``accuracy``, else another one.
+    """Returns logits that favour the true class with probability ``accuracy``, else another one.
 
-    Of an image: ``z ~ N(0, 1)`` per class, and the named class leads the rest by ``2 + |N(0, 1)|``.
-    Of a mask: each pixel likewise, but the wrong ones, a share of ``1 - accuracy`` of the pixels,
-    lie together where a smooth random field is largest, and one lead serves the whole image; with
-    one foreground class the logit is plus or minus the lead. The draws depend on the image alone,
-    so the same image gets the same answer in every run.
+    For an image, ``z ~ N(0, 1)`` per class, and the favoured class leads the rest by
+    ``2 + |N(0, 1)|``. For a mask, the same holds for each pixel, except that the lead is drawn once
+    per image. The wrong pixels, a share of ``1 - accuracy``, lie together where a smooth random
+    field is largest. With one foreground class, the logit is plus or minus the lead. The draws
+    depend only on the image, so the same image gets the same answer in every run.
 
     Args:
       public: Public images with labels.
-      accuracy: Chance that the largest logit is the label's, in ``(0, 1]``.
+      accuracy: Probability that the true class has the largest logit, in ``(0, 1]``.
 
     Returns:
-      Answers over the public labels, with a fingerprint that says they are simulated; masks at the
-      resolution of the public ones.
+      Answers over the public labels, with a fingerprint that says they are simulated. Masks have
+      the resolution of the public ones.
 
     Raises:
       UserError: If the public images have no labels.
@@ -58,7 +58,7 @@ def _image_logits(
 def _mask_logits(
     mask: np.ndarray, num_classes: int, accuracy: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """``[*mask, C]``."""
+    """Returns logits ``[*mask, C]``."""
     classes = max(2, num_classes)
     field = ndimage.gaussian_filter(rng.normal(size=mask.shape), [n / 12 for n in mask.shape])
     wrong = field > np.quantile(field, accuracy)
