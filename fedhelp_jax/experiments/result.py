@@ -19,6 +19,7 @@ from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.config_files import read_settings
 from fedhelp_jax.experiments.runner import Callback
 from fedhelp_jax.report import run_files
+from fedhelp_jax.typing import Record
 
 
 def run(
