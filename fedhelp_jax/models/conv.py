@@ -24,7 +24,7 @@ from fedhelp_jax.typing import PyTree
 _PATCH_BYTES = 2**28
 # On CPU, as many images are multiplied together as have patches of up to _TILE_BYTES, so that the
 # patches are still in the core's cache. Products of more than _TILE_ROWS rows are not tiled: they
-# use each patch so much that memory keeps up. Nor are those of bfloat16, whose tiles XLA would cast.
+# use each patch so much that memory keeps up. Nor are those of bfloat16: XLA would cast the tiles.
 _TILE_BYTES, _TILE_ROWS = 640 * 2**10, 32
 
 
