@@ -31,7 +31,7 @@ class Task(NamedTuple):
         share of each class in each position of a feature map; the shares sum to 1.
       class_logits: ``logits [..., F] -> [..., num_ranked]``, one logit per class.
       predict: ``(logits [n, ...], targets [n, ...]) ->`` predictions of the targets' shape; None if
-        the predictions are not shown.
+        the metrics say everything and no predictions are needed.
     """
 
     name: str
