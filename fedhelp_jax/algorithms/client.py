@@ -34,12 +34,12 @@ class PublicBatch(NamedTuple):
 
 
 def adam_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.GradientTransformation:
-    """Adam with weight decay added to the gradient, as in ``torch.optim.Adam``; not AdamW."""
+    """Returns Adam with weight decay added to gradients, like ``torch.optim.Adam``, not AdamW."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
 
 def sgd_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.GradientTransformation:
-    """Plain SGD with weight decay added to the gradient."""
+    """Returns plain SGD with weight decay added to the gradient."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
 
 
@@ -130,7 +130,7 @@ def run_epochs(
         return lax.fori_loop(0, steps, one_step, state)
 
     def first_step() -> Info:
-        # Uses the same arrays as the loop, because other shapes would be traced again.
+        # Uses the very arrays of the loop: with shapes alone, the step would be traced again.
         order = jnp.zeros_like(data.index, shape=(padded,))
         zero = jnp.zeros_like(data.size)
         return step(carry, _gather(data, order, zero, batch_size), zero)[1]

@@ -115,7 +115,10 @@ def prototype_loss(
     prototypes: Prototypes,
     lam: float,
 ) -> Callable[[Variables], tuple[jax.Array, tuple[jax.Array, Variables]]]:
-    """:func:`~fedhelp_jax.algorithms.base.supervised_loss` plus the distance to prototypes."""
+    """Returns the supervised loss plus the distance to prototypes.
+
+    It replaces :func:`~fedhelp_jax.algorithms.local_training.supervised_loss`.
+    """
 
     def loss_fn(params: Variables) -> tuple[jax.Array, tuple[jax.Array, Variables]]:
         variables = {"params": params, "batch_stats": batch_stats}

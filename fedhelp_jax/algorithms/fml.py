@@ -45,7 +45,7 @@ class FMLSettings:
 
 @method(FMLSettings)
 def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
-    """FML: the client's own architecture beside the small one."""
+    """FML: a network of the client's own architecture alongside the small one."""
     meme = setup.models["small"]
 
     def client(role: str) -> ClientAlgorithm:

@@ -231,7 +231,7 @@ class _Watch:
                 self._client.key_value_set(f"{_ALIVE}/{me}", str(beats), allow_overwrite=True)
                 ended = self._client.key_value_dir_get(_ENDED)
                 alive = self._client.key_value_dir_get(_ALIVE)
-            except Exception:  # whatever the store raises, process 0 does not answer
+            except Exception:  # any error of the store means that process 0 does not answer
                 self._lose("process 0 is lost")
                 return
             now = self._answered = time.monotonic()

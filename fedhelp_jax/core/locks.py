@@ -140,7 +140,7 @@ def _acquire(lock: "BaseFileLock", noted: Path) -> None:
     try:
         before = _read(noted)
         ours = Holder(os.getpid(), socket.gethostname())
-        # Where locks work, a holder on this host has certainly ended, since we have its lock.
+        # If locks work, a previous holder on this host has certainly ended, as we have its lock.
         if before is not None and not (reaches_all and before.host == ours.host):
             _log.warning("%s held %s; looking whether it still runs", before, noted.parent)
             if _is_renewed(noted):

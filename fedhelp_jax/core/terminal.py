@@ -36,7 +36,7 @@ def dispensable_terminal() -> Iterator[None]:
 
 
 def is_output_lost() -> bool:
-    """Returns whether some output was lost for another reason than that nobody reads it."""
+    """Returns whether some output was lost, other than because nobody reads it."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     return isinstance(sys.stdout, _Lossy) and sys.stdout.is_cut_off

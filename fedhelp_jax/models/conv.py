@@ -76,8 +76,8 @@ def _backward(stride, padding, residuals, out_grad):
             lambda grad, x: _multiply(grad, flipped, x, window), window, len(x), out_grad, x
         )
         return x_grad, _flipped(kernel_grad.reshape(flipped.shape)).astype(kernel.dtype)
-    # With a stride, those patches would be mostly zeros; with more channels than x, they would be
-    # larger.
+    # With a stride, those patches would be mostly zeros; if out_grad has more channels than x, they
+    # would be larger.
     window = _window(x, size, stride, padding)
     x_grad, kernel_grad = _over_tiles(
         lambda x, grad: _pull_back(x, kernel, grad, window), window, len(out_grad), x, out_grad

@@ -103,7 +103,7 @@ def measured_alone(
     adapts = phases.algorithm.clients[role].adapts
     parts = [getattr(client, split), *([client.train] if adapts else [])]
     starts = np.cumsum([0, *map(len, parts)])
-    on_host: Any = np.asarray  # NumPy arrays where the types say JAX arrays
+    on_host: Any = np.asarray  # NumPy arrays in place of JAX's
     tables = [
         ClientIndex(
             on_host(np.arange(start, start + len(part), dtype=np.int32)[None]),

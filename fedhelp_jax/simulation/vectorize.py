@@ -24,7 +24,7 @@ class Mapping(NamedTuple):
       mesh: Devices along the axis ``clients``.
       chunk_size: How many clients of a device are vectorised at a time; 0 means all of them.
       private: Whether a device holds the examples and states of its own clients only. Every client
-        then has a slot of its own in every round, and its data and state never leave the device.
+        then has a slot of its own in every round, and rounds do not move its data or state.
     """
 
     mesh: Mesh
