@@ -1,20 +1,20 @@
-"""Brain MRI in 3D: the two parts of the hippocampus, three clients with scanners of their own.
+"""Segments the two parts of the hippocampus in 3D brain MRI, on three clients with own scanners.
 
 Paper: arXiv:2412.19654, sec. 4 (Fed-IXI, 48x60x48, three centres, two large). Here the volumes
-are hippocampus crops of the Medical Segmentation Decathlon, task 4 (Antonelli et al., 2022), of a
-single site; so the three clients are a random split, and the differences of their scanners (bias
-field, contrast, noise) are SIMULATED. Public are synthetic volumes with masks ("phantoms"), and a
-network trained on those stands for a foundation model.
+are hippocampus crops of the Medical Segmentation Decathlon, task 4 (Antonelli et al., 2022). They
+come from a single site, so the three clients are a random split, and the differences between their
+scanners (bias field, contrast, noise) are SIMULATED. The public data are synthetic volumes with
+masks ("phantoms"), and a network trained on them replaces the foundation model.
 
     export FEDHELP_DATA_DIR=/path/to/data
     fedhelp teach --config=configs/brain3d.py:cpu                               # once
     fedhelp train --config=configs/brain3d.py:cpu --workdir=runs/brain          # two CPU cores
     fedhelp train --config=configs/brain3d.py --workdir=runs/brain_paper        # a GPU
 
-`:cpu` trains at 24x32x24 on U-Nets of three levels; Dice is taken at 48x64x48 all the same.
-The public phantoms follow the seed, so teach once for each.
+`:cpu` trains at 24x32x24 with U-Nets of three levels; Dice is still computed at 48x64x48.
+The public phantoms depend on the seed, so run `fedhelp teach` once for each seed.
 
-File, under FEDHELP_DATA_DIR or by --config.data.path: `hippocampus_3d_48x64x48.npz`.
+File, in FEDHELP_DATA_DIR or given by --config.data.path: `hippocampus_3d_48x64x48.npz`.
 """
 
 import os

@@ -1,22 +1,22 @@
-"""Skin lesions, 8 classes, real centres: the Fed-ISIC2019 task of the paper.
+"""Classifies skin lesions of real centres into 8 classes: the Fed-ISIC2019 task of the paper.
 
 Paper: arXiv:2412.19654, sec. 4; the split is FLamby's (Ogier du Terrail et al., NeurIPS 2022). The
-paper's public set and foundation model are replaced by PathMNIST and a MobileNetV2 that was
-trained on ImageNet. The image size, 64, is our choice.
+paper's public set and foundation model are replaced by PathMNIST and a MobileNetV2 trained on
+ImageNet. The image size, 64, is our choice.
 
     export FEDHELP_DATA_DIR=/path/to/data
     fedhelp teach --config=configs/fed_isic2019.py                          # once
     fedhelp train --config=configs/fed_isic2019.py --workdir=runs/isic      # paper's scale: a GPU
     fedhelp train --config=configs/fed_isic2019.py:cpu --workdir=runs/isic  # two CPU cores
 
-`:cpu` is smaller: 32x32 images, ResNet-32 as the large model, at most 600 training images a client,
-batches of 16, 25 rounds.
+`:cpu` is smaller: 32x32 images, ResNet-32 as the large model, at most 600 training images per
+client, batches of 16, 25 rounds.
 
-Files, under FEDHELP_DATA_DIR or by --config.data.path and so on: `ham10000_200x150.zip` (images),
-`fed_isic2019_ham_split.csv` (official split), `pathmnist_1000_clip.npz` (public images),
+Files, in FEDHELP_DATA_DIR or given by --config.data.path and so on: `ham10000_200x150.zip`
+(images), `fed_isic2019_ham_split.csv` (official split), `pathmnist_1000_clip.npz` (public images),
 `models/mobilenet_v2_1.0_224_quant.tflite` and `models/imagenet_labels.txt` (foundation model).
 
-What has been measured with it stands in docs/results.md. The paper's scale: not measured.
+The results are in docs/results.md. The paper's scale has not been measured.
 """
 
 import os
@@ -56,6 +56,6 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.public_batch_size = 16
         config.data.image_size = 32
         config.data.max_train = 600
-        config.roles.large = ("center_1", "center_2")  # the cap makes others as large
+        config.roles.large = ("center_1", "center_2")  # named, as the cap makes others as large
         config.model.large = "resnet32"
     return config

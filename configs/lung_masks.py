@@ -1,18 +1,18 @@
-"""Lungs in chest X-rays: the paper's 2D segmentation task, on its three clients.
+"""Segments lungs in chest X-rays: the paper's 2D segmentation task, on its three clients.
 
 Paper: arXiv:2412.19654, sec. 4 (Shenzhen and Montgomery X-rays, three clients with .45/.45/.10 of
-them, two large; public skin-lesion masks). A network trained on the public masks themselves stands
-for the paper's foundation model, and is called self-trained.
+them, two large; public skin-lesion masks). A network trained on the public masks themselves, called
+self-trained, replaces the paper's foundation model.
 
     export FEDHELP_DATA_DIR=/path/to/data
     fedhelp teach --config=configs/lung_masks.py:cpu                                # once
     fedhelp train --config=configs/lung_masks.py:cpu --workdir=runs/lungs           # two CPU cores
     fedhelp train --config=configs/lung_masks.py --workdir=runs/lungs_paper         # a GPU
 
-`:cpu` trains at 64x64 on U-Nets of 8..64 and 16..128 channels; Dice is taken at 128x128 all the
-same. By real site, with one client each: --config.data.split_by=site --config.roles.top_n=1.
+`:cpu` trains at 64x64 with U-Nets of 8..64 and 16..128 channels; Dice is still computed at 128x128.
+For one client per real site: --config.data.split_by=site --config.roles.top_n=1.
 
-Files, under FEDHELP_DATA_DIR or by --config.data.path and --config.public.path:
+Files, in FEDHELP_DATA_DIR or given by --config.data.path and --config.public.path:
 `lung_cxr_seg_128.npz` (images, masks, site) and `ham10000_200x150.zip` (images/ and masks/).
 """
 

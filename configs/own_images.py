@@ -1,9 +1,9 @@
-"""FedHelp on a folder of your own images (docs/own-images.md), small enough for two CPU cores.
+"""Runs FedHelp on a folder of your own images (docs/own-images.md), small enough for two CPU cores.
 
     fedhelp train --config=configs/own_images.py --workdir=runs/mine --config.data.path=FOLDER
 
-The public images are synthetic and the foundation model is simulated, so that this runs as it is;
-name real ones in `public` and `teacher` before you draw conclusions.
+The public images are synthetic and the foundation model is simulated, so that this runs without
+other files. Set real ones in `public` and `teacher` before you draw conclusions.
 """
 
 from ml_collections import config_dict

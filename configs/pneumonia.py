@@ -1,23 +1,23 @@
-"""Chest X-rays, pneumonia or not: the paper's second classification task, on PneumoniaMNIST.
+"""Detects pneumonia in chest X-rays: the paper's second classification task, on PneumoniaMNIST.
 
 Paper: arXiv:2412.19654, sec. 4 (six clients with .60/.20/.08/.06/.04/.02 of the data, two large).
-The images are MedMNIST's 28x28 ones (Yang et al., Scientific Data 2023) rather than NIH's;
-PathMNIST and a MobileNetV2 trained on ImageNet replace the public set and the foundation model.
+The images are MedMNIST's, 28x28 (Yang et al., Scientific Data 2023), instead of NIH's. PathMNIST
+and a MobileNetV2 trained on ImageNet replace the public set and the foundation model.
 
     export FEDHELP_DATA_DIR=/path/to/data
     fedhelp teach --config=configs/pneumonia.py                                   # once
     fedhelp train --config=configs/pneumonia.py --workdir=runs/pneumonia          # a GPU
     fedhelp train --config=configs/pneumonia.py:cpu --workdir=runs/pneumonia_cpu  # two CPU cores
 
-`:cpu` is smaller: ResNet-32 as the large model, at most 400 training images a client, batches of
+`:cpu` is smaller: ResNet-32 as the large model, at most 400 training images per client, batches of
 16, 8 rounds.
 
-Files, under FEDHELP_DATA_DIR or by --config.data.path and --config.public.path:
-`pneumoniamnist_rebuilt.npz`, or MedMNIST's own `pneumoniamnist.npz`, `pathmnist_1000_clip.npz`
+Files, in FEDHELP_DATA_DIR or given by --config.data.path and --config.public.path:
+`pneumoniamnist_rebuilt.npz` or MedMNIST's own `pneumoniamnist.npz`, `pathmnist_1000_clip.npz`
 (public images), and `models/mobilenet_v2_1.0_224_quant.tflite` and `models/imagenet_labels.txt`
 (foundation model).
 
-What has been measured with it stands in docs/results.md. The paper's scale: not measured.
+The results are in docs/results.md. The paper's scale has not been measured.
 """
 
 import os
@@ -51,6 +51,6 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.batch_size = 16
         config.public_batch_size = 16
         config.data.max_train = 400
-        config.roles.large = ("client_0", "client_1")  # the cap makes others as large
+        config.roles.large = ("client_0", "client_1")  # named, as the cap makes others as large
         config.model.large = "resnet32"
     return config

@@ -1,12 +1,13 @@
-"""FedHelp on made-up images, in about a minute: six clinics, two of them large.
+"""Runs FedHelp on synthetic images in about a minute: six clinics, two of them large.
 
 Paper: arXiv:2412.19654, sec. 4 (six clients with .60/.20/.08/.06/.04/.02 of the data, the two
-largest with the large model). Its images and its foundation model are replaced by procedural
-"phantoms" and a simulated teacher, so nothing is downloaded; a ResNet-32 stands for the ResNet-110.
+largest with the large model). Procedural "phantoms" and a simulated teacher replace its images and
+its foundation model, so nothing is downloaded; a ResNet-32 replaces the ResNet-110.
 
     fedhelp train --config=configs/quickstart.py --workdir=runs/demo/fedhelp
 
-`make demo` runs it, and the same clients alone beside it; the README shows what that prints.
+`make demo` runs it and, for comparison, local training of the same clients; the README shows its
+output.
 """
 
 from ml_collections import config_dict

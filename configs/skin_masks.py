@@ -1,18 +1,18 @@
-"""Skin lesions outlined, by real centre: segmentation where hospitals truly differ.
+"""Segments skin lesions of real centres, a task on which hospitals truly differ.
 
-Paper: arXiv:2412.19654, sec. 4, has skin masks as public data only; here they are private, at those
-centres of Fed-ISIC2019 whose images are HAM10000's (Tschandl et al., 2018 and 2020). Public are
-chest X-rays with lung masks, and a network trained on those stands for a foundation model.
+Paper: arXiv:2412.19654, sec. 4, has skin masks as public data only. Here they are private, at those
+centres of Fed-ISIC2019 whose images are HAM10000's (Tschandl et al., 2018 and 2020). The public
+data are chest X-rays with lung masks, and a network trained on them replaces the foundation model.
 
     export FEDHELP_DATA_DIR=/path/to/data
     fedhelp teach --config=configs/skin_masks.py:cpu                               # once
     fedhelp train --config=configs/skin_masks.py:cpu --workdir=runs/skin           # two CPU cores
     fedhelp train --config=configs/skin_masks.py --workdir=runs/skin_paper         # a GPU
 
-`:cpu` trains at 64x64 on U-Nets of 8..64 and 16..128 channels, on at most 150 images a client; Dice
-is taken at 200x150 all the same.
+`:cpu` trains at 64x64 with U-Nets of 8..64 and 16..128 channels, on at most 150 images per client;
+Dice is still computed at 200x150.
 
-Files, under FEDHELP_DATA_DIR or by --config.data.path and so on: `ham10000_200x150.zip` (images/
+Files, in FEDHELP_DATA_DIR or given by --config.data.path and so on: `ham10000_200x150.zip` (images/
 and masks/), `fed_isic2019_ham_split.csv` (official split), `lung_cxr_seg_128.npz` (public).
 """
 
@@ -51,7 +51,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.data.image_size = 64
         config.data.max_train = 150
         config.public.num_examples = 400
-        config.roles.large = ("center_1", "center_2")  # the cap makes others as large
+        config.roles.large = ("center_1", "center_2")  # named, as the cap makes others as large
         config.model.small = "unet_small_cpu"
         config.model.large = "unet_large_cpu"
     return config

@@ -1,4 +1,4 @@
-"""``Task``: all that tells one kind of prediction from another; nothing else asks."""
+"""Defines ``Task``: everything that depends on the kind of prediction."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from fedhelp_jax.models import layers
 
 
 class Task(NamedTuple):
-    """Losses, heads and metrics of a kind of prediction.
+    """The losses, heads and metrics of a kind of prediction.
 
     Attributes:
       name: "classification" or "segmentation".
-      headline: Name of the metric that tables lead with.
+      headline: Name of the main metric, which comes first in tables.
       loss: ``(logits, targets, *, where) -> [B]``.
       distill: ``(student_logits, teacher_logits, *, temperature, where) -> [B]``.
       rank: ``(student_logits, teacher_logits, *, k, margin, where) -> [B]``.
@@ -25,13 +25,13 @@ class Task(NamedTuple):
         features.
       head: ``(head_params, features) -> logits``.
       metrics: ``(logits [n, ...], targets [n, ...], mask [n]) -> {name: scalar}``.
-      num_ranked: ``num_classes ->`` how many classes the ranking is over.
+      num_ranked: ``num_classes ->`` number of classes in the ranking.
       default_k: ``num_classes -> k`` of the ranking.
-      memberships: ``(targets [B, ...], spatial, num_ranked) -> [B, *spatial, num_ranked]``: how far
-        each place of a map of features is of each class, adding up to 1.
-      class_logits: ``logits [..., F] -> [..., num_ranked]``, one a class.
-      predict: ``(logits [n, ...], targets [n, ...]) ->`` predictions of the targets' shape; None
-        where metrics say all there is to see.
+      memberships: ``(targets [B, ...], spatial, num_ranked) -> [B, *spatial, num_ranked]``: the
+        share of each class in each position of a feature map; the shares sum to 1.
+      class_logits: ``logits [..., F] -> [..., num_ranked]``, one logit per class.
+      predict: ``(logits [n, ...], targets [n, ...]) ->`` predictions of the targets' shape; None if
+        the metrics say everything and no predictions are needed.
     """
 
     name: str
@@ -59,7 +59,7 @@ classification = Task(
     head=layers.linear,
     metrics=metrics.classification_metrics,
     num_ranked=lambda num_classes: num_classes,
-    # 5 of 8 classes and 1 of 2, as the authors use; the same share elsewhere.
+    # 5 of 8 classes and 1 of 2, as the authors use, and the same share for other numbers.
     default_k=lambda num_classes: max(1, 5 * num_classes // 8),
     memberships=lambda targets, spatial, num_ranked: jax.nn.one_hot(targets, num_ranked),
     class_logits=lambda logits: logits,
@@ -67,18 +67,18 @@ classification = Task(
 
 
 def segmentation(label_names: Sequence[str]) -> Task:
-    """The task of naming the class of every pixel, or voxel.
+    """Returns the task of predicting the class of every pixel or voxel.
 
-    Masks have a resolution of their own: loss and metrics are taken there, on logits resized
-    linearly. (Masks brought to the logits' size by nearest neighbour lie half a pixel aside where
-    that halves them, and networks learn to.) A foundation model's mask logits are resized linearly
-    to the student's.
+    Masks have a resolution of their own. Loss and metrics are computed there, on logits resized
+    linearly. (Resizing masks to the logits' size by nearest neighbour shifts them by half a pixel
+    when it halves them, and networks learn the shift.) A foundation model's mask logits are resized
+    linearly to the student's size.
 
     Args:
       label_names: One name for one foreground class; else all classes, the background first.
 
     Returns:
-      The task; losses are those of :mod:`fedhelp_jax.losses.segmentation`.
+      The task, with the losses of :mod:`fedhelp_jax.losses.segmentation`.
     """
 
     def loss(logits: jax.Array, targets: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -123,7 +123,7 @@ def segmentation(label_names: Sequence[str]) -> Task:
 
 
 def _resized(logits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Maps ``[B, ...]`` resized linearly to ``shape``, whose examples must be as many."""
+    """Resizes maps ``[B, ...]`` linearly to ``shape``, which must have as many examples."""
     logits = losses.at_least_float32(logits)
     losses.check_shape("examples", logits, (shape[0], *logits.shape[1:]))
     return logits if logits.shape == shape else jax.image.resize(logits, shape, "linear")

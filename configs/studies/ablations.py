@@ -1,10 +1,11 @@
-"""FedHelp less one part at a time, on the data of any config, over three seeds.
+"""Compares FedHelp without one part at a time, on the data of any config, over three seeds.
 
     fedhelp compare --study=configs/studies/ablations.py --workdir=runs/ablations
     fedhelp compare --study=configs/studies/ablations.py:fed_isic2019.py:cpu --workdir=runs/isic
 
-What stands after the first colon is a config file in `configs`; the quickstart's made-up images
-without it. Nothing is tuned: all rows have FedHelp's settings. docs/method.md, sec. 12.
+The argument after the first colon is a config file in `configs`; the default is the quickstart with
+its synthetic images. Nothing is tuned: all rows have FedHelp's settings. See docs/method.md,
+sec. 12.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ _FEDHELP = {"algorithm.name": "fedhelp"}
 
 
 def get_study(config: str = "quickstart.py") -> Study:
-    """Returns the study; `config` is a file in `configs`, and its argument after a colon."""
+    """Returns the study; `config` is a file in `configs`, with its argument after a colon."""
     return Study(
         datasets={Path(config.split(":")[0]).stem: f"../{config}"},
         methods={

@@ -1,16 +1,16 @@
-"""FedHelp and every baseline on the data of any config, tuned alike, over three seeds.
+"""Compares FedHelp and every baseline on the data of any config, tuned alike, over three seeds.
 
     fedhelp compare --study=configs/studies/baselines.py --workdir=runs/baselines
     fedhelp compare --study=configs/studies/baselines.py:fed_isic2019.py:cpu --workdir=runs/isic
 
-What stands after the first colon is a config file in `configs`; the quickstart's made-up images
-without it. With masks FedProto and FedGH are refused, because U-Nets of two sizes have heads of two
-widths; the table is then of the others. Four trials a method, on validation images, choose its
-learning rate and, of methods that have one, the weight of what it adds to FedAvg or local training;
-a method with nothing to weigh gets the finer grid of rates. Then every method runs three times.
+The argument after the first colon is a config file in `configs`; the default is the quickstart with
+its synthetic images. With masks, FedProto and FedGH are refused, because U-Nets of two sizes have
+heads of two widths; the table then shows the other methods.
 
-Per data set these are 119 runs: hours on an accelerator, days on two cores. For minutes there is
-`miniature.py`.
+Four trials per method, on validation images, choose its learning rate and, if it has one, the
+weight of what it adds to FedAvg or local training. A method without such a weight gets the finer
+grid of rates. Then every method runs three times. That makes 119 runs per data set, which take
+hours on an accelerator and days on two cores. `miniature.py` takes minutes.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ _GRIDS = {
 
 
 def get_study(config: str = "quickstart.py") -> Study:
-    """Returns the study; `config` is a file in `configs`, and its argument after a colon."""
+    """Returns the study; `config` is a file in `configs`, with its argument after a colon."""
     return Study(
         datasets={Path(config.split(":")[0]).stem: f"../{config}"},
         methods={name: {} for name in ALGORITHMS},

@@ -1,8 +1,8 @@
-"""Every method once more in miniature: two-layer networks, made-up images, two seeds, two rounds.
+"""Compares all methods in miniature: two-layer networks, synthetic images, two seeds, two rounds.
 
     fedhelp compare --study=configs/studies/miniature.py --workdir=runs/miniature
 
-It shows that the whole comparison works, in minutes; not which method is better. Images are
+In minutes, it shows that the whole comparison works, but not which method is better. The images are
 synthetic and the foundation model is simulated.
 """
 

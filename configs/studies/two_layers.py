@@ -1,13 +1,14 @@
-"""Every method on two real data sets, with two-layer networks: minutes on two cores.
+"""Compares all methods on two real data sets, with two-layer networks, in minutes on two cores.
 
     export FEDHELP_DATA_DIR=/path/to/data
     fedhelp teach --config=configs/fed_isic2019.py:cpu
     fedhelp teach --config=configs/pneumonia.py:cpu
     fedhelp compare --study=configs/studies/two_layers.py --workdir=runs/two_layers
 
-Skin lesions of four centres and chest X-rays of six made-up ones, as in `fed_isic2019.py:cpu` and
-`pneumonia.py:cpu`, but networks of two layers, twenty rounds and a learning rate of 3e-3; methods
-that take plain SGD keep its default of 1e-2. Nothing is tuned; results are in docs/results.md.
+The data are skin lesions of four centres and chest X-rays of six simulated ones, as in
+`fed_isic2019.py:cpu` and `pneumonia.py:cpu`, but with networks of two layers, twenty rounds and a
+learning rate of 3e-3. Methods that require plain SGD keep its default of 1e-2. Nothing is tuned;
+the results are in docs/results.md.
 """
 
 from fedhelp_jax.algorithms import ALGORITHMS

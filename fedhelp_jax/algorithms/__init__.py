@@ -1,8 +1,8 @@
-"""Federated methods, one file each.
+"""Provides the federated methods, one file each.
 
-``fh.algorithms.NAME(small=..., large=..., **options)`` makes one for a `fedhelp_jax.Simulation`;
-in configs a method has the same name. One's own is a function with the decorator `method`; configs
-name it as ``package.module:function`` (docs/extending.md).
+``fh.algorithms.NAME(small=..., large=..., **options)`` makes one for a `fedhelp_jax.Simulation`.
+Configs use the same name. To add a method, decorate a function with `method`; configs then refer to
+it as ``package.module:function`` (docs/extending.md).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Servers that average, plainly or by an optimizer's step towards the mean."""
+"""Provides servers that average uploads, or take an optimizer's step towards their mean."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,14 +18,14 @@ from fedhelp_jax.typing import OptState, Upload
 
 
 class Averaged(NamedTuple):
-    """State of a server that averages: the variables it broadcasts, and its optimizer's state."""
+    """The state of a server that averages: the variables it broadcasts, and its optimizer state."""
 
     variables: Variables
     opt_state: OptState
 
 
 def init_averaged(setup: Setup, variables: Variables) -> Averaged:
-    """The state before the first round."""
+    """Returns the state before the first round."""
     opt_state = () if setup.server_tx is None else setup.server_tx.init(variables["params"])
     return Averaged(variables, opt_state)
 
@@ -33,11 +33,11 @@ def init_averaged(setup: Setup, variables: Variables) -> Averaged:
 def average(
     setup: Setup, state: Averaged, uploads: Mapping[str, Upload], weights: Mapping[str, jax.Array]
 ) -> Averaged:
-    """The weighted mean of all uploads, of whatever role, or the server optimizer's step to it.
+    """Returns the weighted mean of the uploads of all roles, or an optimizer's step towards it.
 
-    With ``setup.server_tx`` the averaged update is a gradient, ``g = w - mean`` (Reddi et al.,
-    arXiv:2003.00295, algorithm 2, where its negative is called Delta); plain SGD of rate 1 is the
-    mean. Batch statistics are averaged in any case.
+    With ``setup.server_tx``, the averaged update is taken as a gradient, ``g = w - mean`` (Reddi et
+    al., arXiv:2003.00295, algorithm 2, where its negative is called Delta). Plain SGD with a
+    learning rate of 1 gives the mean. Batch statistics are always averaged.
     """
     mean = weighted_mean(list(uploads.values()), list(weights.values()))
     if setup.server_tx is None:
@@ -49,7 +49,7 @@ def average(
 
 
 def averaging(setup: Setup, clients: Mapping[str, ClientAlgorithm]) -> FederatedAlgorithm:
-    """A method whose server broadcasts the small architecture and averages what comes back."""
+    """Returns a method whose server broadcasts the small architecture and averages the uploads."""
     return FederatedAlgorithm(
         init=lambda run_key: init_averaged(setup, init_shared(setup, run_key)),
         download=lambda server_state, role: server_state.variables,

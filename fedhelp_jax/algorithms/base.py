@@ -1,4 +1,4 @@
-"""The one abstraction that every method fits, and what methods are built from."""
+"""Defines the interface that every method implements, and the parts that methods share."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -18,13 +18,13 @@ from fedhelp_jax.typing import ClientState, Download, PyTree, ServerState, Uploa
 
 
 class PublicSpec(NamedTuple):
-    """The public set: its size and label spaces.
+    """The size and the label spaces of the public set.
 
     Attributes:
-      num_images: How many images.
-      num_labels: How many labels its images have, or None without labels.
-      num_answers: Over how many classes the foundation model answers, or None without answers.
-      shared: Whether both are one label space, so that one head serves both.
+      num_images: Number of images.
+      num_labels: Number of classes of the public labels, or None without labels.
+      num_answers: Number of classes of the foundation model's answers, or None without answers.
+      shared: Whether labels and answers share one label space, so that one head serves both.
     """
 
     num_images: int
@@ -38,22 +38,22 @@ class Setup(NamedTuple):
 
     Attributes:
       task: Losses, heads and metrics.
-      num_classes: Classes of the private data.
-      sample_shape: Of an image.
+      num_classes: Number of classes of the private data.
+      sample_shape: Shape of an image.
       models: The two architectures, "small" and "large".
       tx: The clients' optimizer, with learning rate and weight decay.
-      learning_rate: The clients' once more, for methods whose rule takes plain SGD.
-      weight_decay: Likewise.
-      schedule: What learning rates are multiplied by in this round. ``tx`` and ``learning_rate``
-        are so already.
+      learning_rate: The clients' learning rate, for methods whose rule requires plain SGD.
+      weight_decay: The clients' weight decay, likewise.
+      schedule: The factor of the learning rates in this round. ``tx`` and ``learning_rate`` already
+        include it.
       server_tx: Optimizer that takes the averaged update as a gradient (2003.00295), for every
         method that averages parameters; None takes the mean itself.
-      batch_size: Private examples a step.
-      public_batch_size: Public examples a step.
+      batch_size: Private examples per step.
+      public_batch_size: Public examples per step.
       local_epochs: Passes over a client's data in a round.
       public: Label spaces of the public set, or None without one.
-      augment: How training batches are changed, of `fedhelp_jax.transforms.AUGMENTATIONS`.
-      rounds: How many rounds the run has, for methods with a schedule over them.
+      augment: Augmentations of training batches, from `fedhelp_jax.transforms.AUGMENTATIONS`.
+      rounds: Number of rounds of the run, for methods with a schedule over them.
     """
 
     task: Task
@@ -74,22 +74,23 @@ class Setup(NamedTuple):
 
     @property
     def sgd(self) -> optax.GradientTransformation:
-        """Plain SGD, for methods whose rule takes it."""
+        """Plain SGD, for methods whose rule requires it."""
         return sgd_l2(self.learning_rate, self.weight_decay)
 
 
 class ClientAlgorithm(NamedTuple):
-    """What the clients of one role do; every function is pure and speaks of ONE client.
+    """What the clients of one role do; every function is pure and handles ONE client.
 
     Attributes:
-      models: The networks this client could deploy, by name; the headline one first.
+      models: The networks that this client could deploy, by name; the headline one first.
       init: ``(run_key, client_id) -> state``.
-      update: ``(key, download, state, data) -> (state, upload, info)``; ``key`` is the client's in
-        this round, ``upload`` a tree of arrays or None, ``info`` scalars to report: always "loss";
-        "bytes_up" and "bytes_down", int32, where what travels is less than upload and download are.
-      deploy: ``(download, state, data) -> {name: variables}``, the names those of ``models``.
-      adapts: Whether ``deploy`` is given ``data``, what the client trains on, to adapt to it at the
-        end; else None.
+      update: ``(key, download, state, data) -> (state, upload, info)``. ``key`` is the client's key
+        in this round, and ``upload`` a tree of arrays or None. ``info`` holds scalars to report. It
+        always has "loss", and has "bytes_up" and "bytes_down", int32, if fewer bytes are sent than
+        the upload and the download hold.
+      deploy: ``(download, state, data) -> {name: variables}``, with the names of ``models``.
+      adapts: Whether ``deploy`` receives the client's training data as ``data``, to adapt to it;
+        otherwise ``data`` is None.
     """
 
     models: Mapping[str, Model]
@@ -99,7 +100,7 @@ class ClientAlgorithm(NamedTuple):
     adapts: bool = False
 
 
-# What a client's own network is called in reports.
+# The name of a client's own network in reports.
 PRIVATE = {"small": "personal", "large": "large"}
 
 
@@ -107,11 +108,11 @@ class ServerData(NamedTuple):
     """What a server has besides its state and the uploads.
 
     Attributes:
-      key: The round's.
+      key: The server's key in this round.
       public: The public set, or None.
-      pooled: All clients' training data as one client's. No federated method may look at it; it is
-        there for the reference that may, and None where no device holds it.
-      num_clients: How many clients there are, whether they took part or not.
+      pooled: All clients' training data, as if one client owned it. Federated methods must not use
+        it; it exists for the centralized reference. None if no device holds all of it.
+      num_clients: Number of all clients, whether they took part or not.
     """
 
     key: jax.Array
@@ -127,12 +128,14 @@ class FederatedAlgorithm(NamedTuple):
       init: ``run_key -> server_state``.
       download: ``(server_state, role) ->`` what every client of a role receives.
       clients: One :class:`ClientAlgorithm` per role, "small" and "large".
-      aggregate: ``(server_state, uploads, weights, data) -> server_state``: by role stacked uploads
-        ``[K, ...]`` and weights ``[K]``, 0 for whoever took no part; ``data`` a
-        :class:`ServerData`. Roles that nobody has are missing.
-      mean_only: Whether ``aggregate`` uses no more of the uploads than their weighted mean over all
-        clients. Then it is given means of some clients each, and the sums of their weights.
-      server_trains: Whether ``aggregate`` takes gradient steps, so is worth compiling in full.
+      aggregate: ``(server_state, uploads, weights, data) -> server_state``. By role, ``uploads``
+        are stacked, ``[K, ...]``, and ``weights`` are ``[K]``, with 0 for clients that did not take
+        part. Roles without clients are missing. ``data`` is a :class:`ServerData`.
+      mean_only: Whether ``aggregate`` depends on the uploads only through their weighted mean over
+        all clients. If so, it is given the means of subsets of clients, and the sums of their
+        weights.
+      server_trains: Whether ``aggregate`` takes gradient steps, and should be compiled with full
+        optimisation.
     """
 
     init: Callable[[jax.Array], ServerState]
@@ -146,25 +149,25 @@ class FederatedAlgorithm(NamedTuple):
 
 
 def init_shared(setup: Setup, run_key: jax.Array, role: str = "small") -> Variables:
-    """An architecture's first weights, the same for the server and for every client."""
+    """Returns the initial weights of an architecture, equal for the server and all clients."""
     key = for_purpose(run_key, Purpose.SERVER_INIT)
     return setup.models[role].init(key, setup.sample_shape)
 
 
 def init_own(setup: Setup, model: Model, run_key: jax.Array, client_id: jax.Array) -> Variables:
-    """First weights of a network that is one client's own, the same whatever the method."""
+    """Returns the initial weights of a client's own network, equal under every method."""
     return model.init(client_init_key(run_key, client_id), setup.sample_shape)
 
 
 def init_private(setup: Setup, role: str, run_key: jax.Array, client_id: jax.Array) -> Variables:
-    """First weights of a role's architecture where it stays with its client: as trained alone."""
+    """Returns the initial weights of a client's private network, as in local training."""
     if role == "small":
         return init_shared(setup, run_key)
     return init_own(setup, setup.models[role], run_key, client_id)
 
 
 def feature_width(setup: Setup, role: str = "small") -> int:
-    """How many features an architecture's head is given."""
+    """Returns the number of features that an architecture's head takes."""
     model = setup.models[role]
 
     def features(key: jax.Array) -> jax.Array:
@@ -176,10 +179,10 @@ def feature_width(setup: Setup, role: str = "small") -> int:
 
 
 def check_one_head(setup: Setup, name: str) -> None:
-    """For methods that share features or a head: both architectures must have the same head.
+    """Checks that both architectures have the same head, for methods that share features or it.
 
     Raises:
-      UserError: If they have not.
+      UserError: If the heads differ.
     """
 
     def head(role: str) -> PyTree:
@@ -195,5 +198,5 @@ def check_one_head(setup: Setup, name: str) -> None:
 
 
 def client_init_key(run_key: jax.Array, client_id: jax.Array) -> jax.Array:
-    """The key of everything a client draws before the first round."""
+    """Returns the key of everything that a client draws before the first round."""
     return jax.random.fold_in(for_purpose(run_key, Purpose.CLIENT_INIT), client_id)

@@ -1,12 +1,11 @@
-"""Centralized training: all clients' training data in one place, which no federation may do.
+"""Centralized training on all clients' data in one place, which a federation does not allow.
 
-The reference that methods are held against from above. The server trains one network of each
-architecture in use, as long as all clients together would, and every client deploys that of its
-role (``global``).
+It is the upper reference for the federated methods. The server trains one network of each
+architecture in use, for as many steps as all clients together would. Every client deploys the
+network of its role (``global``).
 
-Notes: nothing is counted as sent up, the data themselves included. The loss reported is that of
-the broadcast model on a client's training data. The optimizer starts anew each round, as in all
-methods.
+Notes: no upload is counted, not even that of the data. The reported loss is that of the broadcast
+model on a client's training data. The optimizer starts anew each round, as in all methods.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What one client does: go through its batches, take gradient steps, predict. Pure functions."""
+"""Implements what one client does, as pure functions: batches, gradient steps, predictions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 class PublicBatch(NamedTuple):
-    """Public: images float ``[B, *spatial, C]``; labels, answers ``[B, ...]``, or None."""
+    """Public examples: images float ``[B, *spatial, C]``; labels, answers ``[B, ...]``, or None."""
 
     images: jax.Array
     labels: jax.Array | None
@@ -34,17 +34,17 @@ class PublicBatch(NamedTuple):
 
 
 def adam_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.GradientTransformation:
-    """Adam with weight decay added to the gradient first, as in ``torch.optim.Adam``; not AdamW."""
+    """Returns Adam with weight decay added to gradients, like ``torch.optim.Adam``, not AdamW."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
 
 def sgd_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.GradientTransformation:
-    """Plain SGD with weight decay added to the gradient first."""
+    """Returns plain SGD with weight decay added to the gradient."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
 
 
 def apply_gradient(tx: optax.GradientTransformation, params: Params, gradient: Params) -> PyTree:
-    """One step of an optimizer that remembers nothing, such as :func:`sgd_l2`."""
+    """Takes one step of a stateless optimizer, such as :func:`sgd_l2`."""
     updates, _ = tx.update(gradient, tx.init(params), params)
     return optax.apply_updates(params, updates)
 
@@ -55,16 +55,16 @@ def gradient_step(
     params: Params,
     opt_state: OptState,
 ) -> tuple[PyTree, PyTree, jax.Array, PyTree]:
-    """One optimizer step on exactly the leaves of ``params``.
+    """Takes one optimizer step on exactly the leaves of ``params``.
 
     Args:
       tx: The optimizer.
       loss_fn: ``params -> (scalar loss, aux)``.
-      params: What to differentiate by and update.
+      params: The parameters to update.
       opt_state: The optimizer's state for ``params``.
 
     Returns:
-      ``(params, opt_state, loss, aux)``, loss and aux as before the step.
+      ``(params, opt_state, loss, aux)``; ``loss`` and ``aux`` are those before the step.
     """
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
@@ -72,10 +72,10 @@ def gradient_step(
 
 
 def shuffled(key: jax.Array, size: jax.Array | int, length: int) -> jax.Array:
-    """The positions ``0..size-1`` in random order, then the rest; int32 ``[length]``.
+    """Returns the positions ``0..size-1`` in random order, then the rest; int32 ``[length]``.
 
-    A stable argsort of random bits: unlike ``jax.random.permutation`` the order does not change
-    with the padding ``length - size``.
+    It is a stable argsort of random bits. Unlike that of ``jax.random.permutation``, the order does
+    not depend on the padding ``length - size``.
     """
     bits = jax.random.bits(key, (length,))
     valid = jnp.arange(length) < size
@@ -92,27 +92,28 @@ def run_epochs(
     batch_size: int,
     local_epochs: int,
 ) -> tuple[Carry, Info]:
-    """Takes ``step`` over every private batch of ``local_epochs`` epochs, each in a fresh order.
+    """Runs ``step`` over every private batch of ``local_epochs`` epochs, each in a fresh order.
 
-    A client runs as many steps as its own data gives, ``local_epochs * ceil(size / batch_size)``;
-    the last, shorter batch is kept and masked.
+    The number of steps follows from the client's own data: ``local_epochs * ceil(size /
+    batch_size)``. The last, shorter batch is kept and masked.
 
     Args:
       step: ``(carry, batch, step_index) -> (carry, info)``; ``info`` holds means over the batch.
-      carry: Whatever the method trains.
+      carry: What the method trains.
       data: The client's data.
       key: Decides the order of the examples.
       batch_size: ``B``.
-      local_epochs: Epochs.
+      local_epochs: Number of epochs.
 
     Returns:
-      ``(carry, info)``, ``info`` averaged over the examples seen; zeros for a client without any.
+      ``(carry, info)``, with ``info`` averaged over the examples seen; zeros for a client without
+      examples.
     """
     warn_if_exposed()
     step = traced_once(step)
     steps = (data.size + batch_size - 1) // batch_size
     length = data.index.shape[0]
-    # A slice that reached past the end would silently be moved back.
+    # dynamic_slice would silently clamp the start of a slice that reached past the end.
     padded = -(-length // batch_size) * batch_size
 
     def one_epoch(epoch: jax.Array, state: tuple[Carry, Info]) -> tuple[Carry, Info]:
@@ -129,7 +130,7 @@ def run_epochs(
         return lax.fori_loop(0, steps, one_step, state)
 
     def first_step() -> Info:
-        # On the very arrays of the loop: shapes alone would be traced another time.
+        # Uses the very arrays of the loop: with shapes alone, the step would be traced again.
         order = jnp.zeros_like(data.index, shape=(padded,))
         zero = jnp.zeros_like(data.size)
         return step(carry, _gather(data, order, zero, batch_size), zero)[1]
@@ -148,7 +149,10 @@ def _gather(data: ClientData, order: jax.Array, start: jax.Array | int, batch_si
 def public_batches(
     key: jax.Array, public: PublicPool, batch_size: int
 ) -> Callable[[jax.Array], PublicBatch]:
-    """``step_index -> PublicBatch``, cycling through the public set in one random order."""
+    """Returns ``step_index -> PublicBatch``, which cycles through the public set in random order.
+
+    The order is the same in every cycle.
+    """
     length = public.images.shape[0]
     order = shuffled(key, length, length)
 
@@ -169,14 +173,14 @@ def predict(
     size: jax.Array,
     batch_size: int,
 ) -> jax.Array:
-    """A model's logits on the pool entries ``index``, in evaluation mode.
+    """Returns a model's logits on the pool entries ``index``, in evaluation mode.
 
     Args:
       model: The network.
-      variables: Its variables.
+      variables: The variables of the network.
       pool: The examples.
-      index: int32 ``[n]`` positions in the pool, the first ``size`` real.
-      size: How many.
+      index: int32 ``[n]`` positions in the pool, of which the first ``size`` are real.
+      size: Number of real positions.
       batch_size: Examples at a time.
 
     Returns:

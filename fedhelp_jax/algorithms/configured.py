@@ -1,4 +1,4 @@
-"""`Algorithm`: a method with its networks, optimizer and settings, before the data are known."""
+"""Defines `Algorithm`: a method with networks, optimizer and settings, before data are known."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ Optimizer = optax.GradientTransformation | Callable[[Rate], optax.GradientTransf
 
 
 class Given(NamedTuple):
-    """What the data and the simulation add to an `Algorithm`; attributes as of `Setup`."""
+    """What the data and the simulation add to an `Algorithm`; attributes are as in `Setup`."""
 
     task: Task
     num_classes: int
@@ -46,11 +46,11 @@ class Algorithm:
       models: The networks, "small" and "large".
       settings: The method's settings.
       optimizer: The clients' optimizer as a function of the learning rate.
-      learning_rate: The clients', in the first round.
-      weight_decay: L2 of plain SGD, for methods whose rule takes it.
-      schedule: ``round -> factor`` of learning rates; they are constant if None.
-      server_optimizer: Of the server, for every method that averages parameters; None takes the
-        mean.
+      learning_rate: The clients' learning rate in the first round.
+      weight_decay: L2 regularisation of plain SGD, for methods whose rule requires plain SGD.
+      schedule: ``round -> factor`` of the learning rates, which are constant if None.
+      server_optimizer: The server's optimizer, for every method that averages parameters; None
+        takes the mean.
     """
 
     method: "Method"
@@ -63,7 +63,7 @@ class Algorithm:
     server_optimizer: optax.GradientTransformation | None = None
 
     def build(self, given: Given, factor: Rate = 1.0) -> FederatedAlgorithm:
-        """Returns the method's pure functions, with every learning rate times ``factor``."""
+        """Returns the method's pure functions, with every learning rate scaled by ``factor``."""
         rate = self.learning_rate * factor
         setup = Setup(
             **given._asdict(),
@@ -77,7 +77,7 @@ class Algorithm:
         return self.method.build(setup, self.settings)
 
     def at(self, given: Given) -> Callable[[jax.Array], FederatedAlgorithm] | None:
-        """Returns the pure functions by the number of a round; None if all rounds are alike."""
+        """Returns a function from a round's number to its pure functions; None if all are equal."""
         schedule = self.schedule
         return None if schedule is None else lambda round: self.build(given, schedule(round))
 
@@ -98,20 +98,20 @@ def configure(
       method: The method.
       models: The networks, "small" and "large".
       optimizer: Any optax transformation, or a function of the learning rate that returns one, such
-        as ``optax.adam``. Clients begin every round with a fresh state of it. None takes Adam, or
-        plain SGD in methods whose rule takes no other, with L2 regularisation.
-      learning_rate: A number, or a schedule over rounds: ``round -> rate``, as optax has them over
-        steps. If None, 1e-3 for Adam and 1e-2 for plain SGD.
-      weight_decay: L2, added to the gradient, where ``optimizer`` is None.
+        as ``optax.adam``. Clients start every round with a fresh optimizer state. None takes Adam
+        with L2 regularisation, or plain SGD with it for methods whose rule requires plain SGD.
+      learning_rate: A number, or a schedule over rounds, ``round -> rate``, like optax's schedules
+        over steps. If None, 1e-3 for Adam and 1e-2 for plain SGD.
+      weight_decay: L2 regularisation, added to the gradient, if ``optimizer`` is None.
       server_optimizer: Takes the averaged update as a gradient (arXiv:2003.00295), in every method
         that averages parameters; None takes the mean itself.
-      **settings: The method's own.
+      **settings: The method's own settings.
 
     Returns:
       The algorithm.
 
     Raises:
-      UserError: If the method has no such setting, or a value is not right.
+      UserError: If the method has no such setting, or a value is invalid.
     """
     if optimizer is not None and method.plain_sgd:
         raise UserError(f"{method.name}: optimizer must be None, since its rule takes plain SGD")
@@ -146,15 +146,15 @@ def configure(
 
 
 def _fixed(optimizer: optax.GradientTransformation, _: Rate) -> optax.GradientTransformation:
-    """An optimizer whose rate is its own."""
+    """Returns an optimizer that contains its learning rate, ignoring the one given."""
     return optimizer
 
 
 def make_settings(cls: type[Any], values: Mapping[str, Any], path: str) -> Any:
-    """Returns a method's settings, checked; what is left out is at its default.
+    """Returns a method's settings after checking them; omitted ones have their defaults.
 
     Raises:
-      UserError: If there is no such setting, or a value is not right.
+      UserError: If there is no such setting, or a value is invalid.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     kinds = typing.get_type_hints(cls)

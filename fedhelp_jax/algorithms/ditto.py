@@ -1,14 +1,16 @@
 """Ditto.
 
 Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021,
-arXiv:2012.04221, algorithm 1. The server's ``w`` is FedAvg's; besides, every client keeps ``v_i``:
+arXiv:2012.04221, algorithm 1. The server's ``w`` is that of FedAvg. In addition, every client keeps
+a ``v_i`` that minimises
 
     h_i(v_i; w) = F_i(v_i) + lambda/2 |v_i - w|^2
 
-``v_i`` is what it deploys (``personal``).
+A client deploys its ``v_i`` (``personal``).
 
-Notes: ``v_i`` takes as many steps as ``w``, on the same batches, against the ``w`` it was sent. The
-gradient of the term is added before Adam. ``lam = 0`` is local training of the small architecture.
+Notes: ``v_i`` takes as many steps as ``w``, on the same batches, with the received ``w`` as the
+anchor. The gradient of the term is added before Adam. ``lam = 0`` is local training of the small
+architecture.
 """
 
 import dataclasses

@@ -6,9 +6,8 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
     w_i <- w after local epochs on client i
     w   <- sum_i a_i w_i
 
-One architecture, the small one, on every client. The broadcast model is what it deploys
-(``global``); a client's copy after its local training is reported beside it (``personal``), as
-fine-tuned FedAvg.
+Every client uses the small architecture and deploys the broadcast model (``global``). Its copy
+after local training, which is fine-tuned FedAvg, is also reported (``personal``).
 
 Notes: batch statistics are averaged like parameters.
 """

@@ -1,13 +1,13 @@
 """FedBN.
 
 Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR 2021,
-arXiv:2102.07623, algorithm 1: FedAvg, but normalisation layers stay with their client, parameters
-and running statistics alike, and are neither sent nor averaged.
+arXiv:2102.07623, algorithm 1. This is FedAvg, except that normalisation layers, parameters as well
+as running statistics, stay with their client and are neither sent nor averaged.
 
-Notes: a client deploys the averaged layers with its own normalisation (``personal``). Layers are
-known by their path: any part of it with "norm" in it, or "bn" by itself, with a number or
-after an underscore, as in all networks here, shortcuts included, and Flax's own layers. On a
-network without any this is FedAvg.
+Notes: a client deploys the averaged layers with its own normalisation (``personal``). Normalisation
+layers are recognised by their path: one of its parts contains "norm", or is "bn", optionally with a
+number or after an underscore. This covers all networks here, including their shortcuts, and Flax's
+own layers. On a network without normalisation layers, this is FedAvg.
 """
 
 import dataclasses
@@ -60,11 +60,11 @@ def fedbn(setup: Setup, settings: FedBNSettings) -> FederatedAlgorithm:
 
 
 def split(variables: Variables) -> tuple[Variables, Variables]:
-    """What stays with a client and what is shared; each holds None in place of the other's."""
+    """Splits variables into a client's own and the shared ones, with None for missing leaves."""
     own = select(variables, is_normalisation)
     return own, select(variables, lambda path: not is_normalisation(path))
 
 
 def is_normalisation(path: tuple[str, ...]) -> bool:
-    """Whether a variable, by its path, belongs to a normalisation layer."""
+    """Returns whether the variable at a path belongs to a normalisation layer."""
     return path[0] == "batch_stats" or any(_NORMALISATION.fullmatch(part) for part in path)

@@ -1,21 +1,22 @@
 """FedDF.
 
 Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020,
-arXiv:2006.07242, algorithm 3 (several architectures). Every client trains the model it was sent,
-of its role's own architecture. The server, for each architecture,
+arXiv:2006.07242, algorithm 3 (several architectures). Every client trains the model it receives, of
+its role's architecture. For each architecture, the server computes
 
     w_role <- mean of the role's uploads
     server_steps times, on public batches x_p:
         w_role <- step on KL( sigma(mean_i f_i(x_p)) || sigma(f_role(x_p)) )
 
-f_i being all uploads, of whatever architecture. The distilled model is what clients deploy
-(``global``); their copies after local training are reported beside it (``personal``).
+where f_i are all uploads, of every architecture. Clients deploy the distilled model (``global``);
+their copies after local training are also reported (``personal``).
 
-Notes: the paper distils for up to 10,000 steps of Adam with early stopping on a validation set that
-the server holds; here it is a fixed number, of the clients' optimizer, and the server holds no
-labels. The ensemble counts clients alike; means of models follow ``client_weights``. The student
-learns in evaluation mode, as the ensemble answers: see ``on_public``. A foundation model's answers
-have no place in it, being over other classes. ``server_steps = 0`` is FedAvg within each role.
+Notes: the paper distils for up to 10,000 steps of Adam, with early stopping on a validation set
+that the server holds. Here the server takes a fixed number of steps of the clients' optimizer and
+holds no labels. The ensemble weighs all clients equally; the means of models follow
+``client_weights``. The student learns in evaluation mode, in which the ensemble also answers (see
+``on_public``). A foundation model's answers are not used, because they are over other classes.
+``server_steps = 0`` is FedAvg within each role.
 """
 
 import dataclasses
@@ -78,7 +79,7 @@ def feddf(setup: Setup, settings: FedDFSettings) -> FederatedAlgorithm:
             )
             for role, upload in uploads.items()
         }
-        # A role none of whose uploads counts starts from the model it had.
+        # If no upload of a role counts, the role starts from its previous model.
         means = {
             role: choose(
                 (weights[role] > 0).any(), weighted_mean([upload], [weights[role]]), state[role]

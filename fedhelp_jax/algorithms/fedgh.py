@@ -1,18 +1,18 @@
 """FedGH.
 
 Yi et al., "FedGH: Heterogeneous Federated Learning with Generalized Global Header", ACM MM 2023,
-arXiv:2303.13137, algorithm 1. Clients share a head, not the features before it:
+arXiv:2303.13137, algorithm 1. Clients share a head, but not the feature extractor before it:
 
     client:  its head <- the server's; local epochs of CE; sends mean features P_ic of each class
     server:  head <- head - eta sum_ic grad CE(head(P_ic), c)
 
 Every client trains and deploys its role's own architecture.
 
-Notes: the server goes through all P_ic at once, where the paper takes them one by one; eta is
-``server_learning_rate``, and ``server_epochs`` such steps are taken a round. Class means are taken
-after local training, in evaluation mode; of masks, each place of the features is an example. What
-is deployed is the model after its local training, head included. All clients need features of one
-width.
+Notes: the server uses all P_ic in one step, while the paper takes them one by one. eta is
+``server_learning_rate``, and a round takes ``server_epochs`` such steps. Class means are computed
+after local training, in evaluation mode; for masks, each position of the feature map is an example.
+A client deploys the model after local training, including its head. All clients need features of
+the same width.
 """
 
 import dataclasses

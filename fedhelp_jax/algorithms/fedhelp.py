@@ -1,8 +1,8 @@
 """FedHelp: asymmetrical reciprocity between large clients, small clients and a foundation model.
 
 Wang et al., "Asymmetrical Reciprocity-based Federated Learning for Resolving Disparities in Medical
-Diagnosis", KDD 2025, arXiv:2412.19654. Per private batch every client takes two optimizer steps,
-each with a state of its own:
+Diagnosis", KDD 2025, arXiv:2412.19654. On each private batch, every client takes two optimizer
+steps, each with its own optimizer state:
 
     small client (sec. 3.3): surrogate (theta, phi), public heads psi
       A on (theta, phi):  CE(h_phi(f_theta(x)), y)
@@ -12,23 +12,23 @@ each with a state of its own:
     large client (sec. 3.4): proxy v, large model W
       A on v:  CE(v(x), y) + lambda_f T^2 KL(sigma(W(x) / T) || sigma(v(x) / T))
       B on W:  CE(W(x), y) + lambda_b R_k(W(x); v(x)), v as A left it
-      (whoever teaches is in evaluation mode)
+      (teachers are in evaluation mode)
 
     server (sec. 3.5):  w <- mean of all surrogates (theta, phi) and proxies v
 
-``z_p`` are the foundation model's answers, asked once before the first round. Surrogates and
+``z_p`` are the foundation model's answers, computed once before the first round. Surrogates and
 proxies share one architecture and start each round from ``w``; ``psi`` and ``W`` never leave their
 client.
 
-Notes, where this departs from the authors' released code or the paper is silent:
+Notes, on points where this departs from the authors' released code or the paper is silent:
 
-* Step B of a small client normalises by its public batch and discards the running statistics it
-  would give: they would be those of the wrong images (``public_batch_stats="shared"`` keeps them,
-  as released).
-* No distillation in the first ``kd_warmup_rounds``: a fresh deep network in evaluation mode, with
-  initial running statistics, emits logits of order 1e8 and teaches garbage.
-* The backward ranking punishes disagreement and is averaged over pairs; the released code's sign is
-  inverted (see ``fedhelp_jax.losses.reference_code``).
+* Step B of a small client normalises by its public batch and discards the resulting running
+  statistics, because they are not those of the private images. The released code keeps them, as
+  does ``public_batch_stats="shared"``.
+* There is no distillation in the first ``kd_warmup_rounds``. A fresh deep network in evaluation
+  mode, with initial running statistics, emits logits of order 1e8 and would teach garbage.
+* The backward ranking punishes disagreement and is averaged over pairs. In the released code, its
+  sign is inverted (see ``fedhelp_jax.losses.reference_code``).
 * Optimizer states start anew each round.
 """
 
@@ -75,28 +75,28 @@ from fedhelp_jax.typing import OptState, PyTree, Upload
 
 
 class Server(NamedTuple):
-    """The server's state: ``w`` and how many rounds are done."""
+    """The server's state: ``w`` and the number of rounds done."""
 
     averaged: Averaged
     round: jax.Array
 
 
 class Broadcast(NamedTuple):
-    """What clients receive: ``w`` and how many rounds are done."""
+    """What clients receive: ``w`` and the number of rounds done."""
 
     variables: Variables
     round: jax.Array
 
 
 class SmallState(NamedTuple):
-    """A small client between rounds: its locally trained surrogate, and its public heads psi."""
+    """A small client's state between rounds: the surrogate it trained and its public heads psi."""
 
     surrogate: Variables
     public_heads: Variables
 
 
 class SmallCarry(NamedTuple):
-    """A small client within a round."""
+    """A small client's state within a round."""
 
     surrogate: Variables
     public_heads: Variables
@@ -105,7 +105,7 @@ class SmallCarry(NamedTuple):
 
 
 class LargeCarry(NamedTuple):
-    """A large client within a round."""
+    """A large client's state within a round."""
 
     proxy: Variables
     large: Variables
@@ -118,8 +118,8 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
     """FedHelp for the given models, task and public set.
 
     Raises:
-      UserError: If ``k`` does not fit the number of classes, a public set offers nothing to learn,
-        or released code is asked for where it has no place.
+      UserError: If ``k`` does not fit the number of classes, if the public set offers nothing to
+        learn, or if released code is requested where it does not apply.
     """
     settings = with_released_code(setup, settings)
     public = setup.public
@@ -159,7 +159,7 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
 
 
 def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
-    """Knowledge-guided surrogate training (sec. 3.3)."""
+    """Returns the small clients: knowledge-guided surrogate training (sec. 3.3)."""
     model = setup.models["small"]
 
     def init(run_key: jax.Array, client_id: jax.Array) -> SmallState:
@@ -195,7 +195,7 @@ def small_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
 
 
 def init_public_heads(setup: Setup, key: jax.Array) -> Variables:
-    """psi: heads over the public labels and over the answers' classes, or one for both."""
+    """Returns psi: heads for the public labels and the answers' classes, or one for both."""
     if setup.public is None:
         return {}
     features = feature_width(setup)
@@ -211,7 +211,7 @@ def init_public_heads(setup: Setup, key: jax.Array) -> Variables:
 def init_small_carry(
     setup: Setup, settings: FedHelpSettings, surrogate: Variables, public_heads: Variables
 ) -> SmallCarry:
-    """A small client at the start of a round, with an optimizer state for what each step trains."""
+    """Returns a small client at the start of a round, with an optimizer state for each step."""
     params = surrogate["params"]
     if settings.joint:
         together = setup.tx.init({**params, "public_heads": public_heads})
@@ -227,7 +227,7 @@ def small_step(
     batch: Batch,
     public: PublicBatch | None,
 ) -> tuple[SmallCarry, Info]:
-    """Steps A and B of a small client on one private and one public batch; A alone without one."""
+    """Takes a small client's steps A and B on a private and a public batch; A alone without one."""
     stats = carry.surrogate["batch_stats"]
     private_loss = supervised_loss(setup, setup.models["small"], stats, batch)
     if settings.joint and public is not None:
@@ -260,7 +260,7 @@ def _joint_step(
     private_loss: Callable[[Variables], PyTree],
     public: PublicBatch,
 ) -> tuple[SmallCarry, Info]:
-    """One step on L_private + L_public instead of two."""
+    """Takes one step on L_private + L_public instead of two."""
 
     def both(params: Variables) -> tuple[jax.Array, PyTree]:
         loss, (_, stats) = private_loss({name: params[name] for name in ("features", "head")})
@@ -283,9 +283,9 @@ def public_loss(
     batch_stats: Variables,
     public: PublicBatch,
 ) -> tuple[jax.Array, Variables]:
-    """L_public, averaged over a public batch, and the batch statistics to go on with.
+    """Returns the mean L_public over a public batch, and the batch statistics to continue with.
 
-    Its labels count where they are known, the foundation model's answers where it was asked.
+    The loss includes the public labels and the foundation model's answers, where there are any.
     """
     task, heads = setup.task, params["public_heads"]
     variables = {"params": {"features": params["features"]}, "batch_stats": batch_stats}
@@ -302,7 +302,7 @@ def public_loss(
 
 
 def large_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
-    """Asymmetric dual knowledge distillation (sec. 3.4)."""
+    """Returns the large clients: asymmetric dual knowledge distillation (sec. 3.4)."""
     model = setup.models["large"]
 
     def update(key: jax.Array, download: Broadcast, state: Variables, data: ClientData) -> Updated:
@@ -329,7 +329,7 @@ def large_client(setup: Setup, settings: FedHelpSettings) -> ClientAlgorithm:
 
 
 def init_large_carry(setup: Setup, proxy: Variables, large: Variables) -> LargeCarry:
-    """A large client at the start of a round, with fresh optimizer states."""
+    """Returns a large client at the start of a round, with fresh optimizer states."""
     return LargeCarry(proxy, large, setup.tx.init(proxy["params"]), setup.tx.init(large["params"]))
 
 
@@ -340,10 +340,10 @@ def large_step(
     batch: Batch,
     warm: jax.Array | bool = True,
 ) -> tuple[LargeCarry, Info]:
-    """Steps A and B of a large client on one private batch; no distillation unless ``warm``."""
+    """Takes a large client's steps A and B on a private batch; distils only if ``warm``."""
     task, small, large = setup.task, setup.models["small"], setup.models["large"]
 
-    # A mask, not a factor: 0 times the overflow of an untrained teacher would be NaN.
+    # A mask instead of a factor: 0 times an untrained teacher's overflow would be NaN.
     taught = batch.mask & warm
     teacher_logits, _ = apply_model(large, carry.large, batch.images)
     teacher_loss = masked_mean(

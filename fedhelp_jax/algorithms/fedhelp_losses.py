@@ -1,7 +1,7 @@
-"""FedHelp's settings, and its distillations as these switch them.
+"""Defines FedHelp's settings, and the distillation losses that they control.
 
-The method itself is in ``fedhelp``. What the released code does otherwise (docs/method.md, sec. 11)
-is kept here, so that the method's own steps read as the paper has them.
+The method itself is in ``fedhelp``. The deviations of the released code (docs/method.md, sec. 11)
+are kept here, so that the method's steps read as in the paper.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from fedhelp_jax.settings import (
     whole,
 )
 
-# Oddities of the released code, as the setting `released_code` names them.
+# Oddities of the released code, by their names in the setting `released_code`.
 RELEASED_CODE = (
     "inverted_ranking",
     "no_large_gradient",
@@ -104,10 +104,10 @@ class FedHelpSettings:
 
 
 def with_released_code(setup: Setup, settings: FedHelpSettings) -> FedHelpSettings:
-    """The settings with "all" written out: every oddity, and those that are settings by themselves.
+    """Expands "all" in the settings: every oddity, and the other settings of the released code.
 
     Raises:
-      UserError: For another task than classification, whose released code does not run.
+      UserError: If the task is not classification, because other released code does not run.
     """
     if settings.released_code and setup.task.name != "classification":
         raise UserError(f"algorithm.released_code: there is none of {setup.task.name} that runs")
@@ -125,7 +125,7 @@ def with_released_code(setup: Setup, settings: FedHelpSettings) -> FedHelpSettin
 def answers_loss(
     setup: Setup, settings: FedHelpSettings, logits: jax.Array, answers: jax.Array
 ) -> jax.Array:
-    """What a small client learns from the foundation model's answers, ``[B]``."""
+    """Returns a small client's loss on the foundation model's answers, ``[B]``."""
     if "raw_answers" not in settings.released_code:
         return forward_loss(setup, settings, logits, answers, None)
     classes = 1 if "mean_kl" in settings.released_code else logits.shape[-1]
@@ -139,7 +139,7 @@ def forward_loss(
     teacher_logits: jax.Array,
     where: jax.Array | None,
 ) -> jax.Array:
-    """A teacher's distillation in full, ``[B]``."""
+    """Returns the loss of distilling all of a teacher's logits, ``[B]``."""
     loss = setup.task.distill(logits, teacher_logits, temperature=settings.temperature, where=where)
     if "mean_kl" in settings.released_code:
         return loss / (settings.temperature**2 * logits.shape[-1])
@@ -153,18 +153,18 @@ def backward_loss(
     proxy_logits: jax.Array,
     taught: jax.Array,
 ) -> jax.Array:
-    """What the proxy teaches the large model, weighted, ``[B]``."""
+    """Returns the large model's weighted loss on what the proxy teaches it, ``[B]``."""
     k = settings.k if settings.k is not None else setup.task.default_k(setup.num_classes)
     if settings.backward == "kl":
         loss = forward_loss(setup, settings, logits, proxy_logits, taught)
     elif "inverted_ranking" in settings.released_code:
-        # The sum over the batch, of which the mean is taken.
+        # Turned into the sum over the batch, because the caller takes the mean.
         loss = released_ranking_loss(logits, proxy_logits, k=k, where=taught) * jnp.sum(taught)
     else:
         loss = setup.task.rank(logits, proxy_logits, k=k, margin=settings.margin, where=taught)
     loss *= settings.lambda_b
     if "undetached_teacher" in settings.released_code:
-        # The forward distillation, now with a gradient for the side that teaches.
+        # The forward distillation, but with a gradient for the teacher.
         taught_by = released_distillation_loss(
             jax.lax.stop_gradient(proxy_logits),
             logits,

@@ -1,28 +1,28 @@
 """FedKD.
 
 Wu et al., "Communication-efficient federated learning via knowledge distillation", Nature
-Communications 2022, arXiv:2108.13323, algorithm 1. Every client has a mentor W_i of its own, of
-its role's architecture, and a copy v_i of the shared small mentee. On the same batch, both at once,
-with features h and a projection P_i of the mentee's features to the mentor's width:
+Communications 2022, arXiv:2108.13323, algorithm 1. Every client has its own mentor W_i, of its
+role's architecture, and a copy v_i of the shared small mentee. Both learn from the same batch at
+once, with features h and a projection P_i of the mentee's features to the mentor's width:
 
     c         = CE(W_i) + CE(v_i)                      how unsure both are
     W_i:        CE(W_i) + ( KL(v_i || W_i) + mean |h_W - P_i h_v|^2 ) / c
     v_i, P_i:   CE(v_i) + ( KL(W_i || v_i) + mean |h_W - P_i h_v|^2 ) / c
 
-Each takes the other, and c, as given. A client sends its mentee's update, every matrix of it as its
-fewest singular vectors that hold the share T of the energy sum_j sigma_j^2; the server averages the
-updates, cuts the mean in the same way, and sends that. In round t of R,
+Each treats the other, and c, as constant. A client sends its mentee's update, in which every matrix
+is reduced to the fewest singular vectors that hold the share T of its energy sum_j sigma_j^2. The
+server averages the updates, reduces the mean in the same way, and sends it. In round t of R,
 
     T = energy_start + (energy_end - energy_start) t / R
 
-The mentor is what a client deploys; the mentee is reported beside it (``global``).
+A client deploys its mentor; the mentee is also reported (``global``).
 
-Notes: a convolution's kernel is the matrix [all other axes, outputs]; what has one axis travels in
-full, as do batch statistics. Of a matrix that its factors would not make smaller, the entries
-travel. ``bytes_up`` and ``bytes_down`` count what travels; the first download is the whole mentee,
-and a client that sat out a round is counted as if it had not. ``setup.tx`` trains the projection
-too, which stays with its client. The paper's attention terms have no place in these networks.
-``energy_start = energy_end = 1`` sends all.
+Notes: a convolution's kernel is treated as the matrix [all other axes, outputs]. Arrays with one
+axis and batch statistics are sent in full, and so is a matrix that its factors would not make
+smaller. ``bytes_up`` and ``bytes_down`` count what is sent. The first download is the whole mentee,
+and a client that missed a round is counted as if it had not. ``setup.tx`` also trains the
+projection, which stays with its client. The paper's attention terms do not apply to these networks.
+``energy_start = energy_end = 1`` sends everything.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class FedKDSettings:
 
 
 class Server(NamedTuple):
-    """The mentee, how many rounds are done, and the bytes of the update that clients lack."""
+    """The mentee, the number of rounds done, and the bytes of the update that clients lack."""
 
     averaged: Averaged
     round: jax.Array
@@ -76,7 +76,7 @@ class Server(NamedTuple):
 
 
 class Broadcast(NamedTuple):
-    """The mentee as it is with the update, how many rounds are done, and the update's bytes."""
+    """The mentee after the update, the number of rounds done, and the update's bytes."""
 
     variables: Variables
     round: jax.Array
@@ -84,14 +84,14 @@ class Broadcast(NamedTuple):
 
 
 class Mentor(NamedTuple):
-    """A client between rounds: W, and its projection P ``[D_small, D_role]``."""
+    """A client's state between rounds: W, and its projection P ``[D_small, D_role]``."""
 
     variables: Variables
     projection: jax.Array
 
 
 class Seen(NamedTuple):
-    """What a network makes of a batch in training mode: h, logits, batch statistics and CE."""
+    """A network's outputs on a batch in training mode: h, logits, batch statistics and CE."""
 
     features: jax.Array
     logits: jax.Array
@@ -101,7 +101,7 @@ class Seen(NamedTuple):
 
 @method(FedKDSettings, schedules=lambda s: s.energy_start != s.energy_end)
 def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
-    """FedKD: a mentor of the client's own architecture beside the small mentee."""
+    """FedKD: a mentor of the client's own architecture alongside the small mentee."""
     small = setup.models["small"]
 
     def energy(round: jax.Array) -> jax.Array:
@@ -161,7 +161,7 @@ def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
 
 
 def mutual_step(setup: Setup, own: Model, carry: Carry, batch: Batch) -> tuple[Carry, Info]:
-    """One step of mentor and mentee on a batch, each by the other as it was before."""
+    """Takes one step of mentor and mentee on a batch, each taught by the other's old variables."""
     (w, w_opt), (v, trained, v_opt) = carry
     small = setup.models["small"]
 
@@ -207,7 +207,10 @@ def mutual_step(setup: Setup, own: Model, carry: Carry, batch: Batch) -> tuple[C
 def compressed(
     before: Variables, after: Variables, energy: jax.Array
 ) -> tuple[Variables, jax.Array]:
-    """``after`` as who has ``before`` makes it from the factors sent, and their bytes (int32)."""
+    """Returns ``after`` as a receiver that has ``before`` reconstructs it, and the bytes sent.
+
+    The bytes are an int32 scalar.
+    """
     leaves, tree = jax.tree.flatten(after["params"])
     cut = [
         low_rank(new - old, energy)
@@ -220,7 +223,11 @@ def compressed(
 
 
 def low_rank(update: jax.Array, energy: jax.Array) -> tuple[jax.Array, jax.Array | int]:
-    """A leaf by its fewest singular vectors with that share of its energy, and their bytes."""
+    """Reduces a leaf to the fewest singular vectors that hold a share of its energy.
+
+    Returns:
+      The leaf rebuilt from these vectors, and the bytes to send it.
+    """
     if update.ndim < 2:
         return update, num_bytes(update)
     matrix = update.reshape(-1, update.shape[-1])

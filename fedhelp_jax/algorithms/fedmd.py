@@ -1,8 +1,8 @@
 """FedMD.
 
 Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", NeurIPS 2019
-workshop, arXiv:1910.03581, algorithm 1. No weights travel, only logits on the public images x_p.
-Every round a client i, of its role's own architecture f_i,
+workshop, arXiv:1910.03581, algorithm 1. No weights are exchanged, only logits on the public images
+x_p. In every round, a client i, with a network f_i of its role's architecture,
 
     digests:   towards the consensus, mean |f_i(x_p) - consensus(x_p)|, digest_epochs over all x_p
     revisits:  local epochs of CE on its private data
@@ -11,12 +11,12 @@ Every round a client i, of its role's own architecture f_i,
 and the server takes the mean, ``consensus <- mean_i f_i(x_p)``.
 
 Notes: there is nothing to digest in the first round. The paper first trains every network on the
-public labels; here they are another label space, and the private head is what clients have in
-common. Logits are compared by their absolute difference, as in the authors' code. Public images are
-digested in evaluation mode, as their logits are taken: see ``on_public``. A foundation model's
-answers have no place in it, being over other classes. An epoch is ``ceil(P / B)`` batches in one
-order, the last filled up from its start; the authors draw a subset of the images each round.
-``digest_epochs = 0`` is local training.
+public labels; here these are another label space, and what clients have in common is the private
+head. Logits are compared by their absolute difference, as in the authors' code. Public images are
+digested in evaluation mode, in which their logits are also computed (see ``on_public``). A
+foundation model's answers are not used, because they are over other classes. An epoch is
+``ceil(P / B)`` batches in one order, and the last batch is filled up from the start of the order;
+the authors draw a subset of the images each round. ``digest_epochs = 0`` is local training.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def fedmd(setup: Setup, settings: FedMDSettings) -> FederatedAlgorithm:
         ) -> Updated:
             public = data.public
             assert public is not None
-            # Nothing to digest yet, or nobody there to.
+            # Skip if there is no consensus yet, or in an empty slot.
             digesting = jnp.where(download.known & (data.size > 0), steps, 0)
             state = learn_answers(
                 setup,
@@ -119,5 +119,5 @@ def fedmd(setup: Setup, settings: FedMDSettings) -> FederatedAlgorithm:
 
 
 def absolute_difference(logits: jax.Array, answers: jax.Array) -> jax.Array:
-    """Mean over all logits of an image, ``[B]``."""
+    """Returns the mean absolute difference over all logits of an image, ``[B]``."""
     return jnp.mean(jnp.abs(logits - answers).reshape(len(logits), -1), axis=-1)

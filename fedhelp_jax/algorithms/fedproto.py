@@ -1,24 +1,25 @@
 """FedProto.
 
 Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022,
-arXiv:2105.00243, algorithm 1. No weights travel, only mean features of each class. On a batch a
-client minimises, z being the features of x,
+arXiv:2105.00243, algorithm 1. No weights are exchanged, only mean features of each class. On a
+batch, a client minimises, with z the features of x,
 
     CE(head(z), y) + lambda |z - P_y|^2 / D
 
-then sends its own class means P_ic, and the server averages them by how many examples n_ic each is
-of:
+It then sends its own class means P_ic, and the server averages them, weighted by the number of
+examples n_ic behind each:
 
     P_c <- sum_i n_ic P_ic / sum_i n_ic
 
 Every client trains and deploys its role's own architecture.
 
-Notes: P_y counts where some client has sent it, so not in the first round; a class that nobody
-sends again keeps its prototype. The mean is the paper's equation 6 without its further factor
-1/|N_c|, which would shrink prototypes. Class means are taken after local training, in evaluation
-mode. The paper writes the distance between class means; as in the authors' code it is that of each
-example. Of masks, each place of the features is an example, at borders shared between classes. All
-clients need features of one width. ``lam = 0`` is local training.
+Notes: the distance to P_y counts only once some client has sent P_y, so not in the first round. A
+class that no client sends again keeps its prototype. The mean is the paper's equation 6 without its
+additional factor 1/|N_c|, which would shrink prototypes. Class means are computed after local
+training, in evaluation mode. The paper writes the distance between class means; here, as in the
+authors' code, it is the distance of each example. For masks, each position of the feature map is an
+example, which several classes share at borders. All clients need features of the same width.
+``lam = 0`` is local training.
 """
 
 import dataclasses
@@ -114,7 +115,10 @@ def prototype_loss(
     prototypes: Prototypes,
     lam: float,
 ) -> Callable[[Variables], tuple[jax.Array, tuple[jax.Array, Variables]]]:
-    """:func:`~fedhelp_jax.algorithms.base.supervised_loss` plus the distance to prototypes."""
+    """Returns the supervised loss plus the distance to prototypes.
+
+    It replaces :func:`~fedhelp_jax.algorithms.local_training.supervised_loss`.
+    """
 
     def loss_fn(params: Variables) -> tuple[jax.Array, tuple[jax.Array, Variables]]:
         variables = {"params": params, "batch_stats": batch_stats}

@@ -1,14 +1,14 @@
 """FedProx.
 
 Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, arXiv:1812.06127,
-algorithm 2. Every client minimises, from ``w``,
+algorithm 2. Starting from ``w``, every client minimises
 
     h_i(w_i) = F_i(w_i) + mu/2 |w_i - w|^2
 
 and the server averages as in FedAvg.
 
-Notes: the gradient of the term, ``mu (w_i - w)``, is added before Adam, as weight decay is. The
-paper tunes mu over 0.001 to 1. ``mu = 0`` is FedAvg.
+Notes: the gradient of the term, ``mu (w_i - w)``, is added before Adam, like weight decay. The
+paper tunes mu between 0.001 and 1. ``mu = 0`` is FedAvg.
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
 """FedType.
 
 Wang et al., "Bridging Model Heterogeneity in Federated Learning via Uncertainty-based Asymmetrical
-Reciprocity Learning", ICML 2024, arXiv:2407.03247. Every client has a network W_i of its own, of
-its role's architecture, and a copy v_i of the shared small proxy. Before a round both become
-conformal predictors by the client's training data: with the classes of an example sorted by their
-probabilities p, the largest first, class number o has the score (RAPS, arXiv:2009.14193)
+Reciprocity Learning", ICML 2024, arXiv:2407.03247. Every client has its own network W_i, of its
+role's architecture, and a copy v_i of the shared small proxy. Before a round, both are calibrated
+as conformal predictors on the client's training data. With the classes of an example sorted by
+their probabilities p, the largest first, class number o has the score (RAPS, arXiv:2009.14193)
 
     s_o = p_1 + ... + p_o + penalty max(0, o - k_reg)
 
-tau is the ceil((n + 1)(1 - miscoverage))-th smallest of the n scores of true labels, and S(x) the
+tau is the ceil((n + 1)(1 - miscoverage))-th smallest of the n scores of true labels. S(x) holds the
 first class and all others with s_o <= tau. On a batch, one step after the other,
 
     A, on W_i:  CE(W_i) + q R(W_i; S_v)      q = mean over x of |S_v & S_W| / |S_v | S_W|
@@ -16,17 +16,17 @@ first class and all others with s_o <= tau. On a batch, one step after the other
                 R = mean over t in S_v, r not, of max(0, s_r - s_t), s the logits of W_i
     B, on v_i:  CE(v_i) + KL(W_i || v_i),    W_i as A left it
 
-whoever teaches is in evaluation mode. The server averages the proxies. W_i is what a client
-deploys; the proxy is reported beside it (``global``).
+Teachers are in evaluation mode. The server averages the proxies. A client deploys W_i; the proxy is
+also reported (``global``).
 
-Notes, where the authors' code differs: in the code that runs, the ranking is taken of the proxy's
-logits, which are made without gradient, so it trains nothing; besides, it has the sign inverted (as
-FedHelp's, see ``fedhelp_jax.losses.reference_code``) and is divided by the batch size twice. Here
-it is taken of W_i's, as in the paper. Step B follows step A on each batch, not after the whole
-epoch; scores are neither randomised nor is p rescaled by a fitted temperature; they are counted in
-2,048 bins. The penalty of the proxy stays as it is: the code adapts it, but no training uses the
-outcome. Masks: each pixel is an example, of the class that covers most of it. ``miscoverage = 0``
-puts all classes into S, which leaves W_i as trained alone.
+Notes on the differences from the authors' code: in the code that runs, the ranking is computed on
+the proxy's logits, which carry no gradient, so it trains nothing. Its sign is also inverted (as in
+FedHelp's code, see ``fedhelp_jax.losses.reference_code``), and it is divided by the batch size
+twice. Here it is computed on W_i's logits, as in the paper. Step B follows step A on each batch,
+not after the whole epoch. Scores are not randomised, p is not rescaled by a fitted temperature, and
+scores are counted in 2,048 bins. The penalty of the proxy is constant: the code adapts it, but no
+training uses the result. For masks, each pixel is an example, of the class that covers most of it.
+``miscoverage = 0`` puts all classes into S, which leaves W_i as in local training.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class FedTypeSettings:
 
 @method(FedTypeSettings)
 def fedtype(setup: Setup, settings: FedTypeSettings) -> FederatedAlgorithm:
-    """FedType: a network of the client's own architecture beside the small proxy."""
+    """FedType: a network of the client's own architecture alongside the small proxy."""
 
     def client(role: str) -> ClientAlgorithm:
         def update(
@@ -98,7 +98,7 @@ def reciprocal_step(
     batch: Batch,
     index: jax.Array,
 ) -> tuple[Carry, Info]:
-    """Steps A and B on one batch; ``taus`` of the client's own network and of the proxy."""
+    """Takes steps A and B on a batch; ``taus`` are those of the own network and of the proxy."""
     del index
     (w, w_opt), (v, v_opt) = carry
     task, small = setup.task, setup.models["small"]
@@ -135,7 +135,10 @@ def reciprocal_step(
 
 
 def consensus(proxy_sets: jax.Array, private_sets: jax.Array) -> jax.Array:
-    """How far two sets ``[..., C]`` agree: over their union, or the proxy's where it is smaller."""
+    """Returns how far two sets ``[..., C]`` agree: the size of their intersection as a share.
+
+    The share is of the union, or of the proxy's set if that is smaller than the private one.
+    """
     both = jnp.sum(proxy_sets & private_sets, axis=-1)
     either = jnp.sum(proxy_sets | private_sets, axis=-1)
     proxy, private = jnp.sum(proxy_sets, axis=-1), jnp.sum(private_sets, axis=-1)
@@ -150,7 +153,7 @@ def calibrate(
     data: ClientData,
     penalty: float,
 ) -> jax.Array:
-    """Tau of a network by a client's training data: the number of its bin, int32."""
+    """Returns a network's tau on a client's training data, as the number of its bin, int32."""
     num_classes = setup.task.num_ranked(setup.num_classes)
 
     def step(counts: jax.Array, batch: Batch, _: jax.Array) -> tuple[jax.Array, Info]:
@@ -160,27 +163,27 @@ def calibrate(
         bins = score_bins(logits, penalty, settings.k_reg)
         bins = jnp.take_along_axis(bins, label, axis=-1)[..., 0]
         valid = batch.mask.reshape(-1, *(1,) * (bins.ndim - 1))
-        # Past the end is nowhere.
+        # Padding is counted past the end, which drops it.
         return counts.at[jnp.where(valid, bins, BINS)].add(1, mode="drop"), {}
 
     counts, _ = one_pass(setup, step, jnp.zeros(BINS, jnp.int32), data)
     total = jnp.sum(counts)
     rank = jnp.ceil((total + 1) * (1 - settings.miscoverage))
-    # BINS, so that every score passes, where there are too few examples to tell.
+    # With too few examples, this is BINS, so that every score passes.
     return jnp.sum(jnp.cumsum(counts) < rank, dtype=jnp.int32)
 
 
 def conformal_sets(logits: jax.Array, tau: jax.Array, penalty: float, k_reg: int) -> jax.Array:
-    """S as booleans ``[..., C]``, for logits ``[..., C]`` and the bin of tau."""
+    """Returns S as booleans ``[..., C]``, for logits ``[..., C]`` and the bin of tau."""
     largest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
     return largest | (score_bins(logits, penalty, k_reg) <= tau)
 
 
 def score_bins(logits: jax.Array, penalty: float, k_reg: int) -> jax.Array:
-    """The bin of every class's score, int32 ``[..., C]``.
+    """Returns the bin of every class's score, int32 ``[..., C]``.
 
-    Bins are of equal width, up to the largest score there can be. Equal probabilities rank by class
-    index, the smaller first.
+    The bins have equal width and reach up to the largest possible score. Classes of equal
+    probability are ranked by their index, the smaller first.
     """
     num_classes = logits.shape[-1]
     p = jax.nn.softmax(logits, axis=-1)

@@ -1,15 +1,17 @@
 """FML, federated mutual learning.
 
 Shen et al., "Federated Mutual Learning", arXiv:2006.16765, sec. 3.2 (deep mutual learning: Zhang et
-al., arXiv:1706.00384). Every client has a network of its own, W_i, of its own architecture, and a
-copy v_i of the shared one (the "meme"). On the same batch, both at once:
+al., arXiv:1706.00384). Every client has its own network W_i, of its own architecture, and a copy
+v_i of the shared one (the "meme"). Both learn from the same batch at once:
 
     W_i:  alpha CE(W_i(x), y) + (1 - alpha) KL( v_i(x) || W_i(x) )
     v_i:  beta  CE(v_i(x), y) + (1 - beta)  KL( W_i(x) || v_i(x) )
 
-Each takes the other's output as given. The server averages the v_i; W_i stays and is deployed.
+Each treats the other's output as constant. The server averages the v_i; a client keeps and deploys
+its W_i.
 
-Notes: ``alpha = beta = 1`` turns the method off: local training, and FedAvg of the memes.
+Notes: ``alpha = beta = 1`` turns distillation off, which leaves local training, and FedAvg of the
+memes.
 """
 
 import dataclasses
@@ -43,7 +45,7 @@ class FMLSettings:
 
 @method(FMLSettings)
 def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
-    """FML: the client's own architecture beside the small one."""
+    """FML: a network of the client's own architecture alongside the small one."""
     meme = setup.models["small"]
 
     def client(role: str) -> ClientAlgorithm:
@@ -85,5 +87,5 @@ def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
 
 
 def training_logits(model: Model, variables: Variables, batch: Batch) -> jax.Array:
-    """A network's logits on a batch by the batch's statistics, as its own loss sees them."""
+    """Returns a network's logits on a batch in training mode, as its own loss sees them."""
     return apply_model(model, variables, batch.images, train=True, mask=batch.mask)[0]

@@ -1,7 +1,7 @@
-"""Local training: every client alone, no message to anyone; the reference for all methods.
+"""Local training: every client trains alone, without communication. It is the reference.
 
-A small client trains the small architecture, a large one the large architecture, each from the
-weights it would have started from under any other method.
+A small client trains the small architecture and a large one the large architecture, each from the
+same initial weights as under any other method.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What clients do on their private data, and clients that do nothing else."""
+"""Implements training on private data, and the clients that do only that."""
 
 import functools
 from collections.abc import Callable
@@ -26,7 +26,11 @@ from fedhelp_jax.typing import Carry, ClientState, Download, Params, PyTree
 def supervised_loss(
     setup: Setup, model: Model, batch_stats: Variables, batch: Batch
 ) -> Callable[[Variables], tuple[jax.Array, tuple[jax.Array, Variables]]]:
-    """``params -> (mean loss, (logits, new batch_stats))`` on a private batch in training mode."""
+    """Returns the training loss on a private batch.
+
+    Returns:
+      ``params -> (mean loss, (logits, new batch_stats))``, in training mode.
+    """
 
     def loss_fn(params: Variables) -> tuple[jax.Array, tuple[jax.Array, Variables]]:
         variables = {"params": params, "batch_stats": batch_stats}
@@ -44,19 +48,19 @@ def local_epochs(
     carry: Carry,
     data: ClientData,
 ) -> tuple[Carry, Info]:
-    """A round's pass over a client's private data, in the same batches whatever the method.
+    """Runs a round's local epochs on a client's private data, with the same batches in all methods.
 
-    With ``setup.augment`` each batch is changed at random before the step sees it.
+    With ``setup.augment``, each batch is augmented at random before the step.
 
     Args:
       setup: What the method is given.
-      key: The client's in this round.
+      key: The client's key in this round.
       step: ``(carry, batch, step_index) -> (carry, info)``.
-      carry: Whatever the method trains.
+      carry: What the method trains.
       data: The client's data.
 
     Returns:
-      ``(carry, info)``, as :func:`~fedhelp_jax.algorithms.client.run_epochs`.
+      ``(carry, info)``, as from :func:`~fedhelp_jax.algorithms.client.run_epochs`.
     """
     augmentation = for_purpose(key, Purpose.AUGMENTATION)
 
@@ -81,7 +85,7 @@ def one_pass(
     carry: Carry,
     data: ClientData,
 ) -> tuple[Carry, Info]:
-    """One pass over a client's private data, for sums in which the order does not count."""
+    """Makes one pass over a client's private data, for sums in which order does not matter."""
     return run_epochs(
         step, carry, data, jax.random.key(0), batch_size=setup.batch_size, local_epochs=1
     )
@@ -97,16 +101,16 @@ def train_locally(
     tx: optax.GradientTransformation | None = None,
     loss: Callable[..., Any] = supervised_loss,
 ) -> tuple[Variables, Info]:
-    """Training on a client's private data, with a fresh optimizer.
+    """Trains a network on a client's private data, with a fresh optimizer.
 
     Args:
       setup: What the method is given.
       model: The network.
-      key: The client's in this round.
-      variables: Where to start.
+      key: The client's key in this round.
+      variables: The initial variables.
       data: The client's data.
-      tx: The optimizer; ``setup.tx`` if None. Terms of a method's own come before it in a chain.
-      loss: In place of :func:`supervised_loss`.
+      tx: The optimizer; ``setup.tx`` if None. A method adds its own terms before it in a chain.
+      loss: Replaces :func:`supervised_loss`.
 
     Returns:
       The variables after ``local_epochs``, and the mean loss.
@@ -143,16 +147,16 @@ def training_client(
     *,
     personal: bool = True,
 ) -> ClientAlgorithm:
-    """A client that trains the broadcast model and sends the outcome back.
+    """Returns a client that trains the broadcast model and sends the result back.
 
-    The broadcast model is what it deploys (``global``); its own copy after the training is reported
-    beside it (``personal``), for which it is kept.
+    It deploys the broadcast model (``global``). Its own copy after training is kept so that it can
+    also be reported (``personal``).
 
     Args:
       setup: What the method is given.
       train: ``(key, w, data) -> (variables, info)``.
-      role: Whose architecture it is.
-      personal: Whether its own copy is kept; without it the client has no state.
+      role: The role whose architecture is trained.
+      personal: Whether the client keeps its own copy; without it, the client has no state.
 
     Returns:
       The client.
@@ -186,13 +190,13 @@ def private_client(
     *,
     broadcast: bool = False,
 ) -> ClientAlgorithm:
-    """A client whose state is a network of its role's architecture, which it keeps and deploys.
+    """Returns a client that keeps and deploys a network of its role's architecture as its state.
 
     Args:
       setup: What the method is given.
-      role: Of the client.
+      role: The client's role.
       update: As in :class:`ClientAlgorithm`.
-      broadcast: Whether what it downloads is a small network, which is then reported (``global``).
+      broadcast: Whether the download is a small network, which is then also reported (``global``).
 
     Returns:
       The client.

@@ -1,4 +1,4 @@
-"""`Method`: a federated method with its name, its settings, and what it needs."""
+"""Defines `Method`: a federated method with its name, its settings and its requirements."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,27 +8,27 @@ from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
 from fedhelp_jax.algorithms.configured import Algorithm, configure
 from fedhelp_jax.models.model import Model
 
-# For `unused`: the settings of servers that average networks, and those of large networks.
+# Values for `unused`: the settings of servers that average networks, and those of large networks.
 AVERAGING = ("server", "client_weights")
 LARGE_NETWORK = ("model.large", "model.large_widths")
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A federated method; the function that `method` decorates becomes one.
+    """A federated method; the decorator `method` makes one from a function.
 
     Attributes:
-      name: What it is called in configs and tables.
+      name: Its name in configs and tables.
       build: ``(setup, settings) -> FederatedAlgorithm``.
       settings: The type of its settings, a dataclass whose fields are made by
         `fedhelp_jax.settings.setting`.
       uses_public: Whether it learns from the public images.
       uses_teacher: Whether it learns from the foundation model's answers about them.
-      pools_data: Whether it needs all clients' data in one place, as no federated method does.
-      plain_sgd: Whether its rule takes plain SGD, and no other optimizer.
-      unused: Settings of a run, or sections of them, that change nothing in it, besides those that
+      pools_data: Whether it needs all clients' data in one place, which no federated method does.
+      plain_sgd: Whether its rule requires plain SGD and allows no other optimizer.
+      unused: Settings of a run, or sections of them, that have no effect on it, besides those that
         follow from the above.
-      schedules: ``settings -> bool``, whether anything in it depends on the number of rounds.
+      schedules: ``settings -> bool``; whether anything in it depends on the number of rounds.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Method:
           small: The network of small clients, and of the proxies of large ones.
           large: The network of large clients; the small one if None.
           **options: ``optimizer``, ``learning_rate``, ``weight_decay`` and ``server_optimizer`` as
-            of `configure`, and the method's own settings.
+            in `configure`, and the method's own settings.
 
         Raises:
-          UserError: If the method has no such option, or a value is not right.
+          UserError: If the method has no such option, or a value is invalid.
 
         Example:
           >>> import fedhelp_jax as fh
@@ -63,11 +63,11 @@ class Method:
 
     @property
     def about(self) -> str:
-        """What it is, in one line."""
+        """A description of the method in one line."""
         return (self.build.__doc__ or "").strip().split("\n", 1)[0]
 
     def ignores(self, key: str) -> bool:
-        """Whether a setting of a run, by its dotted key, changes nothing in this method."""
+        """Returns whether a setting of a run, by its dotted key, has no effect on this method."""
         unused = self.unused
         if not self.uses_public:
             unused += ("public", "public_batch_size")
@@ -77,7 +77,7 @@ class Method:
 
 
 def method(settings: type[Any], **needs: Any) -> Callable[[Callable[..., Any]], Method]:
-    """Decorates ``(setup, settings) -> FederatedAlgorithm``, which becomes a `Method` of its name.
+    """Turns a function ``(setup, settings) -> FederatedAlgorithm`` into a `Method` of its name.
 
     Args:
       settings: The type of the settings.
@@ -87,5 +87,5 @@ def method(settings: type[Any], **needs: Any) -> Callable[[Callable[..., Any]], 
 
 
 def settings_of(config: Any) -> Mapping[str, Any]:
-    """A method's settings by name."""
+    """Returns a method's settings by name."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

@@ -1,4 +1,4 @@
-"""Learning from answers about the public images: what FedMD and FedDF are built from."""
+"""Implements learning from answers about the public images, for FedMD and FedDF."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ from fedhelp_jax.models.model import Model, Variables, apply_model
 
 
 def check_public(setup: Setup, name: str) -> PublicSpec:
-    """The public set, for methods that are nothing without one.
+    """Returns the public set, for methods that require one.
 
     Raises:
-      UserError: If there are none.
+      UserError: If there is none.
     """
     if setup.public is None:
         raise UserError(f"public.name: {name} needs public images; it is none")
@@ -26,7 +26,7 @@ def check_public(setup: Setup, name: str) -> PublicSpec:
 
 
 def no_logits(setup: Setup) -> jax.Array:
-    """Zeros of the shape of :func:`public_logits`."""
+    """Returns zeros of the shape of :func:`public_logits`."""
     model, public = setup.models["small"], setup.public
     images = jnp.zeros((1, *setup.sample_shape))
 
@@ -40,7 +40,7 @@ def no_logits(setup: Setup) -> jax.Array:
 def public_logits(
     setup: Setup, model: Model, variables: Variables, public: PublicPool
 ) -> jax.Array:
-    """A network's logits on all public images, in evaluation mode, ``[P, ...]``."""
+    """Returns a network's logits on all public images, in evaluation mode, ``[P, ...]``."""
     count = len(public.images)
     pool = Pool(public.images, jnp.zeros(count))  # predictions need no targets
     index = jnp.arange(count)
@@ -58,22 +58,23 @@ def learn_answers(
 ) -> Variables:
     """Trains a network towards answers about the public images, with a fresh optimizer.
 
-    In evaluation mode, with the running statistics of private images, because so the answers were
-    given and so the network is deployed. Were it to normalise by the public batch, it would learn
-    another function than is asked the next time: on images unlike the private ones the two drift
-    apart, and FedMD's logits, each the next target, grow without end.
+    The network is in evaluation mode, with the running statistics of private images, because the
+    answers were computed and the network is deployed in this mode. With normalisation by the public
+    batch, it would learn a different function from the one that is evaluated next time. On images
+    unlike the private ones the two functions drift apart, and FedMD's logits, each the target of
+    the next round, grow without bound.
 
     Args:
       setup: What the method is given.
       model: The network.
-      key: The round's, of a client or of the server; decides the order of the images.
-      variables: Where to start.
+      key: A client's or the server's key in this round; it decides the order of the images.
+      variables: The initial variables.
       public: The images, and the answers to learn.
       steps: How many batches of ``setup.public_batch_size``.
       distance: ``(logits, answers) -> [B]`` on a batch.
 
     Returns:
-      The variables after it.
+      The trained variables.
     """
     batch_at = public_batches(
         for_purpose(key, Purpose.PUBLIC_BATCHES), public, setup.public_batch_size

@@ -2,16 +2,16 @@
 
 Fallah et al., "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
 Meta-Learning Approach", NeurIPS 2020, arXiv:2002.07948, algorithm 1 with approximation FO. Clients
-look for a ``w`` from which one step on their own data leads far:
+look for a ``w`` from which one step on their own data gives a good model:
 
     per step:  u <- w - alpha grad F_i(w; D),   w <- w - beta grad F_i(u; D')
     server:    w <- mean_i w_i
     deployed:  w - alpha grad F_i(w; all of client i's training data)
 
-Notes: plain SGD, ``alpha = beta = setup.learning_rate``. D and D' are the halves of a batch, the
-first the larger; from a batch of one example nothing is learnt. Batch statistics go on from D'; the
-step at deployment normalises by batches and keeps the broadcast statistics. Weight decay is taken
-at w, as an optimizer does.
+Notes: the optimizer is plain SGD, with ``alpha = beta = setup.learning_rate``. D and D' are the
+halves of a batch; D is the larger one if they differ. A batch of one example trains nothing. Batch
+statistics are updated on D'. The step at deployment normalises by batches and keeps the broadcast
+statistics. Weight decay is applied at w, as in an optimizer.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
             gradient, (_, stats) = jax.grad(outer, has_aux=True)(
                 apply_gradient(setup.sgd, w["params"], gradient)
             )
-            # Weight decay alone is no reason to move.
+            # A batch of one example has no D'; do not step on weight decay alone.
             params = jax.tree.map(
                 lambda new, old: jnp.where(count > 1, new, old),
                 apply_gradient(setup.sgd, w["params"], gradient),
@@ -89,7 +89,7 @@ def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
 
 
 def mean_gradient(setup: Setup, model: Model, variables: Variables, data: ClientData) -> PyTree:
-    """The gradient of the mean loss over all of a client's training data; 0 without any."""
+    """Returns the gradient of the mean loss over a client's training data; 0 without any."""
     params, stats = variables["params"], variables["batch_stats"]
 
     def step(total: PyTree, batch: Batch, _: jax.Array) -> tuple[Carry, Info]:
@@ -98,6 +98,6 @@ def mean_gradient(setup: Setup, model: Model, variables: Variables, data: Client
         share = jnp.sum(batch.mask) / data.size
         return jax.tree.map(lambda t, g: t + share * g, total, gradient), {"loss": loss}
 
-    # One order for every round: what is deployed depends on nothing else.
+    # The order is the same in every round, so that the deployed network depends on nothing else.
     total, _ = one_pass(setup, step, jax.tree.map(jnp.zeros_like, params), data)
     return total

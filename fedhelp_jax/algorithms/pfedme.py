@@ -7,12 +7,12 @@ arXiv:2006.08848, algorithm 1. Every client keeps a personal ``theta_i`` near it
                 w_i <- w_i - eta lambda (w_i - theta)
     server:     w <- (1 - beta) w + beta mean_i w_i
 
-``theta_i`` is what it deploys (``personal``).
+A client deploys its ``theta_i`` (``personal``).
 
-Notes: plain SGD, ``rate = eta = setup.learning_rate``. theta starts each round from the broadcast
-``w`` and goes on from batch to batch. ``beta = 1``; another is plain SGD of that rate as
-``setup.server_tx``. Batch statistics are theta's. ``lam = 0`` leaves ``w`` where it began, so that
-no parameters are shared.
+Notes: the optimizer is plain SGD, with ``rate = eta = setup.learning_rate``. theta starts each
+round from the broadcast ``w`` and continues from batch to batch. ``beta = 1``; for another value,
+set ``setup.server_tx`` to plain SGD with that learning rate. Batch statistics are those of theta.
+``lam = 0`` leaves ``w`` unchanged, so that no parameters are shared.
 """
 
 import dataclasses

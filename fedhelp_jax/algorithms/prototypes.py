@@ -1,4 +1,4 @@
-"""Class means of features: what FedProto and FedGH send instead of weights."""
+"""Computes class means of features, which FedProto and FedGH send instead of weights."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -19,7 +19,8 @@ class Prototypes(NamedTuple):
 
     Attributes:
       means: float ``[..., C, D]``; zeros for a class without examples.
-      counts: float ``[..., C]``: examples, or of maps the share of each that a class covers.
+      counts: float ``[..., C]``; number of examples. For feature maps, an example counts by the
+        share that a class covers.
     """
 
     means: jax.Array
@@ -27,13 +28,13 @@ class Prototypes(NamedTuple):
 
 
 def no_prototypes(setup: Setup) -> Prototypes:
-    """Those of no data at all."""
+    """Returns the prototypes of an empty data set."""
     classes = setup.task.num_ranked(setup.num_classes)
     return Prototypes(jnp.zeros((classes, feature_width(setup))), jnp.zeros(classes))
 
 
 def class_means(setup: Setup, model: Model, variables: Variables, data: ClientData) -> Prototypes:
-    """Mean features of each class over a client's training data, in evaluation mode."""
+    """Returns each class's mean features over a client's training data, in evaluation mode."""
     zeros = no_prototypes(setup)
 
     def step(sums: Prototypes, batch: Batch, _: jax.Array) -> tuple[Prototypes, Info]:
@@ -49,7 +50,7 @@ def class_means(setup: Setup, model: Model, variables: Variables, data: ClientDa
 
 
 def gathered(uploads: Mapping[str, Prototypes], weights: Mapping[str, jax.Array]) -> Prototypes:
-    """Those of all clients of all roles, ``[K, C, D]``; zeros for whoever took no part."""
+    """Concatenates the clients of all roles, ``[K, C, D]``; zeros for those that took no part."""
     present = jnp.concatenate([weights[role] > 0 for role in uploads])
     means = jnp.concatenate([up.means for up in uploads.values()])
     counts = jnp.concatenate([up.counts for up in uploads.values()])
@@ -59,7 +60,7 @@ def gathered(uploads: Mapping[str, Prototypes], weights: Mapping[str, jax.Array]
 
 
 def members_of(setup: Setup, batch: Batch, features: jax.Array) -> jax.Array:
-    """How far each place of the features is of each class, ``[B, *spatial, C]``; 0 where masked."""
+    """Returns the class shares of each feature position, ``[B, *spatial, C]``; 0 where masked."""
     classes = setup.task.num_ranked(setup.num_classes)
     members: PyTree = setup.task.memberships(batch.targets, features.shape[1:-1], classes)
     return members * batch.mask.reshape(-1, *(1,) * (members.ndim - 1))

@@ -1,17 +1,18 @@
 """SCAFFOLD.
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
-arXiv:1910.06378, algorithm 1, option II. Server: ``x``, control variate ``c``; client: ``c_i``.
+arXiv:1910.06378, algorithm 1, option II. The server keeps ``x`` and a control variate ``c``; a
+client keeps ``c_i``.
 
     y <- x;  K times:  y <- y - eta (grad F_i(y) - c_i + c)
     c_i' <- c_i - c + (x - y) / (K eta)
     x <- x + mean_i (y - x),   c <- c + sum_i (c_i' - c_i) / N
 
-The mean and the sum run over the clients of the round, N counts all.
+The mean and the sum run over the clients of the round; N counts all clients.
 
-Notes: plain SGD of rate ``setup.learning_rate``; clients count alike whatever ``client_weights``;
-the server's rate is 1, another is that of ``setup.server_tx``. A client without data moves nothing.
-Batch statistics are averaged.
+Notes: the optimizer is plain SGD with rate ``setup.learning_rate``. Clients are weighted equally,
+whatever ``client_weights`` is. The server's learning rate is 1; ``setup.server_tx`` sets another. A
+client without data changes nothing. Batch statistics are averaged.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ class Controlled(NamedTuple):
 
 
 class Server(NamedTuple):
-    """The server's ``x``, with its optimizer, and ``c``."""
+    """The server's ``x`` with its optimizer state, and ``c``."""
 
     averaged: Averaged
     control: Params

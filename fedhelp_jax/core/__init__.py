@@ -1,1 +1,1 @@
-"""What all rooms stand on: errors, trees, random keys, compilation, files, other processes."""
+"""Provides what all packages share: errors, trees, random keys, compilation, files, processes."""

@@ -1,7 +1,7 @@
-"""How programs are compiled: the options that keep their results right, a count, and a cache.
+"""Compiles programs with options that keep their results right, counts them and caches them.
 
 XLA's CPU back end can return wrong matrix products from programs with long loops
-(``docs/cpu-race.md`` has the cause). Every program of this package is therefore compiled by
+(``docs/cpu-race.md`` explains the cause). Every program of this package is therefore compiled by
 :func:`jit`, which passes the compiler option that prevents it. Code that runs inside a program uses
 :func:`traced_once` instead.
 """
@@ -25,18 +25,18 @@ from fedhelp_jax.core.storage import StorageError, storage_errors
 
 _log = logging.getLogger(__name__)
 
-# Splits operations over the threads of a pool. Its helper tasks fill the pool's queue, and a matrix
-# product whose own tasks find the queue full comes out wrong.
+# This pass splits operations over the threads of a pool. Its helper tasks fill the pool's queue,
+# and a matrix product whose own tasks find the queue full comes out wrong.
 _SPLITTING = "cpu-parallel-task-assigner"
-# Drops the barriers between what is computed and what is computed again for the backward pass. XLA
+# This pass drops the barriers between values and their recomputation for the backward pass. XLA
 # then finds both equal and keeps the first, so that `model.remat` would save nothing.
 _DROPPING_BARRIERS = "cse_barrier_expander"
-# 0.6.2 to 0.11.2 return wrong products in `docs/xla_race.py`. 0.12.0 does not, but that its sources
-# are mended is not known, so the options stay.
+# 0.6.2 to 0.11.2 return wrong products in `docs/xla_race.py`. 0.12.0 does not, but it is not known
+# whether its sources are fixed, so the options stay.
 _FIRST_UNAFFECTED = (0, 12)
 _PROCESS_FLAG = f"--xla_disable_hlo_passes={_SPLITTING}"
 
-# Programs unused for longest are removed beyond it.
+# Beyond this size, the least recently used programs are removed.
 _MAX_KEPT_BYTES = 2 * 1024**3
 
 _safe: contextvars.ContextVar[bool] = contextvars.ContextVar("safe", default=False)
@@ -50,11 +50,12 @@ def compiler_options(platform: str | None = None, *, optimized: bool = True) -> 
 
     Args:
       platform: "cpu", "gpu" or "tpu"; None stands for JAX's default back end.
-      optimized: Whether LLVM optimizes the program. Without that, programs that only move memory
-        compile in half the time on CPU.
+      optimized: Whether LLVM optimizes the program. Programs that only move memory compile in half
+        the time on CPU without optimization.
 
     Returns:
-      Options for ``jax.jit(compiler_options=...)`` or ``lowered.compile(...)``; none off the CPU.
+      Options for ``jax.jit(compiler_options=...)`` or ``lowered.compile(...)``; empty on other back
+      ends than the CPU's.
 
     Example:
       >>> compiler_options("cpu")
@@ -72,7 +73,7 @@ class Program:
     """A function that is compiled by :func:`jit`; it can be called, lowered and evaluated."""
 
     def __init__(self, make: Callable[[], Any]):
-        """Keeps how to make the function of ``jax.jit``, which needs to know the back end."""
+        """Stores how to call ``jax.jit``, which is deferred because it must know the back end."""
         self._make = make
 
     @functools.cached_property
@@ -84,11 +85,11 @@ class Program:
         return self._compiled(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """The function lowered for these arguments; its ``compile()`` takes the same options."""
+        """Lowers the function for these arguments; ``compile()`` then uses the same options."""
         return self._compiled.lower(*args, **kwargs)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
-        """The shapes that the function returns, without computing them."""
+        """Returns the shapes of the function's results, without computing them."""
         return self._compiled.eval_shape(*args, **kwargs)
 
 
@@ -99,15 +100,15 @@ def jit(
     optimized: bool = True,
     **options: Any,
 ) -> Program:
-    """``jax.jit`` with the options of :func:`compiler_options`, for a whole program.
+    """Compiles a whole program by ``jax.jit`` with the options of :func:`compiler_options`.
 
     Args:
       fn: The function. It must not be called inside another program, where JAX refuses compiler
         options; use :func:`traced_once` there.
-      platform: As in :func:`compiler_options`. Nothing is asked of the back end before the first
-        call, so that a module may use this as a decorator.
+      platform: As in :func:`compiler_options`. The back end is not initialised before the first
+        call, so that this can be used as a decorator in a module.
       optimized: As in :func:`compiler_options`.
-      **options: Those of ``jax.jit``.
+      **options: Options of ``jax.jit``.
 
     Returns:
       The program.
@@ -123,7 +124,7 @@ def jit(
         with _tracing_safely():
             return fn(*args, **kwargs)
 
-    # Profiles and compilation logs call the program by it; a partial has no name of its own.
+    # Profiles and compilation logs show this name; a partial has none of its own.
     traced.__name__ = getattr(getattr(fn, "func", fn), "__name__", "program")
 
     def make() -> Any:
@@ -137,7 +138,7 @@ def traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a function that runs inside a program, so that JAX traces it only once.
 
     Tracing a deep network takes about as long as compiling it, and a loop's body is traced both for
-    its shapes and for its code. The program around it decides how it is compiled.
+    its shapes and for its code. The enclosing program determines how the function is compiled.
     """
     return jax.jit(fn)
 
@@ -155,7 +156,7 @@ def _tracing_safely() -> Iterator[None]:
 
 
 def protect_process() -> None:
-    """Makes XLA compile every program of this process safely, those of other libraries too.
+    """Makes XLA compile every program of this process safely, including other libraries' programs.
 
     It adds a flag to the environment variable ``XLA_FLAGS``, which XLA reads once, when it compiles
     for the first time. Call it before that, or set the variable before Python starts::
@@ -170,17 +171,17 @@ def protect_process() -> None:
 
 
 def jaxlib_is_affected() -> bool:
-    """Whether the installed jaxlib is older than the first release not seen to go wrong."""
+    """Returns whether jaxlib is older than the first release in which no error was seen."""
     return tuple(map(int, version("jaxlib").split(".")[:2])) < _FIRST_UNAFFECTED
 
 
 @functools.cache
 def process_is_exposed() -> bool:
-    """Whether programs of this process that are compiled without our options may go wrong.
+    """Returns whether programs compiled in this process without our options may go wrong.
 
-    It is found by compiling a small program and looking for what XLA splits over threads. A process
-    with a single core, :func:`protect_process`, a newer jaxlib or another back end than CPU is not
-    exposed.
+    To find out, it compiles a small program and looks for operations that XLA splits over threads.
+    A process is not exposed if it has a single core, called :func:`protect_process`, or uses a
+    newer jaxlib or another back end than the CPU.
     """
     if not jaxlib_is_affected() or jax.default_backend() != "cpu":
         return False
@@ -190,7 +191,7 @@ def process_is_exposed() -> bool:
 
 
 def warn_if_exposed() -> None:
-    """Warns where a training or evaluation loop is traced into a program that may go wrong.
+    """Warns if a training or evaluation loop is traced into a program that may go wrong.
 
     Programs made by :func:`jit` and processes under :func:`protect_process` are safe.
     """
@@ -209,7 +210,7 @@ def warn_if_exposed() -> None:
 
 
 class CompileTotals(NamedTuple):
-    """How many programs this process has compiled since the first look, and in how many seconds."""
+    """How many programs this process has compiled since the count started, and in what time."""
 
     programs: int
     seconds: float
@@ -233,18 +234,18 @@ def _counter() -> _Counter:
 
 
 def compile_totals() -> CompileTotals:
-    """The totals up to now; the first call starts the count at zero."""
+    """Returns the totals up to now; the first call starts the count at zero."""
     return _counter().totals
 
 
 def keep_programs(folder: Path) -> None:
-    """Keeps what is compiled in a folder, unless JAX was told to keep it elsewhere.
+    """Caches compiled programs in a folder, unless JAX is configured to cache them elsewhere.
 
     The next start of a run, and the other seeds of a study, then compile next to nothing.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        # A program whose time of use a killed process did not get to write: JAX, which looks for
-        # what to remove by these times, would not keep anything any more.
+        # Remove programs without an access time, which a killed process leaves behind. JAX evicts
+        # programs by these times, and would stop caching anything.
         try:
             with storage_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -254,7 +255,7 @@ def keep_programs(folder: Path) -> None:
                         program.unlink(missing_ok=True)
                 with tempfile.TemporaryFile(dir=folder) as probe:
                     probe.write(bytes(4096))
-        except StorageError as error:  # JAX would say so of each program
+        except StorageError as error:  # JAX would warn for each program
             _log.warning("compiled programs are not kept: %s", error)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,9 +1,9 @@
-"""Many processes as one run: joining them, what all must agree on, and the loss of one of them.
+"""Joins many processes into one run, makes them agree, and handles the loss of one of them.
 
-Every process runs the same program on its own devices; those of all make up one mesh. Besides that
-they tell each other they are alive, through the key-value store of JAX's coordination service, and
-why they end if they do. JAX itself would end a process that misses another by an abort with a stack
-trace, and leave one that waits in a collective of an idle network waiting.
+Every process runs the same program on its own devices, and the devices of all form one mesh. In
+addition, the processes tell each other that they are alive, or why they end, through the key-value
+store of JAX's coordination service. JAX itself would abort a process that misses another with a
+stack trace, and would leave a process waiting that is in a collective of an idle network.
 """
 
 import collections
@@ -27,22 +27,22 @@ from jax.experimental import multihost_utils
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.storage import storage_errors
 
-LOST = 3  # the exit code where another process is lost
+LOST = 3  # the exit code if another process is lost
 
 _START_TIMEOUT = 290  # seconds; JAX's own is 300
 
-_LONGEST_WAIT = 30 * 24 * 3600  # seconds, for the one with the most to do
+_LONGEST_WAIT = 30 * 24 * 3600  # seconds that a process waits for the slowest one
 
 _ALIVE, _ENDED = "fedhelp/alive", "fedhelp/ended"
 
 
 class Address(NamedTuple):
-    """Where the processes meet; None is what JAX detects (SLURM, GKE, TPU pods, Open MPI).
+    """Where the processes meet; JAX detects what is None (SLURM, GKE, TPU pods, Open MPI).
 
     Attributes:
       coordinator_address: ``HOST:PORT`` of process 0.
-      num_processes: How many there are.
-      process_id: Which this one is, from 0.
+      num_processes: Number of processes.
+      process_id: The number of this process, from 0.
       heartbeat_timeout: Seconds without a sign of life after which a process counts as lost; less
         than the 100 after which JAX aborts.
     """
@@ -54,22 +54,22 @@ class Address(NamedTuple):
 
 
 class Agreed(UserError):
-    """What all processes refuse alike, so that they can end together."""
+    """An error that all processes raise alike, so that they can end together."""
 
 
 @contextlib.contextmanager
 def joined(address: Address | None, complain: Callable[[str], None]) -> Iterator[None]:
-    """This process as one of many; alone if there is no address.
+    """Runs its body in this process as one of many, or alone if there is no address.
 
-    A process whose part fails tells the others, and does not return: the usual end would wait for
-    them. Nor does it where another is lost.
+    If the body fails, the process tells the others and exits without returning, because a normal
+    exit would wait for them. It also exits if another process is lost.
 
     Args:
-      address: Where the processes meet; nothing that uses a device may come before.
-      complain: Tells the user in one line.
+      address: Where the processes meet. No device may be used before this.
+      complain: Reports a line to the user.
 
     Raises:
-      UserError: If the processes do not find each other, or all refuse the same.
+      UserError: If the processes do not find each other, or all raise the same error.
     """
     if address is None:
         yield
@@ -86,7 +86,7 @@ def joined(address: Address | None, complain: Callable[[str], None]) -> Iterator
             _check_devices()
             with storage_errors():
                 yield
-            all_gather_text("end")  # as long as another is at work, the watch goes on
+            all_gather_text("end")  # keep watching while others still work
         except Agreed:
             watch.part()
             raise
@@ -100,24 +100,24 @@ def joined(address: Address | None, complain: Callable[[str], None]) -> Iterator
         complain("interrupted")
         watch.end(130, "interrupted")
     except Exception as error:
-        # Most likely it comes of another's end: that one is to be named, and no trace be shown.
+        # Most likely another process has ended. If so, the watch names it, without a stack trace.
         watch.wait()
         traceback.print_exc()
         watch.end(1, f"{type(error).__name__}: {error}")
 
 
 def is_coordinator() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Returns whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def all_gather_text(text: str) -> list[str]:
-    """What each process has to say, by process; all must ask."""
+    """Gathers a text from each process, ordered by process; all processes must call it."""
     if jax.process_count() == 1:
         return [text]
     data = text.encode()
     sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
-    # A power of two, so that few programs are compiled.
+    # Padded to a power of two, so that few programs are compiled.
     padded = np.zeros(1 << int(max(sizes.max() - 1, 0)).bit_length(), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     rows = multihost_utils.process_allgather(padded)
@@ -125,17 +125,17 @@ def all_gather_text(text: str) -> list[str]:
 
 
 def any_process(wish: bool) -> bool:
-    """Whether any process has the wish; all must ask."""
+    """Returns whether ``wish`` is true in any process; all processes must call it."""
     if jax.process_count() == 1:
         return wish
     return bool(multihost_utils.process_allgather(np.array([wish])).any())
 
 
 def run_on_all(do: Callable[[], Any]) -> Any:
-    """What ``do`` gives; refused in all processes if it is refused in one.
+    """Returns the result of ``do``; an error in one process is raised in all of them.
 
     Raises:
-      UserError: If it is.
+      UserError: If ``do`` raises one in any process.
     """
     try:
         result, said = do(), ""
@@ -150,27 +150,27 @@ def run_on_all(do: Callable[[], Any]) -> Any:
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until all processes have come here, once; a collective would give up sooner."""
+    """Waits once until all processes have called it; a collective would time out sooner."""
     if jax.process_count() > 1:
         _client().wait_at_barrier(f"fedhelp/{what}", _LONGEST_WAIT * 1000)
 
 
 def _client() -> Any:
-    from jax._src import distributed  # the store has no public name; Orbax takes it here too
+    from jax._src import distributed  # the store is not public; Orbax does the same
 
     return distributed.global_state.client
 
 
 def check_same(what: str, ours: str, differences: Callable[[str], str]) -> None:
-    """Refuses, in all processes, what is not as it is in process 0.
+    """Checks that a value is the same in all processes.
 
     Args:
-      what: What it is, for the message.
-      ours: What this process has.
-      differences: From what process 0 has to what is different here, in words.
+      what: The name of the value, for the message.
+      ours: The value in this process.
+      differences: Takes the value of process 0, and describes how the one of this process differs.
 
     Raises:
-      UserError: If any process has something else.
+      UserError: In all processes, if the value differs from that of process 0 in any of them.
     """
 
     def check() -> None:
@@ -185,7 +185,7 @@ def check_same(what: str, ours: str, differences: Callable[[str], str]) -> None:
 
 
 class _Watch:
-    """Says that this process is alive, and sees that the others are, in threads of its own."""
+    """Signals that this process is alive and watches the others, in background threads."""
 
     def __init__(self, timeout: float, complain: Callable[[str], None]):
         from jax._src import distributed
@@ -203,23 +203,23 @@ class _Watch:
             threading.Thread(target=target, daemon=True).start()
 
     def part(self) -> None:
-        """Parts from the others, who have come to the same end; all must ask."""
+        """Leaves the run, once all processes have come to the same end; all must call it."""
         self._parted.set()
-        with contextlib.suppress(Exception):  # the coordinator may be quicker; all is done
+        with contextlib.suppress(Exception):  # the coordinator may have left already
             jax.distributed.shutdown()
 
     def end(self, code: int, message: str) -> None:
         """Ends this process at once, and tells the others why."""
-        with self._ending:  # never released: nobody else is to say anything
+        with self._ending:  # never released, so that no other thread reports anything
             key = f"{_ENDED}/{jax.process_index()}"
-            with contextlib.suppress(Exception):  # nobody may be left to be told
+            with contextlib.suppress(Exception):  # perhaps no other process is left
                 self._client.key_value_set(key, " ".join(message.split())[:500])
             if is_coordinator():
-                time.sleep(3 * self._pause)  # the store goes with this process
+                time.sleep(3 * self._pause)  # the store ends with this process
             _exit(code)
 
     def wait(self) -> None:
-        """Waits until another's loss would have shown, which ends this process."""
+        """Waits long enough to notice the loss of another process, which ends this one."""
         time.sleep(self._timeout + 3 * self._pause)
 
     def _beat(self) -> None:
@@ -231,7 +231,7 @@ class _Watch:
                 self._client.key_value_set(f"{_ALIVE}/{me}", str(beats), allow_overwrite=True)
                 ended = self._client.key_value_dir_get(_ENDED)
                 alive = self._client.key_value_dir_get(_ALIVE)
-            except Exception:  # whatever the store raises, process 0 does not answer
+            except Exception:  # any error of the store means that process 0 does not answer
                 self._lose("process 0 is lost")
                 return
             now = self._answered = time.monotonic()
@@ -245,7 +245,7 @@ class _Watch:
                     self._lose(f"process {number} is lost")
 
     def _guard(self) -> None:
-        """Process 0 may also not answer at all, and an abort under way keeps its answers back."""
+        """Detects the loss of process 0 when `_beat` gets no answer at all, as during an abort."""
         while not self._parted.wait(self._pause):
             silence = time.monotonic() - self._answered
             gone = silence > 2 * self._pause and not _listens(self._coordinator)
@@ -269,9 +269,9 @@ def _join(address: Address, complain: Callable[[str], None]) -> _Watch | None:
         _check(address)
     if jax.config.values["jax_cpu_collectives_implementation"] in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if "jax_enable_preemption_service" in jax.config.values:  # signals are the run's own
+    if "jax_enable_preemption_service" in jax.config.values:  # the run handles signals itself
         jax.config.update("jax_enable_preemption_service", False)
-    # JAX would give up by an abort, with a stack trace.
+    # On a timeout, JAX would abort with a stack trace.
     timer = threading.Timer(_START_TIMEOUT, _give_up, [found, complain])
     timer.daemon = True
     timer.start()
@@ -306,23 +306,23 @@ def _check_devices() -> None:
 
 
 def _listens(address: str) -> bool:
-    """Whether nobody there says that nobody listens."""
+    """Returns whether something may listen at an address: False only if it refuses connections."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
     except ConnectionRefusedError:
         return False
     except OSError:
-        return True  # no answer is not yet a verdict
+        return True  # no answer decides nothing
     return True
 
 
 def _delay_abort() -> None:
-    """Lets the watch speak before JAX aborts.
+    """Delays an abort by JAX, so that the watch can report first.
 
-    JAX's client aborts the process as soon as process 0 is gone, and takes no callback from Python.
-    ``sleep`` as the signal's handler holds that thread for as many seconds as the signal's number,
-    6, and then the abort goes on.
+    JAX's client aborts the process as soon as process 0 is gone, and accepts no callback from
+    Python. With ``sleep`` as the signal's handler, the aborting thread sleeps for as many seconds
+    as the number of the signal, 6. Then the abort continues.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
@@ -333,7 +333,7 @@ def _delay_abort() -> None:
 def _exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # what usually comes at the end would wait for the others
+    os._exit(code)  # a normal exit would wait for the others
 
 
 def _check(address: Address) -> None:

@@ -1,20 +1,20 @@
-"""Exceptions that the command line tells in one line, and words for such lines."""
+"""Defines the exceptions that the command line reports in one line, and helpers for messages."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Something the user can mend; the command line prints it and exits with status 2.
+    """An error that the user can fix; the command line prints it and exits with status 2.
 
-    The message is one line that names the key, file or value and says what would be right.
+    The message is one line that names the key, file or value and says what would be valid.
     """
 
 
 class Failure(Exception):
-    """A run that cannot be trusted or went wrong; the command line prints it and exits with 1.
+    """A run that failed or cannot be trusted; the command line prints it and exits with status 1.
 
-    The message is one line that says what was found, and what to do.
+    The message is one line that says what was found and what to do.
     """
 
 
@@ -25,7 +25,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def first_of(names: Sequence[str], most: int = 10) -> str:
-    """Returns names, separated by commas, and how many more there are than ``most``.
+    """Returns the first ``most`` names, separated by commas, and how many more there are.
 
     Example:
       >>> first_of(["a", "b", "c"], most=2)

@@ -1,9 +1,10 @@
-"""One writer at a time: locks on files and folders, which end with the process that holds them.
+"""Locks files and folders for one writer at a time; a lock ends with the process that holds it.
 
-The operating system holds the lock, on a file that stays where it is, and frees it when the process
-ends in whatever way. A second file beside it, ``<lock>.holder``, says which process that is. On
-some clusters locks do not reach other hosts (Lustre with ``localflock``, BeeGFS by default), or do
-not exist. Therefore the holder renews the time of that file, which other hosts can watch.
+The operating system holds the lock on a file that is never removed, and releases it when the
+process ends, however it ends. A second file, ``<lock>.holder``, names that process. On some
+clusters, locks do not reach other hosts (Lustre with ``localflock``, BeeGFS by default), or do not
+exist. Therefore the holder keeps renewing the modification time of the second file, which other
+hosts can watch.
 """
 
 import contextlib
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _BEAT = 10.0  # seconds between two renewals
-_PATIENCE = 2.5  # beats without a renewal after which a holder on another host has ended
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without them says
+_PATIENCE = 2.5  # beats without a renewal after which a holder on another host counts as ended
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of file systems without locks
 
 
 class Holder(NamedTuple):
@@ -42,15 +43,15 @@ class Holder(NamedTuple):
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Holds a folder for writing; of a run of many processes, the first one holds it for all.
+    """Locks a folder for writing; in a run of many processes, the first one holds it for all.
 
     Args:
-        folder: The folder; made if there is none.
+        folder: The folder; created if it does not exist.
 
     Raises:
-        UserError: Another process writes to it.
+        UserError: If another process writes to it.
     """
-    from fedhelp_jax.core import distributed  # brings jax along
+    from fedhelp_jax.core import distributed  # imports jax
 
     with contextlib.ExitStack() as stack:
 
@@ -69,12 +70,14 @@ def exclusive_lock(
     """Holds the lock file ``path``.
 
     Args:
-        path: The lock file; its folder is made if there is none.
+        path: The lock file; its folder is created if it does not exist.
         what: The key or flag and the folder that is written to, for messages.
-        on_wait: Is told once who holds the lock; then this waits. None refuses instead.
+        on_wait: Called once with the holder of the lock before waiting for it. None raises an error
+            instead of waiting.
 
     Raises:
-        UserError: Another process holds the lock, or the file cannot be written.
+        UserError: If another process holds the lock and ``on_wait`` is None, or the file cannot be
+            written.
     """
     from filelock import FileLock, Timeout
 
@@ -117,11 +120,11 @@ def _say_nothing(holder: str) -> None:
 
 
 def _acquire(lock: "BaseFileLock", noted: Path) -> None:
-    """Takes the lock and notes who has it.
+    """Takes the lock and records its holder.
 
     Raises:
-        Timeout: Another process has it.
-        OSError: The file cannot be written.
+        Timeout: If another process holds it.
+        OSError: If the file cannot be written.
     """
     from filelock import Timeout
 
@@ -130,20 +133,20 @@ def _acquire(lock: "BaseFileLock", noted: Path) -> None:
         lock.acquire(timeout=0)
     except NotImplementedError:
         reaches_all = False
-    except OSError as error:  # Timeout is one of them
+    except OSError as error:  # Timeout is a subclass
         if isinstance(error, Timeout) or error.errno not in _NO_LOCKS:
             raise
         reaches_all = False
     try:
         before = _read(noted)
         ours = Holder(os.getpid(), socket.gethostname())
-        # A process of this host that ended without giving the lock back has ended for certain.
+        # If locks work, a previous holder on this host has certainly ended, as we have its lock.
         if before is not None and not (reaches_all and before.host == ours.host):
             _log.warning("%s held %s; looking whether it still runs", before, noted.parent)
             if _is_renewed(noted):
                 raise Timeout(str(lock.lock_file))
             _log.warning("it does not: taking over from it")
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the note
+        with contextlib.suppress(OSError):  # a full disk: the lock works without the note
             noted.write_text(json.dumps(ours._asdict()), encoding="utf-8")
     except BaseException:
         lock.release()
@@ -164,16 +167,16 @@ def _renew(noted: Path, ended: threading.Event) -> None:
 
 
 def _is_renewed(noted: Path) -> bool:
-    """Whether the time of the file changes while it is watched."""
+    """Returns whether the modification time of the file changes while it is watched."""
     before, until = _time(noted), time.monotonic() + _PATIENCE * _BEAT
     while (now := _time(noted)) == before and time.monotonic() < until:
         time.sleep(_BEAT / 10)
-    return now is not None and now != before  # a file that is gone was given back
+    return now is not None and now != before  # if the file is gone, the lock was released
 
 
 def _time(noted: Path) -> int | None:
     try:
-        with noted.open() as file:  # a network file system looks anew when a file is opened
+        with noted.open() as file:  # a network file system refreshes on open
             return os.fstat(file.fileno()).st_mtime_ns
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""How much memory there is, so that what cannot fit is refused before it is allocated."""
+"""Finds how much memory there is, so that arrays that cannot fit are refused in advance."""
 
 import math
 import os
@@ -13,28 +13,28 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def host_bytes() -> int | None:
-    """Returns the memory of this machine, or of the container around it; None if not known."""
+    """Returns the memory of this machine, or of its container, in bytes; None if unknown."""
     try:
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
     try:
         return min(limit, int(_CGROUP.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit: "max"
+    except (OSError, ValueError):  # no container, or the limit is "max"
         return limit
 
 
 def check_fits(shape: Sequence[int], dtype: str, key: str, what: str) -> None:
-    """Checks that an array would fit the memory of this machine.
+    """Checks that an array would fit in the memory of this machine.
 
     Args:
-        shape: Of the array.
-        dtype: Of the array.
-        key: The setting that makes it so large, for the message.
-        what: What the array holds.
+        shape: The shape of the array.
+        dtype: The dtype of the array.
+        key: The setting that determines its size, for the message.
+        what: What the array holds, for the message.
 
     Raises:
-        UserError: It would not. The message has the bytes it would take.
+        UserError: If it would not fit. The message states the bytes it would take.
     """
     size, limit = math.prod(shape) * np.dtype(dtype).itemsize, host_bytes()
     if limit is not None and size > limit:

@@ -1,7 +1,7 @@
-"""Random keys: a fold of seed, round, client and purpose, and of nothing else.
+"""Derives random keys by folding in only the seed, round, client and purpose.
 
-So no result depends on how clients are grouped, chunked, ordered or sharded, and every algorithm
-sees the same batches.
+Therefore no result depends on how clients are grouped, chunked, ordered or sharded, and every
+algorithm sees the same batches.
 """
 
 import enum
@@ -10,7 +10,7 @@ import jax
 
 
 class Purpose(enum.IntEnum):
-    """What a key is for. Numbers are part of a run's identity: never change or reuse one."""
+    """What a key is for. The numbers determine a run's results: never change or reuse one."""
 
     SERVER_INIT = 0
     CLIENT_INIT = 1
@@ -23,15 +23,15 @@ class Purpose(enum.IntEnum):
 
 
 def for_purpose(key: jax.Array, purpose: Purpose) -> jax.Array:
-    """The key of one purpose below ``key``."""
+    """Returns the key for one purpose, derived from ``key``."""
     return jax.random.fold_in(key, int(purpose))
 
 
 def server_round_key(key: jax.Array, round: jax.Array | int) -> jax.Array:
-    """The key of the server in a round; ``key`` is the run's."""
+    """Returns the key of the server in a round; ``key`` is the run's."""
     return jax.random.fold_in(for_purpose(key, Purpose.SERVER), round)
 
 
 def client_round_key(key: jax.Array, round: jax.Array | int, client: jax.Array | int) -> jax.Array:
-    """The key of a client in a round; ``key`` is the run's, from its seed."""
+    """Returns the key of a client in a round; ``key`` is the run's, from its seed."""
     return jax.random.fold_in(jax.random.fold_in(for_purpose(key, Purpose.ROUNDS), round), client)

@@ -1,4 +1,4 @@
-"""Things by name: ours, those of installed packages, and anybody's as ``package.module:object``."""
+"""Looks up objects by name: built-in, from installed packages, or ``package.module:object``."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -9,11 +9,11 @@ from fedhelp_jax.core.errors import UserError, suggest
 
 
 class Registry(Mapping[str, Any]):
-    """Objects of one kind by their names.
+    """A mapping from names to objects of one kind.
 
-    A package adds to a registry by an entry point, whose group is ``fedhelp_jax.<kind>``. Without
-    one, ``package.module:object`` names any object that can be imported. Only the former are listed
-    when one iterates; both can be looked up.
+    A package adds to a registry with an entry point in the group ``fedhelp_jax.<kind>``. Without an
+    entry point, ``package.module:object`` names any object that can be imported. Such objects can
+    be looked up, but iteration lists only built-in objects and entry points.
     """
 
     def __init__(
@@ -22,10 +22,10 @@ class Registry(Mapping[str, Any]):
         """Starts with the objects of this package.
 
         Args:
-          kind: What is in it, in the plural, such as "algorithms".
-          ours: By name, the objects, or where they are, as ``module:object``.
-          check: Says what an object lacks to be of that kind; nothing if it is.
-          also: What else stands for one, for messages.
+          kind: The kind of objects, in the plural, such as "algorithms".
+          ours: The built-in objects by name, or their locations as ``module:object``.
+          check: Returns why an object is not of that kind, or an empty string if it is.
+          also: Another value that is accepted in place of a name, for messages.
         """
         self.kind, self._ours, self._check, self._also = kind, dict(ours), check, also
         self._found: dict[str, Any] = {}
@@ -34,7 +34,7 @@ class Registry(Mapping[str, Any]):
         """Returns the object of that name.
 
         Raises:
-          KeyError: If there is no such name; `find` says it for users.
+          KeyError: If there is no such name; `find` raises an error for users instead.
         """
         if name not in self._found:
             source = self._ours.get(name) or self._installed().get(name) or name
@@ -57,7 +57,7 @@ class Registry(Mapping[str, Any]):
         return isinstance(name, str) and (":" in name or name in iter(self))
 
     def find(self, name: str, key: str) -> Any:
-        """Returns the object of that name, which the setting `key` gives.
+        """Returns the object of a name that the setting `key` gives.
 
         Raises:
           UserError: If there is none, or it cannot be imported.

@@ -1,4 +1,4 @@
-"""Writing to disk: a file is whole or as it was, and what the disk refuses is told in one line."""
+"""Writes to disk: a file is either complete or unchanged, and disk errors are told in one line."""
 
 import contextlib
 import errno
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from fedhelp_jax.core.errors import UserError
 
-# Full, over quota, beyond the size that the shell allows a file, read-only, failing, gone.
+# Disk full, over quota, beyond the shell's limit for a file, read-only, failing, gone.
 _FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class StorageError(UserError):
-    """A file could not be written; the message names it and says what the system says."""
+    """Raised if a file could not be written; the message names it and the system's reason."""
 
 
 def storage_fault(error: BaseException) -> str | None:
-    """Returns what the system says of the disk, if that is what an error comes from.
+    """Returns the system's description of a disk fault, or None if an error has another cause.
 
-    Libraries in C++ (TensorStore, array_record) raise errors of other kinds, whose text ends in the
-    system's words.
+    Libraries in C++ (TensorStore, array_record) raise other kinds of errors, whose text contains
+    the system's description.
 
     Example:
         >>> storage_fault(RuntimeError("write() failed: No space left on device; writing x"))
@@ -36,11 +36,11 @@ def storage_fault(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def storage_errors(path: Path | None = None) -> Iterator[None]:
-    """Raises what the disk refuses inside as a `StorageError`.
+    """Turns disk errors in its body into a `StorageError`.
 
     Args:
-        path: What is written inside, so that any error of the system is about it. None takes
-            faults of the disk only, and the file that the error names.
+        path: The file that the body writes, so that any system error is about it. None converts
+            only faults of the disk, and reports the file that the error names.
 
     Raises:
         StorageError: If something could not be written.
@@ -62,10 +62,10 @@ def storage_errors(path: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which then takes the place of ``path``.
+    """Yields a temporary path to write to, which then replaces ``path``.
 
-    The old file stands until the new one is whole and on disk. If the writing fails, nothing is
-    left of the new one.
+    The old file stays until the new one is complete and on disk. If writing fails, nothing is left
+    of the new one.
 
     Raises:
         StorageError: If it cannot be written.
@@ -84,7 +84,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file, which may end in a part of it if that fails.
+    """Appends a line to a file; if that fails, the file may end in part of the line.
 
     Raises:
         StorageError: If it cannot be written.

@@ -1,7 +1,7 @@
-"""Standard output and error that a command can do without.
+"""Lets a command go on when standard output or standard error are lost.
 
-A terminal may be closed, the reader of a pipe may have seen enough (``fedhelp train | head``), and
-the disk of a log may be full. None of this is a reason to stop hours of computing.
+A terminal may be closed, the reader of a pipe may have ended (``fedhelp train | head``), or the
+disk of a log may be full. None of this should stop hours of computing.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from typing import Any, TextIO, cast
 
 from fedhelp_jax.core.storage import storage_fault
 
-# Nobody is there to read: a pipe without a reader, a closed descriptor, a terminal that is gone.
+# Errors that mean nobody reads: a pipe without a reader, a closed descriptor, a lost terminal.
 _NOBODY = (errno.EPIPE, errno.EBADF, errno.EIO)
 
 
 @contextlib.contextmanager
 def dispensable_terminal() -> Iterator[None]:
-    """While this lasts, writing to stdout and stderr never fails, and SIGHUP is ignored."""
+    """Makes writing to stdout and stderr never fail, and ignores SIGHUP, inside the context."""
     _fill_closed_descriptors()
     before = sys.stdout, sys.stderr
     streams = _Lossy("stdout", before[0]), _Lossy("stderr", before[1])
@@ -36,7 +36,7 @@ def dispensable_terminal() -> Iterator[None]:
 
 
 def is_output_lost() -> bool:
-    """Whether something that was printed is missing, and not because nobody reads it."""
+    """Returns whether some output was lost, other than because nobody reads it."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     return isinstance(sys.stdout, _Lossy) and sys.stdout.is_cut_off
@@ -48,17 +48,17 @@ class _Lossy:
     def __init__(self, name: str, stream: TextIO | None):
         self.is_cut_off = False
         self._name = name
-        # Python sets a stream to None that is closed from the start (``>&-``, pythonw).
+        # A stream that is closed from the start is None in Python (``>&-``, pythonw).
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")
 
     def __getattr__(self, name: str) -> Any:
-        """What is not about writing is as it is of the stream itself."""
+        """Forwards everything but writing to the stream itself."""
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except UnicodeEncodeError:  # a letter that the terminal does not have
+        except UnicodeEncodeError:  # a character that the terminal cannot show
             encoding = self._stream.encoding
             self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except (OSError, ValueError) as error:  # ValueError: it was closed
@@ -72,7 +72,7 @@ class _Lossy:
             self._drop(error)
 
     def finish(self) -> None:
-        """Flushes, so that Python, which does so at its exit, finds nothing to complain of."""
+        """Flushes, so that Python's own flush at exit has nothing to complain about."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -92,10 +92,10 @@ class _Lossy:
 
 
 def _fill_closed_descriptors() -> None:
-    """Opens descriptors 0 to 2 where they are closed.
+    """Opens those of the descriptors 0 to 2 that are closed.
 
-    Otherwise the next file to be opened gets such a number, and XLA, which writes its warnings to
-    descriptor 2, writes them into that file.
+    Otherwise the next file to be opened could get such a number, and XLA, which writes its warnings
+    to descriptor 2, would write them into that file.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -104,7 +104,7 @@ def _fill_closed_descriptors() -> None:
 
 @contextlib.contextmanager
 def _hangup_ignored() -> Iterator[None]:
-    """The signal of a lost terminal does nothing, as under ``nohup``."""
+    """Ignores the signal of a lost terminal, as under ``nohup``."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGHUP"):
         yield
         return

@@ -1,4 +1,4 @@
-"""Small functions on pytrees."""
+"""Provides small functions on pytrees."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,17 +10,17 @@ from fedhelp_jax.typing import PyTree
 
 
 def weighted_mean(trees: Sequence[PyTree], weights: Sequence[jax.Array]) -> PyTree:
-    """Mean of stacked trees over all their leading axes: ``sum_i a_i w_i / sum_i a_i``.
+    """Returns the mean of stacked trees over their leading axes, ``sum_i a_i w_i / sum_i a_i``.
 
     Args:
       trees: One tree per group of clients, leaves ``[K_g, ...]``, all of the same structure.
-      weights: One ``[K_g]`` array of non-negative weights per group; 0 leaves a client out,
-        whatever its leaves hold.
+      weights: One ``[K_g]`` array of non-negative weights per group; 0 leaves a client out, even if
+        its leaves are not finite.
 
     Returns:
       A tree of the same structure without the leading axis; zeros where all weights are 0.
     """
-    chex.assert_trees_all_equal_structs(trees[0], *trees)  # chex refuses a single tree
+    chex.assert_trees_all_equal_structs(trees[0], *trees)  # chex needs two trees
     for tree, w in zip(trees, weights, strict=True):
         chex.assert_tree_shape_prefix(tree, w.shape)
     total = jnp.sum(jnp.concatenate(weights))
@@ -39,7 +39,7 @@ def _weighted_sum(stack: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def means(sums: PyTree, totals: jax.Array) -> PyTree:
-    """Weighted sums ``[D, ...]`` over their weights' ``[D]``; 0 where these are."""
+    """Divides weighted sums ``[D, ...]`` by their total weights ``[D]``; 0 where the total is 0."""
 
     def mean(leaf: jax.Array) -> jax.Array:
         total = jnp.where(totals > 0, totals, 1).astype(leaf.dtype)
@@ -49,23 +49,23 @@ def means(sums: PyTree, totals: jax.Array) -> PyTree:
 
 
 def all_finite(tree: PyTree) -> jax.Array:
-    """Whether no leaf holds NaN or infinity; a boolean scalar."""
+    """Returns whether no leaf holds NaN or infinity, as a boolean scalar."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in leaves], bool))
 
 
 def choose(condition: jax.Array, first: PyTree, second: PyTree) -> PyTree:
-    """The one tree where a boolean scalar is true, else the other, of the same structure."""
+    """Returns the first tree if a boolean scalar is true, else the second, of equal structure."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
 
 
 def zeros_of(shapes: PyTree) -> PyTree:
-    """Zeros of the shapes and types of a tree, which ``jax.eval_shape`` may have given."""
+    """Returns zeros of the shapes and dtypes of a tree; works on ``jax.eval_shape`` results too."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def select(tree: PyTree, keep: Callable[[tuple[str, ...]], bool]) -> PyTree:
-    """The same tree with None in place of the leaves whose path, as names, is not kept."""
+    """Replaces leaves by None unless ``keep`` accepts their path, a tuple of names."""
 
     def one(path: PyTree, leaf: PyTree) -> PyTree:
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
@@ -75,12 +75,12 @@ def select(tree: PyTree, keep: Callable[[tuple[str, ...]], bool]) -> PyTree:
 
 
 def merge(first: PyTree, second: PyTree) -> PyTree:
-    """Two trees of :func:`select`, each with None where the other has a leaf, in one."""
+    """Merges two trees of :func:`select`, each with None where the other has a leaf."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None
     )
 
 
 def num_bytes(tree: PyTree) -> int:
-    """Bytes of all leaves; works on ``jax.eval_shape`` results too."""
+    """Returns the bytes of all leaves; works on ``jax.eval_shape`` results too."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

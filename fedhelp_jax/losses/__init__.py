@@ -1,15 +1,15 @@
-"""Losses of FedHelp, each per example, unreduced and maskable.
+"""Provides the losses of FedHelp: per example, unreduced and maskable.
 
-This package needs JAX and nothing else of fedhelp_jax, so that other research can write
+This package needs JAX and no other part of fedhelp_jax, so that other research can use it with
 ``from fedhelp_jax import losses``. Every function
 
-* takes logits as ``[*B, C]`` (any leading axes, so that a segmentation map is just more of them),
+* takes logits as ``[*B, C]``, with any leading axes, such as those of a segmentation map,
 * returns one value per leading index, ``[*B]``, in nats,
 * takes ``where``, a boolean ``[*B]``: masked entries are exactly 0, and so are their gradients,
 * computes in float32 for half-precision inputs and keeps float64,
 * works under ``jit``, ``vmap`` and ``grad`` and stays finite on extreme finite logits.
 
-Reference for all of them: FedHelp, arXiv:2412.19654, sec. 3.3 and 3.4.
+The reference for all of them is FedHelp, arXiv:2412.19654, sec. 3.3 and 3.4.
 """
 
 from fedhelp_jax.losses.classification import (

@@ -1,4 +1,4 @@
-"""Losses of FedHelp for logits of classes; see :mod:`fedhelp_jax.losses` for what they share."""
+"""Provides FedHelp's losses on class logits; their conventions are in :mod:`fedhelp_jax.losses`."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from fedhelp_jax.losses.common import (
 
 
 class DualDistillation(NamedTuple):
-    """The two losses of a large client; differentiate each by its own model's parameters."""
+    """The two losses of a large client, each to be differentiated by its own model's parameters."""
 
     proxy_loss: jax.Array
     large_loss: jax.Array
@@ -23,7 +23,7 @@ class DualDistillation(NamedTuple):
 def cross_entropy_loss(
     logits: jax.Array, labels: jax.Array, *, where: jax.Array | None = None
 ) -> jax.Array:
-    """Cross-entropy of integer labels.
+    """Returns the cross-entropy of integer labels.
 
     ``-log softmax(logits)[labels]``
 
@@ -46,7 +46,7 @@ def cross_entropy_loss(
     check_shape("labels", labels, logits.shape[:-1])
     logits, where = hide_masked(logits, where)
     labels = jnp.where(where, labels, 0)
-    # logsumexp(logits) less the label's logit would lose everything when both are large.
+    # logsumexp(logits) minus the label's logit would lose all precision when both are large.
     log_probs = jax.nn.log_softmax(logits)
     values = -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
     return jnp.where(where, values, 0)
@@ -59,12 +59,12 @@ def distillation_loss(
     temperature: float | jax.Array = 1.0,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Knowledge distillation: the student learns the teacher's softened probabilities.
+    """Returns the knowledge-distillation loss, towards the teacher's softened probabilities.
 
     ``T^2 KL( softmax(teacher / T) || softmax(student / T) )``
 
-    The factor ``T^2`` keeps the size of the gradient when ``T`` changes. No gradient reaches the
-    teacher.
+    The factor ``T^2`` preserves the scale of the gradient when ``T`` changes. No gradient reaches
+    the teacher.
 
     Args:
       student_logits: ``[*B, C]`` unnormalised logits.
@@ -99,19 +99,19 @@ def ranking_distillation_loss(
     margin: float | jax.Array = 0.0,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Ranking distillation: only *which* classes outrank which passes from teacher to student.
+    """Returns the ranking-distillation loss: the student learns only *which* classes rank higher.
 
     ``R_k(s; v) = 1/(k (C-k)) * sum_{t in top_k(v), r not} max(0, margin + s_r - s_t)``
 
-    ``s`` are the student's logits and ``top_k(v)`` the teacher's ``k`` largest; equal logits rank
-    by class index, the smaller first. The loss is 0 as soon as every top class leads every other
-    one by ``margin``, and its gradient is zero at the hinge.
+    ``s`` are the student's logits and ``top_k(v)`` the classes of the teacher's ``k`` largest
+    logits; equal logits rank by class index, the smaller first. The loss is 0 if every top class
+    leads every other class by ``margin``, and its gradient is zero at the hinge.
 
     Args:
       student_logits: ``[*B, C]`` unnormalised logits.
       teacher_logits: ``[*B, C]`` unnormalised logits; no gradient reaches them.
-      k: How many classes stand above the line, ``1 <= k < C``; static.
-      margin: By how much they must lead, in logits, ``>= 0``; may be traced.
+      k: Number of top classes, ``1 <= k < C``; static.
+      margin: The lead that they need, in logits, ``>= 0``; may be traced.
       where: ``[*B]`` boolean mask, or None.
 
     Returns:
@@ -133,8 +133,8 @@ def ranking_distillation_loss(
         raise ValueError(f"k must be between 1 and C - 1 = {num_classes - 1}, got {k}")
     teacher_logits = at_least_float32(teacher_logits)
     check_shape("teacher_logits", teacher_logits, student_logits.shape)
-    # lax.top_k puts the smaller index first among equals.
-    # To lax.top_k -0 is less than 0; to us they are equal.
+    # lax.top_k puts the smaller index first among equal values, but orders -0 below 0. Here the two
+    # are equal.
     _, order = jax.lax.top_k(jnp.where(teacher_logits == 0, 0, teacher_logits), k)
     top = jnp.any(jax.nn.one_hot(order, num_classes, dtype=bool), axis=-2)
     return set_ranking_loss(student_logits, top, margin=margin, where=where)
@@ -147,14 +147,14 @@ def set_ranking_loss(
     margin: float | jax.Array = 0.0,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Ranking distillation where the top classes are given, as many as there may be.
+    """Returns the ranking-distillation loss for a given set of top classes, of any size.
 
     ``1/(|S| (C-|S|)) * sum_{t in S, r not} max(0, margin + s_r - s_t)``
 
     Args:
       student_logits: ``[*B, C]`` unnormalised logits ``s``.
       top: ``[*B, C]`` boolean, the classes ``S`` that should outrank the others.
-      margin: By how much they must lead, in logits, ``>= 0``; may be traced.
+      margin: The lead that they need, in logits, ``>= 0``; may be traced.
       where: ``[*B]`` boolean mask, or None.
 
     Returns:
@@ -164,8 +164,8 @@ def set_ranking_loss(
       ValueError: If the shapes do not match.
 
     References:
-      FedType, arXiv:2407.03247 (``S`` a conformal set); :func:`ranking_distillation_loss` is the
-      case of a top-k set.
+      FedType, arXiv:2407.03247, where ``S`` is a conformal set. In
+      :func:`ranking_distillation_loss`, ``S`` is a top-k set.
 
     Example:
       >>> set_ranking_loss(jnp.array([[1.0, 2.0, 0.0]]), jnp.array([[True, False, False]])).tolist()
@@ -176,7 +176,7 @@ def set_ranking_loss(
     student_logits, where = hide_masked(student_logits, where)
     pair = top[..., :, None] & ~top[..., None, :]
     lead = student_logits[..., :, None] - student_logits[..., None, :]
-    # jax.nn.relu, not jnp.maximum: its gradient at 0 is 0, not one half.
+    # jax.nn.relu instead of jnp.maximum, because its gradient at 0 is 0 instead of one half.
     hinge = jnp.where(pair, jax.nn.relu(margin - lead), 0)
     pairs = jnp.maximum(jnp.sum(pair, axis=(-2, -1)), 1).astype(hinge.dtype)
     return jnp.where(where, jnp.sum(hinge, axis=(-2, -1)) / pairs, 0)
@@ -192,17 +192,17 @@ def auxiliary_loss(
     temperature: float | jax.Array = 1.0,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """A small client's loss on public images: their labels, and the foundation model's answers.
+    """Returns a small client's loss on public images: on their labels and the stored answers.
 
     ``CE(public_logits, labels)
     + lambda_fm * T^2 KL( softmax(fm_logits / T) || softmax(fm_student_logits / T) )``
 
     Args:
-      public_logits: ``[*B, P]`` the surrogate's logits over the public labels.
-      labels: ``[*B]`` integer public labels, or None where they are unknown (drops the first term).
-      fm_student_logits: ``[*B, F]`` the surrogate's logits over the foundation model's classes. The
-        same array as ``public_logits`` where both label spaces are one.
-      fm_logits: ``[*B, F]`` the foundation model's stored logits; no gradient reaches them.
+      public_logits: ``[*B, P]`` logits of the surrogate over the public labels.
+      labels: ``[*B]`` integer public labels, or None if they are unknown (drops the first term).
+      fm_student_logits: ``[*B, F]`` logits of the surrogate over the foundation model's classes;
+        the same array as ``public_logits`` if both share one label space.
+      fm_logits: ``[*B, F]`` stored logits of the foundation model; no gradient reaches them.
       lambda_fm: Weight of the foundation model's term; may be traced.
       temperature: ``T > 0``; may be traced.
       where: ``[*B]`` boolean mask, or None.
@@ -243,25 +243,25 @@ def asymmetric_dual_distillation(
     margin: float | jax.Array = 0.0,
     where: jax.Array | None = None,
 ) -> DualDistillation:
-    """Both losses of a large client: the large model teaches in full, the proxy only ranks.
+    """Returns both losses of a large client: its model teaches logits, the proxy only rankings.
 
     ``proxy_loss = CE(proxy_train, y)
     + lambda_f * T^2 KL( softmax(large_eval / T) || softmax(proxy_train / T) )``
 
     ``large_loss = CE(large_train, y) + lambda_b * R_k(large_train; proxy_eval)``
 
-    "train" and "eval" say in which mode a network made the logits. Whatever stands on a teacher's
-    side is under ``stop_gradient``, so the sum of both may be differentiated by both models'
-    parameters at once. FedHelp itself takes the two steps one after the other, the second with the
-    proxy as the first left it; each step then uses one of the two fields.
+    "train" and "eval" are the modes in which a network computed the logits. The teacher's logits
+    are under ``stop_gradient``, so the sum of both losses may be differentiated by both models'
+    parameters at once. FedHelp itself takes two steps, one after the other, and the second uses the
+    proxy after the first; each step then needs one of the two fields.
 
     Args:
-      proxy_train_logits: ``[*B, C]`` the proxy being trained.
-      large_eval_logits: ``[*B, C]`` the large model as a teacher.
-      large_train_logits: ``[*B, C]`` the large model being trained.
-      proxy_eval_logits: ``[*B, C]`` the proxy as a teacher.
+      proxy_train_logits: ``[*B, C]`` logits of the proxy being trained.
+      large_eval_logits: ``[*B, C]`` logits of the large model as a teacher.
+      large_train_logits: ``[*B, C]`` logits of the large model being trained.
+      proxy_eval_logits: ``[*B, C]`` logits of the proxy as a teacher.
       labels: ``[*B]`` integers in ``[0, C)``.
-      k: Classes above the line in the ranking, ``1 <= k < C``; static.
+      k: Number of top classes in the ranking, ``1 <= k < C``; static.
       lambda_f: Weight of the forward distillation; may be traced.
       lambda_b: Weight of the backward ranking; may be traced.
       temperature: ``T > 0``; may be traced.

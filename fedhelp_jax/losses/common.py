@@ -1,11 +1,11 @@
-"""What all losses share: the masked mean, the dtype of computing, checks of shapes."""
+"""Provides what all losses share: the masked mean, the compute dtype and checks of shapes."""
 
 import jax
 import jax.numpy as jnp
 
 
 def masked_mean(values: jax.Array, where: jax.Array | None = None) -> jax.Array:
-    """Mean of ``values`` over the entries where ``where`` is true; 0 where there are none.
+    """Returns the mean of ``values`` over the entries where ``where`` is true; 0 without any.
 
     Args:
       values: ``[*B]`` any real values.
@@ -26,18 +26,18 @@ def masked_mean(values: jax.Array, where: jax.Array | None = None) -> jax.Array:
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """``x`` in float32 if it is of half precision, else as it is."""
+    """Returns ``x`` in float32 if it has half precision, otherwise unchanged."""
     return jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def check_temperature(temperature: float | jax.Array) -> None:
-    """Refuses a Python number that is not positive; of a traced one nothing is known."""
+    """Checks that a temperature is positive if it is a Python number; traced ones pass."""
     if isinstance(temperature, (int, float)) and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
 def check_shape(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:
-    """Refuses an argument of another shape, naming it."""
+    """Checks the shape of a named argument."""
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
 
@@ -48,7 +48,7 @@ def divergence_terms(
     temperature: float | jax.Array,
     where: jax.Array | None,
 ) -> jax.Array:
-    """The ``[*B, C]`` summands of ``KL( softmax(teacher / T) || softmax(student / T) )``."""
+    """Returns the terms ``[*B, C]`` of ``KL( softmax(teacher / T) || softmax(student / T) )``."""
     check_temperature(temperature)
     student_logits = at_least_float32(student_logits)
     teacher_logits = at_least_float32(teacher_logits)
@@ -58,13 +58,13 @@ def divergence_terms(
     student = jax.nn.log_softmax(student_logits / temperature)
     teacher = jax.nn.log_softmax(teacher_logits / temperature)
     probabilities = jnp.exp(teacher)
-    # 0 * (-inf - ...) would be NaN where a teacher's probability underflows to nothing.
+    # 0 * (-inf - ...) would be NaN where a teacher's probability underflows to 0.
     terms = jnp.where(probabilities > 0, probabilities * (teacher - student), 0)
     return jnp.where(where[..., None], terms, 0)
 
 
 def hide_masked(logits: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Zeroes masked rows before any arithmetic: a NaN there would poison the gradients."""
+    """Zeroes masked rows before any arithmetic, because a NaN there would poison the gradients."""
     if where is None:
         return logits, jnp.ones(logits.shape[:-1], bool)
     check_shape("where", where, logits.shape[:-1])

@@ -1,13 +1,13 @@
-"""Odd variants of FedHelp's losses, as the authors' released code has them; for comparison only.
+"""Provides the odd variants of FedHelp's losses in the authors' released code, for comparison only.
 
-FedHelp here trains with :mod:`fedhelp_jax.losses`, and with these only where its setting
+FedHelp here trains with :mod:`fedhelp_jax.losses`, and uses these only if its setting
 ``released_code`` asks for them. They are what the release (github.com/JackqqWang/medfed_code,
 ``update.py``) minimises instead, so that the two can be compared. The conventions are those of
 :mod:`fedhelp_jax.losses`: logits ``[*B, C]``, one value per leading index, masked entries exactly
 0, float32 for half precision.
 
-The release reduces over a batch in two ways, so each function says which one gives its scalar, the
-mean over the examples (:func:`fedhelp_jax.losses.masked_mean`) or their sum:
+The release reduces over a batch in two ways. Each function states which one gives the release's
+scalar, the mean over the examples (:func:`fedhelp_jax.losses.masked_mean`) or their sum:
 
 * ``student_ranking_loss``: the sum of :func:`released_ranking_loss`.
 * ``KLDivLoss()(log_softmax(s / T), softmax(t / T))``: the mean of
@@ -26,7 +26,7 @@ from fedhelp_jax.losses.common import at_least_float32, check_shape, divergence_
 
 
 class ReleasedLargeLoss(NamedTuple):
-    """The parts of the released large model's loss, which are not reduced alike."""
+    """The parts of the large model's loss in the release, which are reduced in different ways."""
 
     cross_entropy: jax.Array
     distillation: jax.Array
@@ -40,20 +40,21 @@ def released_ranking_loss(
     k: int,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Ranking loss with the sign inverted: it punishes the student for agreeing with the teacher.
+    """Returns the ranking loss with the sign inverted, which punishes agreeing with the teacher.
 
     ``1/(2 k) * sum_{t in top_k(v)} sum_{r not in top_k(v)} max(0, s_t - s_r)``
 
-    ``s`` are the student's logits and ``top_k(v)`` the teacher's ``k`` largest. The **sum** over
-    the batch is the release's scalar, so its weight against the other terms grows with the batch.
-    It is ``(C - k) / 2`` times :func:`fedhelp_jax.losses.ranking_distillation_loss` of the negated
-    student logits, and 0 where the student turns the teacher's order round.
+    ``s`` are the student's logits and ``top_k(v)`` the classes of the teacher's ``k`` largest
+    logits. The **sum** over the batch is the release's scalar, so its weight relative to the other
+    terms grows with the batch. It is ``(C - k) / 2`` times
+    :func:`fedhelp_jax.losses.ranking_distillation_loss` of the negated student logits, and 0 if the
+    student reverses the teacher's order.
 
     Args:
-      student_logits: ``[*B, C]`` unnormalised logits: the large model's.
-      teacher_logits: ``[*B, C]`` unnormalised logits: the proxy's; no gradient reaches them. The
-        release calls these two the other way round.
-      k: How many classes stand above the line, ``1 <= k < C``; static.
+      student_logits: ``[*B, C]`` unnormalised logits of the large model.
+      teacher_logits: ``[*B, C]`` unnormalised logits of the proxy; no gradient reaches them. The
+        release swaps the names of these two.
+      k: Number of top classes, ``1 <= k < C``; static.
       where: ``[*B]`` boolean mask, or None.
 
     Returns:
@@ -82,14 +83,15 @@ def released_distillation_loss(
     temperature: float = 1.0,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Distillation over the number of classes, without ``T^2``, with a gradient for both sides.
+    """Returns a distillation loss divided by the number of classes, with gradients for both sides.
 
     ``1/C * KL( softmax(teacher / T) || softmax(student / T) )``
 
     The **mean** over the batch is PyTorch's ``KLDivLoss(reduction="mean")``, which divides by all
-    ``B * C`` entries: ``1 / (C T^2)`` of :func:`fedhelp_jax.losses.distillation_loss`. The teacher
-    is not detached. Put it under ``jax.lax.stop_gradient`` where the release computes it without
-    gradient, which it does when the proxy learns.
+    ``B * C`` entries. It has no factor ``T^2``, so it is ``1 / (C T^2)`` times
+    :func:`fedhelp_jax.losses.distillation_loss`. The teacher is not detached. Put it under
+    ``jax.lax.stop_gradient`` where the release computes it without gradient, which is when the
+    proxy learns.
 
     Args:
       student_logits: ``[*B, C]`` unnormalised logits.
@@ -98,7 +100,7 @@ def released_distillation_loss(
       where: ``[*B]`` boolean mask, or None.
 
     Returns:
-      ``[*B]`` divergence over ``C``, nats; their mean is the release's loss.
+      ``[*B]`` divergence divided by ``C``, in nats; the mean is the release's loss.
 
     Raises:
       ValueError: If the shapes do not match, or a Python ``temperature`` is not positive.
@@ -121,15 +123,15 @@ def released_stored_logits_loss(
     *,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Distillation from stored logits that are taken for probabilities, without a softmax.
+    """Returns a distillation loss that takes stored logits for probabilities, without a softmax.
 
     ``1/C * sum_c z_c (log max(z_c, tiny) - log softmax(student)_c)``
 
     The first term, ``z_c log z_c``, is 0 for ``z_c <= 0``; the second always counts.
 
-    The **mean** over the batch is the release's scalar. ``z`` is no distribution, so this is no
-    divergence: it may be negative, and its gradient is as large as the logits are. It is all that a
-    small client of the release learns from a public image, whose label goes unused.
+    The **mean** over the batch is the release's scalar. ``z`` is not a distribution, so this is not
+    a divergence: it may be negative, and its gradient scales with the logits. It is all that a
+    small client of the release learns from a public image, whose label is not used.
 
     Args:
       student_logits: ``[*B, C]`` unnormalised logits.
@@ -137,8 +139,8 @@ def released_stored_logits_loss(
       where: ``[*B]`` boolean mask, or None.
 
     Returns:
-      ``[*B]``, logits times nats; their mean is the release's loss. Unlike the other losses it is
-      bilinear in the logits, and so overflows where their product does.
+      ``[*B]``, in logits times nats; the mean is the release's loss. Unlike the other losses, it is
+      bilinear in the logits, and therefore overflows where their product does.
 
     Raises:
       ValueError: If the shapes do not match.
@@ -148,8 +150,8 @@ def released_stored_logits_loss(
       sec. 3.3.
 
     Notes:
-      Where a stored logit is negative, PyTorch's ``KLDivLoss`` gives NaN, but with the gradient
-      that this loss has. Older versions dropped both terms (pytorch/pytorch, issue 69230).
+      Where a stored logit is negative, PyTorch's ``KLDivLoss`` gives NaN, but its gradient equals
+      that of this loss. Older versions dropped both terms (pytorch/pytorch, issue 69230).
 
     Example:
       >>> print(released_stored_logits_loss(jnp.zeros((1, 2)), jnp.array([[1.0, -2.0]])).round(4))
@@ -176,22 +178,23 @@ def released_large_loss(
     temperature: float = 1.0,
     where: jax.Array | None = None,
 ) -> ReleasedLargeLoss:
-    """What the release minimises over the large model, in its three parts.
+    """Returns the three parts of the loss that the release minimises over the large model.
 
-    * ``cross_entropy = CE(large_eval, y)``, of logits made without gradient: it has none.
+    * ``cross_entropy = CE(large_eval, y)``, which has no gradient, because its logits have none.
     * ``distillation = 1/C * KL( softmax(large_train / T) || softmax(proxy_eval / T) )``, the loss
       that teaches the proxy, here minimised over the teacher, which is not detached.
-    * ``ranking``: :func:`released_ranking_loss` of ``large_train`` by ``proxy_eval``.
+    * ``ranking``: :func:`released_ranking_loss` of ``large_train``, with ``proxy_eval`` as teacher.
 
     The release's scalar is ``mean(cross_entropy) + mean(distillation) + 0.2 * sum(ranking)``.
-    Nothing in its gradient asks for the right label.
+    Nothing in its gradient favours the correct label.
 
     Args:
-      large_eval_logits: ``[*B, C]`` the large model as a teacher; no gradient reaches them.
-      large_train_logits: ``[*B, C]`` the large model being trained.
-      proxy_eval_logits: ``[*B, C]`` the proxy after its step; no gradient reaches them.
+      large_eval_logits: ``[*B, C]`` logits of the large model as a teacher; no gradient reaches
+        them.
+      large_train_logits: ``[*B, C]`` logits of the large model being trained.
+      proxy_eval_logits: ``[*B, C]`` logits of the proxy after its step; no gradient reaches them.
       labels: ``[*B]`` integers in ``[0, C)``.
-      k: Classes above the line in the ranking, ``1 <= k < C``; static.
+      k: Number of top classes in the ranking, ``1 <= k < C``; static.
       temperature: ``T > 0``; may be traced.
       where: ``[*B]`` boolean mask, or None.
 

@@ -1,12 +1,13 @@
-"""Losses of FedHelp for segmentation: over the pixels (voxels) of maps of any spatial rank.
+"""Provides FedHelp's losses for segmentation, over pixels (voxels) of maps of any spatial rank.
 
-Beside :mod:`fedhelp_jax.losses`, of which everything said there holds, and which it builds on. A
-map of logits is ``[B, *spatial, C]``. ``C = 1`` means one foreground class: a logit ``s`` a pixel,
-the class probability ``sigmoid(s)``; it equals two classes with logits ``[0, s]``. With ``C >= 2``
-class 0 is the background.
+The losses build on those of :mod:`fedhelp_jax.losses` and follow the conventions stated there. A
+map of logits is ``[B, *spatial, C]``. ``C = 1`` means one foreground class, with one logit ``s``
+per pixel and the class probability ``sigmoid(s)``; it equals two classes with logits ``[0, s]``.
+With ``C >= 2``, class 0 is the background.
 
-Every function returns one value per example, ``[B]``: a mean over its pixels. ``where`` is boolean,
-``[B]`` (examples) or ``[B, *spatial]`` (pixels); an example without any valid pixel is exactly 0.
+Every function returns one value per example, ``[B]``, a mean over its pixels. ``where`` is boolean,
+``[B]`` (examples) or ``[B, *spatial]`` (pixels); the loss of an example without any valid pixel is
+exactly 0.
 
 Reference: FedHelp, arXiv:2412.19654, sec. 3.3 and 3.4; soft Dice is that of V-Net (Milletari et
 al., arXiv:1606.04797) without squares in the denominator.
@@ -28,13 +29,13 @@ _SMOOTH = 1.0
 def mask_loss(
     logits: jax.Array, targets: jax.Array, *, where: jax.Array | None = None
 ) -> jax.Array:
-    """Supervised loss of masks: cross-entropy plus soft Dice.
+    """Returns the supervised loss of masks: cross-entropy plus soft Dice.
 
-    ``C = 1``: mean over pixels of ``BCE(s, y)``, plus
+    ``C = 1``: the mean over pixels of ``BCE(s, y)``, plus
     ``1 - (2 sum p y + 1) / (sum p + sum y + 1)``.
 
-    ``C >= 2``: mean over pixels of the softmax cross-entropy, plus the mean of that Dice term over
-    the foreground classes ``1 .. C - 1``.
+    ``C >= 2``: the mean over pixels of the softmax cross-entropy, plus the mean of that Dice term
+    over the foreground classes ``1 .. C - 1``.
 
     Args:
       logits: ``[B, *spatial, C]`` unnormalised logits.
@@ -42,7 +43,7 @@ def mask_loss(
       where: ``[B]`` or ``[B, *spatial]`` boolean mask, or None.
 
     Returns:
-      ``[B]`` loss: nats a pixel, plus Dice terms in ``[0, 1]``.
+      ``[B]`` loss: nats per pixel, plus Dice terms in ``[0, 1]``.
 
     Raises:
       ValueError: If the shapes do not match.
@@ -56,7 +57,7 @@ def mask_loss(
     targets = jnp.where(pixels, targets, 0)
     if logits.shape[-1] == 1:
         s = logits[..., 0]
-        # softplus(s) - y s, and the probability, in the form that neither over- nor underflows.
+        # softplus(s) - y s in a form that neither over- nor underflows.
         crossed = jax.nn.softplus(jnp.where(targets > 0, -s, s))
         dice = _soft_dice(jax.nn.sigmoid(s), (targets > 0).astype(s.dtype), pixels)
     else:
@@ -77,10 +78,10 @@ def mask_distillation_loss(
     temperature: float | jax.Array = 1.0,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Knowledge distillation of masks: a divergence per pixel, averaged over pixels.
+    """Returns the knowledge-distillation loss of masks: a divergence averaged over pixels.
 
     ``C = 1``: ``T^2 KL( Bernoulli(sigmoid(t / T)) || Bernoulli(sigmoid(s / T)) )``; a softmax over
-    one channel would be 1 whatever the logit, and its gradient 0.
+    one channel would always be 1, and its gradient 0.
 
     ``C >= 2``: ``T^2 KL( softmax(t / T) || softmax(s / T) )``.
 
@@ -91,7 +92,7 @@ def mask_distillation_loss(
       where: ``[B]`` or ``[B, *spatial]`` boolean mask, or None.
 
     Returns:
-      ``[B]`` divergence, nats a pixel, at least 0 up to rounding.
+      ``[B]`` divergence, nats per pixel, at least 0 up to rounding.
 
     Raises:
       ValueError: If the shapes do not match, or a Python ``temperature`` is not positive.
@@ -109,7 +110,7 @@ def mask_distillation_loss(
         return _pixel_mean(values, pixels)
     check_temperature(temperature)
     s, t = student_logits[..., 0] / temperature, teacher_logits[..., 0] / temperature
-    # Each probability times the difference of the logs; a probability that underflows adds nothing.
+    # Each probability times the difference of the logs; probabilities that underflow add nothing.
     yes = jax.nn.sigmoid(t) * (jax.nn.log_sigmoid(t) - jax.nn.log_sigmoid(s))
     no = jax.nn.sigmoid(-t) * (jax.nn.log_sigmoid(-t) - jax.nn.log_sigmoid(-s))
     return temperature**2 * _pixel_mean(yes + no, pixels)
@@ -123,16 +124,16 @@ def mask_ranking_loss(
     margin: float | jax.Array = 0.0,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """Ranking distillation of masks: ``R_k`` per pixel over its classes, averaged over pixels.
+    """Returns the ranking-distillation loss of masks: ``R_k`` of each pixel, averaged over pixels.
 
-    ``C = 1`` counts as two logits ``[0, s]``: ``max(0, margin - s)`` where the teacher's logit is
-    positive, else ``max(0, margin + s)``.
+    ``C = 1`` counts as two logits ``[0, s]``: the loss is ``max(0, margin - s)`` where the
+    teacher's logit is positive, else ``max(0, margin + s)``.
 
     Args:
       student_logits: ``[B, *spatial, C]`` unnormalised logits.
       teacher_logits: ``[B, *spatial, C]`` unnormalised logits; no gradient reaches them.
-      k: How many classes stand above the line, ``1 <= k < max(C, 2)``; static.
-      margin: By how much they must lead, in logits, ``>= 0``; may be traced.
+      k: Number of top classes, ``1 <= k < max(C, 2)``; static.
+      margin: The lead that they need, in logits, ``>= 0``; may be traced.
       where: ``[B]`` or ``[B, *spatial]`` boolean mask, or None.
 
     Returns:
@@ -162,14 +163,14 @@ def mask_ranking_loss(
 
 
 def class_logits(logits: jax.Array) -> jax.Array:
-    """One logit a class: ``[..., 1]`` becomes ``[0, s]``, anything wider stays as it is."""
+    """Returns one logit per class: ``[..., 1]`` becomes ``[0, s]``; wider logits are unchanged."""
     if logits.shape[-1] > 1:
         return logits
     return jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
 
 
 def _soft_dice(probs: jax.Array, truth: jax.Array, pixels: jax.Array) -> jax.Array:
-    """``1 - (2 sum p y + 1) / (sum p + sum y + 1)`` of each example, ``[B]``; 0 without pixels."""
+    """Returns ``1 - (2 sum p y + 1) / (sum p + sum y + 1)``, ``[B]``; 0 without valid pixels."""
     axes = tuple(range(1, probs.ndim))
     valid = pixels.astype(probs.dtype)
     both = jnp.sum(probs * truth * valid, axis=axes)
@@ -180,12 +181,12 @@ def _soft_dice(probs: jax.Array, truth: jax.Array, pixels: jax.Array) -> jax.Arr
 def _pixel_mean(values: jax.Array, pixels: jax.Array) -> jax.Array:
     axes = tuple(range(1, values.ndim))
     count = jnp.maximum(jnp.sum(pixels, axis=axes, keepdims=True), 1).astype(values.dtype)
-    # Divided first: the sum of huge ones would overflow, their mean does not.
+    # Divided before summing, because the sum of huge values would overflow and their mean does not.
     return jnp.sum(jnp.where(pixels, values / count, 0), axis=axes)
 
 
 def _hidden(logits: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Logits with masked pixels zeroed, so that no NaN poisons a gradient, and all pixels' mask."""
+    """Returns logits with masked pixels zeroed, so that no NaN poisons a gradient, and the mask."""
     logits = at_least_float32(logits)
     shape = logits.shape[:-1]
     if where is None:

@@ -1,15 +1,15 @@
-"""Metrics of one client's whole split; NaN where undefined.
+"""Computes metrics of one client's whole split; they are NaN where undefined.
 
-Those of classification are scikit-learn's where it has them. An example whose logits are not all
-finite has no answer, which is a wrong one: metrics of answers (accuracy, recall, F1, Dice, IoU)
-count it as such, and metrics of scores (AUROC, calibration, loss) are undefined beside it.
+Classification metrics agree with scikit-learn's where it has them. An example whose logits are not
+all finite has no answer. Metrics of answers (accuracy, recall, F1, Dice, IoU) count it as wrong,
+and metrics of scores (AUROC, calibration, loss) are undefined for its split.
 """
 
 from fedhelp_jax.metrics.classification import classification_metrics
 from fedhelp_jax.metrics.common import finite_examples
 from fedhelp_jax.metrics.segmentation import NO_CLASS, predict_masks, segmentation_metrics
 
-# What runs report, by name; masks of several classes have Dice and IoU of each class too.
+# The metrics that runs report, by name; masks of several classes also have Dice and IoU per class.
 METRICS = {
     "balanced_accuracy": "classification, the headline: mean recall over the classes there are",
     "accuracy": "classification: share of right answers",

@@ -1,4 +1,4 @@
-"""Metrics of classification."""
+"""Computes metrics of classification."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ _ECE_BINS = 15
 def classification_metrics(
     logits: jax.Array, labels: jax.Array, mask: jax.Array
 ) -> dict[str, jax.Array]:
-    """Classification metrics over the examples where ``mask`` is true.
+    """Returns classification metrics over the examples where ``mask`` is true.
 
     Args:
       logits: ``[n, C]`` unnormalised logits.
@@ -25,14 +25,15 @@ def classification_metrics(
       * ``balanced_accuracy``: mean recall over the classes present in ``labels``.
       * ``accuracy``.
       * ``macro_f1``: mean over the classes present in ``labels`` or among the predictions.
-      * ``auroc``: one against the rest by the log-odds of the class, ``s_c - log sum_{j != c} exp
-        s_j``, which unlike probabilities still differ where the network is sure; ties counted
-        half, mean over the classes that have both positives and negatives; NaN if there is none.
+      * ``auroc``: one class against the rest, scored by the log-odds of the class, ``s_c - log
+        sum_{j != c} exp s_j``. Unlike probabilities, these still differ where the network is sure.
+        Ties count half. It is the mean over the classes that have both positives and negatives, and
+        NaN if there are none.
       * ``ece``: expected calibration error of the largest probability, 15 equal-width bins.
       * ``loss``: mean cross-entropy.
 
-      A valid row with a logit that is not finite is a prediction of no class: it lowers the recall
-      of its own class, and the precision of none. ``auroc``, ``ece`` and ``loss`` are NaN then.
+      A valid row with a logit that is not finite predicts no class: it lowers the recall of its own
+      class, and the precision of none. ``auroc``, ``ece`` and ``loss`` are then NaN.
     """
     num_classes = logits.shape[-1]
     finite = finite_examples(logits)
@@ -43,7 +44,7 @@ def classification_metrics(
     probs = jnp.exp(log_probs)
     predicted = jnp.where(finite, jnp.argmax(logits, axis=-1), num_classes)
     count = jnp.sum(mask)
-    # The last column is of those who predict no class.
+    # The last column counts the examples for which no class is predicted.
     confusion = jnp.zeros((num_classes, num_classes + 1)).at[labels, predicted].add(mask)
     hits, true, called = jnp.diagonal(confusion), confusion.sum(1), confusion.sum(0)[:-1]
     log_likelihood = jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
@@ -61,7 +62,7 @@ def classification_metrics(
 
 
 def _auroc(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    """Of finite logits; in ``[0, 1]``, NaN where no class has both positives and negatives."""
+    """Returns the AUROC of finite logits; NaN if no class has both positives and negatives."""
     classes = jnp.arange(logits.shape[-1])
 
     def log_odds(index: jax.Array) -> jax.Array:
@@ -71,24 +72,25 @@ def _auroc(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
     def one_class(scores: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         positive, negative = mask & (labels == index), mask & (labels != index)
         positives, negatives = jnp.sum(positive), jnp.sum(negative)
-        # Negatives only, the rest behind them: a positive wins over those below it, half over
-        # equals. Scores may be infinite, as finite logits may be too far apart for a float.
+        # Negatives come first, the rest after them. A positive wins against the negatives below it,
+        # and half against equal ones. Scores may be infinite, because finite logits may be too far
+        # apart for a float.
         ordered = jnp.sort(jnp.where(negative, scores, jnp.inf))
         below = jnp.searchsorted(ordered, scores, side="left")
         not_above = jnp.minimum(jnp.searchsorted(ordered, scores, side="right"), negatives)
-        # Divided once, so that both classes of two have the same area.
+        # Divided only once, so that the classes of a binary problem have the same area.
         wins = jnp.sum(jnp.where(positive, (below + not_above) / 2, 0))
         area = ratio(wins, positives.astype(wins.dtype) * negatives)
         return area, positive.any() & negative.any()
 
-    # One class after the other: the others of all classes at once would be [C, n, C].
+    # One class after the other, because `others` for all classes at once would be [C, n, C].
     areas, defined = jax.vmap(one_class)(lax.map(log_odds, classes), classes)
     return mean(areas, defined)
 
 
 def _ece(probs: jax.Array, correct: jax.Array, mask: jax.Array) -> jax.Array:
     confidence = probs.max(axis=-1)
-    # Bins are open on the left: a confidence of exactly i/15 belongs to the bin that ends there.
+    # Bins are open on the left: a confidence of exactly i/15 belongs to the bin ending there.
     bins = jnp.clip(jnp.ceil(confidence * _ECE_BINS).astype(jnp.int32) - 1, 0, _ECE_BINS - 1)
     gaps = jnp.zeros(_ECE_BINS).at[bins].add(jnp.where(mask, correct - confidence, 0))
     return ratio(jnp.abs(gaps).sum(), jnp.sum(mask))

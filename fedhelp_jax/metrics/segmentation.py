@@ -1,4 +1,4 @@
-"""Overlap of masks."""
+"""Computes the overlap of masks."""
 
 from collections.abc import Sequence
 
@@ -9,21 +9,21 @@ from jax import lax
 from fedhelp_jax.losses import at_least_float32
 from fedhelp_jax.metrics.common import finite_examples, mean, ratio
 
-# The class of every pixel of a map whose logits are not all finite; uint8 can hold it.
+# The class of every pixel of a map whose logits are not all finite; it fits in uint8.
 NO_CLASS = 255
 
 
 def segmentation_metrics(
     logits: jax.Array, targets: jax.Array, mask: jax.Array, *, label_names: Sequence[str]
 ) -> dict[str, jax.Array]:
-    """Overlap of predicted and true masks, at the true masks' own resolution.
+    """Returns the overlap of predicted and true masks, at the true masks' own resolution.
 
-    Logits are resized to it linearly; then a pixel belongs to the largest class, or to the one
-    foreground class where its logit is positive. Of an example and a class, with P predicted and
-    T true pixels, ``dice = 2 |P and T| / (|P| + |T|)`` and ``iou = |P and T| / |P or T|``; a class
-    that is in neither has no value there, and an example without any foreground none at all. A map
-    with a logit that is not finite has the value 0 for every class, so that it never counts as
-    background that was found.
+    Logits are resized to it linearly. A pixel then belongs to the class with the largest logit, or
+    with one foreground class, to that class if its logit is positive. For an example and a class,
+    with P predicted and T true pixels, ``dice = 2 |P and T| / (|P| + |T|)`` and
+    ``iou = |P and T| / |P or T|``. A class that is in neither mask of an example has no value, and
+    an example without foreground has none at all. A map with a logit that is not finite scores 0
+    for every class, so that it never counts as correctly found background.
 
     Args:
       logits: ``[n, *spatial, C]`` unnormalised logits.
@@ -35,13 +35,13 @@ def segmentation_metrics(
       Scalars in ``[0, 1]``, means over examples; NaN if nothing is valid:
 
       * ``dice`` (headline) and ``iou``: the mean over an example's foreground classes.
-      * with two or more foreground classes also ``dice_<name>`` and ``iou_<name>`` of each, and
-        ``dice_foreground`` and ``iou_foreground``, all of them taken as one.
+      * With two or more foreground classes, also ``dice_<name>`` and ``iou_<name>`` of each, and
+        ``dice_foreground`` and ``iou_foreground`` of all of them merged into one.
     """
     classes = max(2, logits.shape[-1])
 
     def count(example: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Pixels of each pair of true and predicted class, ``[classes, classes]``."""
+        """Counts the pixels of each pair of true and predicted class, ``[classes, classes]``."""
         logits, truth = example
         predicted = predict_masks(logits, truth.shape)
         pairs = truth.astype(jnp.int32) * classes + predicted
@@ -49,9 +49,9 @@ def segmentation_metrics(
             pairs.reshape(-1, 1) == jnp.arange(classes**2), axis=0, dtype=jnp.int32
         ).reshape(classes, classes)
 
-    # One after the other: all of a split at their own resolution may be a lot of memory.
+    # One example after the other: a whole split at its own resolution may need much memory.
     pairs = lax.map(count, (logits, targets)).astype(jnp.float32)
-    # A column per foreground class; the last one takes them all as one.
+    # One column per foreground class; the last one merges them all.
     both = jnp.diagonal(pairs, axis1=1, axis2=2)[:, 1:]
     true, called = pairs.sum(2)[:, 1:], pairs.sum(1)[:, 1:]
     whole = [x.sum(1, keepdims=True) for x in (pairs[:, 1:, 1:].sum(2), true, called)]
@@ -76,9 +76,9 @@ def segmentation_metrics(
 
 
 def predict_masks(logits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The class of each pixel of one map, int32 ``shape``, from logits ``[*spatial, C]``.
+    """Returns the class of each pixel of one map, int32 ``shape``, from logits ``[*spatial, C]``.
 
-    It is `NO_CLASS` everywhere if any logit is not finite.
+    The class is `NO_CLASS` everywhere if any logit is not finite.
     """
     logits = at_least_float32(logits)
     finite = jnp.isfinite(logits).all()

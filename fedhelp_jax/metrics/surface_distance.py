@@ -1,6 +1,7 @@
-"""How far the border of a predicted mask lies from the true one; on the host, NaN where undefined.
+"""Measures how far the border of a predicted mask is from the true one, on the host.
 
-The overlap of masks (Dice) hardly moves when a few pixels far away are wrong; these distances do.
+The overlap of masks (Dice) hardly changes when a few distant pixels are wrong, but these distances
+do. They are NaN where undefined.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,21 +13,21 @@ from fedhelp_jax.metrics import NO_CLASS
 
 
 def hd95(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """The 95 % Hausdorff distance of two masks, as MedPy defines it.
+    """Returns the 95 % Hausdorff distance of two masks, as MedPy defines it.
 
-    The border of a mask is its pixels that have a neighbour outside it, across a face; beyond the
-    image is outside. The distances from every border pixel of either mask to the nearest border
-    pixel of the other are pooled, and their 95th percentile, with linear interpolation, is the
-    result.
+    The border of a mask consists of its pixels that have a neighbour across a face outside the
+    mask; beyond the image is outside. The distances from every border pixel of either mask to the
+    nearest border pixel of the other are pooled. The result is their 95th percentile, with linear
+    interpolation.
 
     Args:
-      predicted: boolean mask of any rank.
-      truth: boolean mask of the same shape.
+      predicted: Boolean mask of any rank.
+      truth: Boolean mask of the same shape.
 
     Returns:
-      A distance in pixels of the mask; NaN if both masks are empty. If one is empty there is no
-      distance, and leaving the example out would reward it: it then counts as the diagonal of the
-      image, more than any two of its pixels are apart.
+      A distance in pixels of the mask; NaN if both masks are empty. If only one is empty, there is
+      no distance, but leaving the example out would reward it. It therefore counts as the diagonal
+      of the image, which is more than the distance of any two of its pixels.
 
     Reference:
       D. P. Huttenlocher, G. A. Klanderman, W. J. Rucklidge, "Comparing images using the Hausdorff
@@ -47,7 +48,7 @@ def hd95(predicted: np.ndarray, truth: np.ndarray) -> float:
         return np.nan
     if any(empty):
         return float(np.linalg.norm(truth.shape))
-    # Nothing outside the box around both masks matters, and most of an image is outside.
+    # Only the box around both masks matters, and most of an image is outside it.
     inside = np.nonzero(predicted | truth)
     box = tuple(slice(axis.min(), axis.max() + 1) for axis in inside)
     borders = [_border(mask[box]) for mask in (predicted, truth)]
@@ -61,17 +62,17 @@ def hd95(predicted: np.ndarray, truth: np.ndarray) -> float:
 def surface_metrics(
     predicted: np.ndarray, truth: np.ndarray, label_names: Sequence[str]
 ) -> dict[str, float]:
-    """`hd95` of many examples: means over where it is defined, NaN if it is nowhere.
+    """Returns the mean `hd95` of the examples for which it is defined, or NaN if there are none.
 
     Args:
-      predicted: uint8 ``[n, *mask]``, the class of each pixel; `metrics.NO_CLASS` throughout where
-        a network gave no answer, which counts as the diagonal of the image, as in `hd95`.
+      predicted: uint8 ``[n, *mask]``, the class of each pixel. Where a network gave no answer, all
+        pixels are `metrics.NO_CLASS`, which counts as the diagonal of the image, as in `hd95`.
       truth: uint8 ``[n, *mask]``.
-      label_names: one name for one foreground class, else those of all classes, background first.
+      label_names: One name for one foreground class, else those of all classes, background first.
 
     Returns:
-      ``hd95``: the mean over an example's foreground classes. With two or more of them also
-      ``hd95_<name>`` of each, and ``hd95_foreground``, all of them taken as one.
+      ``hd95``: the mean over an example's foreground classes. With two or more of them, also
+      ``hd95_<name>`` of each, and ``hd95_foreground`` of all of them merged into one.
     """
     if predicted.shape != truth.shape:
         raise ValueError(f"masks of shapes {predicted.shape} and {truth.shape}")

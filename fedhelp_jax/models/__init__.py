@@ -1,7 +1,7 @@
-"""Networks behind one small interface, :class:`fedhelp_jax.models.model.Model`.
+"""Provides networks behind one small interface, :class:`fedhelp_jax.models.model.Model`.
 
 `cnn`, `resnet` and `unet` are built in. `from_linen`, `from_nnx`, `from_equinox` and
-`from_functions` put a linear head on features of one's own.
+`from_functions` add a linear head to a custom feature extractor.
 """
 
 from fedhelp_jax.models.adapters import from_equinox, from_functions, from_linen, from_nnx

@@ -1,7 +1,8 @@
-"""Networks of Flax Linen, Flax NNX, Equinox or plain functions as a `Model`.
+"""Turns networks of Flax Linen, Flax NNX, Equinox or plain functions into a `Model`.
 
-Each gives features, ``[..., D]``, and gets a linear head of `num_classes` outputs, because methods
-train, replace or share heads by themselves. Its weights are drawn as its library draws them.
+A network returns features, ``[..., D]``. It is given a linear head with `num_classes` outputs,
+because methods train, replace or share heads separately. The network's weights are initialised by
+its own library.
 """
 
 import functools
@@ -27,7 +28,7 @@ def from_functions(
     features: Callable[[PyTree, jax.Array], jax.Array],
     num_classes: int,
 ) -> Model:
-    """A network of two pure functions and a linear head.
+    """Returns a network of two pure functions and a linear head.
 
     Args:
       init: ``(key, sample_shape) -> params``, any tree of arrays; ``sample_shape`` is ``(*spatial,
@@ -54,13 +55,13 @@ def from_functions(
 
 
 def from_linen(module: "nn.Module", num_classes: int) -> Model:
-    """A network of a Flax Linen module and a linear head.
+    """Returns a network of a Flax Linen module and a linear head.
 
     Args:
-      module: Called as ``module(images)``, or with ``train`` and ``mask`` as keyword arguments if
-        it takes them: ``mask`` (``[B]`` boolean or None) are the real examples of a padded batch.
-        Parameters and the collection ``batch_stats`` are kept; others, and random numbers in the
-        forward pass, are not supported.
+      module: Called as ``module(images)``, and with ``train`` and ``mask`` as keyword arguments if
+        it takes them. ``mask`` (``[B]`` boolean or None) marks the real examples of a padded batch.
+        Parameters and the collection ``batch_stats`` are supported; other collections, and random
+        numbers in the forward pass, are not.
       num_classes: ``C`` of the head.
     """
 
@@ -82,14 +83,14 @@ def from_linen(module: "nn.Module", num_classes: int) -> Model:
 
 
 def from_nnx(make: "Callable[[nnx.Rngs], nnx.Module]", num_classes: int) -> Model:
-    """A network of a Flax NNX module and a linear head.
+    """Returns a network of a Flax NNX module and a linear head.
 
     Args:
       make: ``rngs -> module``. The module is called with images ``[B, *spatial, channels]``, and
-        with ``train`` and ``mask`` as keyword arguments if it takes them; if it does not take
+        with ``train`` and ``mask`` as keyword arguments if it takes them. If it does not take
         ``train``, ``module.train()`` and ``module.eval()`` switch its layers. ``mask`` (``[B]``
-        boolean or None) are the real examples of a padded batch, which ``nnx.BatchNorm`` can be
-        given too.
+        boolean or None) marks the real examples of a padded batch; ``nnx.BatchNorm`` accepts it
+        too.
       num_classes: ``C`` of the head.
     """
     from flax import nnx
@@ -118,11 +119,11 @@ def from_nnx(make: "Callable[[nnx.Rngs], nnx.Module]", num_classes: int) -> Mode
 
 
 def from_equinox(make: "Callable[[jax.Array], eqx.Module]", num_classes: int) -> Model:
-    """A network of an Equinox module and a linear head.
+    """Returns a network of an Equinox module and a linear head.
 
     Args:
       make: ``key -> module``; the module is called with one image, ``[*spatial, channels]``, and
-        gives its features. Stateful layers are not supported.
+        returns its features. Stateful layers are not supported.
       num_classes: ``C`` of the head.
     """
     import equinox as eqx
@@ -143,7 +144,7 @@ def from_equinox(make: "Callable[[jax.Array], eqx.Module]", num_classes: int) ->
 
 
 def _taken(module: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of some keyword arguments that a module can be called with."""
+    """Returns those keyword arguments that a module accepts."""
     parameters = inspect.signature(type(module).__call__).parameters
     return {name: value for name, value in given.items() if name in parameters}
 
@@ -153,7 +154,10 @@ def _with_head(
     apply: Callable[..., tuple[jax.Array, PyTree]],
     num_classes: int,
 ) -> Model:
-    """``init`` gives parameters and state; ``apply`` features and the state after them."""
+    """Adds a linear head to a network.
+
+    ``init`` returns parameters and state; ``apply`` returns features and the updated state.
+    """
 
     def init_all(key: jax.Array, sample_shape: tuple[int, ...]) -> Variables:
         features_key, head_key = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""Two-layer convolutional networks: for sweeps over many methods or clients, and for trying out."""
+"""Provides two-layer convolutional networks, for sweeps over methods or clients and for trials."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,12 @@ from flax import linen as nn
 from fedhelp_jax.models.layers import BatchNorm, Conv, linen_model
 from fedhelp_jax.models.model import Model
 
-# Channels of the two layers. Features are equally wide, for the methods that exchange them.
+# Channels of the two layers. The features have equal widths, for methods that exchange them.
 CNNS = {"cnn_small": (8, 32), "cnn_large": (32, 32)}
 
 
 class CNNFeatures(nn.Module):
-    """``[B, *spatial, C] -> [B, widths[-1]]``: everything up to the global average."""
+    """Maps ``[B, *spatial, C]`` to ``[B, widths[-1]]``: all layers up to the global average."""
 
     widths: tuple[int, ...]
     train: bool = False
@@ -28,14 +28,16 @@ class CNNFeatures(nn.Module):
 
 
 def cnn(widths: tuple[int, ...], num_classes: int) -> Model:
-    """3-wide convolutions of stride 2, each with batch normalisation and a ReLU; a global average.
+    """Returns a network of 3-wide convolutions of stride 2 and a global average.
+
+    Each convolution is followed by batch normalisation and a ReLU.
 
     Args:
-      widths: Channels of each convolution; ``CNNS`` has some by name.
+      widths: Channels of each convolution; ``CNNS`` names some choices.
       num_classes: Width ``C`` of the head.
 
     Returns:
-      A :class:`Model` of images ``[B, *spatial, channels]`` of any size; ``features`` gives ``[B,
-      widths[-1]]``, ``head`` ``[B, C]``.
+      A :class:`Model` of images ``[B, *spatial, channels]`` of any size; ``features`` returns ``[B,
+      widths[-1]]`` and ``head`` ``[B, C]``.
     """
     return linen_model(lambda train: CNNFeatures(widths, train), widths[-1], num_classes)

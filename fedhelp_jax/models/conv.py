@@ -1,9 +1,9 @@
-"""Convolution as patches and matrix products, on CPU of a few images after the other.
+"""Implements convolutions as patches and matrix products, on CPU a few images at a time.
 
-Why not ``lax.conv_general_dilated``: under ``vmap`` over clients it becomes a grouped convolution,
-and inside a loop XLA's CPU back end runs any convolution by naive code; both are tens of times
-slower than the product below (``docs/performance.md``). Activations are channels first, ``[C, B,
-*spatial]``, of any spatial rank: the long side of the product is then the contiguous one.
+``lax.conv_general_dilated`` is not used because under ``vmap`` over clients it becomes a grouped
+convolution, and because XLA's CPU back end runs any convolution inside a loop with naive code. Both
+are tens of times slower than the product below (``docs/performance.md``). Activations are channels
+first, ``[C, B, *spatial]``, of any spatial rank, so that the product's long side is contiguous.
 """
 
 import functools
@@ -19,24 +19,25 @@ from jax import lax
 
 from fedhelp_jax.typing import PyTree
 
-# Patches of more bytes than this are made a part at a time: those of a wide 3D convolution, 27
-# times its input, would not fit in memory. Below it one product is the fastest.
+# Patches of more bytes than this are made in parts, because those of a wide 3D convolution, 27
+# times its input, would not fit in memory. Below this size, a single product is the fastest.
 _PATCH_BYTES = 2**28
-# On CPU, images whose patches are not more than this are multiplied together, so that the patches
-# are still in the core's cache when they are. Not for products of more rows than that, which make
-# so much of each patch that the memory keeps up; nor of bfloat16, whose tiles XLA would cast.
+# On CPU, as many images are multiplied together as have patches of up to _TILE_BYTES, so that the
+# patches are still in the core's cache. Products of more than _TILE_ROWS rows are not tiled: they
+# use each patch so much that memory keeps up. Nor are those of bfloat16: XLA would cast the tiles.
 _TILE_BYTES, _TILE_ROWS = 640 * 2**10, 32
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None = None) -> jax.Array:
-    """Cross-correlation without bias.
+    """Computes a cross-correlation without bias.
 
     ``out[o, b, p] = sum_{c, q} kernel[q, c, o] * x[c, b, stride * p + q - padding]``
 
-    Equal to ``lax.conv_general_dilated`` with that padding to float32 rounding, in value and in
-    both gradients. Products are of x's dtype, to which the kernel is cast; sums are in float32, or
-    in x's dtype where that is wider. So with bfloat16 activations and a float32 kernel the values
-    and the gradient by ``x`` are rounded once, at the end, and the kernel's gradient never.
+    The value and both gradients equal those of ``lax.conv_general_dilated`` with that padding, up
+    to float32 rounding. Products are computed in x's dtype, to which the kernel is cast; sums are
+    in float32, or in x's dtype if that is wider. With bfloat16 activations and a float32 kernel,
+    the values and the gradient with respect to ``x`` are therefore rounded once, at the end, and
+    the kernel's gradient is never rounded.
 
     Args:
       x: ``[C_in, B, *spatial]`` activations, any number of spatial axes.
@@ -59,7 +60,7 @@ def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Arr
 
 
 def _forward(x, kernel, stride, padding):
-    # The patches, 9 or 27 times the size of x, are made again in the backward pass, not kept.
+    # The patches, 9 or 27 times the size of x, are recomputed in the backward pass, not kept.
     return _conv(x, kernel, stride, padding), (x, kernel)
 
 
@@ -67,15 +68,16 @@ def _backward(stride, padding, residuals, out_grad):
     x, kernel = residuals
     size = kernel.shape[0]
     if stride == 1 and x.shape[0] >= out_grad.shape[0]:
-        # The gradient by x is a correlation too, of the gradient with the flipped, transposed
-        # kernel. Its patches serve the kernel's gradient as well.
+        # The gradient with respect to x is also a correlation, of the output's gradient with the
+        # flipped, transposed kernel. Its patches also serve for the kernel's gradient.
         window = _window(out_grad, size, 1, size - 1 - padding)
         flipped = _flipped(kernel)
         x_grad, kernel_grad = _over_tiles(
             lambda grad, x: _multiply(grad, flipped, x, window), window, len(x), out_grad, x
         )
         return x_grad, _flipped(kernel_grad.reshape(flipped.shape)).astype(kernel.dtype)
-    # With a stride those patches would be mostly zeros, and of more channels than x has larger.
+    # With a stride, those patches would be mostly zeros; if out_grad has more channels than x, they
+    # would be larger.
     window = _window(x, size, stride, padding)
     x_grad, kernel_grad = _over_tiles(
         lambda x, grad: _pull_back(x, kernel, grad, window), window, len(out_grad), x, out_grad
@@ -87,7 +89,7 @@ _conv.defvjp(_forward, _backward)
 
 
 class _Window(NamedTuple):
-    """How patches are taken: kernel size, stride, padding, and how many along each axis."""
+    """How patches are taken: kernel size, stride, padding, and their number along each axis."""
 
     size: int
     stride: int
@@ -107,12 +109,12 @@ def _flipped(kernel: jax.Array) -> jax.Array:
 def _over_tiles(
     fn: Callable[..., tuple[PyTree, PyTree]], window: _Window, rows: int, *arrays: jax.Array
 ) -> PyTree:
-    """``fn(*arrays)``, on CPU of a few images after the other.
+    """Computes ``fn(*arrays)``, on CPU a few images at a time.
 
     Args:
-      fn: Gives ``(result [C, B, ...], what is summed over images)``.
-      window: Of the first array's patches.
-      rows: Of the product with them.
+      fn: Returns ``(result [C, B, ...], terms that are summed over images)``.
+      window: The window of the first array's patches.
+      rows: The number of rows of the product with these patches.
       *arrays: ``[C, B, *spatial]``.
     """
     batch = arrays[0].shape[1]
@@ -133,7 +135,7 @@ def _over_tiles(
 
 
 def _images_at_once(x: jax.Array, window: _Window, rows: int) -> int:
-    """How many images are multiplied together; all on accelerators, whose caches are others."""
+    """Returns how many images are multiplied together: all on accelerators, fewer on CPU."""
     if rows > _TILE_ROWS or x.dtype == jnp.bfloat16 or jax.default_backend() != "cpu":
         return x.shape[1]
     patch = window.size ** len(window.out) * x.shape[0] * x.dtype.itemsize
@@ -142,7 +144,10 @@ def _images_at_once(x: jax.Array, window: _Window, rows: int) -> int:
 
 
 def _multiply(x: jax.Array, kernel: jax.Array, other: jax.Array | None, window: _Window) -> PyTree:
-    """``kernel.T @ patches`` of x, ``[C_out, B, *out]``; and ``patches @ other.T``, if any."""
+    """Returns ``kernel.T @ patches`` of x, ``[C_out, B, *out]``, and ``patches @ other.T``.
+
+    Without ``other``, the second product is empty.
+    """
     groups = _offset_groups(x, window)
     kernels = kernel.reshape(len(groups), -1, kernel.shape[-1])
     columns = None if other is None else _columns(other.reshape(len(other), -1))
@@ -165,7 +170,10 @@ def _multiply(x: jax.Array, kernel: jax.Array, other: jax.Array | None, window: 
 
 
 def _pull_back(x: jax.Array, kernel: jax.Array, out_grad: jax.Array, window: _Window) -> PyTree:
-    """Both gradients by the very patches of the forward pass: theirs, put back in place, is x's."""
+    """Returns both gradients from the patches of the forward pass.
+
+    The gradient of x is that of the patches, put back in place.
+    """
     groups = _offset_groups(x, window)
     kernels = kernel.reshape(len(groups), -1, kernel.shape[-1]).astype(x.dtype)
     rows = out_grad.reshape(len(out_grad), -1)
@@ -185,10 +193,10 @@ def _pull_back(x: jax.Array, kernel: jax.Array, out_grad: jax.Array, window: _Wi
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
-    """``a`` times ``b``, summed over b's ``axis``, of their `_sum_dtype`."""
+    """Multiplies ``a`` by ``b``, summing over b's ``axis``; the result has their `_sum_dtype`."""
     if _bfloat16_on_cpu(a):
-        # XLA multiplies bfloat16 as such, not cast to float32, where no operand has a transposed
-        # layout. Once it has decided so it must not find one: the barrier hides how they are made.
+        # XLA multiplies bfloat16 without casting to float32 only if no operand has a transposed
+        # layout, and must not find one after deciding so. The barrier hides how they are made.
         a, b = lax.optimization_barrier((a, b))
     dims = (((1,), (axis,)), ((), ()))
     return lax.dot_general(a, b, dims, preferred_element_type=_sum_dtype(a))
@@ -199,12 +207,12 @@ def _sum_dtype(x: jax.Array) -> Any:
 
 
 def _transposed(matrix: jax.Array, dtype: Any) -> jax.Array:
-    """``matrix.T``, cast; a reshape on the way gives it a layout that is not transposed."""
+    """Returns ``matrix.T``, cast; the intermediate reshape avoids a transposed layout."""
     return matrix.T[None].astype(dtype)[0]
 
 
 def _columns(rows: jax.Array) -> tuple[jax.Array, int]:
-    """What makes `_dot` multiply by ``rows.T``."""
+    """Returns the arguments that make `_dot` multiply by ``rows.T``."""
     return (rows, 1) if _bfloat16_on_cpu(rows) else (rows.T, 0)
 
 
@@ -213,12 +221,12 @@ def _bfloat16_on_cpu(x: jax.Array) -> bool:
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Transposed convolution whose stride is the kernel's size: every input becomes a block.
+    """Computes a transposed convolution whose stride is the kernel's size, without overlap.
 
     ``out[o, b, k * p + q] = sum_c kernel[q, c, o] * x[c, b, p]``
 
-    Equal to ``lax.conv_transpose`` with stride ``k``, padding "VALID" and the kernel flipped, which
-    is ``torch.nn.ConvTranspose2d(..., k, stride=k)``.
+    It equals ``lax.conv_transpose`` with stride ``k``, padding "VALID" and the kernel flipped,
+    which is ``torch.nn.ConvTranspose2d(..., k, stride=k)``.
 
     Args:
       x: ``[C_in, B, *spatial]``, any number of spatial axes.
@@ -235,7 +243,7 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """``matrix @ x``; autodiff would round the matrix's gradient to x's dtype."""
+    """Returns ``matrix @ x``; autodiff would round the matrix's gradient to x's dtype."""
     return _dot(matrix.astype(x.dtype), x).astype(x.dtype)
 
 
@@ -254,12 +262,12 @@ _product.defvjp(_product_forward, _product_backward)
 
 @jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """The largest of every block of two along each spatial axis, which two must divide.
+    """Computes max pooling by 2 along each spatial axis, whose lengths must be even.
 
-    Slices and comparisons: in a loop, XLA's CPU back end is slow at pooling windows too. The
-    gradient goes to the first of equal largest ones, as in PyTorch. It goes by a stored position:
-    autodiff of ``jnp.max`` would look for what equals the maximum, and find nothing, and divide by
-    that nothing, where a compiler rounds ``x`` otherwise the second time.
+    It uses slices and comparisons, because in a loop XLA's CPU back end is also slow at pooling
+    windows. The gradient goes to the first of equal largest values, as in PyTorch, at a stored
+    position. Autodiff of ``jnp.max`` would instead look for values equal to the maximum and divide
+    by their number, which is 0 if a compiler rounds ``x`` differently the second time.
 
     Args:
       x: ``[C, B, *spatial]``.
@@ -291,7 +299,7 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _corners(x: jax.Array) -> list[jax.Array]:
-    """The ``2**rank`` arrays ``[C, B, *(spatial / 2)]`` of each place in a block."""
+    """Returns ``2**rank`` arrays ``[C, B, *(spatial / 2)]``, one per position in a block."""
     shape = [n for length in x.shape[2:] for n in (length // 2, 2)]
     blocks = x.reshape(*x.shape[:2], *shape)
     places = itertools.product(range(2), repeat=x.ndim - 2)
@@ -302,7 +310,7 @@ def _corners(x: jax.Array) -> list[jax.Array]:
 
 
 def _from_blocks(blocks: jax.Array) -> jax.Array:
-    """``[*(k,) * rank, C, B, *spatial] -> [C, B, *(k * spatial)]``."""
+    """Rearranges ``[*(k,) * rank, C, B, *spatial]`` into ``[C, B, *(k * spatial)]``."""
     rank = (blocks.ndim - 2) // 2
     order = [rank, rank + 1]
     for axis in range(rank):
@@ -312,7 +320,10 @@ def _from_blocks(blocks: jax.Array) -> jax.Array:
 
 
 def _offset_groups(x: jax.Array, window: _Window) -> np.ndarray:
-    """``[G, i]``: the leading offsets that parts of the patches have, i such that a part fits."""
+    """Returns the leading offsets of each part of the patches, ``[G, i]``.
+
+    ``i`` is the smallest number of leading axes with which a part fits in memory.
+    """
     rank, size = x.ndim - 2, window.size
     one = x.shape[0] * x.shape[1] * math.prod(window.out) * x.dtype.itemsize
     fixed = next((i for i in range(rank) if one * size ** (rank - i) <= _PATCH_BYTES), rank)
@@ -321,19 +332,20 @@ def _offset_groups(x: jax.Array, window: _Window) -> np.ndarray:
 
 
 def _patches(x: jax.Array, leading: jax.Array | np.ndarray, window: _Window) -> jax.Array:
-    """``[C, B, *spatial] -> [size**(rank - i) * C, B * out]``, in the order of the flat kernel.
+    """Extracts patches, ``[C, B, *spatial] -> [size**(rank - i) * C, B * out]``.
 
-    The first i axes are shifted by ``leading``, the others by every offset, an axis at a time:
-    shifted copies of shifted copies, which run faster and compile faster than a slice per offset.
+    Rows are in the order of the flattened kernel. The first i axes are shifted by ``leading``, the
+    others by every offset, one axis at a time. Such shifted copies of shifted copies run faster and
+    compile faster than a slice per offset.
     """
     rank, (size, stride, padding, out) = x.ndim - 2, window
     dtype = x.dtype
     if _bfloat16_on_cpu(x):
-        # XLA would cast to float32 and back around each of the copies.
+        # Otherwise XLA would cast to float32 and back around each copy.
         x = lax.bitcast_convert_type(x, jnp.uint16)
     x = jnp.pad(x, [(0, 0), (0, 0)] + [(padding, padding)] * rank)
     for axis in reversed(range(rank)):
-        # Counted from the end: in front stand the offsets along the axes done before.
+        # Counted from the end, because offsets of the axes done before are in front.
         along, extent = x.ndim - rank + axis, stride * (out[axis] - 1) + 1
         if axis < len(leading):
             shifted = lax.dynamic_slice_in_dim(x, leading[axis], extent, along)

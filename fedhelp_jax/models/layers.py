@@ -1,4 +1,4 @@
-"""Flax layers on channels-first activations, with PyTorch's conventions."""
+"""Provides Flax layers on channels-first activations, with PyTorch's conventions."""
 
 import functools
 import math
@@ -13,10 +13,10 @@ from fedhelp_jax.models.conv import conv, conv_transpose
 from fedhelp_jax.models.model import Model, Variables
 from fedhelp_jax.typing import PyTree
 
-# torch.nn.init.kaiming_normal_(mode="fan_in"), as in the CIFAR ResNets that papers compare with.
+# Like torch.nn.init.kaiming_normal_(mode="fan_in"), as in the CIFAR ResNets of the literature.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
-# Name of the submodules whose variables are stacked on a leading axis, one block each.
+# Name of the submodules whose variables are stacked on a leading axis, with one entry per block.
 STACKED = "rest"
 
 
@@ -39,7 +39,7 @@ class Conv(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """A transposed convolution with a bias that makes a block of side ``size`` of every input."""
+    """A transposed convolution with a bias that maps each input to a block of side ``size``."""
 
     features: int
     size: int = 2
@@ -55,12 +55,12 @@ class ConvTranspose(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation over ``[C, B, *spatial]`` as PyTorch defines it.
 
-    A batch is normalised by its biased variance; the running variance takes the unbiased one
-    (``n / (n - 1)``), ``running = 0.9 * running + 0.1 * batch``, and eps is 1e-5.
+    A batch is normalised by its biased variance, while the running variance uses the unbiased one
+    (``n / (n - 1)``), with ``running = 0.9 * running + 0.1 * batch`` and an eps of 1e-5.
     ``flax.linen.BatchNorm`` differs in the first two points, so it is not used here.
 
-    Statistics run over the examples where ``mask`` is true; a batch without any leaves the running
-    ones untouched. All is computed in the parameters' dtype, and comes back in that of ``x``.
+    Statistics are over the examples where ``mask`` is true; a batch without any leaves the running
+    statistics unchanged. The layer computes in the parameters' dtype and returns that of ``x``.
     """
 
     momentum: float = 0.9
@@ -94,8 +94,8 @@ class BatchNorm(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalisation over ``[C, B, *spatial]`` as in ``torch.nn.GroupNorm``.
 
-    Every example is normalised alone, in ``groups`` groups of channels; of fewer channels, in
-    groups of one. All is computed in the parameters' dtype, and comes back in that of ``x``.
+    Every example is normalised separately, in ``groups`` groups of channels, or in groups of one if
+    there are fewer channels. The layer computes in the parameters' dtype and returns that of ``x``.
     """
 
     groups: int = 8
@@ -119,11 +119,12 @@ class GroupNorm(nn.Module):
 def normalize(
     x: jax.Array, mask: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``(x - mean) / sqrt(var + epsilon)`` per channel, over the examples where ``mask`` is true.
+    """Returns ``(x - mean) / sqrt(var + epsilon)`` per channel.
 
-    The gradient is written by hand: two reductions instead of the many that autodiff makes of the
-    mean and the variance, which is less to run and half as much to compile. No gradient flows
-    through the returned mean and variance, which only feed running statistics.
+    The mean and the variance are over the examples where ``mask`` is true. The gradient is written
+    by hand. It takes two reductions instead of the many that autodiff makes of the mean and the
+    variance, so it runs faster and takes half as long to compile. No gradient flows through the
+    returned mean and variance, which only feed running statistics.
 
     Args:
       x: ``[C, B, *spatial]``.
@@ -147,7 +148,7 @@ def _normalize_forward(x, mask, epsilon):
     mean = _channel_sum(x * weight) / total
     centred = x - _per_channel(mean, x)
     var = _channel_sum(jnp.square(centred) * weight) / total
-    # Without any example the variance is 0, and 1/sqrt(eps) a layer would overflow a deep network.
+    # Without examples the variance is 0; a factor of 1/sqrt(eps) per layer would then overflow.
     inverse = jax.lax.rsqrt(jnp.where(mask.any(), var, 1) + epsilon)
     normalized = centred * _per_channel(inverse, x)
     return (normalized, mean, var), (normalized, inverse, mask)
@@ -158,7 +159,7 @@ def _normalize_backward(epsilon, residuals, grads):
     normalized, inverse, mask = residuals
     grad = grads[0]
     weight, total = _weights(normalized, mask)
-    # Every example feels the statistics, only those of the mask shape them.
+    # The statistics affect every example, but only those of the mask affect the statistics.
     mean_grad = _channel_sum(grad) / total
     mean_product = _channel_sum(grad * normalized) / total
     through = _per_channel(mean_grad, grad) + normalized * _per_channel(mean_product, grad)
@@ -178,7 +179,7 @@ def _channel_sum(x: jax.Array) -> jax.Array:
 
 
 def _add(x: jax.Array, bias: jax.Array) -> jax.Array:
-    # In the bias's dtype, which the sums of its gradient then have too.
+    # Added in the bias's dtype, in which its gradient is then also summed.
     return (x + _per_channel(bias, x)).astype(x.dtype)
 
 
@@ -187,15 +188,15 @@ def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def draw_variables(key: jax.Array, shapes: PyTree) -> PyTree:
-    """First values of a network: He-normal kernels, unit scales and variances, the rest zero.
+    """Initialises a network: He-normal kernels, unit scales and variances, the rest zero.
 
-    All kernels are cut from one draw of normals: the layers' own initialisers, a draw each, take
-    longer to compile than the training step does.
+    All kernels are cut from one draw of normals, because the layers' own initialisers, with a draw
+    each, take longer to compile than the training step.
 
     Args:
       key: The key of the draw.
-      shapes: The variables' shapes, ``jax.eval_shape`` of a Flax ``init``; a kernel's last axis is
-        its output and, stacked blocks apart, ``[*spatial, in]`` lie before it.
+      shapes: The variables' shapes, from ``jax.eval_shape`` of a Flax ``init``. A kernel's axes are
+        ``[*spatial, in, out]``, after the leading axis of stacked blocks.
 
     Returns:
       Arrays of those shapes.
@@ -221,22 +222,24 @@ def draw_variables(key: jax.Array, shapes: PyTree) -> PyTree:
 
 
 def init_linear(key: jax.Array, width: int, num_classes: int) -> Variables:
-    """Parameters of a linear head: He-normal kernel ``[D, C]``, zero bias ``[C]``."""
+    """Initialises a linear head: a He-normal kernel ``[D, C]`` and a zero bias ``[C]``."""
     return {"kernel": he_normal(key, (width, num_classes)), "bias": jnp.zeros((num_classes,))}
 
 
 def linear(params: Variables, features: jax.Array) -> jax.Array:
-    """``features @ kernel + bias``: ``[*B, D] -> [*B, C]``; on maps, a convolution of size one."""
+    """Applies a linear head, ``[*B, D] -> [*B, C]``; on maps, it is a convolution of size one."""
     return features @ params["kernel"] + params["bias"]
 
 
 def linen_model(network: Callable[[bool], nn.Module], width: int, num_classes: int) -> Model:
-    """A :class:`Model` of a Flax Linen module and a linear head, with `draw_variables`' weights.
+    """Returns a :class:`Model` of a Flax Linen module and a linear head.
+
+    Its weights come from `draw_variables`.
 
     Args:
-      network: ``train -> module``, which is called with images ``[B, *spatial, channels]`` and a
-        mask ``[B]`` or None, and gives features ``[..., width]``. Its batch statistics, if any, are
-        in the collection ``batch_stats``.
+      network: ``train -> module``. The module is called with images ``[B, *spatial, channels]`` and
+        a mask ``[B]`` or None, and returns features ``[..., width]``. Its batch statistics, if any,
+        are in the collection ``batch_stats``.
       width: ``D`` of the features.
       num_classes: ``C`` of the head.
     """

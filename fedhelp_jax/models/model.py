@@ -1,4 +1,4 @@
-"""``Model``: all that an algorithm knows of a network."""
+"""Defines ``Model``, the interface through which algorithms use a network."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,15 +15,15 @@ class Model(NamedTuple):
     """A network as three pure functions over a plain dict of variables.
 
     ``variables = {"params": {"features": ..., "head": ...}, "batch_stats": ...}``; ``batch_stats``
-    may be empty. PyTree library can stand behind it: write the three functions.
+    may be empty. To use any other library, write the three functions.
 
     Attributes:
-      init: ``(key, sample_shape) -> variables``, ``sample_shape`` being ``(*spatial, channels)``.
+      init: ``(key, sample_shape) -> variables``, with ``sample_shape`` ``(*spatial, channels)``.
       features: ``(variables, x, *, train, mask) -> (features, batch_stats)``. ``x`` is float
-        ``[B, *spatial, channels]``; ``variables`` need hold no head. With ``train`` a batch is
+        ``[B, *spatial, channels]``; ``variables`` need not hold a head. With ``train``, a batch is
         normalised by its own statistics, over the examples where ``mask`` (``[B]`` boolean or None)
-        is true, and the updated running statistics come back; without, by the running ones, which
-        come back unchanged.
+        is true, and the updated running statistics are returned. Otherwise it is normalised by the
+        running statistics, which are returned unchanged.
       head: ``(head_params, features) -> logits``.
     """
 
@@ -40,11 +40,11 @@ def apply_model(
     train: bool = False,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Variables]:
-    """Logits of a whole network and its batch statistics after the call.
+    """Returns the logits of a whole network, and its batch statistics after the call.
 
     Args:
       model: The network.
-      variables: Its variables, head included.
+      variables: The variables of the network, including the head.
       x: ``[B, *spatial, channels]`` float images.
       train: Whether to normalise by the batch and update the running statistics.
       mask: ``[B]`` boolean, the real examples of a padded batch, or None.
@@ -57,18 +57,19 @@ def apply_model(
 
 
 def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
-    """The network on activations of another dtype; variables, features and logits keep theirs.
+    """Makes a network use activations of another dtype; variables, features and logits keep theirs.
 
-    Images are cast on their way in and features on their way out. Convolutions multiply in the
+    Images are cast at the input and features at the output. Convolutions multiply in the
     activations' dtype and sum in float32 or wider; normalisation computes in the dtype of its
-    parameters. No gradient of a parameter and no batch statistic is rounded to ``dtype``.
+    parameters. Neither the parameters' gradients nor batch statistics are rounded to ``dtype``.
 
     Args:
-      model: A network of the layers in ``fedhelp_jax.models``; others must follow ``x.dtype`` too.
-      dtype: Of the activations, such as ``jnp.bfloat16``.
+      model: A network of the layers in ``fedhelp_jax.models``; other layers must also follow
+        ``x.dtype``.
+      dtype: The dtype of the activations, such as ``jnp.bfloat16``.
 
     Returns:
-      The same network, its ``features`` of the dtype that its images have.
+      The same network, whose ``features`` have the dtype of its images.
     """
 
     def features(

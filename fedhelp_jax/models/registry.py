@@ -1,4 +1,4 @@
-"""Networks by the names that configs use."""
+"""Lists networks by the names that configs use."""
 
 import dataclasses
 import functools
@@ -16,12 +16,12 @@ _TASKS = ("classification", "segmentation")
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A network by name.
+    """A network that has a name.
 
     Attributes:
       build: ``(num_classes, **options) -> Model``.
-      about: What it is, in one line.
-      tasks: What it can learn.
+      about: A description in one line.
+      tasks: The tasks that it can learn.
       options: Which of ``widths``, ``norm`` and ``remat`` (``model.*`` in configs) it takes.
     """
 
@@ -32,9 +32,9 @@ class Architecture:
 
 
 def architecture(name: str, key: str) -> Architecture:
-    """Returns the network of that name, which the setting `key` gives.
+    """Returns the network of a name that the setting `key` gives.
 
-    A function of one's own, ``num_classes -> Model``, is one without options, for any task.
+    A custom function, ``num_classes -> Model``, becomes a network without options for any task.
 
     Raises:
       UserError: If there is none.

@@ -1,4 +1,4 @@
-"""CIFAR-style residual networks: ResNet-20, 32, 44, 56, 110."""
+"""Provides CIFAR-style residual networks: ResNet-20, 32, 44, 56, 110."""
 
 from typing import cast
 
@@ -30,12 +30,12 @@ class Block(nn.Module):
         more = self.features - x.shape[0]
         shortcut = x[:, :, :: self.stride, :: self.stride]
         shortcut = jnp.pad(shortcut, ((more // 2, more - more // 2), (0, 0), (0, 0), (0, 0)))
-        # The pair is what nn.scan asks of its body: carry, and nothing to stack.
+        # nn.scan requires a pair from its body: the carry, and here nothing to stack.
         return nn.relu(y + shortcut), None
 
 
 class Stage(nn.Module):
-    """A first block that may change the shape, then identical ones, scanned to compile once."""
+    """A first block that may change the shape, then identical blocks, scanned to compile once."""
 
     features: int
     stride: int
@@ -51,7 +51,7 @@ class Stage(nn.Module):
                 Block,
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True},
-                in_axes=cast(int, nn.broadcast),  # flax's annotation forgets its own constant
+                in_axes=cast(int, nn.broadcast),  # flax's annotation omits its constant
                 length=self.blocks - 1,
             )
             x, _ = scanned(self.features, 1, self.train, name="rest")(x, mask)
@@ -59,7 +59,7 @@ class Stage(nn.Module):
 
 
 class ResNetFeatures(nn.Module):
-    """``[B, H, W, C] -> [B, 64]``: everything of a CIFAR ResNet up to the global average."""
+    """Maps ``[B, H, W, C]`` to ``[B, 64]``: a CIFAR ResNet up to the global average."""
 
     blocks: int
     train: bool = False
@@ -76,7 +76,7 @@ class ResNetFeatures(nn.Module):
 
 
 class Stem(nn.Module):
-    """The first convolution."""
+    """The first convolution, with its normalisation and a ReLU."""
 
     train: bool
 
@@ -88,10 +88,10 @@ class Stem(nn.Module):
 
 
 def resnet(depth: int, num_classes: int) -> Model:
-    """A CIFAR ResNet of ``depth = 6 n + 2`` layers (He et al., arXiv:1512.03385, sec. 4.2).
+    """Returns a CIFAR ResNet of ``depth = 6 n + 2`` layers (He et al., arXiv:1512.03385, sec. 4.2).
 
-    Option-A shortcuts, He initialisation, PyTorch's batch normalisation. Blocks of a stage after
-    the first have their variables stacked on a leading axis
+    It has option-A shortcuts, He initialisation and PyTorch's batch normalisation. The variables of
+    all blocks of a stage but the first are stacked on a leading axis
     (``params["features"]["stage1"]["rest"]``).
 
     Args:
@@ -99,7 +99,7 @@ def resnet(depth: int, num_classes: int) -> Model:
       num_classes: Width ``C`` of the head.
 
     Returns:
-      A :class:`Model`; ``features`` gives ``[B, 64]``, ``head`` ``[B, C]``.
+      A :class:`Model`; ``features`` returns ``[B, 64]`` and ``head`` ``[B, C]``.
 
     Raises:
       ValueError: If ``depth`` is not ``6 n + 2``.

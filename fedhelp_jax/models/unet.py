@@ -1,4 +1,4 @@
-"""U-Nets of any spatial rank (Ronneberger et al., arXiv:1505.04597; in 3D, arXiv:1606.06650)."""
+"""Provides U-Nets of any spatial rank (Ronneberger et al., arXiv:1505.04597; 3D: 1606.06650)."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ NORMS = ("batch", "group", "none")
 
 
 class UNetSize(NamedTuple):
-    """Channels of each level, from the finest to the coarsest, and convolutions a level."""
+    """Channels of each level, from the finest to the coarsest, and convolutions per level."""
 
     widths: tuple[int, ...]
     convs: int
@@ -36,7 +36,7 @@ UNETS = {
 
 
 class Level(nn.Module):
-    """3-wide convolutions, each followed by its normalisation and a ReLU."""
+    """3-wide convolutions, each followed by normalisation and a ReLU."""
 
     features: int
     convs: int
@@ -57,9 +57,9 @@ class Level(nn.Module):
 
 
 class UNetFeatures(nn.Module):
-    """``[B, *spatial, C] -> [B, *spatial, widths[0]]``: everything of a U-Net before its head.
+    """Maps ``[B, *spatial, C]`` to ``[B, *spatial, widths[0]]``: a U-Net without its head.
 
-    Sizes that the pooling does not divide are padded with the border's values, and cropped again.
+    Sizes that are not divisible by the pooling are padded with edge values and cropped again.
     """
 
     widths: tuple[int, ...]
@@ -97,25 +97,26 @@ class UNetFeatures(nn.Module):
 
 
 def unet(size: UNetSize, num_classes: int, *, norm: str = "batch", remat: bool = False) -> Model:
-    """A U-Net over as many spatial axes as the images have.
+    """Returns a U-Net over as many spatial axes as the images have.
 
-    Per level ``size.convs`` 3-wide convolutions, max pooling by 2 on the way down, transposed
-    convolutions of size 2 on the way up, skips joined by concatenation. He initialisation.
+    Each level has ``size.convs`` 3-wide convolutions. The network uses max pooling by 2 on the way
+    down, transposed convolutions of size 2 on the way up, skip connections joined by concatenation,
+    and He initialisation.
 
     Args:
-      size: Channels of each level and convolutions a level; ``UNETS`` has some by name.
+      size: Channels of each level and convolutions per level; ``UNETS`` names some choices.
       num_classes: Width ``C`` of the head: 1 for one foreground class.
       norm: "batch" (as in PyTorch), "group" (8 groups), or "none" (convolutions then have a bias).
-      remat: Whether the backward pass makes each level's activations again instead of keeping
-        them: a third more time, and far less memory.
+      remat: Whether the backward pass recomputes each level's activations instead of keeping them,
+        which takes a third more time and far less memory.
 
     Returns:
-      A :class:`Model` of images ``[B, *spatial, channels]`` of any size; ``features`` gives ``[B,
-      *spatial, widths[0]]``, ``head``, a convolution of size one, ``[B, *spatial, C]``.
+      A :class:`Model` of images ``[B, *spatial, channels]`` of any size. ``features`` returns ``[B,
+      *spatial, widths[0]]``; ``head``, a convolution of size one, returns ``[B, *spatial, C]``.
 
     Raises:
       ValueError: If ``norm`` is none of the three or does not fit the widths, or the size has no
-        level or convolution.
+        levels or convolutions.
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")

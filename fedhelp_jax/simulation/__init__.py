@@ -1,1 +1,1 @@
-"""A method over the clients of a federation: the round, its devices, and the compiled run."""
+"""Runs a method over the clients of a federation: the round, its devices, the compiled run."""

@@ -1,6 +1,6 @@
-"""A federated method compiled over a federation: one dispatch per group and phase of a round.
+"""Compiles a federated method over a federation: one dispatch per group and phase of a round.
 
-Everything here is computation; files, logging and resuming are the runner's.
+This module only computes. The runner takes care of files, logging and resuming.
 """
 
 import functools
@@ -45,10 +45,10 @@ class CompiledRounds:
 
         Args:
           phases: The method, and how its clients run.
-          federation: The data, of as many clients.
-          seed: All randomness of the run, where methods are given no key.
-          rounds_at_once: The most rounds that :meth:`rounds` is asked for at a time. With more than
-            one it makes them in a single dispatch, but not on several CPU devices.
+          federation: The data, of the same clients as ``phases``.
+          seed: Determines all randomness of the run, unless a method is given a key.
+          rounds_at_once: The most rounds that one call of :meth:`rounds` may ask for. If more than
+            one, they run in a single dispatch, except on several CPU devices.
           donate: Whether a round takes over the memory of the state that it is given, which then
             cannot be used again.
         """
@@ -58,7 +58,7 @@ class CompiledRounds:
         self.federation = self._placed(federation)
         self._batch_size = phases.eval_batch_size
         self._jit = program = functools.partial(jit, platform=mapping.platform)
-        # Made where it is needed: to send it there, processes would compare what they have.
+        # Created on the devices: placing a host array would make the processes compare its values.
         self.run_key = program(lambda: jax.random.key(seed), out_shardings=mapping.replicated)()
         self._state_sharding = RunState(
             mapping.replicated,
@@ -66,14 +66,14 @@ class CompiledRounds:
         )
         whole = functools.partial(program, out_shardings=self._state_sharding)
         self._by_client = by_client = functools.partial(program, out_shardings=mapping.by_client)
-        # What starts a run and what files its results only moves memory.
+        # Initialisation, and aggregation unless the server trains, only move memory.
         self._init = whole(phases.init, optimized=False)
         self._aggregate = whole(
             phases.aggregate,
             donate_argnums=0 if donate else (),
             optimized=phases.algorithm.server_trains,
         )
-        # Over CPU devices a round waits for the clients before the mean, see there.
+        # On several CPU devices, `round` waits for the clients before the mean (see there).
         waits = mapping.platform == "cpu" and mapping.num_devices > 1
         self.rounds_at_once = 1 if waits else rounds_at_once
         self._rounds = program(
@@ -88,18 +88,18 @@ class CompiledRounds:
         self._gather = program(lambda tree: tree, out_shardings=mapping.replicated)
 
     def _placed(self, federation: Federation) -> FederationArrays:
-        """What lies on the devices for the whole run."""
+        """Returns the arrays that stay on the devices for the whole run."""
         return place(federation, self.mapping)
 
     def init(self, key: jax.Array | None = None) -> RunState:
-        """The state before the first round; ``key`` stands for the seed."""
+        """Returns the state before the first round; ``key`` replaces the seed."""
         return self._init(self._key(key), self.federation)
 
     def _key(self, key: jax.Array | None) -> jax.Array:
         return self.run_key if key is None else key
 
     def state_shapes(self) -> RunState:
-        """The shapes of :meth:`init`'s state and where it lies, without computing it."""
+        """Returns the shapes and shardings of :meth:`init`'s state, without computing it."""
         shapes = self._init.eval_shape(self.run_key, self.federation)
 
         def placed(leaf: PyTree, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -108,11 +108,11 @@ class CompiledRounds:
         return self._each(placed, shapes)
 
     def put(self, state: RunState) -> RunState:
-        """A restored state on the devices: from the host, but for what lies there already."""
+        """Puts a restored state on the devices; arrays that are there already stay."""
         return self._each(lambda x, s: x if isinstance(x, jax.Array) else put(x, s), state)
 
     def _each(self, fn: Callable[[PyTree, NamedSharding], PyTree], state: RunState) -> RunState:
-        """``fn(leaf, sharding)`` over a state."""
+        """Maps ``fn(leaf, sharding)`` over a state."""
         server, clients = self._state_sharding
         return RunState(
             jax.tree.map(lambda leaf: fn(leaf, server), state.server),
@@ -125,22 +125,22 @@ class CompiledRounds:
     def round(
         self, state: RunState, round: int, key: jax.Array | None = None
     ) -> tuple[RunState, RoundInfo]:
-        """One round: every group trains, then the server aggregates. ``state`` is donated.
+        """Runs one round: every group trains, then the server aggregates. ``state`` is donated.
 
         Args:
           state: The state before the round.
-          round: Its number, from 0; decides batches and participants.
-          key: In place of the seed.
+          round: The number of the round, from 0; it decides batches and participants.
+          key: Replaces the seed.
 
         Returns:
-          The state after it and what it reports.
+          The state after the round, and what the round reports.
         """
-        # The round as a NumPy scalar: to make it jax's would be a dispatch of its own.
+        # The round is passed as a NumPy scalar: making it a JAX array would cost a dispatch.
         key = self._key(key)
         trained = self._trained(state, key, np.int32(round))
         if self.mapping.num_devices > 1:
             # The server's mean is a collective. A CPU device that reaches it long before the others
-            # warns that it may be stuck, and in the end gives up.
+            # first warns that it may be stuck, and finally gives up.
             jax.block_until_ready(trained)
         state = self._aggregate(
             state,
@@ -154,14 +154,14 @@ class CompiledRounds:
     def _trained(
         self, state: RunState, key: jax.Array, round: np.int32
     ) -> dict[str, ClientUpdates]:
-        """What the training phase of each role gives."""
+        """Returns the updates of each role's training phase."""
         return {
             role: train(state.clients[role], state.server, key, round, self.federation)
             for role, train in self._train.items()
         }
 
     def _reported(self, tree: PyTree) -> PyTree:
-        """What every process may look at."""
+        """Makes results readable in every process."""
         if not self.mapping.private:
             return tree
         return self._gather(jax.block_until_ready(tree))
@@ -169,10 +169,10 @@ class CompiledRounds:
     def rounds(
         self, state: RunState, first: int, last: int, key: jax.Array | None = None
     ) -> tuple[RunState, list[RoundInfo]]:
-        """The rounds from ``first`` to before ``last``. ``state`` is donated.
+        """Runs the rounds from ``first`` up to, but not including, ``last``. ``state`` is donated.
 
         Returns:
-          The state after them, and what each of them reported.
+          The state after the rounds, and what each of them reported.
         """
         if self.rounds_at_once == 1:
             infos = []
@@ -186,7 +186,7 @@ class CompiledRounds:
         return state, [jax.tree.map(lambda x, i=i: x[i], rows) for i in range(last - first)]
 
     def evaluate(self, state: RunState, split: str) -> dict[str, dict[str, Rows]]:
-        """Metrics of every client's deployed models on a split.
+        """Returns the metrics of every client's deployed models on a split.
 
         Args:
           state: The state of the run.
@@ -196,7 +196,7 @@ class CompiledRounds:
           ``{role: {model name: {metric: [K]}}}`` on the host, the headline model of a role first.
         """
         rows = self._measured(state, split)
-        # In the method's own order, the headline model first; JAX sorts a dict by its keys.
+        # JAX sorts a dict by its keys; restore the method's order, with the headline model first.
         return {
             g.role: {
                 name: _first(rows[g.role][name], len(g.names))
@@ -206,7 +206,7 @@ class CompiledRounds:
         }
 
     def _measured(self, state: RunState, split: str) -> JsonObject:
-        """By role, model and metric a row for every slot; only the clients' are real."""
+        """Returns a row per slot, by role, model and metric; rows of empty slots are arbitrary."""
         return self._reported(
             {
                 role: evaluate(
@@ -218,12 +218,14 @@ class CompiledRounds:
         )
 
     def predictions(self, state: RunState, group: Group, row: int, split: str) -> np.ndarray:
-        """What one client's deployed model says of a split, as the task's ``predict`` gives it.
+        """Returns the predictions of one client's deployed model on a split.
+
+        They are what the task's ``predict`` returns.
 
         Args:
           state: The state of the run.
           group: The client's group.
-          row: Its place there.
+          row: The client's row in the group.
           split: "train", "validation" or "test".
 
         Returns:
@@ -240,27 +242,27 @@ class CompiledRounds:
     def _predicted(
         self, state: RunState, role: str, row: int, split: str, places: np.ndarray
     ) -> PyTree:
-        """The same of the examples at ``places`` of the split."""
+        """Returns the predictions for the examples at ``places`` of the split."""
         chunk = self.phases.everyone(role, self.federation, split)
         out = self._reported(
             self._predict[role](
                 state.clients[role], state.server, self.federation, chunk, row, places
             )
         )
-        # Every client has a slot where the mapping is private, and a device as many as another.
+        # In a private mapping every client has a slot, and all devices have equally many slots.
         device = row * self.mapping.num_devices // len(self.federation.groups[role][split].size)
         return out[device] if self.mapping.private else out
 
     def deployed(
         self, state: RunState, group: Group, row: int, data: ClientData
     ) -> tuple[Model, Variables]:
-        """The network that one client deploys first, and its variables on the host.
+        """Returns the network that one client deploys first, and its variables on the host.
 
         Args:
           state: The state of the run.
           group: The client's group.
-          row: Its place there.
-          data: Its training examples, which some methods adapt the network to.
+          row: The client's row in the group.
+          data: The client's training examples; some methods adapt the network to them.
         """
         client = self.phases.algorithm.clients[group.role]
         name, model = next(iter(client.models.items()))
@@ -279,7 +281,7 @@ class CompiledRounds:
         return model, jax.tree.map(np.asarray, deploy(state.server, own, given))
 
     def payload_bytes(self) -> dict[str, tuple[int, int]]:
-        """Per role, what one client sends and receives in a round, in bytes ``(up, down)``."""
+        """Returns how many bytes ``(up, down)`` a client of each role exchanges in a round."""
         state = self.state_shapes()
         payload = {}
         for group in self.groups:
@@ -295,8 +297,8 @@ class CompiledRounds:
         return payload
 
     def train_shapes(self, group: Group, state: RunState) -> ClientUpdates:
-        """Shapes of all that a group's training phase returns, without running it."""
-        # By the compiled function, which has been traced already when a run asks.
+        """Returns the shapes of a group's training results, without running the training."""
+        # The compiled function is used because a run has traced it already.
         return self._train[group.role].eval_shape(
             state.clients[group.role],
             state.server,
@@ -307,5 +309,5 @@ class CompiledRounds:
 
 
 def _first(rows: PyTree, count: int) -> PyTree:
-    """The rows of real clients, on the host; past them stand the empty slots of the last device."""
+    """Returns the rows of real clients, on the host; the empty slots come after them."""
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], rows)

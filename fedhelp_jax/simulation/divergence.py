@@ -1,8 +1,8 @@
-"""Clients whose training leaves the numbers: found on the device, told and counted on the host.
+"""Detects clients that have diverged: found on the device, reported and counted on the host.
 
-A client has diverged when what it reports of its training, its own state or its upload holds NaN or
-infinity in the last round that it took part in, or when its deployed model gives such logits. The
-server leaves uploads that are not finite out of its mean (`fedhelp_jax.simulation.round`).
+A client has diverged when the metrics it reports, its own state or its upload hold NaN or infinity
+in the last round that it took part in, or when its deployed model gives such logits. The server
+leaves uploads that are not finite out of its mean (`fedhelp_jax.simulation.round`).
 """
 
 import logging
@@ -18,17 +18,17 @@ from fedhelp_jax.typing import JsonObject, PyTree, Record, Upload
 
 _log = logging.getLogger(__name__)
 
-# Beside the task's metrics: how many examples of the split have logits that are not all finite.
+# An extra metric: the number of examples of the split whose logits are not all finite.
 NON_FINITE = "non_finite"
 
 
 class NonFinite(NamedTuple):
-    """Where the outcome of a client's round holds NaN or infinity; booleans, one a client.
+    """Flags where the outcome of a client's round holds NaN or infinity, one boolean per client.
 
     Attributes:
-      loss: In what it reports.
-      state: In what it keeps.
-      upload: In what it sends; the server then leaves it out.
+      loss: Whether the scalars that it reports do.
+      state: Whether the state that it keeps does.
+      upload: Whether its upload does; the server then leaves it out.
     """
 
     loss: PyTree
@@ -37,17 +37,17 @@ class NonFinite(NamedTuple):
 
 
 def quarantine(state: PyTree, upload: Upload, info: PyTree) -> tuple[NonFinite, PyTree]:
-    """Where the outcome of one client's update is not finite, and its upload, or zeros for it."""
+    """Returns where one client's update is not finite, and the upload, zeroed if not finite."""
     found = NonFinite(~all_finite(info), ~all_finite(state), ~all_finite(upload))
     # A weight of 0 in the mean is not enough: 0 times NaN is NaN.
     return found, choose(found.upload, zeros_of(upload), upload)
 
 
 class Diverged(Failure):
-    """Every client of a role has diverged; the run is saved, and goes no further.
+    """Raised when every client of a role has diverged; the run has been saved and stops.
 
     Attributes:
-      summary: The content of ``summary.json``; nothing in other processes than the first.
+      summary: The content of ``summary.json``; empty in all processes but the first.
     """
 
     def __init__(self, message: str, summary: Record):
@@ -56,10 +56,10 @@ class Diverged(Failure):
 
 
 class Divergence:
-    """Which clients of a run have diverged.
+    """Keeps track of which clients of a run have diverged.
 
     Attributes:
-      clients: Their names by role, in the order of the groups.
+      clients: The names of the diverged clients by role, in the order of the groups.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Divergence:
         """Starts with the clients that had diverged before.
 
         Args:
-          names: By role, all clients.
-          before: `clients` of the same run, when it stopped.
-          warns: Whether what is found is logged.
-          run: Which of several runs it is, for the log.
+          names: The names of all clients, by role.
+          before: The value of `clients` when the same run stopped, if it is resumed.
+          warns: Whether divergence is logged.
+          run: The name of the run in the log, if there are several.
         """
         self._names, self._warns, self._run = names, warns, f"{run}: " if run else ""
         self._told: set[str] = set()
@@ -85,12 +85,12 @@ class Divergence:
     def trained(
         self, round: int, participants: Record, found: Mapping[str, NonFinite]
     ) -> dict[str, int]:
-        """Takes note of a round, and logs which clients have diverged in it.
+        """Records a round, and logs which clients have diverged in it.
 
         Args:
-          round: Its number, from 1, for the log.
-          participants: By role ``[M]`` rows that took part; past the end for nobody.
-          found: By role ``[M]`` what was found.
+          round: The number of the round, from 1, for the log.
+          participants: By role, the ``[M]`` rows that took part; empty slots lie past the end.
+          found: By role, the ``[M]`` flags of the participants.
 
         Returns:
           By role, how many uploads were left out.
@@ -121,11 +121,11 @@ class Divergence:
         return left_out
 
     def measured(self, when: str, results: Mapping[str, Mapping[str, Record]]) -> None:
-        """Takes note of an evaluation, and logs which clients' logits are not finite.
+        """Records an evaluation, and logs which clients' logits are not finite.
 
         Args:
-          when: Round and split, for the log.
-          results: As `CompiledRounds.evaluate` returns them.
+          when: The round and the split, for the log.
+          results: The results of `CompiledRounds.evaluate`.
         """
         lines = []
         for role, models in results.items():
@@ -135,9 +135,9 @@ class Divergence:
                 bad = [name for name, count in zip(names, counts, strict=True) if count]
                 new = [name for name in bad if name not in self.clients[role]]
                 found = [f"{role} {name} ({model})" for name in new]
-                if number == 0:  # the one it deploys
+                if number == 0:  # the headline model decides whether the client has diverged
                     self._set(role, {*self.clients[role], *new})
-                else:  # once is enough, since its clients have not diverged
+                else:  # other models do not count as divergence, so they are logged only once
                     found = [line for line in found if line not in self._told]
                     self._told.update(found)
                 lines += found
@@ -150,18 +150,18 @@ class Divergence:
 
     @property
     def lost_roles(self) -> list[str]:
-        """Roles of which every client has diverged."""
+        """The roles of which every client has diverged."""
         return [
             r for r, names in self._names.items() if names and len(self.clients[r]) == len(names)
         ]
 
     def scores(self, values: Record) -> JsonObject:
-        """Values by role and client, with NaN for roles of which every client has diverged."""
+        """Replaces the values of roles of which every client has diverged by NaN."""
         lost = self.lost_roles
         return {r: np.full(len(v), np.nan) if r in lost else v for r, v in values.items()}
 
     def message(self, round: int, workdir: Any) -> str:
-        """What a run that ends for this is told to end with."""
+        """Returns the message of the failure that ends a run because a whole role diverged."""
         lost = " and ".join(self.lost_roles)
         return (
             f"every {lost} client has diverged by round {round} (NaN or infinity); the run in "
@@ -170,7 +170,7 @@ class Divergence:
         )
 
     def _set(self, role: str, diverged: Set[str]) -> None:
-        # A new dict, as those handed out belong to rounds gone by.
+        # Make a new dict: callers keep the old one as the record of an earlier round.
         own = [name for name in self._names[role] if name in diverged]
         self.clients = {**self.clients, role: own}
 

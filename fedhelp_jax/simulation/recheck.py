@@ -1,8 +1,8 @@
-"""Measures one client of each role once more, by another program, before results are reported.
+"""Measures one client of each role again, with another program, before results are reported.
 
-Nothing in a wrong number shows that it is wrong. Back ends have returned other numbers from one
-call to the next (``docs/cpu-race.md``), so the end of a run compares: the same networks and
-examples, in batches of another size, on a single device, without the other clients.
+A wrong number does not look wrong, and back ends have returned different numbers from one call to
+the next (``docs/cpu-race.md``). Therefore the end of a run measures the same networks on the same
+examples again: in batches of another size, on a single device, without the other clients.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from fedhelp_jax.simulation.round import ClientChunk, FederationArrays, RoundPro
 from fedhelp_jax.simulation.vectorize import make_mapping
 from fedhelp_jax.typing import JsonObject
 
-# Which metrics are compared, and how far they may be apart, relative to the larger one but at least
-# to 1. Between two programs only rounding differs: that moves a loss by some 1e-6, and now and then
-# a pixel of a mask. Activations in bfloat16 round to 1 in 256.
+# The metrics that are compared, and their tolerances relative to the larger value or 1, whichever
+# is larger. Two programs differ only by rounding, which moves a loss by about 1e-6 and occasionally
+# flips a pixel of a mask. Activations in bfloat16 round to 1 part in 256.
 _TOLERANCE = {"loss": 1e-3, "dice": 0.01}
 _BFLOAT16 = 50
 
@@ -45,9 +45,9 @@ def recheck(
       phases: The method, and how the run mapped its clients.
       groups: All clients, by role.
       public: The public set.
-      state: What was measured.
+      state: The state that was measured.
       dataset: The private data, on the host.
-      split: What it was measured on.
+      split: The split that it was measured on.
       results: ``{role: {model name: {metric: [K]}}}``, as `CompiledRounds.evaluate` returns them.
       bfloat16: Whether activations are computed in bfloat16.
 
@@ -87,9 +87,9 @@ def measured_alone(
     row: int,
     split: str,
 ) -> JsonObject:
-    """One client's metrics, by model and name ``[1]``, by a program that holds nobody else."""
+    """Returns one client's metrics by model and name, ``[1]``, from a program for it alone."""
     mapping, role = phases.mapping, group.role
-    # By a program of its own, so that every process of a distributed run gets the client.
+    # Gathered by a separate program, so that every process of a distributed run gets the client.
     pick = jit(
         lambda tree, row: jax.tree.map(lambda leaf: leaf[row][None], tree),
         platform=mapping.platform,
@@ -103,7 +103,7 @@ def measured_alone(
     adapts = phases.algorithm.clients[role].adapts
     parts = [getattr(client, split), *([client.train] if adapts else [])]
     starts = np.cumsum([0, *map(len, parts)])
-    on_host: Any = np.asarray  # NumPy arrays, in place of JAX's
+    on_host: Any = np.asarray  # NumPy arrays in place of JAX's
     tables = [
         ClientIndex(
             on_host(np.arange(start, start + len(part), dtype=np.int32)[None]),

@@ -1,4 +1,4 @@
-"""A round's phases as pure functions of state, key and data, for one run or many at once."""
+"""Defines a round's phases as pure functions of state, key and data, for one run or many."""
 
 import dataclasses
 import functools
@@ -30,12 +30,14 @@ Rows = dict[str, jax.Array]
 
 
 class RunState(NamedTuple):
-    """The whole state of a run between rounds; keys are folds of the seed, so no part of it.
+    """The whole state of a run between rounds.
+
+    It holds no keys, because they are folded from the seed.
 
     Attributes:
       server: The method's server state.
-      clients: Per role, the stacked states ``[K, ...]`` of its clients; of whole devices and
-        chunks where the mapping is private.
+      clients: Per role, the stacked states ``[K, ...]`` of its clients. If the mapping is private,
+        they are padded to whole devices and chunks.
     """
 
     server: ServerState
@@ -47,13 +49,13 @@ class ClientUpdates(NamedTuple):
 
     Attributes:
       state: The clients' new states.
-      upload: What they send, zeros in place of what is not finite; of a method that needs only the
-        mean, the weighted sums over each device's clients, one a device.
-      weight: The weight of each upload in the server's mean, or the sum of them on each device; 0
-        in an empty slot, and of an upload that is not finite.
-      slot: Which client of the group trained there; K, past the end, for nobody.
+      upload: What the clients send; uploads that are not finite are replaced by zeros. For a method
+        that needs only the mean, the weighted sum over the clients of each device, one per device.
+      weight: The weight of each upload in the server's mean, or the sum of the weights on each
+        device. Empty slots and uploads that are not finite have weight 0.
+      slot: The row of the client in each slot; K, which is past the end, marks an empty slot.
       info: Scalars to report.
-      non_finite: Whose outcome holds NaN or infinity.
+      non_finite: Which clients' outcomes hold NaN or infinity.
     """
 
     state: PyTree
@@ -65,7 +67,13 @@ class ClientUpdates(NamedTuple):
 
 
 class RoundInfo(NamedTuple):
-    """Per role: ``[M]`` rows that took part (K for nobody), their scalars, who was not finite."""
+    """What a round reports, by role.
+
+    Attributes:
+      participants: The ``[M]`` rows that took part; K marks an empty slot.
+      info: The scalars that the participants report.
+      non_finite: Which participants' outcomes hold NaN or infinity.
+    """
 
     participants: dict[str, jax.Array]
     info: dict[str, Rows]
@@ -73,11 +81,11 @@ class RoundInfo(NamedTuple):
 
 
 class FederationArrays(NamedTuple):
-    """The arrays of a federation: by role ``ids``, and a `ClientIndex` for each split.
+    """The arrays of a federation: for each role its ``ids``, and a `ClientIndex` for each split.
 
-    Where the mapping is private, the pool is one of equal length for each device, and each table
-    holds places in the pool of its client's device; nothing is pooled. Where the images come in
-    parts, there are neither pool nor tables, see `ClientChunk`.
+    If the mapping is private, every device has its own pool, all of equal length, and each table
+    indexes the pool of its client's device; ``pooled`` is None. If the images are streamed, there
+    are neither pool nor tables; see `ClientChunk`.
     """
 
     pool: PyTree
@@ -90,13 +98,13 @@ class ClientChunk(NamedTuple):
     """Clients of a role that are computed together, and the private images that they need.
 
     Attributes:
-      slot: ``[M]`` rows of the group; K, past the end, for an empty slot. None where the chunk is
-        the whole group, each client in its own row.
-      place: ``[M]`` where each client stands among its device's slots of the round, past their end
-        for an empty slot; None where these are all of them.
-      pool: The examples, or one pool of equal length for each device.
-      train: Each client's training examples, as places in the pool of its device; or None.
-      split: The examples that they are measured on, likewise.
+      slot: ``[M]`` rows of the group; K, which is past the end, marks an empty slot. None if the
+        chunk is the whole group, each client in its own row.
+      place: ``[M]`` positions of the clients among their device's slots of the round; an empty slot
+        lies past their end. None if the chunk holds all slots of the round.
+      pool: The examples, or one pool of equal length per device.
+      train: Each client's training examples, as indices into the pool of its device; or None.
+      split: The examples that the clients are measured on, likewise.
     """
 
     slot: PyTree
@@ -107,7 +115,7 @@ class ClientChunk(NamedTuple):
 
 
 def federation_arrays(federation: Federation) -> FederationArrays:
-    """The traced part of a federation."""
+    """Returns the arrays of a federation that are traced."""
     tables = {
         g.role: {"ids": g.ids, "train": g.train, "validation": g.validation, "test": g.test}
         for g in federation.groups
@@ -116,24 +124,24 @@ def federation_arrays(federation: Federation) -> FederationArrays:
 
 
 def num_clients(federation: Federation) -> dict[str, int]:
-    """How many clients there are of each role."""
+    """Returns the number of clients of each role."""
     return {group.role: len(group.names) for group in federation.groups}
 
 
 @dataclasses.dataclass(frozen=True)
 class RoundProgram:
-    """A method over a federation's clients; everything here is fixed while it is traced.
+    """A method over a federation's clients; all attributes are static under tracing.
 
     Attributes:
       algorithm: The method.
-      task: Gives the metrics.
-      num_clients: By role.
+      task: The task, which defines the metrics.
+      num_clients: The number of clients by role.
       mapping: How clients run.
       participation_rate: Fraction of each group that takes part in a round, rounded up.
       client_weights: "uniform" or "examples" (by number of training examples).
       eval_batch_size: Examples at a time in evaluation.
-      algorithm_at: The method as clients follow it in a round, by the round's number, where a
-        learning rate changes; ``algorithm`` in every round if None.
+      algorithm_at: Returns the method for a round, given the round's number, if a learning rate
+        changes over the rounds. None means ``algorithm`` in every round.
     """
 
     algorithm: FederatedAlgorithm
@@ -146,11 +154,11 @@ class RoundProgram:
     algorithm_at: Callable[[jax.Array], FederatedAlgorithm] | None = None
 
     def init(self, run_key: jax.Array, data: FederationArrays) -> RunState:
-        """The state before the first round."""
+        """Returns the state before the first round."""
         clients = {}
         for role in self.num_clients:
             init, ids = self.algorithm.clients[role].init, data.groups[role]["ids"]
-            # One after the other: under vmap the draws would be another program for every K.
+            # One client after the other: under vmap, every K would draw with a different program.
             if self.mapping.private:
                 one_by_one = self.mapping._replace(chunk_size=1)
                 clients[role] = over_clients(init, one_by_one)(run_key, ids)
@@ -163,29 +171,32 @@ class RoundProgram:
 
     def _rows(self, role: str, slot: jax.Array | None, tree: PyTree) -> PyTree:
         """Selects the clients in the slots; an empty slot holds an arbitrary client's row."""
-        # Every client has its own slot where the mapping is private.
+        # In a private mapping, every client has its own slot.
         if self.mapping.private or slot is None:
             return tree
         rows = jnp.minimum(slot, self.num_clients[role] - 1)
         return jax.tree.map(lambda leaf: leaf[rows], tree)
 
     def _held(self, chunk: ClientChunk) -> PyTree:
-        """How the pool of a chunk lies on the devices."""
+        """Returns the partitioning of a chunk's pool over the devices."""
         return self.mapping.own if chunk.place is None else self.mapping.by_client.spec
 
     def everyone(self, role: str, data: FederationArrays, split: str) -> ClientChunk:
-        """The whole group, to be measured on a split, where all images lie on the devices."""
+        """Returns the whole group as a chunk to evaluate on a split; needs all images on device."""
         tables, adapts = data.groups[role], self.algorithm.clients[role].adapts
         return ClientChunk(
             None, None, data.pool, tables["train"] if adapts else None, tables[split]
         )
 
     def num_participants(self, role: str) -> int:
-        """How many clients of a role take part in a round."""
+        """Returns how many clients of a role take part in a round."""
         return max(1, math.ceil(self.participation_rate * self.num_clients[role] - 1e-9))
 
     def num_slots(self, role: str) -> int:
-        """Participants rounded up to whole devices and chunks; all clients where it is private."""
+        """Returns the slots of a round: its participants, padded to whole devices and chunks.
+
+        In a private mapping, every client has a slot.
+        """
         private = self.mapping.private
         return self.mapping.slots(
             self.num_clients[role] if private else self.num_participants(role)
@@ -194,14 +205,15 @@ class RoundProgram:
     def participants(
         self, role: str, ids: jax.Array, run_key: jax.Array, round: jax.Array
     ) -> jax.Array:
-        """``[M]`` rows of the group that take part, ascending; K is a slot for nobody."""
+        """Returns the ``[M]`` rows of the group that take part, ascending; K is an empty slot."""
         size, count, slots = (
             self.num_clients[role],
             self.num_participants(role),
             self.num_slots(role),
         )
         ids = ids[:size]
-        # The smallest draws take part; drawn by client id, so no draw depends on the grouping.
+        # The smallest draws take part. Each is keyed by client id, so it does not depend on the
+        # grouping.
         keys = jax.vmap(functools.partial(client_round_key, run_key, round))(ids)
         draws = jax.vmap(lambda key: jax.random.bits(for_purpose(key, Purpose.PARTICIPATION)))(keys)
         chosen = jnp.sort(jnp.argsort(draws, stable=True)[:count])
@@ -221,10 +233,9 @@ class RoundProgram:
         *,
         shapes: ClientChunk,
     ) -> ClientUpdates:
-        """What :meth:`train` returns of all who take part, with zeros for what is to be trained.
+        """Returns the updates of all participants, filled with zeros, for :meth:`train` to fill in.
 
-        ``shapes`` are those of the pool and table of a chunk with as many clients as there are
-        slots.
+        ``shapes`` describes the pool and the table of a chunk that has one client per slot.
         """
         slot = self.participants(role, data.groups[role]["ids"], run_key, round)
         train = functools.partial(self.train, role)
@@ -243,7 +254,7 @@ class RoundProgram:
         chunk: ClientChunk | None = None,
         before: ClientUpdates | None = None,
     ) -> ClientUpdates:
-        """Clients of a role train.
+        """Trains clients of a role.
 
         Args:
           role: The role.
@@ -252,9 +263,9 @@ class RoundProgram:
           run_key: The key of the run.
           round: The number of the round, from 0.
           data: The federation.
-          chunk: Which clients train; None takes all who take part in the round.
-          before: What came of other chunks in this round, as `begin` starts it. The results of this
-            chunk are added to it.
+          chunk: Which clients train; None means all participants of the round.
+          before: The updates of earlier chunks in this round, starting from those of `begin`. The
+            results of this chunk are added to them.
 
         Returns:
           The updates.
@@ -301,8 +312,8 @@ class RoundProgram:
         return updates if before is None else self._added(before, updates, chunk.place)
 
     def _added(self, before: ClientUpdates, now: ClientUpdates, place: jax.Array) -> ClientUpdates:
-        """Puts the rows of some clients in their place among those of all who take part."""
-        # Sums of uploads and weights are those of all before already.
+        """Writes the rows of a chunk into those of all participants."""
+        # The sums of uploads and weights already include those of earlier chunks.
         sums = ("upload", "weight") if self.algorithm.mean_only else ()
         stacked = [name for name in ClientUpdates._fields if name not in (*sums, "slot")]
         rows = [{name: getattr(updates, name) for name in stacked} for updates in (before, now)]
@@ -317,9 +328,9 @@ class RoundProgram:
         round: jax.Array,
         data: FederationArrays,
     ) -> RunState:
-        """The server's turn, on what :meth:`train` gave: by role state, upload, weight, slot.
+        """Runs the server's turn on the results of :meth:`train`, selected by `server_part`.
 
-        It keeps the state it had if no upload of the round counts.
+        If no upload of the round counts, the server keeps its state.
         """
         clients, uploads, weights = dict(state.clients), {}, {}
         for role, (updated, upload, weights[role], slot) in trained.items():
@@ -341,7 +352,7 @@ class RoundProgram:
     def round(
         self, state: RunState, run_key: jax.Array, round: jax.Array, data: FederationArrays
     ) -> tuple[RunState, RoundInfo]:
-        """A whole round: every role trains, then the server has its turn."""
+        """Runs a whole round: every role trains, then the server has its turn."""
         trained = {
             role: self.train(role, state.clients[role], state.server, run_key, round, data)
             for role in self.num_clients
@@ -359,11 +370,11 @@ class RoundProgram:
         *,
         most: int,
     ) -> tuple[RunState, RoundInfo]:
-        """The rounds from ``first`` to before ``last``, at most ``most``, in one program.
+        """Runs rounds ``first`` up to, not including, ``last``, at most ``most``, in one program.
 
         Returns:
-          The state after them, and what each reported: leaves ``[most, ...]``, the first ``last -
-          first`` filled.
+          The state after the rounds, and what each reported: leaves ``[most, ...]``, of which the
+          first ``last - first`` rows are filled.
         """
         shapes = jax.eval_shape(self.round, state, run_key, first, data)[1]
         infos = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
@@ -383,9 +394,9 @@ class RoundProgram:
         data: FederationArrays,
         chunk: ClientChunk,
     ) -> dict[str, Rows]:
-        """Metrics of the deployed models of a chunk's clients, a row for each slot.
+        """Returns the metrics of the deployed models of a chunk's clients, a row per slot.
 
-        Of `everyone`, slots are the clients rounded up to whole devices and chunks of the mapping.
+        For the chunk of `everyone`, the slots are the clients padded to whole devices and chunks.
         """
         own = (self._rows(role, chunk.slot, states), chunk.train, chunk.split)
         if chunk.slot is None:
@@ -404,7 +415,7 @@ class RoundProgram:
             mask = jnp.arange(index.shape[0]) < size
             results = {}
             for model in dict.fromkeys(client.models.values()):
-                # Variables of one network go through one program, one after the other.
+                # All variables of one network go through one program, one after the other.
                 names = [name for name, m in client.models.items() if m is model]
                 stacked = jax.tree.map(lambda *x: jnp.stack(x), *(deployed[n] for n in names))
 
@@ -431,20 +442,20 @@ class RoundProgram:
         row: jax.Array,
         places: jax.Array,
     ) -> jax.Array:
-        """What the headline model of one client of a chunk says of examples of its split.
+        """Returns the predictions of one client's headline model on examples of its split.
 
         Args:
           role: The role.
           states: The states of all its clients.
           server: The server's state.
           data: The federation.
-          chunk: The client's.
-          row: Its slot in the chunk.
+          chunk: The chunk that holds the client.
+          row: The client's slot in the chunk.
           places: Which examples of the split.
 
         Returns:
-          ``[n, ...]``; where the mapping is private ``[D, n, ...]``, zeros but for the client's own
-          device.
+          ``[n, ...]``. If the mapping is private, ``[D, n, ...]``, with zeros on all devices but
+          the client's own.
         """
         one = functools.partial(self._predict, role)
         shared = (self.algorithm.download(server, role), chunk.pool, data.public, places)
@@ -493,12 +504,15 @@ def make_program(
 
 
 def _eval_batch_size(spatial: tuple[int, ...]) -> int:
-    """64, or as many large images as have the pixels of 64 of 64x64; changes memory only."""
+    """Returns 64, or fewer for images larger than 64x64, so that a batch has no more pixels.
+
+    The batch size affects memory only.
+    """
     return max(1, min(64, 2**18 // math.prod(spatial)))
 
 
 def public_spec(public: PublicDataset | None, answers: Any) -> PublicSpec | None:
-    """The label spaces of a public set, and of a teacher's `Answers` about it."""
+    """Returns the label spaces of a public set, and of a teacher's `Answers` about it."""
     if public is None:
         return None
     labels = None if public.label_names is None else len(public.label_names)
@@ -513,12 +527,12 @@ def public_spec(public: PublicDataset | None, answers: Any) -> PublicSpec | None
 
 
 def server_part(trained: Mapping[str, ClientUpdates]) -> JsonObject:
-    """What the server's turn takes of the training phases: by role state, upload, weight, slot."""
+    """Selects what the server's turn needs: by role, state, upload, weight and slot."""
     return {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()}
 
 
 def round_info(trained: Mapping[str, ClientUpdates]) -> RoundInfo:
-    """What a round reports of its training phases."""
+    """Returns what a round reports about its training phases."""
     return RoundInfo(
         {role: t.slot for role, t in trained.items()},
         {role: t.info for role, t in trained.items()},
@@ -527,12 +541,12 @@ def round_info(trained: Mapping[str, ClientUpdates]) -> RoundInfo:
 
 
 def _scatter(states: PyTree, slot: jax.Array, updated: PyTree) -> PyTree:
-    """Puts clients' new states in their place; rows past the end, the empty slots, are dropped."""
+    """Writes clients' new states to their rows; empty slots, past the end, are dropped."""
     return jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), states, updated)
 
 
 def _take(present: jax.Array, updated: PyTree, states: PyTree) -> PyTree:
-    """The new states of those present, each in its own slot, and the old ones of all others."""
+    """Returns the new states of the clients that are present, and the old ones of all others."""
 
     def one(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(present.reshape(-1, *(1,) * (old.ndim - 1)), new, old)

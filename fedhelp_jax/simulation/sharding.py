@@ -1,4 +1,4 @@
-"""Puts a federation on devices: whole on each, or on each its own clients' part alone."""
+"""Puts a federation on devices: replicated, or each device with only its own clients' data."""
 
 from collections.abc import Callable
 
@@ -13,12 +13,12 @@ from fedhelp_jax.typing import PyTree
 
 
 def place(federation: Federation, mapping: Mapping) -> FederationArrays:
-    """The arrays of a federation on the devices of a mapping.
+    """Puts the arrays of a federation on the devices of a mapping.
 
     Args:
-      federation: The data. Where the mapping is private, leave them on the host: no device is given
-        another's part then, of the pool or of the tables.
-      mapping: Whose devices.
+      federation: The data. If the mapping is private, they must be on the host: no device then
+        receives another device's part of the pool or of the tables.
+      mapping: The mapping, which names the devices.
 
     Returns:
       The arrays.
@@ -56,7 +56,7 @@ def place(federation: Federation, mapping: Mapping) -> FederationArrays:
 
 
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """A tree that every process has in full, on all devices; nothing is sent for it."""
+    """Puts a tree that every process has in full on all devices, without communication."""
 
     def one(leaf: PyTree) -> jax.Array:
         leaf = np.asarray(leaf)
@@ -72,7 +72,7 @@ def _padded(leaf: PyTree, length: int) -> np.ndarray:
 
 
 def _owned(groups: PyTree, devices: int) -> list[np.ndarray]:
-    """The examples of each device's clients, ascending."""
+    """Returns the examples of each device's clients, ascending."""
     found: list[list[np.ndarray]] = [[np.zeros(0, np.int32)] for _ in range(devices)]
     for tables in groups.values():
         for split in SPLITS:
@@ -83,7 +83,7 @@ def _owned(groups: PyTree, devices: int) -> list[np.ndarray]:
 
 
 def _renumbered(table: ClientIndex, owned: list[np.ndarray]) -> ClientIndex:
-    """The table with places among the device's own examples; past a client's last one stands 0."""
+    """Renumbers a table to index each device's own examples; rows are padded with 0."""
     index: PyTree = np.zeros_like(table.index)
     for row, (examples, n) in enumerate(zip(table.index, table.size, strict=True)):
         index[row, :n] = np.searchsorted(owned[row * len(owned) // len(index)], examples[:n])

@@ -1,4 +1,4 @@
-"""`Simulation`: an algorithm over hospitals' data, round by round, from Python."""
+"""Provides `Simulation`, which runs an algorithm over clients' data round by round from Python."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,9 +22,9 @@ class SimulationState(NamedTuple):
     """A run between two rounds.
 
     Attributes:
-      key: All randomness of the run follows from it.
-      round: How many rounds are done.
-      run: The state of the server, and by role the stacked states of the clients.
+      key: The key that determines all randomness of the run.
+      round: The number of rounds that are done.
+      run: The state of the server, and the stacked states of the clients by role.
     """
 
     key: jax.Array
@@ -39,7 +39,7 @@ class Simulation:
     any number of devices.
 
     Attributes:
-      algorithm: The algorithm's pure functions, for who wants to call them directly.
+      algorithm: The algorithm's pure functions, for calling them directly.
       federation: The data on the device.
       roles: "small" or "large" for each client of the data.
     """
@@ -65,33 +65,34 @@ class Simulation:
         max_device_bytes: int = 0,
         donate: bool = True,
     ):
-        """Puts the data on the device; nothing is compiled before it is called for.
+        """Puts the data on the device; nothing is compiled before it is needed.
 
         Args:
           algorithm: A method with its networks, such as ``fh.algorithms.fedhelp(small=...)``.
-          data: The private data, such as of ``fh.data.load`` or ``fh.data.from_arrays``.
+          data: The private data, for example from ``fh.data.load`` or ``fh.data.from_arrays``.
           public: The public images, for methods that learn from them.
-          teacher: A foundation model's logits about the public images, of `fedhelp_jax.teachers`.
-          task: Losses and metrics; those of classification or segmentation, by the data, if None.
-            ``fh.tasks.classification._replace(loss=...)`` has a loss of one's own.
-          large: Which clients are large: how many with the most training images, or their names.
-          batch_size: Private images a step.
-          public_batch_size: Public images a step; ``batch_size`` if None.
-          local_epochs: Passes over its images a client makes in a round.
-          augment: How training batches are changed, of ``fh.transforms.AUGMENTATIONS``.
+          teacher: A foundation model's logits for the public images, from `fedhelp_jax.teachers`.
+          task: Losses and metrics. None selects classification or segmentation, according to the
+            data. ``fh.tasks.classification._replace(loss=...)`` sets a custom loss.
+          large: Which clients are large: either how many, taking those with the most training
+            images, or their names.
+          batch_size: Private images per step.
+          public_batch_size: Public images per step; ``batch_size`` if None.
+          local_epochs: Passes that a client makes over its images in a round.
+          augment: Augmentations of the training batches, from ``fh.transforms.AUGMENTATIONS``.
           participation_rate: Fraction of each role that takes part in a round, rounded up.
-          client_weights: A client's weight in the server's mean: "uniform", or "examples", its
+          client_weights: A client's weight in the server's mean: "uniform", or "examples" for its
             number of training images.
           rounds: How many rounds will be run, for methods with a schedule over them (FedKD).
-          chunk_size: Clients vectorised at a time on a device; the back end's best if None.
-          num_devices: Over how many devices clients are spread; all if None.
-          max_device_bytes: The most bytes of private images on a device, the rest waiting on the
+          chunk_size: Clients vectorised at a time on a device; None takes the back end's default.
+          num_devices: The number of devices that clients are spread over; all if None.
+          max_device_bytes: The most bytes of private images on a device, while the rest wait on the
             host; 0 keeps all on the devices.
-          donate: Whether `step` takes over the memory of the state that it is given. Without, older
-            states stay usable, for twice the memory.
+          donate: Whether `step` takes over the memory of the state that it is given. If False,
+            older states stay usable, at the cost of twice the memory.
 
         Raises:
-          UserError: If the method, the data and the options do not go together.
+          UserError: If the method, the data and the options are incompatible.
         """
         method = algorithm.method
         if max_device_bytes and method.pools_data:
@@ -142,7 +143,7 @@ class Simulation:
         self.federation = federation
 
     def init(self, key: jax.Array) -> SimulationState:
-        """Returns the state before the first round; ``key`` is of ``jax.random.key``."""
+        """Returns the state before the first round; ``key`` comes from ``jax.random.key``."""
         return SimulationState(key, 0, self._compiled.init(key))
 
     def step(self, state: SimulationState) -> tuple[SimulationState, RoundInfo]:
@@ -164,13 +165,13 @@ class Simulation:
           split: "train", "validation" or "test".
 
         Returns:
-          ``{role: {model: {metric: [K]}}}``, the model that clients of a role deploy first.
+          ``{role: {model: {metric: [K]}}}``, with the model that a role's clients deploy first.
         """
         measured: dict[str, dict[str, Rows]] = self._compiled.evaluate(state.run, split)
         return measured  # pyright: ignore[reportReturnType]
 
     def clients(self, state: SimulationState, split: str = "test") -> dict[str, dict[str, float]]:
-        """Returns by client the metrics of the model that it deploys."""
+        """Returns the metrics of the model that each client deploys, by client."""
         rows, measured = {}, self._compiled.evaluate(state.run, split)
         for group in self._compiled.groups:
             models = measured[group.role]

@@ -1,10 +1,10 @@
-"""Private images that do not fit the devices: they stay on the host, and come in parts.
+"""Streams private images that do not fit on the devices from the host, in parts.
 
-In every phase the clients of a role are taken in consecutive parts, each device the next of its own
-clients, as many as fit. A part's images come to the devices while the part before is computed, in
-buffers that are always of one shape, so that nothing compiles after the first round. Each device
-goes through its clients in the order, and adds up their uploads in the order, in which it does
-where all images lie there.
+In every phase, the clients of a role are processed in consecutive parts: each device takes the next
+of its own clients, as many as fit. A part's images are transferred while the previous part is
+computed. The buffers always have the same shape, so nothing compiles after the first round. Each
+device processes its clients and sums their uploads in the same order as it would with all images on
+the devices.
 """
 
 import functools
@@ -30,17 +30,17 @@ from fedhelp_jax.typing import JsonObject, PyTree
 
 
 class Buffer(NamedTuple):
-    """How many clients a part has on each device, and how many examples."""
+    """The number of clients and of examples that a part has on each device."""
 
     clients: int
     examples: int
 
 
 class HostFeeder:
-    """The private images on the host, and the parts that they are cut into.
+    """Holds the private images on the host, and cuts them into parts.
 
     Attributes:
-      batch_size: Examples of a part that :meth:`predicting` gives.
+      batch_size: The number of examples in a part of :meth:`predicting`.
     """
 
     def __init__(self, federation: Federation, phases: RoundProgram, max_device_bytes: int):
@@ -48,11 +48,11 @@ class HostFeeder:
 
         Args:
           federation: The data, left on the host.
-          phases: Whose clients.
+          phases: The method, and how its clients run.
           max_device_bytes: The most bytes of images and targets on a device, in both buffers.
 
         Raises:
-          UserError: If a client's examples alone are more.
+          UserError: If the examples of a single client do not fit.
         """
         self.mapping, self._limit = phases.mapping, max_device_bytes
         self._pool = jax.tree.map(_on_host, federation.pool)
@@ -68,7 +68,7 @@ class HostFeeder:
             role, splits = group.role, [self._needs(group.role, split) for split in SPLITS]
             self._check(group.names, np.max(splits, axis=0))
             self._training[role] = self._buffer(splits[0], phases.num_slots(role))
-            # One for all splits, sized for those that are measured in a run.
+            # One buffer serves all splits; it is sized for those that are measured in a run.
             slots = self.mapping.slots(len(group.names))
             buffer = self._buffer(np.maximum(*splits[1:]), slots)
             examples = max(buffer.examples, int(np.max(splits)))
@@ -77,7 +77,10 @@ class HostFeeder:
         self.batch_size = min(phases.eval_batch_size, int(largest))
 
     def _needs(self, role: str, split: str | None) -> np.ndarray:
-        """``[K]`` examples that a part must hold of each client, to train if no split is named."""
+        """Returns how many examples a part must hold of each client, ``[K]``.
+
+        None as the split means training.
+        """
         splits = self._looked_at(role, split)
         return np.sum([self._tables[role][name].size for name in splits], axis=0)
 
@@ -98,7 +101,7 @@ class HostFeeder:
         )
 
     def _buffer(self, needs: np.ndarray, slots: int) -> Buffer:
-        """For as many clients as fit on average, and all examples that so many may have."""
+        """Sizes a buffer for as many clients as fit on average, and for the most they may need."""
         most, chunk = slots // self.mapping.num_devices, self.mapping.chunk_size
         clients = max(1, min(most, int(self._capacity / max(1, needs.mean()))))
         if 0 < chunk < clients:
@@ -107,7 +110,7 @@ class HostFeeder:
         return Buffer(clients, max(1, min(self._capacity, examples)))
 
     def shapes(self, role: str, slots: int) -> ClientChunk:
-        """The shapes of a part of training, if as many clients were in it as there are slots."""
+        """Returns the shapes of a training part that would hold one client per slot."""
         length = self.mapping.num_devices * self._training[role].examples
         pool = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), self._pool
@@ -119,24 +122,24 @@ class HostFeeder:
         return ClientChunk(None, None, pool, _table(index, size), None)
 
     def training(self, role: str, slot: np.ndarray) -> Iterator[ClientChunk]:
-        """The parts of those who train, ``[M]`` rows of their group."""
+        """Yields the parts to train: the clients in ``slot``, ``[M]`` rows of the group."""
         return self._parts(role, slot, None, self._training[role])
 
     def measuring(self, role: str, split: str) -> Iterator[ClientChunk]:
-        """The parts of all clients that are measured on a split."""
+        """Yields the parts to evaluate on a split: all clients of a role."""
         count = len(self._tables[role][split].size)
         slot = np.full(self.mapping.slots(count), count)
         slot[:count] = np.arange(count)
         return self._parts(role, slot, split, self._measuring[role])
 
     def predicting(self, role: str, row: int, split: str, places: np.ndarray) -> ClientChunk:
-        """A part of one client, and of the examples at ``places`` of its split.
+        """Returns a part that holds one client, and the examples at ``places`` of its split.
 
         Args:
-          role: The client's.
-          row: Its place in the group.
+          role: The client's role.
+          row: The client's row in the group.
           split: The split.
-          places: ``[batch_size]``.
+          places: ``[batch_size]`` indices into the split.
 
         Returns:
           The part, with one pool for all devices.
@@ -154,7 +157,7 @@ class HostFeeder:
         return ClientChunk(np.array([row], np.int32), None, pool, train, asked)
 
     def on_devices(self, part: ClientChunk, pool: NamedSharding) -> ClientChunk:
-        """A part on the devices, its pool placed so; the transfer need not have ended."""
+        """Starts to transfer a part to the devices, with its pool placed as ``pool`` says."""
         rest = put(part._replace(pool=None), self.mapping.replicated)
         return rest._replace(pool=put(part.pool, pool))
 
@@ -176,7 +179,7 @@ class HostFeeder:
         split: str | None,
         buffer: Buffer,
     ) -> ClientChunk:
-        """The part of those at ``places`` of each device's block of slots."""
+        """Returns the part of the clients at ``places`` of each device's block of slots."""
         tables, shape = self._tables[role], (len(blocks), buffer.clients)
         slot = np.full(shape, len(tables["train"].size), np.int32)
         place = np.full(shape, blocks.shape[1], np.int32)
@@ -199,12 +202,12 @@ class HostFeeder:
         return ClientChunk(slot.reshape(-1), place.reshape(-1), pool, flat.get("train"), measured)
 
     def _gathered(self, examples: Sequence[np.ndarray], length: int) -> PyTree:
-        """A pool of ``length`` examples for each device."""
+        """Gathers the examples of each device into a pool of ``length``."""
 
         def one(leaf: np.ndarray) -> np.ndarray:
             out = np.zeros((len(examples), length, *leaf.shape[1:]), leaf.dtype)
             for own, rows in zip(examples, out, strict=True):
-                # Unless it clips, NumPy makes a copy on the way.
+                # With any mode but "clip", NumPy makes an intermediate copy.
                 np.take(leaf, own, axis=0, out=rows[: len(own)], mode="clip")
             return out.reshape(-1, *leaf.shape[1:])
 
@@ -212,18 +215,18 @@ class HostFeeder:
 
 
 def _table(index: PyTree, size: PyTree) -> ClientIndex:
-    """Of what is no array of JAX."""
+    """Makes a `ClientIndex` of NumPy arrays or shapes, which its types do not allow."""
     return ClientIndex(index, size)
 
 
 def _on_host(leaf: PyTree) -> np.ndarray:
-    """As an array of the type that it has on the devices."""
+    """Returns a NumPy array of the dtype that the leaf has on the devices."""
     leaf = np.asarray(leaf)
     return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
 
 
 def _cut(needs: np.ndarray, buffer: Buffer) -> list[range]:
-    """Cuts clients who need so many examples into consecutive parts that fit a buffer."""
+    """Cuts clients into consecutive parts that fit a buffer; ``needs`` are their examples."""
     parts, start, used = [], 0, 0
     for i, need in enumerate(needs.tolist()):
         if i - start == buffer.clients or used + need > buffer.examples:
@@ -234,7 +237,7 @@ def _cut(needs: np.ndarray, buffer: Buffer) -> list[range]:
 
 
 def _numbered(found: JsonObject, tables: JsonObject, rows: np.ndarray, device: int) -> np.ndarray:
-    """Fills tables with places in a device's pool; returns which examples it must hold."""
+    """Fills tables with indices into a device's pool; returns the examples it must hold."""
     examples, used = [np.zeros(0, np.int32)], 0
     for i, row in enumerate(rows):
         for name, (index, size) in found.items():
@@ -247,9 +250,9 @@ def _numbered(found: JsonObject, tables: JsonObject, rows: np.ndarray, device: i
 
 
 class StreamedRounds(CompiledRounds):
-    """A simulation whose private images stay in host memory and come to the devices in parts.
+    """A `CompiledRounds` whose private images stay on the host and are streamed in parts.
 
-    It ends as a `CompiledRounds` does, up to rounding.
+    Its results equal those of a `CompiledRounds` up to rounding.
     """
 
     def __init__(
@@ -266,13 +269,13 @@ class StreamedRounds(CompiledRounds):
         Args:
           phases: The method, and how its clients run.
           federation: The data, left on the host.
-          seed: All randomness of the run.
+          seed: Determines all randomness of the run.
           max_device_bytes: The most bytes of private images and targets on a device at a time:
             those of the part that is computed and of the next.
-          donate: As of `CompiledRounds`.
+          donate: As in `CompiledRounds`.
 
         Raises:
-          UserError: If a client's examples alone are more, or there are several processes.
+          UserError: If the examples of a single client do not fit, or the mapping is private.
         """
         if phases.mapping.private:
             raise UserError(
@@ -337,7 +340,7 @@ class StreamedRounds(CompiledRounds):
         return self._predict[role](*at, 0, np.arange(len(places)))
 
     def train_shapes(self, group: Group, state: RunState) -> ClientUpdates:
-        """Shapes of all that a group's training phase returns, without running it."""
+        """Returns the shapes of a group's training results, without running the training."""
         return self._begin[group.role].eval_shape(
             *(state.clients[group.role], state.server, self.run_key, np.int32(0), self.federation)
         )
@@ -348,10 +351,10 @@ class StreamedRounds(CompiledRounds):
         parts: Iterable[tuple[str, ClientChunk]],
         compute: Callable[[str, ClientChunk], PyTree],
     ) -> None:
-        """Computes parts one after the other, the next one's images coming in the meantime.
+        """Computes parts one after the other, while the images of the next one are transferred.
 
-        Never more than two lie on the devices: a part is computed once the one before it is done,
-        and the first once all is that led to the state.
+        At most two parts are on the devices: a part is computed once the previous one is done, and
+        the first once the state has been computed.
         """
         running: PyTree = state
         for role, part in parts:
@@ -361,7 +364,7 @@ class StreamedRounds(CompiledRounds):
 
 
 def _by_row(parts: Sequence[tuple[PyTree, PyTree]]) -> PyTree:
-    """The rows of all parts on the host, by the clients' places in their group."""
+    """Returns the rows of all parts on the host, ordered by the clients' rows in their group."""
     slots, rows = zip(*parts, strict=True)
-    order = np.argsort(np.concatenate(slots), kind="stable")  # nobody's are past the end
+    order = np.argsort(np.concatenate(slots), kind="stable")  # empty slots are past the end
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *rows)

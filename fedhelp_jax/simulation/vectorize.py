@@ -1,4 +1,4 @@
-"""How a function of one client runs over many: vectorised, in chunks, over devices."""
+"""Runs a function of one client over many: vectorised, in chunks, over devices."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,13 +18,13 @@ _EVERYWHERE = P()
 
 
 class Mapping(NamedTuple):
-    """How clients run.
+    """How clients are mapped to devices.
 
     Attributes:
       mesh: Devices along the axis ``clients``.
       chunk_size: How many clients of a device are vectorised at a time; 0 means all of them.
-      private: Whether a device holds the examples and states of its own clients alone. Then every
-        client has a slot of its own in every round, and nothing of a client's ever moves.
+      private: Whether a device holds the examples and states of its own clients only. Every client
+        then has a slot of its own in every round, and rounds do not move its data or state.
     """
 
     mesh: Mesh
@@ -33,33 +33,33 @@ class Mapping(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """Number of devices the clients are spread over."""
+        """The number of devices that the clients are spread over."""
         return self.mesh.size
 
     @property
     def platform(self) -> str:
-        """The devices' back end: "cpu", "gpu" or "tpu"."""
+        """The back end of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     def slots(self, clients: int) -> int:
-        """The number of clients rounded up, so that every device has whole chunks."""
+        """Rounds a number of clients up, so that every device has whole chunks."""
         each = -(-clients // self.num_devices)
         chunk = min(self.chunk_size or each, each)
         return self.num_devices * chunk * -(-each // chunk)
 
     @property
     def replicated(self) -> NamedSharding:
-        """The placement of what every device holds in full."""
+        """The sharding of arrays that every device holds in full."""
         return NamedSharding(self.mesh, P())
 
     @property
     def by_client(self) -> NamedSharding:
-        """The placement of what has a leading axis of clients."""
+        """The sharding of arrays with a leading axis of clients."""
         return NamedSharding(self.mesh, P(_AXIS))
 
     @property
     def own(self) -> P:
-        """How what belongs to clients lies on devices between rounds."""
+        """The partitioning of the clients' data and states between rounds."""
         return P(_AXIS) if self.private else P()
 
 
@@ -70,15 +70,15 @@ def make_mapping(
     private: bool | None = None,
     local: bool = False,
 ) -> Mapping:
-    """A mapping over the first ``num_devices`` devices of the default back end.
+    """Returns a mapping over the first ``num_devices`` devices of the default back end.
 
     Args:
       chunk_size: Clients vectorised at a time on a device. None takes the back end's default: 1 on
         CPU, where a second client only pushes the first one's activations out of the cache, and 0
         (all) on accelerators.
-      num_devices: None takes all, those of other processes too.
-      private: As in `Mapping`; None is where there are devices of other processes.
-      local: Take this process's own devices only.
+      num_devices: None takes all devices, including those of other processes.
+      private: As in `Mapping`; None means True if there are several processes, unless ``local``.
+      local: Whether to take only this process's own devices.
 
     Returns:
       The mapping.
@@ -94,15 +94,16 @@ def make_mapping(
 def over_clients(
     fn: Callable[[Any, Any], Any], mapping: Mapping, placed: Any = _EVERYWHERE
 ) -> Callable[[PyTree, PyTree], PyTree]:
-    """``(shared, stacked) -> stacked results`` of ``fn(shared, one)``, for use inside ``jit``.
+    """Turns ``fn(shared, one)`` into ``(shared, stacked) -> stacked results``, for use in ``jit``.
 
     Args:
       fn: A pure function of what all clients share and of one client's own tree.
       mapping: How to run it.
-      placed: How what is shared lies on devices, a prefix of its tree; each sees its own part.
+      placed: The partitioning of the shared tree, as a prefix of it; each device sees its own part.
 
     Returns:
-      A function whose second argument has leaves ``[K, ...]``, ``K`` one of ``mapping.slots``.
+      A function whose second argument has leaves ``[K, ...]``, where ``K`` comes from
+      ``mapping.slots``.
     """
 
     def without_sum(shared: PyTree, one: PyTree) -> PyTree:
@@ -115,7 +116,7 @@ def over_clients(
 def of_one_client(
     fn: Callable[[Any, Any], jax.Array], mapping: Mapping, placed: Any = _EVERYWHERE
 ) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
-    """Like :func:`over_clients`, but of one client alone, on the device that holds it.
+    """Like :func:`over_clients`, but for one client alone, on the device that holds it.
 
     Args:
       fn: A pure function of what all clients share and of one client's own tree.
@@ -123,7 +124,7 @@ def of_one_client(
       placed: As in :func:`over_clients`.
 
     Returns:
-      A function ``(shared, stacked, row) -> [D, ...]``, zeros but for the client's device.
+      A function ``(shared, stacked, row) -> [D, ...]``, with zeros on all devices but the client's.
     """
 
     def on_one_device(shared: PyTree, stacked: PyTree, row: jax.Array) -> jax.Array:
@@ -149,20 +150,21 @@ def sum_over_clients(
     mapping: Mapping,
     placed: Any = _EVERYWHERE,
 ) -> Callable[..., tuple[PyTree, tuple[PyTree, jax.Array]]]:
-    """Like :func:`over_clients`, but of a part of the results only a weighted sum per device.
+    """Like :func:`over_clients`, but reduces part of the results to a weighted sum per device.
 
-    It is summed up while clients run, so that never more than a chunk of them is in memory.
+    The sum is accumulated while clients run, so that at most one chunk of terms is in memory.
 
     Args:
-      fn: ``(shared, one) -> (result, summed, counts)``; the client is of weight 0 unless
-        ``counts``, a boolean.
+      fn: ``(shared, one) -> (result, summed, counts)``. If the boolean ``counts`` is False, the
+        client's weight is set to 0.
       mapping: How to run it.
       placed: As in :func:`over_clients`.
 
     Returns:
       A function ``(shared, stacked, weights [K], begun=None) -> (stacked results, (sums [D, ...],
-      totals [D]))`` over D devices; clients of weight 0 count for nothing, whatever they give.
-      ``begun`` are the sums and totals of other clients, to which these are added.
+      totals [D]))`` over D devices. Clients of weight 0 do not affect the sums, even if their
+      results are not finite. ``begun`` holds the sums and totals of other clients, to which these
+      are added.
     """
 
     def weighted(shared: PyTree, one: tuple[PyTree, jax.Array]) -> PyTree:
@@ -182,12 +184,13 @@ def sum_over_clients(
 
 
 def fill(mapping: Mapping, stacked: PyTree, place: jax.Array, rows: PyTree) -> PyTree:
-    """Stacked results with those of some clients put in, on each device by itself.
+    """Writes the results of some clients into stacked results, on each device separately.
 
     Args:
-      mapping: Whose devices.
+      mapping: The mapping, which names the devices.
       stacked: Leaves ``[K, ...]``.
-      place: ``[M]`` where each row goes among those of its device; past their end for nobody.
+      place: ``[M]`` positions of the rows among those of their device; empty slots lie past the
+        end.
       rows: Leaves ``[M, ...]``.
 
     Returns:
@@ -201,7 +204,10 @@ def fill(mapping: Mapping, stacked: PyTree, place: jax.Array, rows: PyTree) -> P
 
 
 def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, placed: Any) -> Any:
-    """``(shared, stacked, begun) -> (stacked results, sums [D, ...])`` of ``fn``'s two results."""
+    """Returns ``(shared, stacked, begun) -> (stacked results, sums [D, ...])``.
+
+    ``fn`` returns a result to stack and one to sum.
+    """
 
     def on_one_device(shared: PyTree, stacked: PyTree, begun: PyTree) -> PyTree:
         begun = jax.tree.map(lambda leaf: leaf[0], begun)
@@ -209,7 +215,7 @@ def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, p
         chunk = min(mapping.chunk_size or clients, clients)
 
         def one_chunk(part: PyTree) -> PyTree:
-            # A chunk of one is no vmap over an axis of one, which would change the convolutions.
+            # No vmap over an axis of one: it would change the convolutions.
             if chunk == 1:
                 return fn(shared, part)
             results, summed = jax.vmap(lambda one: fn(shared, one))(part)
@@ -238,7 +244,7 @@ def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, p
 
 
 def _on_each(fn: Callable[..., Any], mapping: Mapping, placed: tuple[Any, ...]) -> Any:
-    """``fn`` on each device by itself, of its parts of the arguments."""
+    """Runs ``fn`` on each device separately, on its shard of the arguments."""
     if mapping.num_devices == 1:
         return fn
     return jax.shard_map(
