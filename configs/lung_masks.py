@@ -34,6 +34,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
     config.data.split_by = "fractions"
     config.data.fractions = (0.45, 0.45, 0.10)
     config.public.name = "folder"
+    config.public.columns.image = "image_id"  # of the table in the zip file
     config.public.num_examples = 1000
     config.teacher.name = "self_trained"
     config.model.small = "unet_small"

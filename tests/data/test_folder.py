@@ -157,6 +157,13 @@ def two_tables(folder: Path) -> None:
     (folder / "more.csv").write_text("file\na\n")
 
 
+def names_second(folder: Path) -> None:
+    """The first column of the table is not the one that holds the files."""
+    lines = (folder / "table.csv").read_text().splitlines()
+    numbered = [f"number,{lines[0]}", *(f"{i},{line}" for i, line in enumerate(lines[1:]))]
+    (folder / "table.csv").write_text("\n".join(numbered) + "\n")
+
+
 def twice(folder: Path) -> None:
     with (folder / "table.csv").open("a") as file:
         file.write("photos/00.png,naevus,north,p0,30\n")
@@ -170,6 +177,7 @@ def twice(folder: Path) -> None:
         (twice, {}, None, ["data.table", "lists image photos/00 more than once"]),
         (None, {}, {"image": "files"}, ["no column files", "did you mean file?"]),
         (None, {}, {"label": "finding"}, ["no column image", "--config.data.columns.image=file"]),
+        (names_second, {}, {}, ["no column image", "--config.data.columns.image=file"]),
         (None, {"finding": {3: ""}}, None, ["1 of 48 images have no label, such as photos/03"]),
         (None, {"file": {3: "../a.png"}}, None, ["'../a.png' is not the name of a file inside"]),
         (None, {"hospital": {3: "?"}}, None, ["of unknown site, such as photos/03"]),

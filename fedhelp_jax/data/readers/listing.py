@@ -18,6 +18,7 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _TABLES = (".csv", ".tsv", ".parquet")
+_FOLDERS = ("", "images")  # where the images of a table lie
 _MASK_ENDS = ("", "_segmentation")  # HAM10000's own masks are called <id>_segmentation.png
 
 logger = logging.getLogger(__name__)
@@ -202,16 +203,19 @@ class _Pictures:
             if (name or column) in known:
                 called[column] = name or column
         if "image" not in called:
+            stems = {PurePosixPath(stem).name for stem in self._by_stem}
+            values = {name: rows[0][name].replace("\\", "/") for name in known}
+            likely = [name for name in known if PurePosixPath(values[name]).stem in stems]
             raise UserError(
                 f"{where} has no column image; it has {', '.join(known)}: say which one holds the "
-                f"files, e.g. --config.{key.split('.')[0]}.columns.image={known[0]}"
+                f"files, e.g. --config.{key.split('.')[0]}.columns.image={(likely or known)[0]}"
             )
-        entries, missing, folders = [], [], ("", "images")
+        entries, missing = [], []
         for number, row in enumerate(rows, start=2):
             value = row[called["image"]]
             if not value:
                 raise UserError(f"{where} row {number} names no image")
-            file = self.find(value, folders)
+            file = self.find(value, _FOLDERS)
             others = {name: text for name, text in row.items() if name not in called.values()}
             values = others | {column: row[name] for column, name in called.items()}
             values["split"] = _side(values.get("split", ""), f"{where} row {number}")
