@@ -17,10 +17,11 @@ protect_process()  # many tests compile functions of the package directly
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what reads real data, by the fixture that gives its folder."""
+    """Marks tests that need real data or PyTorch by the fixtures that they use."""
     for item in items:
-        if "real" in item.fixturenames:
-            item.add_marker("real_data")
+        for fixture, marker in (("real", "real_data"), ("torch", "torch")):
+            if fixture in item.fixturenames:
+                item.add_marker(marker)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,6 +37,12 @@ def real() -> Path:
     if not folder:
         pytest.skip("FEDHELP_DATA_DIR, the folder of real images and models, is not set")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch; tests that ask for it are marked ``torch``."""
+    return pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
 
 
 @pytest.fixture(scope="session")

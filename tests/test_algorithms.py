@@ -38,7 +38,11 @@ ONE_WIDTH = ("fedproto", "fedgh")  # their architectures share features, or a he
 MEASURE = ("fedproto", "fedgh", "fedtype")
 DEVICES = min(2, len(jax.devices()))
 
-every_method = pytest.mark.parametrize("name", ALGORITHMS)
+# Each method compiles for seconds, so that quick tests are of one only.
+every_method = pytest.mark.parametrize(
+    "name",
+    [n if n == "fedhelp" else pytest.param(n, marks=pytest.mark.slow) for n in ALGORITHMS],
+)
 
 
 def make(name):
@@ -133,6 +137,7 @@ def test_states_are_finite_and_change(name):
         assert differs(after, before) or not jax.tree.leaves(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "centralized"])
 def test_clients_train_on_the_same_batches_whatever_the_method(name):
     trains = [split.train.tolist() for split in tiny_dataset().clients]

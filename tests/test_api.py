@@ -34,6 +34,7 @@ def test_the_package_completes_its_names():
         fh.nothing_of_that_name  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_simulation_is_what_a_config_runs():
     """To the bit: the same data, networks, optimizer and key."""
     config = fh.default_config()
@@ -65,6 +66,7 @@ def test_a_simulation_is_what_a_config_runs():
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(other))
 
 
+@pytest.mark.slow
 def test_a_state_can_be_kept(data):
     sim = fh.Simulation(
         fh.algorithms.fedavg(small=network(data.num_classes)), data, batch_size=16, donate=False
@@ -78,6 +80,7 @@ def test_a_state_can_be_kept(data):
     assert set(sim.clients(first)) == {client.name for client in data.clients}
 
 
+@pytest.mark.slow
 def test_a_learning_rate_may_be_a_schedule_over_rounds(data):
     """A rate of 0 in the second round leaves the server's parameters as they are."""
     algorithm = fh.algorithms.fedavg(

@@ -273,6 +273,7 @@ def test_labels_of_an_npz_out_of_range_are_named(tmp_path, capsys):
         assert word in message
 
 
+@pytest.mark.slow
 def test_what_real_hospitals_bring_works(tmp_path, capsys, hospitals):
     """One training image, batches larger than clients, classes absent from train or test."""
     rest = f"{hospitals.settings()} --config.rounds=2 --config.evaluate_every=2"
@@ -303,6 +304,7 @@ def test_what_real_hospitals_bring_works(tmp_path, capsys, hospitals):
     assert fedhelp(f"show {workdir}") == 0
 
 
+@pytest.mark.slow
 def test_stored_answers_work(tmp_path, answers):
     """In another order than the images, and over more images than the run uses."""
     order = np.random.default_rng(0).permutation(12)

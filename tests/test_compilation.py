@@ -68,6 +68,7 @@ def compiled(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @ONLY_ON_CPU
 @pytest.mark.parametrize(
     "command",
@@ -158,6 +159,7 @@ print(compilation.process_is_exposed(), warns(jax.jit(logits)), warns(compilatio
 """
 
 
+@pytest.mark.slow
 @ONLY_ON_CPU
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: XLA splits nothing")
 def test_who_compiles_by_themselves_is_warned_unless_the_process_is_protected():

@@ -190,6 +190,7 @@ def test_a_config_file_of_its_own_making_is_told_where_to_start():
     assert "default_config" in refusal(config_dict.ConfigDict({"rounds": 3}))
 
 
+@pytest.mark.slow
 def test_whole_numbers_that_32_bits_do_not_hold_are_refused_wherever_they_stand():
     """But for seeds, which are unsigned, and bytes, which no program counts."""
     wider = {"seed", "mapping.max_device_bytes"}

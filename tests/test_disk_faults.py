@@ -106,6 +106,7 @@ def results(workdir: Path) -> list:
     return [summary["per_client"], [row["loss"] for row in read(workdir / "metrics.jsonl")]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("round", "name"), [(0, "config.json"), (2, "checkpoints/2")])
 def test_a_run_that_the_disk_stops_goes_on_to_the_same_end(
     finished, tmp_path, capsys, monkeypatch, round, name
@@ -130,6 +131,7 @@ def test_a_run_that_the_disk_stops_goes_on_to_the_same_end(
     assert not list((workdir / "checkpoints").glob("unreadable*"))
 
 
+@pytest.mark.slow
 def test_sums_that_find_no_room_leave_no_checkpoint(finished, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -140,6 +142,7 @@ def test_sums_that_find_no_room_leave_no_checkpoint(finished, tmp_path, capsys, 
     assert list((workdir / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_terminal(finished, tmp_path, kept_programs):
     """A hangup, a reader of stdout that is gone, and a closed stderr."""
     workdir = tmp_path / "run"

@@ -119,6 +119,7 @@ def rounds_of(method):
     return run, on_host(state), everyone
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", [n for n in ALGORITHMS if n not in SILENT])
 def test_an_upload_that_is_not_finite_has_no_influence_in_any_method(name):
@@ -149,6 +150,7 @@ def test_a_role_without_a_finite_upload_keeps_its_model_in_feddf():
 
 
 # Of methods that need only the mean, and of one that is given every upload.
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -182,6 +184,7 @@ def expected_states():
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["state", "loss"])
 def test_states_and_losses_that_are_not_finite_are_found(what):
     method = algorithm("local")

@@ -22,6 +22,7 @@ def test_there_are_blocks_to_run():
     assert len(BLOCKS) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_block_runs(block):
     names = {"__name__": "documentation", "config": default_config()}

@@ -28,6 +28,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_it_runs(file, tmp_path):
     source, changes = file.read_text(), 0
@@ -47,6 +48,7 @@ def test_it_fits_on_a_screen(file):
     assert len(file.read_text().splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_a_hospitals_folder_by_the_page_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_hospital = runpy.run_path(str(EXAMPLES / "make_hospital.py"))["main"]

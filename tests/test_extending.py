@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from commands import CONFIG, fedhelp, read, refusal
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -17,6 +18,7 @@ def write_page(folder: Path) -> None:
     (folder / "my_lab.py").write_text("\n\n".join(blocks))
 
 
+@pytest.mark.slow
 def test_all_four_are_used_without_touching_the_package(tmp_path, monkeypatch):
     write_page(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -56,6 +58,7 @@ def test_what_cannot_be_used_is_told_in_a_line(tmp_path, monkeypatch, capsys):
             assert word in line, line
 
 
+@pytest.mark.slow
 def test_a_package_adds_to_the_lists_by_an_entry_point(tmp_path):
     write_page(tmp_path)
     about = tmp_path / "my_lab-1.0.dist-info"

@@ -62,6 +62,7 @@ def history(name, top_n=2, **settings):
 # --- reductions ---
 
 
+@pytest.mark.slow
 def test_without_large_clients_and_public_images_it_is_fedavg():
     ours, fedavg = history("fedhelp", top_n=0)[-1], history("fedavg", top_n=0)[-1]
     assert_trees_close(ours.server.averaged, fedavg.server)
@@ -69,6 +70,7 @@ def test_without_large_clients_and_public_images_it_is_fedavg():
     assert_trees_close(ours.clients["small"].surrogate, fedavg.clients["small"])
 
 
+@pytest.mark.slow
 def test_without_distillation_proxies_are_fedavg_and_large_models_train_alone():
     ours = history("fedhelp", lambda_f=0.0, lambda_b=0.0)[-1]
     assert_trees_close(ours.server.averaged, history("fedavg")[-1].server)
@@ -134,6 +136,7 @@ def small_after(public, setup=None, **changes):
     return small_step(setup, settings, small_start(setup, settings), private_batch(3), public)
 
 
+@pytest.mark.slow
 def test_the_public_step_leaves_the_private_head_and_discards_its_statistics():
     alone, _ = small_after(None)
     both, info = small_after(public_batch())
@@ -145,6 +148,7 @@ def test_the_public_step_leaves_the_private_head_and_discards_its_statistics():
     assert set(info) == {"loss", "public_loss"}
 
 
+@pytest.mark.slow
 def test_shared_statistics_are_moved_by_public_images():
     discard, _ = small_after(public_batch())
     shared, _ = small_after(public_batch(), public_batch_stats="shared")
@@ -226,6 +230,7 @@ def test_joint_is_one_step_on_the_sum():
     assert_trees_close(carry.surrogate["batch_stats"], alone.surrogate["batch_stats"])
 
 
+@pytest.mark.slow
 def test_joint_trains():
     """Both losses of a client that fits its few examples fall."""
     setup = tiny_setup(tx=ADAM, public=PUBLIC)
@@ -252,6 +257,7 @@ def large_after(warm=True, teacher_scale=1.0, **changes):
     return large_step(setup, FedHelpSettings(**changes), carry, private_batch(3), warm)
 
 
+@pytest.mark.slow
 def test_without_warmth_a_large_client_steps_on_cross_entropy_alone():
     cold, cold_info = large_after(warm=False)
     plain, plain_info = large_after(lambda_f=0.0, lambda_b=0.0)
@@ -260,6 +266,7 @@ def test_without_warmth_a_large_client_steps_on_cross_entropy_alone():
     assert differs(warm.proxy, cold.proxy) and differs(warm.large, cold.large)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm", [False, True])
 def test_an_untrained_teacher_of_huge_logits_breaks_nothing(warm):
     carry, info = large_after(warm=warm, teacher_scale=1e30)

@@ -148,6 +148,7 @@ def large_after(**changes):
     return start, carry, setup
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE_LOSSES)
 def test_what_a_large_model_learns(name):
     changes, loss = LARGE_LOSSES[name]
@@ -169,6 +170,7 @@ def test_what_a_large_model_learns(name):
         assert_trees_equal(after.proxy, plain.proxy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("released", [(), ("mean_kl",)])
 def test_what_a_proxy_learns(released):
     start, after, setup = large_after(released_code=released)
@@ -213,6 +215,7 @@ SMALL_LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL_LOSSES)
 def test_what_a_small_client_learns_from_public_images(name):
     changes, loss = SMALL_LOSSES[name]
@@ -241,6 +244,7 @@ def test_what_a_small_client_learns_from_public_images(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("released", [(), ("fresh_heads",)])
 def test_fresh_heads_are_made_anew_each_round(released):
     """Without training: the private head and the public ones change, the features do not."""

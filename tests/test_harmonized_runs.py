@@ -41,6 +41,7 @@ def test_settings_name_what_there_is():
     assert transforms.AUGMENTATIONS == schema.AUGMENTATIONS
 
 
+@pytest.mark.slow
 def test_each_batch_is_augmented_by_a_key_of_its_step():
     federation = tiny_federation()
     setup = tiny_setup(augment=("flip", "affine"), local_epochs=2)
@@ -74,6 +75,7 @@ def test_each_batch_is_augmented_by_a_key_of_its_step():
         assert differs(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedavg", "fedhelp"])
 def test_augmentation_does_not_depend_on_how_clients_are_grouped(name):
     """Neither on chunks, nor on where the images lie."""
@@ -101,6 +103,7 @@ def settings(**changes: Any) -> Any:
     return validate(config)
 
 
+@pytest.mark.slow
 def test_private_and_public_images_are_harmonised_alike():
     plain, public = load_data(settings(), with_public=True)
     names = ("colour_constancy", "percentile_clip", "z_score")
@@ -127,6 +130,7 @@ def test_floats_far_from_normal_are_warned_about(monkeypatch, caplog):
     assert not caplog.text and abs(data.images).max() < 10
 
 
+@pytest.mark.slow
 def test_runs_on_harmonised_and_augmented_images(tmp_path, monkeypatch):
     use_tiny_networks(monkeypatch)
     flags = {
@@ -143,6 +147,7 @@ def test_runs_on_harmonised_and_augmented_images(tmp_path, monkeypatch):
     assert summary["dataset"] == "phantoms_colour_constancy_z_score" and summary["synthetic"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["2d", "3d"])
 def test_masks_are_learned_from_augmented_floats_and_drawn(rank, tmp_path):
     flags = (
@@ -172,6 +177,7 @@ def test_what_does_not_go_is_refused(flags, words, tmp_path, capsys):
     assert words in refusal(capsys, train(tmp_path / "run", f"--config.data.{flags}"))
 
 
+@pytest.mark.slow
 def test_images_are_compared_before_they_are_harmonised(monkeypatch, capsys):
     """Any two constant images have the same z-scores, and are two pictures all the same."""
     raw, shown = tiny_dataset(), tiny_public()

@@ -541,8 +541,7 @@ def test_bad_input_is_refused(loss, inputs, settings, message):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_pytorch_parity(temperature):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
+def test_pytorch_parity(torch, temperature):
     student, teacher, labels = example(21, (16,))
     torch_student = torch.tensor(np.asarray(student), requires_grad=True)
     torch_teacher = torch.tensor(np.asarray(teacher))

@@ -126,6 +126,7 @@ def yogi(gs):
     return adam(gs, 1e-6, lambda v, g: v - 0.01 * np.sign(v - g**2) * g**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tx", "server"),
     [
@@ -140,6 +141,7 @@ def test_the_server_optimizer_takes_the_averaged_update_as_a_gradient(tx, server
     compare("fedavg", fedavg, setup(server_tx=tx), server, rounds=3)
 
 
+@pytest.mark.slow
 def test_a_server_of_plain_sgd_of_rate_one_takes_the_mean():
     """As w - 1 (w - mean w_i) = mean w_i."""
     given = setup(server_tx=optax.sgd(1.0))
@@ -216,7 +218,7 @@ def controlled(x, c, c_i, data, decay):
 
 
 @pytest.mark.parametrize(
-    ("participation_rate", "devices", "decay"), [(1.0, 1, 0.1), (0.5, 2, 0.0)], ids=["all", "half"]
+    ("participation", "devices", "decay"), [(1.0, 1, 0.1), (0.5, 2, 0.0)], ids=["all", "half"]
 )
 def test_scaffold(participation, devices, decay):
     """Averages y, moves c by the sum of all c_i' - c_i over the number of all clients.
@@ -260,6 +262,7 @@ def test_scaffold(participation, devices, decay):
     assert any(kept) == (participation < 1), "nobody had a c_i to keep"
 
 
+@pytest.mark.slow
 def test_centralized():
     """Both architectures: w <- w - rate grad F(w) on all clients' training data."""
     data = tiny_federation()
@@ -399,18 +402,21 @@ def test_normalisation_of_other_networks(path, expected):
     assert is_normalisation(("params", "features", *path.split("/"))) == expected
 
 
+@pytest.mark.slow
 def test_fedbn_without_normalisation_is_fedavg():
     """Then everything is shared."""
     for got, expected in zip(states_of("fedbn"), states_of("fedavg"), strict=True):
         assert_trees_equal(got.server.variables, expected.server.variables)
 
 
+@pytest.mark.slow
 def test_fedprox_without_its_term_is_fedavg():
     """With mu = 0, bit for bit."""
     for got, expected in zip(states_of("fedprox", mu=0.0), states_of("fedavg"), strict=True):
         assert_trees_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_ditto_without_its_term_trains_alone_beside_fedavg():
     """With lambda = 0 v_i is as in local training, w as in FedAvg."""
     alone, averaged = states_of("local", small_only=True), states_of("fedavg")
@@ -419,6 +425,7 @@ def test_ditto_without_its_term_trains_alone_beside_fedavg():
         assert_trees_close(got.server.variables, shared.server.variables)
 
 
+@pytest.mark.slow
 def test_pfedme_without_its_term_shares_nothing():
     """With lambda = 0 w stays where it began, while theta moves."""
     first, *later = states_of("pfedme", lam=0.0)
@@ -431,6 +438,7 @@ def test_pfedme_without_its_term_shares_nothing():
             assert np.abs(moved).max(axis=1).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_scaffold_starts_as_fedavg():
     """In the first round all c are zero; later ones are not FedAvg's."""
     pairs = [

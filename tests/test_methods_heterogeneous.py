@@ -178,6 +178,7 @@ def check_first_round(clients):
     assert_trees_close(clients["small"], row(alone()[1], [0, 2, 4]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "setting"), [("fedmd", "digest_epochs"), ("fedproto", "lam")])
 def test_local_training_where_nothing_is_learnt_from_others(name, setting):
     """With this setting 0, in every round; else in the first, as is checked below."""
@@ -186,6 +187,7 @@ def test_local_training_where_nothing_is_learnt_from_others(name, setting):
         assert_trees_close(got.clients["small"], expected)
 
 
+@pytest.mark.slow
 @WHO
 def test_fedmd(half):
     """A step on |f_i - consensus| per public batch, then on CE; consensus <- mean_i f_i(x_p)."""
@@ -225,6 +227,7 @@ def test_what_answers_so_already_learns_nothing():
     assert_trees_close(learnt, variables)
 
 
+@pytest.mark.slow
 def test_feddf():
     """w_role <- mean of its uploads, then steps on KL(softmax(mean_i f_i) || softmax(f_role))."""
 
@@ -243,6 +246,7 @@ def test_feddf():
     compare("feddf", client, server, with_public(), half=True, server_steps=5)
 
 
+@pytest.mark.slow
 def test_feddf_without_distillation_averages_within_each_role():
     """With server_steps = 0."""
     for state in rounds_of("feddf", 2, federation(), with_public(), server_steps=0)[1][1:]:
@@ -276,6 +280,7 @@ def averaged(kept, uploads):
     return Prototypes(means, counts)
 
 
+@pytest.mark.slow
 @WHO
 def test_fedproto(half):
     """Steps on CE + lambda |z - P_y|^2 / D, the second where there is a P_y; then class means."""

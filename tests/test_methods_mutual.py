@@ -25,6 +25,7 @@ def mutual_gradient(params, x, y, teacher, share):
     return backward(params, x, share * labels + (1 - share) * other)
 
 
+@pytest.mark.slow
 def test_fml():
     """Both networks step at once, each on labels and on what the other said before the step."""
     alpha, beta = 0.3, 0.6
@@ -49,6 +50,7 @@ def test_fml():
         assert_trees_close(states[round + 1].server.variables["params"], meme)
 
 
+@pytest.mark.slow
 def test_fml_on_labels_alone_is_local_training_and_fedavg():
     _, fml = rounds_of("fml", ROUNDS, alpha=1.0, beta=1.0)
     _, local = rounds_of("local", ROUNDS)

@@ -65,6 +65,7 @@ def learned(w, v, projection, x, y):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "end"), [(0.6, 0.9), (1.0, 1.0)])
 def test_fedkd(start, end):
     data = tiny_federation()
@@ -173,6 +174,7 @@ def agreement(proxy, private):
     return np.mean(values)
 
 
+@pytest.mark.slow
 def test_fedtype():
     miss, k_reg, by_proxy, by_own = 0.4, 1, 0.05, 0.1
     data = tiny_federation()
@@ -214,6 +216,7 @@ def test_fedtype():
     assert pushed and len(sizes) > 1
 
 
+@pytest.mark.slow
 def test_fedtype_whose_sets_are_all_classes_leaves_networks_alone():
     _, ours = rounds_of("fedtype", ROUNDS, miscoverage=0.0)
     _, local = rounds_of("local", ROUNDS)
@@ -221,6 +224,7 @@ def test_fedtype_whose_sets_are_all_classes_leaves_networks_alone():
         assert_trees_close(mine.clients, alone.clients)
 
 
+@pytest.mark.slow
 def test_a_ranking_of_given_sets():
     rng = np.random.default_rng(0)
     logits, teacher = rng.normal(size=(2, 5, CLASSES))

@@ -45,6 +45,7 @@ CASES = [
 
 
 # Bytes of patches made at once: all offsets of a kernel, a row or plane of them, one.
+@pytest.mark.slow
 @pytest.mark.parametrize("patch_bytes", [2**28, 4000, 1])
 @pytest.mark.parametrize("channels", [5, 3])  # as many as come out, and fewer: other gradients
 @pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
@@ -55,6 +56,7 @@ def test_conv_equals_xla_in_value_and_both_gradients(
     check_conv(spatial, size, stride, channels, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [5, 3])
 @pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
 def test_images_multiplied_one_after_the_other_change_nothing(
@@ -74,6 +76,7 @@ def test_images_are_multiplied_together_as_far_as_their_patches_fit():
     assert images(16, 32, rows=64) == 16  # much is made of each patch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [5, 3])
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("patch_bytes", [2**28, 1])
@@ -116,6 +119,7 @@ def test_conv_over_stacked_clients_in_parts_equals_one_by_one(monkeypatch):
         np.testing.assert_allclose(together[i], conv(x[i], kernels[i], 2), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spatial", "size"), [((5,), 3), ((4, 3), 2), ((2, 3, 4), 2), ((2, 1), 3)])
 def test_conv_transpose_equals_xla_in_value_and_both_gradients(spatial, size):
     rank = len(spatial)
@@ -160,6 +164,7 @@ def test_max_pool_gives_its_gradient_to_the_first_of_equals_and_keeps_nan():
         )
 
 
+@pytest.mark.slow
 def test_conv_over_stacked_clients_equals_one_by_one():
     x = jax.random.normal(jax.random.key(0), (5, 3, 2, 6, 6))
     kernels = jax.random.normal(jax.random.key(1), (5, 3, 3, 3, 4))
@@ -229,6 +234,7 @@ def test_conv_transpose_in_bfloat16_sums_in_float32():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
 def test_conv_in_bfloat16_over_stacked_clients_equals_one_by_one(spatial, size, stride):
     """On a transposed view too, of which XLA's CPU back end multiplies no bfloat16."""
@@ -270,6 +276,7 @@ def features_and_gradients(model):
     return run, variables["params"]["features"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_in_bfloat16_multiplies_in_it_and_gives_float32(name):
     plain, params = features_and_gradients(NETWORKS[name])
@@ -287,6 +294,7 @@ def test_a_network_in_bfloat16_multiplies_in_it_and_gives_float32(name):
     assert loss == pytest.approx(float(plain(params)[0][0]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_under_float64_all_that_leaves_a_network_is_float64(float64):
     run, params = features_and_gradients(with_compute_dtype(NETWORKS["resnet"], jnp.bfloat16))
     leaves = jax.tree.leaves(run(params))
@@ -294,6 +302,7 @@ def test_in_bfloat16_under_float64_all_that_leaves_a_network_is_float64(float64)
     assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_normalize_is_differentiated_as_autodiff_would():
     x = jax.random.normal(jax.random.key(0), (3, 5, 2, 2)) * 3 + 1
     mask = jnp.array([True, True, False, True, True])
@@ -344,6 +353,7 @@ def test_he_initialisation():
     assert np.abs(rest[0] - rest[1]).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [resnet(8, 5), cnn((4, 6), 5)], ids=["resnet", "cnn"])
 def test_any_image_size_and_evaluation_mode_leave_the_statistics_alone(model):
     variables = model.init(jax.random.key(0), (9, 13, 3))

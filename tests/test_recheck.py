@@ -45,6 +45,7 @@ def measured(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rest",
     [
@@ -63,6 +64,7 @@ def test_another_program_measures_the_same(tmp_path, monkeypatch, measured, rest
             np.testing.assert_allclose(own[name][row], again[name][0], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_so_it_is_of_masks(tmp_path, measured):
     flags = f"--config.mapping.cpu_devices={jax.device_count()} --workdir={tmp_path / 'run'}"
     flags += " --config.model.small_widths=(2,) --config.model.large_widths=(3,)"
@@ -100,6 +102,7 @@ def runs_of(method):
     return [Run({"seed": config.seed}, config) for config in settings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedhelp", "per_fedavg"])
 def test_a_sweep_measures_clients_of_its_first_run_again(tmp_path, monkeypatch, measured, method):
     use_tiny_networks(monkeypatch)
@@ -110,6 +113,7 @@ def test_a_sweep_measures_clients_of_its_first_run_again(tmp_path, monkeypatch, 
             np.testing.assert_allclose(own[name][row], again[name][0], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_wrong_results_stop_a_sweep(tmp_path, monkeypatch):
     use_tiny_networks(monkeypatch)
     original = rechecks.measured_alone

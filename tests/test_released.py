@@ -222,11 +222,6 @@ def test_no_part_of_the_large_loss_asks_for_the_label():
 
 
 @pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
-
-
-@pytest.fixture(scope="module")
 def kl_div_loss(torch):
     """The release's criterion, ``nn.KLDivLoss()``; it warns of the very mean that it takes."""
 

@@ -55,20 +55,24 @@ def assert_repeats(**options: Any) -> None:
             assert value == 1, (name, value)
 
 
+@pytest.mark.slow
 def test_the_small_program_of_the_report_is_right_with_the_option():
     done = python(str(RACE), "--safe")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("wrong 0 of 10") == 3
 
 
+@pytest.mark.slow
 def test_evaluation_repeats():
     assert_repeats(**WIDE, evaluations=4)
 
 
+@pytest.mark.slow
 def test_training_repeats():
     assert_repeats(batch=64, train=64, test=8, rounds=2)
 
 
+@pytest.mark.slow
 def test_phases_equal_loops_in_python():
     assert_repeats(direct=True, float64=True, clients=2, train=12, test=24, busy="none")
 

@@ -27,7 +27,7 @@ from fedhelp_jax.experiments import experiment, identity, runner
 from fedhelp_jax.experiments.checkpoint import Checkpointer
 from fedhelp_jax.experiments.experiment import build_experiment
 from fedhelp_jax.experiments.sweep_blocks import numbers, with_numbers
-from fedhelp_jax.models.resnet import resnet
+from fedhelp_jax.models.registry import MODELS
 from fedhelp_jax.settings.schema import MappingConfig
 from fedhelp_jax.simulation import vectorize
 from fedhelp_jax.simulation.round import federation_arrays
@@ -112,6 +112,7 @@ def run(finished, tmp_path):
 # --- what a run leaves ---
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_was_run(finished):
     summary = read(finished / "summary.json")
     assert set(FIELDS) <= set(summary)
@@ -152,6 +153,7 @@ def test_the_summary_counts_what_travels(finished):
     assert summary["bytes_down_per_round"] == len(CLIENTS) * 4 * (numbers + 1)
 
 
+@pytest.mark.slow
 def test_traffic_that_changes_by_round_is_counted_by_round(tmp_path):
     """FedKD sends factors: all of the mentee at first, then less, which clients say themselves."""
     run = tmp_path / "fedkd"
@@ -242,6 +244,7 @@ def test_show_prints_it(finished, capsys):
 # --- stopped and going on ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "round", "saved"), [("after-row", 3, ["2"]), ("before-sums", 4, ["2", "4"])]
 )
@@ -265,6 +268,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
     assert_same_run(workdir, finished)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_saved_and_goes_on(finished, tmp_path, capsys, caplog, kept_programs):
     workdir = tmp_path / "run"
     environment = {k.upper(): str(v) for k, v in kept_programs.items()}
@@ -308,6 +312,7 @@ def test_another_configuration_is_refused_by_its_keys(run, finished, capsys):
     assert_same_run(run, finished)
 
 
+@pytest.mark.slow
 def test_overwrite_begins_anew(run, capsys):
     assert train(run, "--config.algorithm.name=local --config.rounds=1 --overwrite") == 0
     assert [row["round"] for row in read(run / "metrics.jsonl")] == [1]
@@ -340,6 +345,7 @@ def test_a_config_edited_by_hand_is_refused(run, capsys, key, value, words):
         assert "edited by hand" in refusal(capsys, train(run, "--config.learning_rate=0.5"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_mapping_that_it_was_started_with(tmp_path, caplog):
     """On as many devices, of those that there are, and vectorised alike; evaluate takes any."""
     workdir = tmp_path / "run"
@@ -401,6 +407,7 @@ def test_the_mapping_of_a_run_is_known_before_jax_starts(
         identity.as_started(config, tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_a_run_of_another_back_end_is_only_evaluated(run, finished, capsys, monkeypatch):
     ours = identity.program
     monkeypatch.setattr(identity, "program", lambda run: ours(run) | {"platform": "tpu"})
@@ -410,6 +417,7 @@ def test_a_run_of_another_back_end_is_only_evaluated(run, finished, capsys, monk
     assert read(run / "summary.json")["program"] == read(finished / "summary.json")["program"]
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_told(run, capsys, monkeypatch):
     """Its checkpoints do not say what was read."""
     monkeypatch.setattr(identity, "of_checkpoint", lambda run: {"config_sha256": "0"})
@@ -421,6 +429,7 @@ def test_a_run_of_an_earlier_version_is_told(run, capsys, monkeypatch):
 # --- more rounds ---
 
 
+@pytest.mark.slow
 def test_more_rounds_than_before_end_as_if_they_had_been_asked_for_at_once(
     finished, tmp_path, capsys, caplog
 ):
@@ -458,6 +467,7 @@ def test_other_rounds_are_refused_where_a_schedule_depends_on_them(settings, wor
         assert same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_each_method_says_whether_it_has_a_schedule_over_rounds(name, monkeypatch):
     """By the program of a round: two numbers of rounds make two only where there is one."""
@@ -493,6 +503,7 @@ def write_images(path: Path, seed: int) -> None:
     np.savez(path, **arrays)
 
 
+@pytest.mark.slow
 def test_other_data_at_the_same_path_are_refused_and_the_same_elsewhere_welcome(tmp_path, capsys):
     workdir, data, moved = tmp_path / "run", tmp_path / "data.npz", tmp_path / "b" / "data.npz"
     moved.parent.mkdir()
@@ -531,9 +542,11 @@ def test_other_data_at_the_same_path_are_refused_and_the_same_elsewhere_welcome(
 # --- networks as they are ---
 
 
+@pytest.mark.slow
 def test_residual_networks_run_to_the_end_and_can_be_evaluated(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "resnet", resnet)
     """In a federation without large clients."""
+    for name in ("resnet20", "resnet32"):
+        monkeypatch.delitem(MODELS._found, name)
     rest = "--config.rounds=2 --config.data.fractions='(0.7,0.3)' --config.roles.top_n=0"
     workdir = tmp_path / "run"
     assert train(workdir, rest) == 0
@@ -551,6 +564,7 @@ def test_residual_networks_run_to_the_end_and_can_be_evaluated(tmp_path, monkeyp
     assert without_times(read(workdir / "summary.json")) == without_times(before)
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_is_near_one_in_float32():
     """Two clients at once on each device."""
     losses = {}
@@ -583,6 +597,7 @@ def test_however_rare_evaluations_are_a_dispatch_takes_a_bounded_number_of_round
     assert experiment.rounds_at_once(config) == 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rates"),
     [

@@ -195,6 +195,7 @@ def test_absent_classes():
     assert_metrics(got, ref_metrics(predicted, truth, 4))
 
 
+@pytest.mark.slow
 def test_pairs_of_many_classes_are_more_than_a_byte_can_count():
     names = tuple(f"c{i}" for i in range(20))
     truth = np.arange(20, dtype=np.uint8).reshape(1, 4, 5)
@@ -248,6 +249,7 @@ NATIVE = [((12, 9), (6, 5)), ((30, 40), (12, 12)), ((150, 200), (64, 64)), ((5, 
 NATIVE += [((12, 16, 12), (6, 8, 6)), ((9, 7, 6), (4, 5, 8))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [1, 3])
 @pytest.mark.parametrize(("own", "size"), NATIVE)
 def test_the_loss_is_taken_at_the_masks_resolution(own, size, num_classes):

@@ -89,6 +89,7 @@ def reference():
 # --- against loops written here ---
 
 
+@pytest.mark.slow
 def test_a_simulation_is_a_loop_over_clients():
     """Every client by itself, and a NumPy mean of what they send."""
     method, data, run_key = algorithm("fedhelp"), federation(), jax.random.key(0)
@@ -119,6 +120,7 @@ def test_a_simulation_is_a_loop_over_clients():
     assert_trees_close(expected.clients, stacked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [0, 5])
 def test_fedavg_of_one_client_is_plain_training(padding):
     """Two epochs a round over shuffled batches, the last one short; optimizer written here."""
@@ -159,6 +161,7 @@ def test_fedavg_of_one_client_is_plain_training(padding):
     assert_trees_close(got.server.variables, variables)
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_each_clients_own_split():
     """Predictions in batches over padded tables, against one pass over the client's examples."""
     method, data = algorithm("fedhelp"), federation()
@@ -188,6 +191,7 @@ def test_metrics_are_those_of_each_clients_own_split():
 # --- invariances ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk_size", "num_devices"),
     [(0, 1), (2, 1), pytest.param(0, 2, marks=two_devices)],
@@ -222,6 +226,7 @@ def widened(data, columns):
     return data._replace(groups=tuple(groups))
 
 
+@pytest.mark.slow
 def test_rounds_in_one_dispatch_change_nothing():
     """The state and every report; the second call, of fewer rounds, is the same program."""
     start, (expected, reports), _ = reference()
@@ -238,6 +243,7 @@ def test_rounds_in_one_dispatch_change_nothing():
     assert compile_totals().programs == compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk_size", "num_devices"), [(1, 1), (2, 1), (0, 1), pytest.param(2, 2, marks=two_devices)]
 )
@@ -254,6 +260,7 @@ def test_a_mean_is_taken_while_clients_run(chunk_size, num_devices):
     assert_trees_close(run(simulation, ROUNDS), expected)
 
 
+@pytest.mark.slow
 def test_a_client_need_not_keep_its_copy():
     with_copies = simulate(algorithm("fedavg"), federation())
     without = simulate(build("fedavg", tiny_setup(public=PUBLIC), personal=False), federation())
@@ -265,6 +272,7 @@ def test_a_client_need_not_keep_its_copy():
     assert_trees_close(metrics["global"], with_copies.evaluate(expected, "test")["small"]["global"])
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     start, expected, metrics = reference()
     simulation = simulate(algorithm("fedhelp"), widened(federation(), 7))
@@ -273,6 +281,7 @@ def test_padding_changes_nothing():
     assert_trees_close(simulation.evaluate(got[0], "test"), metrics, FLOAT32)
 
 
+@pytest.mark.slow
 def test_the_order_of_clients_changes_nothing():
     def backwards(group):
         tables = {
@@ -293,6 +302,7 @@ def fedavg_server(top_n=0, seed=0):
     return run(simulate(algorithm("fedavg"), federation(top_n), seed=seed), ROUNDS).server
 
 
+@pytest.mark.slow
 def test_roles_change_nothing_for_a_method_that_has_none():
     """Keys are folds of a client's position in the data set, so groups do not matter."""
     assert_trees_close(fedavg_server(top_n=2), fedavg_server(top_n=0))
@@ -322,6 +332,7 @@ def test_another_seed_is_another_run():
 # --- empty slots, clients without examples ---
 
 
+@pytest.mark.slow
 @two_devices
 def test_empty_slots_never_leak():
     """What fills up the last device leaves and sends NaN here, and nobody notices."""
@@ -343,6 +354,7 @@ def test_empty_slots_never_leak():
     assert_trees_close(outcome(simulation, start), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "role"), [("fedhelp", "small"), ("fedhelp", "large"), ("fedavg", "small")]
 )
@@ -398,6 +410,7 @@ def test_the_number_that_takes_part_is_rounded_up(fraction, expected):
     assert [simulation.phases.num_participants(g.role) for g in simulation.groups] == expected
 
 
+@pytest.mark.slow
 def test_the_server_can_weigh_clients_by_their_examples():
     """Uniform weights stand in the loop over clients above."""
     simulation = simulate(algorithm("fedavg"), federation(), client_weights="examples")

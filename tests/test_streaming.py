@@ -112,6 +112,7 @@ def case(name, chunk_size, num_devices, participation, **options):
 # --- equality ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "options",
@@ -150,6 +151,7 @@ def masks(max_device_bytes):
     return build_experiment(config).simulation
 
 
+@pytest.mark.slow
 def test_predictions_of_masks_are_the_same():
     """Of an adapting method, whose training images come along; a float32 run's states too."""
     whole, parts = masks(0), masks(32_000)
@@ -170,6 +172,7 @@ def test_predictions_of_masks_are_the_same():
 # --- what lies on the devices, and what compiles ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=two_devices)])
 def test_no_more_than_the_bound_lies_on_a_device(monkeypatch, num_devices):
     """The host has all images; a part is there while another one comes, and nothing else."""
@@ -219,6 +222,7 @@ def tiny_networks(monkeypatch):
     use_tiny_networks(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_networks")
 def test_a_run_is_the_same_and_goes_on_with_its_own_setting(tmp_path, caplog):
     rest = "--config.rounds=4 --config.algorithm.name=fedavg"

@@ -87,6 +87,7 @@ def finished(tmp_path_factory):
 # --- what a study leaves ---
 
 
+@pytest.mark.slow
 def test_there_is_a_run_for_each_method_data_set_budget_and_seed(finished):
     assert sorted(stamps(finished)) == sorted(FOLDERS)
     for folder in FOLDERS:
@@ -97,6 +98,7 @@ def test_there_is_a_run_for_each_method_data_set_budget_and_seed(finished):
         assert config["algorithm"]["name"] == ("fedavg" if "plain" in folder else "fedhelp")
 
 
+@pytest.mark.slow
 def test_the_table_is_of_the_runs(finished):
     runs = table(finished / "runs.csv")
     assert [f"{row['data']}/{row['method']}/seed{row['seed']}" for row in runs] == FOLDERS
@@ -119,6 +121,7 @@ def test_the_table_is_of_the_runs(finished):
 # --- going on ---
 
 
+@pytest.mark.slow
 def test_a_finished_study_runs_nothing_and_writes_the_same_table(finished, capsys, monkeypatch):
     before, files = stamps(finished), (finished / "comparison.csv").read_bytes()
     monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("a run was made"))
@@ -128,6 +131,7 @@ def test_a_finished_study_runs_nothing_and_writes_the_same_table(finished, capsy
     assert (finished / "comparison.csv").read_bytes() == files
 
 
+@pytest.mark.slow
 def test_a_killed_study_does_only_what_is_missing_and_writes_the_same_table(finished, tmp_path):
     killed = study_hit_by("SIGKILL", "2@tiny/plain/seed1", tmp_path)
     assert killed.returncode == -9, killed.stderr
@@ -143,6 +147,7 @@ def test_a_killed_study_does_only_what_is_missing_and_writes_the_same_table(fini
         assert table(tmp_path / name) == table(finished / name)
 
 
+@pytest.mark.slow
 def test_a_study_asked_to_stop_in_a_last_round_stops(tmp_path):
     result = study_hit_by("SIGINT", "2@tiny/fedhelp/seed1", tmp_path)
     assert result.returncode == 130, result.stderr
@@ -150,6 +155,7 @@ def test_a_study_asked_to_stop_in_a_last_round_stops(tmp_path):
     assert sorted(stamps(tmp_path)) == sorted(FOLDERS[:2])
 
 
+@pytest.mark.slow
 def test_a_method_added_later_is_all_that_is_run(finished, tmp_path):
     two = study(seeds=(0,))
     compare(two, tmp_path)
@@ -160,6 +166,7 @@ def test_a_method_added_later_is_all_that_is_run(finished, tmp_path):
     assert {folder: after[folder] for folder in done} == done
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_settings_is_refused(finished):
     message = refused(lambda: compare(study(budgets={"": {"batch_size": 4}}), finished))
     assert "batch_size: 16 -> 4" in message
@@ -182,6 +189,7 @@ def test_a_study_goes_on_with_the_devices_of_its_stopped_run(tmp_path, monkeypat
     assert f"mapping.cpu_devices = 5, with which the run in {folder} was started" in caplog.text
 
 
+@pytest.mark.slow
 def test_runs_of_other_data_are_not_compared(finished, tmp_path, capsys):
     """As where a file was replaced while the study stood still."""
     workdir = Path(shutil.copytree(finished, tmp_path / "study"))
@@ -197,6 +205,7 @@ def test_runs_of_other_data_are_not_compared(finished, tmp_path, capsys):
     assert "tiny/plain/seed1: holds a run of an earlier version" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_does_not_stop_the_others(tmp_path):
     # Prototypes of unequal widths cannot be averaged.
     methods = {"fedproto": {}, **study().methods}
@@ -206,6 +215,7 @@ def test_a_run_that_is_refused_does_not_stop_the_others(tmp_path):
     assert [row["method"] for row in table(tmp_path / "comparison.csv")] == ["fedhelp", "plain"]
 
 
+@pytest.mark.slow
 def test_clients_are_grouped_as_the_reference_groups_them(tmp_path):
     methods = {"fedhelp": {}, "all_small": {"algorithm.name": "fedavg", "roles.top_n": 0}}
     compare(study(methods=methods, seeds=(0,)), tmp_path)
@@ -218,6 +228,7 @@ def test_clients_are_grouped_as_the_reference_groups_them(tmp_path):
     assert float(all_small["small_mean"]) == pytest.approx(sum(small) / 3)
 
 
+@pytest.mark.slow
 def test_clients_are_grouped_so_where_the_reference_was_refused_too(tmp_path):
     # Prototypes of unequal widths cannot be averaged.
     all_small = {"algorithm.name": "fedavg", "roles.top_n": 0}
@@ -234,6 +245,7 @@ def test_clients_are_grouped_so_where_the_reference_was_refused_too(tmp_path):
 # --- tuning ---
 
 
+@pytest.mark.slow
 def test_trials_are_judged_on_validation_and_never_look_at_test(tmp_path, monkeypatch):
     looked_at = []
     evaluate = CompiledRounds.evaluate
@@ -268,6 +280,7 @@ def test_trials_are_judged_on_validation_and_never_look_at_test(tmp_path, monkey
         assert chosen["tiny", method] == {"learning_rate": config["learning_rate"]}
 
 
+@pytest.mark.slow
 def test_a_method_whose_trial_is_refused_is_left_out(tmp_path):
     # Prototypes of unequal widths cannot be averaged.
     methods = {"fedproto": {}, "fedavg": {}}
@@ -299,6 +312,7 @@ def test_what_is_missing_for_many_runs_is_said_once_with_the_command_that_gets_i
     assert sorted(config.seed for config in asked) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_run_does_not_end_the_study(tmp_path, monkeypatch):
     train = runner.train
 
@@ -318,6 +332,7 @@ def test_a_failure_of_one_run_does_not_end_the_study(tmp_path, monkeypatch):
     assert len(table(tmp_path / "runs.csv")) == 3
 
 
+@pytest.mark.slow
 def test_runs_take_the_settings_that_were_chosen(tmp_path, monkeypatch):
     # The worst on validation, which nothing but a choice of it would take.
     monkeypatch.setattr(studies, "mean_of_roles", lambda summary: -float(summary["small_mean"]))
@@ -340,6 +355,7 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
 # --- the studies that come with it ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "runs", "trials"),
     [

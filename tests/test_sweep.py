@@ -68,6 +68,7 @@ def fine_metric(monkeypatch):
     monkeypatch.setattr(sweeps, "headline", lambda results, metric: headline(results, FINE))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64", "fine_metric")
 @pytest.mark.parametrize("runs_at_once", [1, 2])
 def test_a_run_in_a_sweep_equals_the_run_alone(tmp_path, runs_at_once):
@@ -80,6 +81,7 @@ def test_a_run_in_a_sweep_equals_the_run_alone(tmp_path, runs_at_once):
     assert len({row["small_mean"] for row in rows}) == len(runs)
 
 
+@pytest.mark.slow
 def test_one_program_takes_all_numbers_and_seeds_and_nothing_is_run_twice(tmp_path):
     """Whatever is finished is not run again; a value more, and only its runs are made."""
     said: list[str] = []
@@ -114,6 +116,7 @@ def test_one_program_takes_all_numbers_and_seeds_and_nothing_is_run_twice(tmp_pa
     assert len(lines) == len(more) and lines[:3] == [json.loads(x) for x in before.splitlines()]
 
 
+@pytest.mark.slow
 def test_runs_are_not_added_to_those_of_other_data(tmp_path):
     """Nor to those of a version that did not record them, nor are equal runs swept over."""
     settings = {"algorithm.name": "local", "rounds": 1}
@@ -150,6 +153,7 @@ def test_as_many_programs_as_shapes(tmp_path):
     assert compile_totals().programs == compiled
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_memory_is_refused_before_it_is_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "_memory_limit", lambda device: 1000)
     with pytest.raises(UserError, match="GiB a device, but 0.00 GiB are free: lower --runs"):
@@ -164,6 +168,7 @@ def phases_of(config):
     return phases, federation_arrays(loaded.federation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("server", ["none", "adam", "sgd"])
 def test_every_number_of_every_method_can_be_traced(name, server):
@@ -193,6 +198,7 @@ def test_every_number_of_every_method_can_be_traced(name, server):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"fedproto", "fedgh"}))
 def test_a_method_that_ignores_the_large_network_does_not_use_it(name):
     """The other two need features of one width, so use both."""
@@ -211,6 +217,7 @@ def test_a_method_that_ignores_the_large_network_does_not_use_it(name):
     assert same == ALGORITHMS[name].ignores("model.large")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_method_that_ignores_the_clients_weights_does_not_use_them(name):
     own = {"algorithm.server_steps": 1} if name == "feddf" else {}
@@ -241,6 +248,7 @@ def test_a_method_that_ignores_the_clients_weights_does_not_use_them(name):
     assert same == ALGORITHMS[name].ignores("client_weights")
 
 
+@pytest.mark.slow
 def test_the_command_sweeps(tmp_path, capsys):
     devices = f"--config.mapping.cpu_devices={jax.device_count()} --config.rounds=1"
     command = (

@@ -157,6 +157,7 @@ def assert_kept(study, capsys, before: set[str], rest: str) -> None:
     assert not holds_key(study.files().decode(errors="replace"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSIENT)
 def test_a_passing_fault_that_never_passes_ends_in_one_line(study, capsys, key, name):
     fault, rest, word = TRANSIENT[name]
@@ -172,6 +173,7 @@ def test_a_passing_fault_that_never_passes_ends_in_one_line(study, capsys, key, 
     assert_kept(study, capsys, before, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LASTING)
 def test_a_lasting_fault_ends_in_one_line_at_once(study, capsys, key, name):
     fault, word = LASTING[name]
@@ -219,6 +221,7 @@ def test_retry_after_as_a_date_is_honoured(study):
     assert told[0] - 0.01 <= study.server.requests[1].time < told[0] + 2
 
 
+@pytest.mark.slow
 def test_all_requests_heed_retry_after(study):
     """Not only the one that was told: the model asked for a rest."""
     study.server.faults, study.server.delay = [status(429, Retry_After="1")], 0.1
@@ -311,6 +314,7 @@ def test_tries_never_exceed_max_queries(study, capsys, concurrency):
 # --- a full disk ---
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_spoils_nothing(tmp_path, capsys):
     # So many classes that the answers fill some pages.
     with FoundationServer(classes=900) as server:
@@ -342,6 +346,7 @@ def test_no_key_is_sent_unless_asked_for(study, monkeypatch, tmp_path):
     assert authorization(study.server) == {None}
 
 
+@pytest.mark.slow
 def test_a_key_from_the_environment_is_sent_and_never_told(study, monkeypatch, capsys, key):
     netrc = study.folder / "netrc"
     netrc.write_text("machine 127.0.0.1 login me password mine\n")

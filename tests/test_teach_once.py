@@ -148,6 +148,7 @@ def asked_twice(before, after) -> int:
     return total.total() - len(total)
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_no_more_than_what_was_under_way(study):
     concurrency = 2
     rest = f"--config.teacher.concurrency={concurrency}"
@@ -168,6 +169,7 @@ def test_a_killed_run_loses_no_more_than_what_was_under_way(study):
     study.assert_stored_rightly()
 
 
+@pytest.mark.slow
 def test_two_processes_never_ask_about_one_image_twice(study, capsys):
     study.server.delay = 0.1
     with study.process("--config.teacher.batch_size=2") as other:
@@ -182,6 +184,7 @@ def test_two_processes_never_ask_about_one_image_twice(study, capsys):
     study.assert_stored_rightly()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "last", [hang, status(429, Retry_After="50")], ids=["asking", "waiting to ask again"]
 )

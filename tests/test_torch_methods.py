@@ -26,7 +26,7 @@ TOLERANCE = 1e-9
 NO_BATCH_OF_ONE = (("a", 6, 1, 4), ("b", 14, 2, 5), ("c", 2, 0, 2), ("d", 10, 1, 3), ("e", 7, 0, 1))
 
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("float64")]
 
 
 # --- Networks. ---

@@ -28,6 +28,8 @@ from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.models.resnet import resnet
 from fedhelp_jax.tasks import classification
 
+pytestmark = pytest.mark.torch
+
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
 reference = pytest.importorskip("torch_reference", reason="PyTorch is not installed")
 

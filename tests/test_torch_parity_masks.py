@@ -24,6 +24,8 @@ from fedhelp_jax.models.model import Model, apply_model
 from fedhelp_jax.models.unet import UNetSize, unet
 from fedhelp_jax.tasks import segmentation
 
+pytestmark = pytest.mark.torch
+
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
 reference = pytest.importorskip("torch_unet", reason="PyTorch is not installed")
 shared_reference = pytest.importorskip("torch_reference", reason="PyTorch is not installed")

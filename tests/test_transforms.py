@@ -138,6 +138,7 @@ def test_colour_constancy():
     assert_rounded(found, np.stack([ref_constancy(x, power=1) for x in images]))
 
 
+@pytest.mark.slow
 def test_colour_constancy_undoes_a_coloured_light():
     greys = np.repeat(pixels((1, 20, 20, 1)), 3, axis=-1)
     tinted = np.rint(greys * np.array([1.0, 0.5, 0.8])).astype(np.uint8)
@@ -155,6 +156,7 @@ def test_colour_constancy_clips_where_values_pass_255():
     assert_rounded(transforms.colour_constancy(jnp.asarray(image)), exact[None])
 
 
+@pytest.mark.slow
 def test_black_stays_black():
     image = np.zeros((2, 4, 4, 3), np.uint8)
     image[1, ..., 0] = 100  # of the second image only two channels are black
@@ -163,6 +165,7 @@ def test_black_stays_black():
     np.testing.assert_array_equal(found[1, ..., 0], round(100 / np.sqrt(3)))
 
 
+@pytest.mark.slow
 def test_colour_constancy_keeps_the_colours_of_dark_images():
     image = np.zeros((1, 64, 64, 3), np.uint8)
     image[0, 0, 0] = 2, 1, 1
@@ -232,6 +235,7 @@ def test_constant_images_become_zero(name, value):
     assert found[1].std() > 0.2
 
 
+@pytest.mark.slow
 def test_harmonizing_a_pool_applies_methods_in_order():
     images = pixels(PLANES)
     names = ["colour_constancy", "percentile_clip", "z_score"]
@@ -307,6 +311,7 @@ def test_augmentation_refuses_what_it_cannot_take():
         augment(jax.random.key(0), floats(PLANES), jnp.zeros((5, 2), int), ("flip",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [PLANES, VOLUMES])
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_keys_decide_and_labels_stay(shape, name):
@@ -320,6 +325,7 @@ def test_keys_decide_and_labels_stay(shape, name):
     assert first.shape == shape and first.dtype == images.dtype
 
 
+@pytest.mark.slow
 def test_examples_do_not_depend_on_the_batch():
     images, masks = floats(PLANES), masks_like(PLANES)
     whole = augment(jax.random.key(3), images, masks, AUGMENTATIONS)
@@ -331,6 +337,7 @@ def test_examples_do_not_depend_on_the_batch():
     assert all((moved[0] != moved[i]).any() for i in range(1, 5))
 
 
+@pytest.mark.slow
 def test_transforms_do_not_depend_on_each_other():
     images, masks = floats(PLANES), masks_like(PLANES)
     key = jax.random.key(4)
@@ -364,6 +371,7 @@ def test_flips_are_exact_and_as_often_as_not(shape, name):
     assert max(abs(n - expected) for n in counts.values()) < 4 * spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4, 40, 24, 2), (2, 14, 20, 17, 1)])
 @pytest.mark.parametrize("finer", [1, 2])
 def test_affine_matches_scipy(float64, shape, finer):
@@ -384,6 +392,7 @@ def test_affine_matches_scipy(float64, shape, finer):
         np.testing.assert_array_equal(found_masks[i], exact)
 
 
+@pytest.mark.slow
 def test_draws_are_the_same_in_any_precision(float64):
     shape = (3, 40, 24, 2)
     images, masks = smooth(shape), masks_like(shape)
@@ -410,6 +419,7 @@ def test_strengths_of_affine(dimensions):
     assert np.abs(angles.mean(0)).max() < np.radians(most) / 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 48, 32, 1), (4, 20, 24, 22, 1)])
 @pytest.mark.parametrize("finer", [1, 2])
 def test_masks_follow_their_images(shape, finer):
@@ -463,6 +473,7 @@ def test_brightness_leaves_constant_images():
     np.testing.assert_allclose(found, images, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_clients_at_once_are_clients_one_by_one():
     shape = VOLUMES
     images = jnp.stack([floats(shape, seed) for seed in range(3)])

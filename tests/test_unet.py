@@ -35,6 +35,7 @@ def num_params(size, rank):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize("name", UNETS)
 def test_the_sizes_by_name(name, rank):
@@ -50,6 +51,7 @@ def test_the_papers_widths_and_the_names_in_the_settings():
     assert UNETS["unet_large"] == ((128, 256, 512, 1024, 2048), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_map_of_the_images_own_size(rank, norm):
@@ -76,6 +78,7 @@ def test_a_side_is_padded_with_its_border_and_cropped_again():
     np.testing.assert_allclose(run(x), run(padded)[:, 1:11, :7], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_examples_beyond_the_mask_change_nothing(norm):
     model, variables, x = network(2, norm)
@@ -86,6 +89,7 @@ def test_examples_beyond_the_mask_change_nothing(norm):
     jax.tree.map(np.testing.assert_array_equal, stats, other_stats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, 3])
 def test_rematerialisation_keeps_less_and_changes_nothing(rank):
     grads, kept = [], []

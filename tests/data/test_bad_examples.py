@@ -445,6 +445,7 @@ def test_the_setting_is_for_what_is_read_from_files():
     assert needed_for(public, "data.on_bad_example") == ""
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_it_left_out(tmp_path, capsys, caplog):
     write_pictures(tmp_path / "isic", {"images/i03.png": b"-"}, masks=False)
     write_pictures(tmp_path / "shown", {"images/i41.png": b"-"}, masks=False, first=40, table=False)

@@ -214,6 +214,7 @@ def test_data_check_tells_what_a_run_would_read(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_it_says_its_name(tmp_path):
     folder = write_hospital(tmp_path / "x")
     columns = " ".join(f"--config.data.columns.{k}={v}" for k, v in NAMED.items())

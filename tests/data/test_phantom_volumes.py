@@ -126,6 +126,7 @@ def test_no_organ_is_cut_off_or_in_pieces(organs):
 # --- difficulty ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["organs", "rings"])
 def test_a_threshold_does_not_solve_it(kind, request):
     volumes, masks = request.getfixturevalue(kind)
@@ -181,6 +182,7 @@ def features(volumes):
     return np.stack([np.ones_like(volumes), *place, *blurs, *mixed], axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["organs", "rings"])
 def test_place_and_surroundings_help(kind, request):
     """Least squares on them does far better, on unseen volumes, than any threshold."""

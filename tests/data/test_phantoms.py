@@ -206,6 +206,7 @@ def nearest_mean_accuracy(features, labels, half):
     return np.mean([np.mean(answers[truth == c] == c) for c in classes])
 
 
+@pytest.mark.slow
 def test_difficulty_is_between_chance_and_certainty():
     # Colours and contrast, the crudest features: clearly better than 1/8 and 1/9, far from 1.
     for images, labels, chance in (

@@ -48,6 +48,7 @@ def test_a_prepared_set_gives_what_the_raw_files_give(files, split, settings):
         assert_equal(*both(files, split=split, **settings))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_prepared_set_is_the_run_on_the_raw_files(files, monkeypatch):
     use_tiny_networks(monkeypatch)
     folder, sums = files.path.parent, []

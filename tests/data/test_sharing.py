@@ -55,6 +55,7 @@ def test_fractions_are_the_partition_by_fractions():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_dirichlet_share_has_the_mean_and_variance_of_the_formula():
     """Of a class of n, client k gets p n: mean 1/K, variance (1/K)(1 - 1/K)/(K alpha + 1)."""
     labels = np.zeros(10000, int)
@@ -231,6 +232,7 @@ def test_everyone_gets_a_test_example():
         partition_like([np.array([0])] * 2, np.zeros(1, int), rng())
 
 
+@pytest.mark.slow
 def test_a_run_shows_who_has_what(tmp_path, monkeypatch):
     """A table of all splits, and a picture; the classes of a client are alike in all."""
     use_tiny_networks(monkeypatch)

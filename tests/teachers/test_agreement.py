@@ -145,6 +145,7 @@ def test_agreement_is_printed(public, capsys):
     assert "of tiny_public by a linear probe, as its classes are others: top-1" in out
 
 
+@pytest.mark.slow
 def test_a_teacher_that_names_the_most_frequent_label_is_warned_of(public, capsys):
     """Exactly as often right, whichever way that share is rounded."""
     logits = np.zeros((MANY, PUBLIC_CLASSES), np.float32)

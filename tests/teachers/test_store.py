@@ -458,6 +458,7 @@ def test_a_writer_follows_what_another_process_has_made_larger(tmp_path, monkeyp
         assert store.sent == 40
 
 
+@pytest.mark.slow
 def test_a_reader_follows_what_another_process_has_made_larger(tmp_path, monkeypatch):
     monkeypatch.setattr(store_lib, "_FREE_BYTES", 2**16)
     filled(tmp_path, np.zeros((1, 2000), np.float32), fingerprint=WIDE)

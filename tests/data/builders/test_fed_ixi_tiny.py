@@ -128,6 +128,7 @@ def check(example, subject):
     assert example["group"].decode() == subject
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [False, True])
 def test_it_is_prepared_as_flamby_transforms_it(manual, zipped):
     said = manual.prepare(zipped)
@@ -175,8 +176,7 @@ def test_area_resize_is_the_mean_of_windows(shape):
     np.testing.assert_allclose(area_resize(volume, (12, 9, 48)), area(volume, (12, 9, 48)), 0, 2e-6)
 
 
-def test_area_resize_equals_pytorch():
-    torch = pytest.importorskip("torch")
+def test_area_resize_equals_pytorch(torch):
     volume = np.random.default_rng(1).normal(size=(83, 44, 55)).astype(np.float32)
     theirs = torch.nn.functional.adaptive_avg_pool3d(torch.from_numpy(volume)[None], SHAPE)[0]
     np.testing.assert_allclose(area_resize(volume, SHAPE), theirs.numpy(), rtol=0, atol=1e-6)
