@@ -36,7 +36,7 @@ class CentralizedSettings:
 
 @method(CentralizedSettings, pools_data=True, unused=AVERAGING)
 def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorithm:
-    """Training of both architectures on all clients' data."""
+    """Centralized training on everyone's data; not federated."""
     del settings
 
     def client(role: str) -> ClientAlgorithm:

@@ -46,7 +46,7 @@ class DittoSettings:
 
 @method(DittoSettings, unused=LARGE_NETWORK)
 def ditto(setup: Setup, settings: DittoSettings) -> FederatedAlgorithm:
-    """Ditto on the small architecture."""
+    """Ditto: FedAvg plus a personal model kept near the global one."""
     model = setup.models["small"]
 
     def update(key: jax.Array, w: Variables, v: Variables, data: ClientData) -> Updated:

@@ -34,7 +34,7 @@ class FedAvgSettings:
 
 @method(FedAvgSettings, unused=LARGE_NETWORK)
 def fedavg(setup: Setup, settings: FedAvgSettings) -> FederatedAlgorithm:
-    """FedAvg on the small architecture."""
+    """FedAvg: the server averages the models that clients train locally."""
     train = functools.partial(train_locally, setup, setup.models["small"])
     client = training_client(setup, train, personal=settings.personal)
     return averaging(setup, dict.fromkeys(ROLES, client))

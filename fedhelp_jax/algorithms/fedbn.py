@@ -39,7 +39,7 @@ class FedBNSettings:
 
 @method(FedBNSettings, unused=LARGE_NETWORK)
 def fedbn(setup: Setup, settings: FedBNSettings) -> FederatedAlgorithm:
-    """FedBN on the small architecture."""
+    """FedBN: FedAvg in which normalisation layers stay with their client."""
     del settings
     model = setup.models["small"]
 

@@ -54,7 +54,7 @@ class FedDFSettings:
 
 @method(FedDFSettings, uses_public=True, unused=("server",))
 def feddf(setup: Setup, settings: FedDFSettings) -> FederatedAlgorithm:
-    """FedDF on each client's own architecture.
+    """FedDF: ensemble distillation on public images after averaging.
 
     Raises:
       UserError: Without public images.

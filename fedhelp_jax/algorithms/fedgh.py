@@ -54,7 +54,7 @@ class FedGHSettings:
 
 @method(FedGHSettings, unused=AVERAGING)
 def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
-    """FedGH on each client's own architecture.
+    """FedGH: the server trains a shared head on class means of features.
 
     Raises:
       UserError: If the architectures' features differ in width.

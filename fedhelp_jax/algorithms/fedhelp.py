@@ -115,7 +115,7 @@ class LargeCarry(NamedTuple):
 
 @method(FedHelpSettings, uses_public=True, uses_teacher=True)
 def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
-    """FedHelp for the given models, task and public set.
+    """FedHelp: a foundation model and large clients teach small ones.
 
     Raises:
       UserError: If ``k`` does not fit the number of classes, if the public set offers nothing to

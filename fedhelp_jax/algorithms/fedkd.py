@@ -101,7 +101,7 @@ class Seen(NamedTuple):
 
 @method(FedKDSettings, schedules=lambda s: s.energy_start != s.energy_end)
 def fedkd(setup: Setup, settings: FedKDSettings) -> FederatedAlgorithm:
-    """FedKD: a mentor of the client's own architecture alongside the small mentee."""
+    """FedKD: mutual distillation with a shared model, sent compressed."""
     small = setup.models["small"]
 
     def energy(round: jax.Array) -> jax.Array:

@@ -67,7 +67,7 @@ class Consensus(NamedTuple):
 
 @method(FedMDSettings, uses_public=True, unused=("server",))
 def fedmd(setup: Setup, settings: FedMDSettings) -> FederatedAlgorithm:
-    """FedMD on each client's own architecture.
+    """FedMD: clients learn the mean prediction on public images.
 
     Raises:
       UserError: Without public images.

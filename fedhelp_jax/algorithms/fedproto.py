@@ -63,7 +63,7 @@ class FedProtoSettings:
 
 @method(FedProtoSettings, unused=AVERAGING)
 def fedproto(setup: Setup, settings: FedProtoSettings) -> FederatedAlgorithm:
-    """FedProto on each client's own architecture.
+    """FedProto: clients share class means of features (prototypes).
 
     Raises:
       UserError: If the architectures' features differ in width.

@@ -36,7 +36,7 @@ class FedProxSettings:
 
 @method(FedProxSettings, unused=LARGE_NETWORK)
 def fedprox(setup: Setup, settings: FedProxSettings) -> FederatedAlgorithm:
-    """FedProx on the small architecture."""
+    """FedProx: FedAvg with a proximal term towards the global model."""
 
     def train(key: jax.Array, w: Variables, data: ClientData) -> tuple[Variables, Info]:
         tx = optax.chain(proximal(settings.mu, w["params"]), setup.tx)

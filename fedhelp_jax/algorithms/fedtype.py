@@ -70,7 +70,7 @@ class FedTypeSettings:
 
 @method(FedTypeSettings)
 def fedtype(setup: Setup, settings: FedTypeSettings) -> FederatedAlgorithm:
-    """FedType: a network of the client's own architecture alongside the small proxy."""
+    """FedType: a proxy and a private model linked by conformal sets."""
 
     def client(role: str) -> ClientAlgorithm:
         def update(

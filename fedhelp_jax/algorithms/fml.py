@@ -45,7 +45,7 @@ class FMLSettings:
 
 @method(FMLSettings)
 def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
-    """FML: a network of the client's own architecture alongside the small one."""
+    """FML: mutual distillation of each client's model and a shared one."""
     meme = setup.models["small"]
 
     def client(role: str) -> ClientAlgorithm:

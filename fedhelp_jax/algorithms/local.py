@@ -26,7 +26,7 @@ class LocalSettings:
 
 @method(LocalSettings, unused=AVERAGING)
 def local(setup: Setup, settings: LocalSettings) -> FederatedAlgorithm:
-    """Local training of each client's own architecture."""
+    """Local training: every client alone, on its own data."""
 
     def client(role: str) -> ClientAlgorithm:
         role = "small" if settings.small_only else role

@@ -41,7 +41,7 @@ class PerFedAvgSettings:
 
 @method(PerFedAvgSettings, plain_sgd=True, unused=LARGE_NETWORK)
 def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
-    """Per-FedAvg on the small architecture."""
+    """Per-FedAvg: a global model that adapts to a client in one step."""
     del settings
     model = setup.models["small"]
 

@@ -48,7 +48,7 @@ class PFedMeSettings:
 
 @method(PFedMeSettings, plain_sgd=True, unused=LARGE_NETWORK)
 def pfedme(setup: Setup, settings: PFedMeSettings) -> FederatedAlgorithm:
-    """PFedMe on the small architecture."""
+    """Personal models as Moreau envelopes of the global one (pFedMe)."""
     model = setup.models["small"]
 
     def update(key: jax.Array, download: Variables, state: Variables, data: ClientData) -> Updated:

@@ -61,7 +61,7 @@ class Server(NamedTuple):
 
 @method(ScaffoldSettings, plain_sgd=True, unused=("client_weights", *LARGE_NETWORK))
 def scaffold(setup: Setup, settings: ScaffoldSettings) -> FederatedAlgorithm:
-    """SCAFFOLD on the small architecture."""
+    """SCAFFOLD: FedAvg with control variates that correct client drift."""
     del settings
     model, eta = setup.models["small"], setup.learning_rate
 
