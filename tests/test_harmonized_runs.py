@@ -148,8 +148,7 @@ def test_runs_on_harmonised_and_augmented_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", ["2d", "3d"])
-def test_masks_are_learned_from_augmented_floats_and_drawn(rank, tmp_path):
+def test_masks_are_learned_from_augmented_floats_and_drawn(tmp_path):
     flags = (
         "--config.data.harmonize=percentile_clip,z_score "
         "--config.data.augment=flip,affine,brightness "
@@ -157,7 +156,7 @@ def test_masks_are_learned_from_augmented_floats_and_drawn(rank, tmp_path):
     )
     devices = f"--config.mapping.cpu_devices={jax.device_count()}"
     folder = tmp_path / "run"
-    command = f"train --config={MASKS}:{rank} --workdir={folder} {devices} {flags}"
+    command = f"train --config={MASKS}:3d --workdir={folder} {devices} {flags}"
     assert fedhelp(command) == 0
     assert all(0 < row["loss"] < 10 for row in read(folder / "metrics.jsonl"))
     assert (folder / "pictures" / "small.png").exists()
