@@ -183,18 +183,17 @@ def test_hand_example():
     np.testing.assert_allclose(got["loss"], (-3 * np.log(p) - np.log((1 - p) / 2)) / 4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_classes", [3, 5])
-def test_a_confidence_on_the_edge_belongs_to_the_bin_it_closes(num_classes):
-    """Uniform rows have confidence 1/C = i/15, an upper edge; the others lie just above it.
+@pytest.mark.parametrize("odds", [2, 4])
+def test_a_confidence_on_the_edge_belongs_to_the_bin_it_closes(odds):
+    """Odds of 2 and 4 are confidences of 10/15 and 12/15, which are also exact in float32.
 
-    Uniform rows are all right, the others all wrong: in one bin the gaps would nearly cancel.
+    Rows on the edge are all right, and those just above it all wrong. If both were in one bin,
+    their gaps would nearly cancel.
     """
-    above = np.zeros(num_classes, np.float32)
-    above[0] = 0.05
-    logits = np.stack([np.zeros(num_classes, np.float32)] * 10 + [above] * 10)
+    edge, above = np.log([[odds, 1]]), np.log([[1.05 * odds, 1]])
+    logits = np.concatenate([edge] * 10 + [above] * 10).astype(np.float32)
     labels = np.asarray([0] * 10 + [1] * 10, np.int32)
-    high = np.exp(above[0]) / (np.exp(above[0]) + num_classes - 1)
-    expected = ((1 - 1 / num_classes) + high) / 2
+    expected = (1 / (odds + 1) + 1.05 * odds / (1.05 * odds + 1)) / 2
     np.testing.assert_allclose(compute(logits, labels)["ece"], expected, rtol=1e-5)
 
 
