@@ -354,6 +354,29 @@ def test_empty_slots_never_leak():
     assert_trees_close(outcome(simulation, start), expected)
 
 
+def test_an_empty_slot_trains_on_nothing():
+    """It would cost as much as a client."""
+    method = algorithm("fedavg")
+
+    def counted(client):
+        def update(key, download, state, data):
+            state, upload, info = client.update(key, download, state, data)
+            return state, upload, info | {"examples": data.size}
+
+        return client._replace(update=update)
+
+    method = method._replace(clients={r: counted(c) for r, c in method.clients.items()})
+    simulation = simulate(method, federation(), num_devices=2)
+    _, info = simulation.round(simulation.init(), 0)
+    empty = 0
+    for group in simulation.groups:
+        nobody = np.asarray(info.participants[group.role]) >= len(group.names)
+        examples = np.asarray(info.info[group.role]["examples"])
+        assert (examples[nobody] == 0).all() and (examples[~nobody] > 0).all()
+        empty += nobody.sum()
+    assert empty == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "role"), [("fedhelp", "small"), ("fedhelp", "large"), ("fedavg", "small")]

@@ -161,3 +161,11 @@ def test_examples_of_an_unknown_value_are_left_out_with_a_word(caplog):
     assert "30 of 240 examples are of unknown sex, such as example 0: left out" in caplog.text
     assert [client.name for client in clients] == ["f", "m"]
     assert min(part.min() for client in clients for part in client[1:]) >= 30
+
+
+def test_a_client_tests_on_one_group_at_least():
+    """A quarter of three images is less than one."""
+    sites = Column(np.repeat([0, 1], [9, 3]), ["large", "tiny"])
+    examples = Examples(IMAGES[:12], LABELS[:12], np.arange(12), None, {"site": sites})
+    large, tiny = made("site", examples)
+    assert (len(large.test), len(tiny.test)) == (2, 1)
