@@ -25,7 +25,7 @@ from helpers import (
 from marks import two_devices
 
 from fedhelp_jax.algorithms import ALGORITHMS
-from fedhelp_jax.simulation.divergence import NON_FINITE, Divergence, NonFinite
+from fedhelp_jax.simulation.divergence import NON_FINITE, Divergence, NonFinite, quarantine
 from fedhelp_jax.simulation.round import server_part
 
 NAMES = {"small": ("village", "coast", "north"), "large": ("big", "town")}
@@ -294,3 +294,12 @@ def test_a_relapse_is_told_again(caplog):
             health.measured(f"round {round}", bad)
             health.trained(round + 1, ALL, found())  # well again
     assert ["round 1" in caplog.messages[0], "round 2" in caplog.messages[1]] == [True, True]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_server_gets_zeros_for_an_upload_that_is_not_finite(bad):
+    """A weight of 0 alone would not do in a server that multiplies by it."""
+    upload = {"a": jnp.array([1.0, bad]), "b": jnp.ones(2)}
+    found, sent = quarantine({"w": jnp.ones(1)}, upload, {"loss": jnp.float32(1)})
+    assert (bool(found.loss), bool(found.state), bool(found.upload)) == (False, False, True)
+    assert not np.any(sent["a"]) and not np.any(sent["b"])

@@ -119,3 +119,8 @@ def test_cap_on_training_leaves_validation_as_it_is():
     assert not np.array_equal(of(None, client=1)[1], validation)
     with pytest.raises(UserError, match="data.max_train must be at least 1, got 0"):
         of(0)
+
+
+def test_the_largest_remainder_is_rounded_up():
+    assert split_sizes(10, (0.55, 0.25, 0.20)) == [6, 2, 2]
+    assert split_sizes(10, (0.21, 0.52, 0.27)) == [2, 5, 3]
