@@ -10,8 +10,8 @@ from PIL import Image
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.cache import cache_folder
 from fedhelp_jax.data.readers import images as module
-from fedhelp_jax.data.readers.files import find_images
 from fedhelp_jax.data.readers.images import existing_path, load_images, resize_arrays
+from fedhelp_jax.data.readers.listing import list_images
 
 NAMES = ["images/a.jpg", "images/b.png", "c.jpeg"]
 
@@ -61,10 +61,20 @@ def decoded(monkeypatch):
     return calls
 
 
-def test_images_are_found_in_folder_and_zip(folder, archive):
+def found(source, table=None, ids=""):
+    """Returns where the images of a table are."""
+    if table is not None:
+        table.write_text("\n".join(["image", *ids]) + "\n")
+    entries = list_images(source, table, {"image": None}, ("data.path", "data.table"))
+    return {entry.id: entry.image for entry in entries}
+
+
+def test_images_are_found_in_folder_and_zip(folder, archive, tmp_path):
     expected = {"a": "images/a.jpg", "b": "images/b.png", "c": "c.jpeg"}
-    assert find_images(folder, "abcd") == expected
-    assert find_images(archive, "abcd") == expected
+    for source in (folder, archive):
+        assert found(source, tmp_path / "table.csv", "abc") == expected
+        with pytest.raises(UserError, match="image d of .* is not in .* \\(1 of 4 are missing\\)"):
+            found(source, tmp_path / "table.csv", "abcd")
 
 
 def test_folder_and_zip_decode_alike(folder, archive, tmp_path):
@@ -169,7 +179,7 @@ def test_corrupt_image_is_named(folder, tmp_path, content):
 def test_a_file_that_is_no_zip(tmp_path):
     (tmp_path / "x.zip").write_text("no zip")
     with pytest.raises(UserError, match="data.path: .*x.zip is neither a folder nor a zip file"):
-        find_images(tmp_path / "x.zip", "a")
+        found(tmp_path / "x.zip")
 
 
 def test_paths_that_are_missing():

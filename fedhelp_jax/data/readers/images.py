@@ -100,7 +100,7 @@ def load_images(
 
     Args:
         source: A folder or a zip file.
-        names: Names inside `source`, as `find_images` gives them.
+        names: Names inside `source`, as `list_images` gives them.
         size: Height and width of the result.
         hashed: Whether to compute the images' `image_sha256`.
         cache_dir: Folder of the cache; None uses the environment variable `FEDHELP_CACHE_DIR` or,
@@ -147,7 +147,7 @@ def load_masks(
 
     Args:
         source: A folder or a zip file.
-        names: Names inside `source`, as `find_masks` gives them.
+        names: Names inside `source`, as `list_images` gives them.
         cache_dir: As in `load_images`.
         key: The configuration key that names `source`, for messages.
         bad: Collects files that are not masks, or do not have the most common size; None raises an
