@@ -165,7 +165,7 @@ def make_clients(
 
 def _warn_of_leaks(groups: np.ndarray, is_test: np.ndarray, where: str) -> None:
     """Warns if the official split has images of one patient or lesion on both sides."""
-    leaks = len(np.intersect1d(groups[is_test], groups[~is_test]))
+    leaks = len(np.unique(groups[dropped_by("grouped", groups, is_test)]))
     if leaks:
         logger.warning(
             "%s: the official split has %d groups (patients or lesions) with images in both train "
