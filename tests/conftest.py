@@ -45,12 +45,6 @@ def torch():
     return pytest.importorskip("torch", reason="PyTorch is not installed: no parity to check")
 
 
-@pytest.fixture(scope="session")
-def image_cache(tmp_path_factory) -> str:
-    """A folder to decode thousands of real images into, once for all tests."""
-    return os.environ.get("FEDHELP_CACHE_DIR") or str(tmp_path_factory.mktemp("image_cache"))
-
-
 @pytest.fixture
 def float64():
     """Enables float64 for comparisons over many steps, as Adam amplifies float32 rounding."""

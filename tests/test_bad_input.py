@@ -1,7 +1,6 @@
 """Whole runs on data as it comes: what is wrong is one line and exit code 2, what is odd works."""
 
 import csv
-import io
 import json
 import zipfile
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from commands import fedhelp, read, refusal, train
 from helpers import use_tiny_networks
-from PIL import Image
+from isic_files import COLUMNS, FLAGS, jpeg
 
 from fedhelp_jax.core import memory
 from fedhelp_jax.core.errors import UserError
@@ -158,9 +157,6 @@ def test_public_images_without_labels_need_a_teacher(tmp_path, capsys):
 
 # --- real images ---
 
-COLUMNS = {"image": "image_id", "label": "target", "site": "center", "split": "fold"}
-COLUMNS |= {"group": "lesion_id"}
-
 
 class Hospitals:
     """A zip of JPEGs and its split: one centre large, one with one training image, one odd.
@@ -175,28 +171,20 @@ class Hospitals:
         self.rows += [self.row(30, 3, 1, "train"), self.row(31, 2, 1, "test")]
         self.rows += [self.row(40 + i, 2 * (i % 2), 2, "train") for i in range(6)]
         self.rows += [self.row(50 + i, 1 + i % 2, 2, "test") for i in range(3)]
-        self.images = {row[0]: self.jpeg(seed) for seed, row in enumerate(self.rows)}
+        self.images = {row[0]: jpeg(seed) for seed, row in enumerate(self.rows)}
 
     @staticmethod
     def row(number: int, target: int, center: int, fold: str) -> list:
         return [f"ISIC_{number:03}", target, center, fold, f"HAM_{number}"]
-
-    @staticmethod
-    def jpeg(seed: int) -> bytes:
-        pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG")
-        return buffer.getvalue()
 
     def settings(self) -> str:
         with zipfile.ZipFile(self.zip, "w") as file:
             for name, content in self.images.items():
                 file.writestr(f"images/{name}.jpg", content)
         with self.table.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS.values(), *self.rows])
-        columns = [f"--config.data.columns.{column}={name}" for column, name in COLUMNS.items()]
+            csv.writer(file).writerows([COLUMNS, *self.rows])
         return (
-            f"--config.data.name=folder --config.data.path={self.zip} {' '.join(columns)} "
+            f"{FLAGS} --config.data.path={self.zip} "
             f"--config.data.table={self.table} --config.data.cache_dir={self.folder / 'cache'} "
             "--config.data.label_names=A,B,C,D,E,F,G,H"
         )

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import io
 import types
 import zipfile
 from collections.abc import Callable
@@ -14,8 +13,7 @@ import numpy as np
 import pytest
 from commands import fedhelp, read, refusal
 from helpers import refusal as refused
-from isic_files import FLAGS, isic_config
-from PIL import Image
+from isic_files import FLAGS, isic_config, png
 from toy_sets import write_set
 
 from fedhelp_jax.core.errors import UserError
@@ -33,12 +31,6 @@ from fedhelp_jax.teachers.base import clear_public
 
 COUNT, BAD = 20, 3
 Load = Callable[[str], FederatedDataset | PublicDataset]
-
-
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def picture(number: int, shape: tuple[int, ...] = (12, 16, 3)) -> np.ndarray:

@@ -203,13 +203,12 @@ def test_empty_masks(fixture, caplog):
         fixture.load(masks=True)
 
 
-def test_real_masks(real, image_cache):
+def test_real_masks(real):
     config = isic_config(
         real / "ham10000_200x150.zip",
         real / "fed_isic2019_ham_split.csv",
         masks=True,
         image_size=32,
-        cache_dir=image_cache,
     )
     data = load_federated(config, 0, masks=True)
     assert check_federated(data).labels.shape == (10015, 150, 200)

@@ -93,14 +93,14 @@ def test_a_name_without_a_set_is_refused(capsys, tmp_path):
     assert "it is tfds:NAME" in refusal(capsys, code)
 
 
-def test_the_real_data(real, image_cache, tmp_path):
+def test_the_real_data(real, tmp_path):
     """Centres 1, 2, 3 and 5 of Fed-ISIC2019, from HAM10000."""
     (tmp_path / "download").mkdir()
     zip_, table = tmp_path / "download/images.zip", tmp_path / "download/train_test_split.csv"
     zip_.symlink_to(real / "ham10000_200x150.zip")
     table.symlink_to(real / "fed_isic2019_ham_split.csv")
     prepare("fed_isic2019", str(zip_.parent), str(tmp_path / "data"), say=lambda text: None)
-    common = {"image_size": 32, "cache_dir": image_cache}
+    common = {"image_size": 32}
     raw = isic_config(zip_, table, **common)
     made = DataConfig(name="tfds:fed_isic2019", path=str(tmp_path / "data"), **common)
     assert_equal(load_federated(raw, 0), load_federated(made, 0))

@@ -30,7 +30,7 @@ def test_unknown_names():
 
 
 @pytest.mark.parametrize("split", ["official", "grouped"])
-def test_real_centres(real, split, image_cache, monkeypatch):
+def test_real_centres(real, split, monkeypatch):
     if split == "official":
         # Its images are mostly those of "grouped": once is enough to decode them.
         def blank(source, names, size, **_):
@@ -42,7 +42,6 @@ def test_real_centres(real, split, image_cache, monkeypatch):
         real / "ham10000_200x150.zip",
         real / "fed_isic2019_ham_split.csv",
         split=split,
-        cache_dir=image_cache,
     )
     data = load_federated(config, seed=0)
     assert [client.name for client in data.clients] == [f"center_{k}" for k in (1, 2, 3, 5)]
