@@ -43,7 +43,7 @@ def sgd_l2(learning_rate: float | jax.Array, weight_decay: float) -> optax.Gradi
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
 
 
-def apply_gradient(tx: optax.GradientTransformation, params: Params, gradient: Params) -> PyTree:
+def apply_gradient(tx: optax.GradientTransformation, params: Params, gradient: Params) -> Params:
     """Takes one step of a stateless optimizer, such as :func:`sgd_l2`."""
     updates, _ = tx.update(gradient, tx.init(params), params)
     return optax.apply_updates(params, updates)
@@ -51,10 +51,10 @@ def apply_gradient(tx: optax.GradientTransformation, params: Params, gradient: P
 
 def gradient_step(
     tx: optax.GradientTransformation,
-    loss_fn: Callable[[PyTree], tuple[jax.Array, PyTree]],
+    loss_fn: Callable[[Params], tuple[jax.Array, PyTree]],
     params: Params,
     opt_state: OptState,
-) -> tuple[PyTree, PyTree, jax.Array, PyTree]:
+) -> tuple[Params, OptState, jax.Array, PyTree]:
     """Takes one optimizer step on exactly the leaves of ``params``.
 
     Args:

@@ -37,7 +37,7 @@ from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import cross_entropy_loss
 from fedhelp_jax.models.model import Variables
 from fedhelp_jax.settings import more_than, setting, whole
-from fedhelp_jax.typing import Download, PyTree
+from fedhelp_jax.typing import Download, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +74,18 @@ def fedgh(setup: Setup, settings: FedGHSettings) -> FederatedAlgorithm:
         return private_client(setup, role, update)
 
     def aggregate(
-        head: PyTree,
+        head: Params,
         uploads: Mapping[str, Prototypes],
         weights: Mapping[str, jax.Array],
         data: ServerData,
-    ) -> PyTree:
+    ) -> Params:
         del data
         sent = gathered(uploads, weights)
         clients, classes, width = sent.means.shape
         means = sent.means.reshape(-1, width)
         labels = jnp.tile(jnp.arange(classes), clients)
 
-        def loss(head: PyTree) -> jax.Array:
+        def loss(head: Params) -> jax.Array:
             logits = setup.task.class_logits(setup.task.head(head, means))
             values = cross_entropy_loss(logits, labels)
             return jnp.sum(jnp.where(sent.counts.reshape(-1) > 0, values, 0))

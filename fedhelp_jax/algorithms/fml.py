@@ -28,7 +28,7 @@ from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.settings import between, setting
-from fedhelp_jax.typing import Carry, PyTree
+from fedhelp_jax.typing import Carry, OptState, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,12 @@ def fml(setup: Setup, settings: FMLSettings) -> FederatedAlgorithm:
         return private_client(setup, role, update, broadcast=True)
 
     def learn(
-        model: Model, variables: Variables, opt_state: Any, batch: Batch, teacher: Any, share: float
+        model: Model,
+        variables: Variables,
+        opt_state: OptState,
+        batch: Batch,
+        teacher: Any,
+        share: float,
     ) -> PyTree:
         supervised = supervised_loss(setup, model, variables["batch_stats"], batch)
 

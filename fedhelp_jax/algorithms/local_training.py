@@ -20,7 +20,7 @@ from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.transforms import augment
-from fedhelp_jax.typing import Carry, ClientState, Download, Params, PyTree
+from fedhelp_jax.typing import Carry, ClientState, Download, Params
 
 
 def supervised_loss(
@@ -131,10 +131,10 @@ def train_locally(
     return variables, info
 
 
-def proximal(weight: float | jax.Array, anchor: PyTree) -> optax.GradientTransformation:
+def proximal(weight: float | jax.Array, anchor: Params) -> optax.GradientTransformation:
     """Adds ``weight (params - anchor)``, the gradient of ``weight/2 |params - anchor|^2``."""
 
-    def update(updates: PyTree, params: Params) -> PyTree:
+    def update(updates: Params, params: Params) -> Params:
         return jax.tree.map(lambda g, p, a: g + weight * (p - a), updates, params, anchor)
 
     return optax.stateless(update)

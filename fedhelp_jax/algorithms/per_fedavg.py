@@ -31,7 +31,7 @@ from fedhelp_jax.algorithms.local_training import local_epochs, one_pass, superv
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Model, Variables
-from fedhelp_jax.typing import Carry, PyTree
+from fedhelp_jax.typing import Carry, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +88,11 @@ def per_fedavg(setup: Setup, settings: PerFedAvgSettings) -> FederatedAlgorithm:
     return averaging(setup, dict.fromkeys(ROLES, client))
 
 
-def mean_gradient(setup: Setup, model: Model, variables: Variables, data: ClientData) -> PyTree:
+def mean_gradient(setup: Setup, model: Model, variables: Variables, data: ClientData) -> Params:
     """Returns the gradient of the mean loss over a client's training data; 0 without any."""
     params, stats = variables["params"], variables["batch_stats"]
 
-    def step(total: PyTree, batch: Batch, _: jax.Array) -> tuple[Carry, Info]:
+    def step(total: Carry, batch: Batch, _: jax.Array) -> tuple[Carry, Info]:
         loss_fn = supervised_loss(setup, model, stats, batch)
         (loss, _), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
         share = jnp.sum(batch.mask) / data.size

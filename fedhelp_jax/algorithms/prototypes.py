@@ -11,7 +11,6 @@ from fedhelp_jax.algorithms.client import Batch, Info
 from fedhelp_jax.algorithms.local_training import one_pass
 from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.models.model import Model, Variables
-from fedhelp_jax.typing import PyTree
 
 
 class Prototypes(NamedTuple):
@@ -62,5 +61,5 @@ def gathered(uploads: Mapping[str, Prototypes], weights: Mapping[str, jax.Array]
 def members_of(setup: Setup, batch: Batch, features: jax.Array) -> jax.Array:
     """Returns the class shares of each feature position, ``[B, *spatial, C]``; 0 where masked."""
     classes = setup.task.num_ranked(setup.num_classes)
-    members: PyTree = setup.task.memberships(batch.targets, features.shape[1:-1], classes)
+    members: jax.Array = setup.task.memberships(batch.targets, features.shape[1:-1], classes)
     return members * batch.mask.reshape(-1, *(1,) * (members.ndim - 1))

@@ -37,7 +37,7 @@ from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.core.tree import weighted_mean
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
-from fedhelp_jax.typing import Params, PyTree, Upload
+from fedhelp_jax.typing import Params, Upload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def scaffold(setup: Setup, settings: ScaffoldSettings) -> FederatedAlgorithm:
     ) -> Updated:
         x, c, c_i = download.variables, download.control, state.control
 
-        def corrected(gradient: Params, params: Params) -> PyTree:
+        def corrected(gradient: Params, params: Params) -> Params:
             del params
             return jax.tree.map(lambda g, mine, all: g - mine + all, gradient, c_i, c)
 

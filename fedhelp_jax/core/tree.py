@@ -1,6 +1,7 @@
 """Provides small functions on pytrees."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -67,7 +68,7 @@ def zeros_of(shapes: PyTree) -> PyTree:
 def select(tree: PyTree, keep: Callable[[tuple[str, ...]], bool]) -> PyTree:
     """Replaces leaves by None unless ``keep`` accepts their path, a tuple of names."""
 
-    def one(path: PyTree, leaf: PyTree) -> PyTree:
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         return leaf if keep(names) else None
 

@@ -222,7 +222,7 @@ def _drop_traces_of_threads() -> None:
     sys.unraisablehook = show_others
 
 
-def _leaves(state: PyTree, *, shapes_only: bool = False) -> JsonObject:
+def _leaves(state: PyTree, *, shapes_only: bool = False) -> dict[str, PyTree]:
     """Returns the leaves by path, in the order of the tree."""
     paths, _ = jax.tree.flatten_with_path(state)
     named = {
@@ -235,7 +235,7 @@ def _leaves(state: PyTree, *, shapes_only: bool = False) -> JsonObject:
     return named
 
 
-def _describe(leaves: JsonObject) -> dict[str, list[PyTree]]:
+def _describe(leaves: dict[str, PyTree]) -> JsonObject:
     return {name: [np.dtype(x.dtype).name, list(x.shape)] for name, x in leaves.items()}
 
 

@@ -229,7 +229,7 @@ def to_config_dict(config: RunConfig) -> Any:
     return changed
 
 
-def kinds() -> JsonObject:
+def kinds() -> dict[str, Any]:
     """Returns the type of each setting by its key.
 
     Example:
@@ -271,9 +271,9 @@ def _fields(cls: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Fiel
             yield prefix + field.name, field
 
 
-def _declare(cls: type) -> JsonObject:
+def _declare(cls: type) -> dict[str, Any]:
     """Returns the entries that a `ConfigDict` declares for a dataclass of the schema."""
-    declared: JsonObject = {}
+    declared: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if cls is AlgorithmConfig and field.name == "settings":
             for key in _algorithm_keys():
@@ -338,7 +338,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
     values = as_dict(values, path)
     fields = dataclasses.fields(cls)
     refuse_unknown(values, [field.name for field in fields], path)
-    built: JsonObject = {}
+    built: dict[str, Any] = {}
     for field in fields:
         key = f"{path}.{field.name}"
         if field.name not in values:

@@ -36,9 +36,9 @@ from fedhelp_jax.report.console import duration
 from fedhelp_jax.report.summary import group_summary, has_diverged, mean_of_roles
 from fedhelp_jax.simulation.divergence import Diverged
 from fedhelp_jax.teachers.resolve import is_asked, members
-from fedhelp_jax.typing import JsonObject, Record
+from fedhelp_jax.typing import JsonObject
 
-Settings = Record
+Settings = Mapping[str, Any]
 
 # The settings, or groups of settings, that may differ between methods.
 METHOD_SETTINGS = (
@@ -76,7 +76,7 @@ class Study:
       tuning_seed: Seed of the trials, which must not be in `seeds`.
     """
 
-    datasets: Record
+    datasets: Mapping[str, Any]
     methods: Mapping[str, Settings]
     seeds: Sequence[int] = (0, 1, 2)
     budgets: Mapping[str, Settings] = dataclasses.field(default_factory=lambda: {"": {}})

@@ -323,7 +323,7 @@ class Program:
     def _at(self, point: PyTree) -> RoundProgram:
         return self._phases(with_numbers(self.config, point["numbers"]))
 
-    def _init_one(self, leaves: PyTree, point: PyTree, _: PyTree) -> RunState:
+    def _init_one(self, leaves: PyTree, point: PyTree, _: Any) -> RunState:
         return self._at(point).init(point["key"], self._data(leaves, point))
 
     def _rounds_of_one(

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def numbers(config: RunConfig) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
-def with_numbers(config: RunConfig, values: Record) -> RunConfig:
+def with_numbers(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Returns the settings with these numbers, which may be traced."""
     top, server, settings = {}, {}, {}
     for name, value in values.items():
@@ -109,7 +109,7 @@ def _by_shape(runs: list[Run]) -> list[Block]:
     """Splits runs that differ only in numbers and seeds, where the seed changes shapes."""
     by_seed = {run.config.seed: run.config for run in runs}
     first: FederationArrays | None = None
-    shapes: dict[PyTree, dict[int, PyTree]] = {}
+    shapes: dict[Any, dict[int, PyTree]] = {}
     loaded: dict[int, Loaded] = {}
     widths = []
     for seed, config in by_seed.items():

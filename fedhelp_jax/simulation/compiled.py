@@ -26,7 +26,7 @@ from fedhelp_jax.simulation.round import (
     server_part,
 )
 from fedhelp_jax.simulation.sharding import place, put
-from fedhelp_jax.typing import JsonObject, PyTree
+from fedhelp_jax.typing import PyTree
 
 
 class CompiledRounds:
@@ -205,7 +205,7 @@ class CompiledRounds:
             for g in self.groups
         }
 
-    def _measured(self, state: RunState, split: str) -> JsonObject:
+    def _measured(self, state: RunState, split: str) -> dict[str, PyTree]:
         """Returns a row per slot, by role, model and metric; rows of empty slots are arbitrary."""
         return self._reported(
             {

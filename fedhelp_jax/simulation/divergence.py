@@ -14,7 +14,7 @@ import numpy as np
 
 from fedhelp_jax.core.errors import Failure, first_of
 from fedhelp_jax.core.tree import all_finite, choose, zeros_of
-from fedhelp_jax.typing import JsonObject, PyTree, Record, Upload
+from fedhelp_jax.typing import PyTree, Record, Upload
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Divergence:
         self.clients = {role: list((before or {}).get(role, ())) for role in names}
 
     def trained(
-        self, round: int, participants: Record, found: Mapping[str, NonFinite]
+        self, round: int, participants: Mapping[str, jax.Array], found: Mapping[str, NonFinite]
     ) -> dict[str, int]:
         """Records a round, and logs which clients have diverged in it.
 
@@ -120,7 +120,9 @@ class Divergence:
         )
         return left_out
 
-    def measured(self, when: str, results: Mapping[str, Mapping[str, Record]]) -> None:
+    def measured(
+        self, when: str, results: Mapping[str, Mapping[str, Mapping[str, jax.Array]]]
+    ) -> None:
         """Records an evaluation, and logs which clients' logits are not finite.
 
         Args:
@@ -155,7 +157,9 @@ class Divergence:
             r for r, names in self._names.items() if names and len(self.clients[r]) == len(names)
         ]
 
-    def scores(self, values: Record) -> JsonObject:
+    def scores(
+        self, values: Mapping[str, jax.Array | np.ndarray]
+    ) -> dict[str, jax.Array | np.ndarray]:
         """Replaces the values of roles of which every client has diverged by NaN."""
         lost = self.lost_roles
         return {r: np.full(len(v), np.nan) if r in lost else v for r, v in values.items()}

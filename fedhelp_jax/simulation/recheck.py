@@ -17,9 +17,8 @@ from fedhelp_jax.core.compilation import jit
 from fedhelp_jax.core.errors import Failure
 from fedhelp_jax.data.federation import ClientIndex, Group, Pool, PublicPool
 from fedhelp_jax.data.types import FederatedDataset
-from fedhelp_jax.simulation.round import ClientChunk, FederationArrays, RoundProgram, RunState
+from fedhelp_jax.simulation.round import ClientChunk, FederationArrays, RoundProgram, Rows, RunState
 from fedhelp_jax.simulation.vectorize import make_mapping
-from fedhelp_jax.typing import JsonObject
 
 # The metrics that are compared, and their tolerances relative to the larger value or 1, whichever
 # is larger. Two programs differ only by rounding, which moves a loss by about 1e-6 and occasionally
@@ -35,7 +34,7 @@ def recheck(
     state: RunState,
     dataset: FederatedDataset,
     split: str,
-    results: dict[str, dict[str, JsonObject]],
+    results: dict[str, dict[str, Rows]],
     *,
     bfloat16: bool = False,
 ) -> None:
@@ -86,7 +85,7 @@ def measured_alone(
     dataset: FederatedDataset,
     row: int,
     split: str,
-) -> JsonObject:
+) -> dict[str, Rows]:
     """Returns one client's metrics by model and name, ``[1]``, from a program for it alone."""
     mapping, role = phases.mapping, group.role
     # Gathered by a separate program, so that every process of a distributed run gets the client.

@@ -24,7 +24,7 @@ from fedhelp_jax.simulation.divergence import NON_FINITE, NonFinite, quarantine
 from fedhelp_jax.simulation.vectorize import Mapping as ClientMapping
 from fedhelp_jax.simulation.vectorize import fill, of_one_client, over_clients, sum_over_clients
 from fedhelp_jax.tasks import Task
-from fedhelp_jax.typing import JsonObject, PyTree, Record, ServerState, Upload
+from fedhelp_jax.typing import ClientState, PyTree, ServerState, Upload
 
 Rows = dict[str, jax.Array]
 
@@ -41,7 +41,7 @@ class RunState(NamedTuple):
     """
 
     server: ServerState
-    clients: JsonObject
+    clients: dict[str, ClientState]
 
 
 class ClientUpdates(NamedTuple):
@@ -90,7 +90,7 @@ class FederationArrays(NamedTuple):
 
     pool: PyTree
     public: PyTree
-    groups: Mapping[str, Record]
+    groups: Mapping[str, Mapping[str, PyTree]]
     pooled: PyTree
 
 
@@ -323,7 +323,7 @@ class RoundProgram:
     def aggregate(
         self,
         state: RunState,
-        trained: JsonObject,
+        trained: Mapping[str, tuple[ClientState, Upload, jax.Array, jax.Array]],
         run_key: jax.Array,
         round: jax.Array,
         data: FederationArrays,
@@ -526,7 +526,9 @@ def public_spec(public: PublicDataset | None, answers: Any) -> PublicSpec | None
     )
 
 
-def server_part(trained: Mapping[str, ClientUpdates]) -> JsonObject:
+def server_part(
+    trained: Mapping[str, ClientUpdates],
+) -> dict[str, tuple[ClientState, Upload, jax.Array, jax.Array]]:
     """Selects what the server's turn needs: by role, state, upload, weight and slot."""
     return {role: (t.state, t.upload, t.weight, t.slot) for role, t in trained.items()}
 

@@ -26,7 +26,7 @@ from fedhelp_jax.simulation.round import (
     RunState,
 )
 from fedhelp_jax.simulation.sharding import put
-from fedhelp_jax.typing import JsonObject, PyTree
+from fedhelp_jax.typing import PyTree
 
 
 class Buffer(NamedTuple):
@@ -236,7 +236,9 @@ def _cut(needs: np.ndarray, buffer: Buffer) -> list[range]:
     return [*parts, range(start, len(needs))]
 
 
-def _numbered(found: JsonObject, tables: JsonObject, rows: np.ndarray, device: int) -> np.ndarray:
+def _numbered(
+    found: dict[str, PyTree], tables: dict[str, PyTree], rows: np.ndarray, device: int
+) -> np.ndarray:
     """Fills tables with indices into a device's pool; returns the examples it must hold."""
     examples, used = [np.zeros(0, np.int32)], 0
     for i, row in enumerate(rows):
@@ -319,7 +321,7 @@ class StreamedRounds(CompiledRounds):
         self._stream(state, parts, train)
         return trained
 
-    def _measured(self, state: RunState, split: str) -> JsonObject:
+    def _measured(self, state: RunState, split: str) -> dict[str, PyTree]:
         found: dict[str, list[PyTree]] = {role: [] for role in self._evaluate}
 
         def measure(role: str, part: ClientChunk) -> PyTree:
