@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import tarfile
 import threading
 import zipfile
@@ -167,23 +168,37 @@ def test_a_place_that_cannot_be_written_is_one_line(breast, capsys, tmp_path):
     assert f"{tmp_path / 'prepared'}" in message and "cannot be written to" in message
 
 
-def test_a_second_preparation_waits_and_finds_the_set_prepared(breast, capsys, tmp_path):
+class Told(io.StringIO):
+    """Standard output that reports when a text is written to it."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text, self.written = text, threading.Event()
+
+    def write(self, more: str) -> int:
+        count = super().write(more)
+        if self.text in self.getvalue():
+            self.written.set()
+        return count
+
+
+def test_a_second_preparation_waits_and_finds_the_set_prepared(breast, monkeypatch, tmp_path):
     """The first one is made to begin when the second has said that it waits."""
     lock = tmp_path / "prepared" / ".unfinished" / "medmnist.lock"
+    output = Told("waiting")
+    monkeypatch.setattr(sys, "stdout", output)
     seconds = []
     with exclusive_lock(lock, "prepared"):
         second = threading.Thread(target=lambda: seconds.append(fedhelp(breast)))
         second.start()
-        said = ""
-        while "waiting" not in said:
-            said += capsys.readouterr().out
-        assert f"process {os.getpid()} on " in said
+        assert output.written.wait(timeout=60)
+        assert f"process {os.getpid()} on " in output.getvalue()
         prepared = str(tmp_path / "prepared")
         finished = Path(builder("medmnist/breastmnist_28", prepared).data_path)
         finished.mkdir(parents=True)
     second.join()
     assert seconds == [0]
-    assert f"{finished} is there already" in capsys.readouterr().out
+    assert f"{finished} is there already" in output.getvalue()
 
 
 def test_an_absurdly_large_npz_file(breast, capsys, monkeypatch):
