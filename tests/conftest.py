@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from fedhelp_jax.core.compilation import protect_process
 
@@ -52,29 +51,18 @@ def float64():
         yield
 
 
-@pytest.fixture(scope="session")
-def compiled_programs(tmp_path_factory):
-    """Returns the folder of compiled programs that test modules share."""
-    return tmp_path_factory.mktemp("compiled")
+@pytest.fixture(scope="session", autouse=True)
+def kept_programs(tmp_path_factory):
+    """Keeps compiled programs until the end, since many tests compile the same runs.
 
-
-@pytest.fixture(scope="module")
-def kept_programs(compiled_programs):
-    """Enables a compilation cache for modules that compile the same runs repeatedly.
-
-    Modules also share it with each other.
+    Returns the settings, as a subprocess needs them to share the programs.
     """
     settings = {
-        "jax_compilation_cache_dir": str(compiled_programs),
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_compilation_cache_max_size": -1,  # as in subprocesses, since a command may change it
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield settings
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return settings

@@ -10,8 +10,6 @@ from helpers import refusal
 import fedhelp_jax as fh
 from fedhelp_jax.experiments.experiment import build_experiment
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 
 @pytest.fixture(scope="module")
 def data():

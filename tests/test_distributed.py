@@ -35,7 +35,7 @@ from fedhelp_jax.experiments.experiment import load, make_phases
 from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.vectorize import make_mapping
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.usefixtures("float64", "kept_programs")]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.usefixtures("float64")]
 
 TESTS = Path(__file__).parent
 ROUNDS = 6

@@ -18,7 +18,7 @@ from fedhelp_jax.experiments.study import Failed, compare, tune
 from fedhelp_jax.experiments.sweep import sweep
 from fedhelp_jax.experiments.sweep_blocks import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kept_programs")]
+pytestmark = pytest.mark.slow
 
 TOO_MUCH = 1e30
 SGD = f"--config.optimizer=sgd --config.learning_rate={TOO_MUCH}"

@@ -41,7 +41,7 @@ from fedhelp_jax.models.resnet import resnet
 from fedhelp_jax.models.unet import UNETS, unet
 
 ROUNDS = 2
-pytestmark = pytest.mark.usefixtures("float64", "kept_programs")
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @functools.cache

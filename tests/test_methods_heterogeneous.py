@@ -54,7 +54,7 @@ from fedhelp_jax.tasks import segmentation
 ROUNDS = 3
 WIDTH = 4
 WHO = pytest.mark.parametrize("half", [False, True], ids=["all", "half"])
-pytestmark = pytest.mark.usefixtures("float64", "kept_programs")
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def one_width(**changes):

@@ -18,8 +18,6 @@ from fedhelp_jax.simulation.compiled import CompiledRounds
 
 MASKS = Path(__file__).parent / "mask_config.py"
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 
 @pytest.fixture
 def measured(monkeypatch):

@@ -11,7 +11,7 @@ from helpers import refusal
 import fedhelp_jax as fh
 from fedhelp_jax.experiments.experiment import build_experiment
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kept_programs")]
+pytestmark = pytest.mark.slow
 
 
 def config(**changes):

@@ -32,8 +32,6 @@ from fedhelp_jax.settings.schema import MappingConfig
 from fedhelp_jax.simulation import vectorize
 from fedhelp_jax.simulation.round import federation_arrays
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 TESTS = Path(__file__).parent
 ROUNDS = 6
 # name -> (training, test images, role); the last one's validation is empty.

@@ -17,7 +17,7 @@ from fedhelp_jax.metrics.surface_distance import surface_metrics
 from fedhelp_jax.teachers.answers import Answers, save_answers
 from fedhelp_jax.teachers.backends.simulated import simulated
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kept_programs")]
+pytestmark = pytest.mark.slow
 
 CONFIG = Path(__file__).parent / "mask_config.py"
 OVERLAP = {"dice", "iou", "hd95"}

@@ -26,8 +26,6 @@ from fedhelp_jax.experiments.config_files import load_study
 from fedhelp_jax.experiments.study import Failed, compare, grid_points, tune
 from fedhelp_jax.simulation.compiled import CompiledRounds
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 TESTS = Path(__file__).parent
 FOLDERS = [
     f"{data}/{method}/seed{seed}"
