@@ -55,7 +55,7 @@ def float64():
 def kept_programs(tmp_path_factory):
     """Keeps compiled programs until the end, since many tests compile the same runs.
 
-    Returns the settings, as a subprocess needs them to share the programs.
+    Returns the environment variables with which a subprocess shares the programs.
     """
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
@@ -65,4 +65,4 @@ def kept_programs(tmp_path_factory):
     }
     for name, value in settings.items():
         jax.config.update(name, value)
-    return settings
+    return {name.upper(): str(value) for name, value in settings.items()}

@@ -92,7 +92,7 @@ def test_other_errors_are_left_alone(error):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, kept_programs):
+def finished(tmp_path_factory):
     """A run to its end; not to be changed."""
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_networks(patch)
@@ -148,14 +148,13 @@ def test_a_run_goes_on_without_its_terminal(finished, tmp_path, kept_programs):
     workdir = tmp_path / "run"
     script = [sys.executable, str(TESTS / "tiny_fedhelp.py"), "SIGHUP", "after-row", "2"]
     command = [*script, *shlex.split(train_command(workdir, SMALL))]
-    environment = {k.upper(): str(v) for k, v in kept_programs.items()}
     ours, theirs = os.pipe()
     os.close(ours)
     done = subprocess.run(
         ["bash", "-c", '"$@" 2>&-', "bash", *command],
         stdout=theirs,
         timeout=300,
-        env=os.environ | environment,
+        env=os.environ | kept_programs,
     )
     os.close(theirs)
     assert done.returncode == 0

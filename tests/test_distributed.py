@@ -68,8 +68,7 @@ class Ended:
 @pytest.fixture(scope="module")
 def two_processes(kept_programs):
     """:func:`in_two_processes` with what is compiled kept."""
-    kept = {name.upper(): str(value) for name, value in kept_programs.items()}
-    return functools.partial(in_two_processes, kept)
+    return functools.partial(in_two_processes, kept_programs)
 
 
 def in_two_processes(

@@ -251,9 +251,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 ):
     """Killed between two checkpoints, and compiled anew; killed in the middle of saving one."""
     workdir = tmp_path / "run"
-    environment = {}
-    if where == "before-sums":
-        environment = {k.upper(): str(v) for k, v in kept_programs.items()}
+    environment = kept_programs if where == "before-sums" else {}
     result = stopped_run(workdir, "SIGKILL", where, round, environment)
     assert result.returncode == -9, result.stderr
     folders = sorted(p.name for p in (workdir / "checkpoints").iterdir())
@@ -269,8 +267,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 @pytest.mark.slow
 def test_an_interrupted_run_is_saved_and_goes_on(finished, tmp_path, capsys, caplog, kept_programs):
     workdir = tmp_path / "run"
-    environment = {k.upper(): str(v) for k, v in kept_programs.items()}
-    result = stopped_run(workdir, "SIGINT", "after-row", 3, environment)
+    result = stopped_run(workdir, "SIGINT", "after-row", 3, kept_programs)
     assert result.returncode == 130, result.stderr
     assert f"stopped after round 3 of {ROUNDS}, saved in {workdir}" in result.stderr
     assert "stopping after this round" in result.stderr and "Traceback" not in result.stderr
