@@ -5,13 +5,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from compiled_faster import FLAGS
 
 from fedhelp_jax.core.compilation import protect_process
 
 jax.config.update("jax_num_cpu_devices", 2)
 
-# Tests compile a lot and compute little, so they take half the time without LLVM's optimisations.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 protect_process()  # many tests compile functions of the package directly
 
 

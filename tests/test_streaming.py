@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from commands import CONFIG, fedhelp, read, refusal, train
+from compiled_faster import AS_FOR_USERS
 from helpers import (
     ANSWERS,
     PUBLIC,
@@ -24,6 +25,7 @@ from helpers import (
 from helpers import refusal as refused
 from marks import two_devices
 
+from fedhelp_jax.core import compilation
 from fedhelp_jax.core.compilation import compile_totals
 from fedhelp_jax.experiments.config_files import read_settings
 from fedhelp_jax.experiments.experiment import build_experiment
@@ -112,8 +114,17 @@ def case(name, chunk_size, num_devices, participation, **options):
 # --- equality ---
 
 
+@pytest.fixture
+def compiled_as_for_users(monkeypatch):
+    """Compiles the package's programs with the fusions of users."""
+    options = compilation.compiler_options
+    monkeypatch.setattr(
+        compilation, "compiler_options", lambda *a, **kw: options(*a, **kw) | AS_FOR_USERS
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("float64", "compiled_as_for_users")
 @pytest.mark.parametrize(
     "options",
     [
@@ -146,7 +157,6 @@ def masks(max_device_bytes):
         "evaluate_every=1",
         f"mapping.max_device_bytes={max_device_bytes}",
     ]
-    flags += ["model.small_widths=(2,)", "model.large_widths=(3,)"]  # which compile sooner
     config = read_settings(f"{MASK_CONFIG}:2d", [f"--config.{flag}" for flag in flags])
     return build_experiment(config).simulation
 

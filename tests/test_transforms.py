@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_faster import AS_FOR_USERS
 from scipy import ndimage
 
 from fedhelp_jax import transforms
@@ -13,8 +14,8 @@ from fedhelp_jax.core.compilation import compile_totals
 
 PLANES, VOLUMES = (5, 12, 10, 3), (3, 6, 9, 8, 1)
 AUGMENTATIONS = transforms.AUGMENTATIONS
-# Compiled as a training step is.
-augment = jax.jit(transforms.augment, static_argnames="names")
+# Compiled as a training step is. Its draws are compared with draws that are not fused.
+augment = jax.jit(transforms.augment, static_argnames="names", compiler_options=AS_FOR_USERS)
 
 
 def pixels(shape, seed=0):
