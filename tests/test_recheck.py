@@ -65,7 +65,6 @@ def test_another_program_measures_the_same(tmp_path, monkeypatch, measured, rest
 @pytest.mark.slow
 def test_so_it_is_of_masks(tmp_path, measured):
     flags = f"--config.mapping.cpu_devices={jax.device_count()} --workdir={tmp_path / 'run'}"
-    flags += " --config.model.small_widths=(2,) --config.model.large_widths=(3,)"
     assert fedhelp(f"train --config={MASKS}:2d {flags}") == 0
     assert len(measured) >= 2
     for own, again, row in measured:

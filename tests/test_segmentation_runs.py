@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 CONFIG = Path(__file__).parent / "mask_config.py"
 OVERLAP = {"dice", "iou", "hd95"}
 METRICS = OVERLAP | {"non_finite"}
+TWO_LEVELS = " --config.model.small_widths=(2,3) --config.model.large_widths=(3,4)"
 PARTS = ("phantom_front", "phantom_back", "foreground")
 
 
@@ -45,9 +46,10 @@ METHODS = ("fedhelp", "fedavg", "fml", "fedmd", "feddf", "fedproto", "fedgh", "f
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_on_volumes(method, answered, tmp_path):
     flags = f"{answered} --workdir={tmp_path} --config.algorithm.name={method}"
-    if method != "fedhelp":  # one level compiles in a third of the time
-        large = 2 if method in ("fedproto", "fedgh") else 3  # these need features of one width
-        flags += f" --config.model.small_widths=(2,) --config.model.large_widths=({large},)"
+    if method == "fedhelp":
+        flags += TWO_LEVELS
+    if method in ("fedproto", "fedgh"):  # these need features of one width
+        flags += " --config.model.large_widths=(2,)"
     assert fedhelp(command("train", "3d", flags)) == 0
     summary = read(tmp_path / "summary.json")
     assert summary["metric"] == "dice" and summary["synthetic"]
