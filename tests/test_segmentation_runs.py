@@ -74,7 +74,7 @@ def test_a_run_on_volumes(method, answered, tmp_path):
 def flat_run(tmp_path_factory):
     """A finished FedHelp run on 2D phantoms, with a simulated teacher of masks."""
     folder = tmp_path_factory.mktemp("flat") / "run"
-    assert fedhelp(command("train", "2d", f"--workdir={folder}")) == 0
+    assert fedhelp(command("train", "2d", f"--workdir={folder}{TWO_LEVELS}")) == 0
     return folder
 
 
