@@ -170,9 +170,14 @@ def protect_process() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {_PROCESS_FLAG}".strip()
 
 
+def jaxlib_release() -> tuple[int, ...]:
+    """Returns the major and minor number of jaxlib's version."""
+    return tuple(map(int, version("jaxlib").split(".")[:2]))
+
+
 def jaxlib_is_affected() -> bool:
     """Returns whether jaxlib is older than the first release in which no error was seen."""
-    return tuple(map(int, version("jaxlib").split(".")[:2])) < _FIRST_UNAFFECTED
+    return jaxlib_release() < _FIRST_UNAFFECTED
 
 
 @functools.cache
