@@ -151,7 +151,7 @@ REFUSED = [
         {"model__compute_dtype": "float16"},
         ["config.model.compute_dtype", "one of float32, bfloat16"],
     ),
-    ({"mapping__chunk_size": 0}, ["config.mapping.chunk_size"]),
+    ({"mapping__chunk_size": -1}, ["config.mapping.chunk_size", "at least 0"]),
     ({"mapping__max_device_bytes": -1}, ["config.mapping.max_device_bytes", "at least 0"]),
     ({"algorithm__name": "fedhlp"}, ["config.algorithm.name", "did you mean fedhelp"]),
     ({"algorithm__name": 3}, ["config.algorithm.name", "string"]),

@@ -370,8 +370,8 @@ def test_a_run_goes_on_with_the_mapping_that_it_was_started_with(tmp_path, caplo
 @pytest.mark.parametrize(
     ("program", "asked", "kept", "said"),
     [
-        (("gpu", 4, 0), (None, None, 0), (None, None, 0), ()),
-        (("gpu", 1, 0), (None, 2, 0), (None, None, 0), ("chunk_size = None",)),
+        (("gpu", 4, 0), (None, None, 0), (None, 0, 0), ()),
+        (("gpu", 1, 0), (None, 2, 0), (None, 0, 0), ("chunk_size = 0",)),
         (("cpu", 4, 1), (None, None, 0), (4, 1, 0), ("cpu_devices = 4", "not 2")),
         (("cpu", 2, 1), (None, None, 0), (2, 1, 0), ()),
     ],

@@ -155,7 +155,7 @@ def test_as_many_programs_as_shapes(tmp_path):
 
 @pytest.mark.slow
 def test_what_does_not_fit_the_memory_is_refused_before_it_is_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "_memory_limit", lambda device: 1000)
+    monkeypatch.setattr(sweeps, "free_host_bytes", lambda: 1000)
     with pytest.raises(UserError, match="GiB a device, but 0.00 GiB are free: lower --runs"):
         sweep(runs_of(), tmp_path, say=lambda text: None)
     assert not (tmp_path / "runs.jsonl").exists()

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,19 @@ def host_bytes() -> int | None:
         return min(limit, int(_CGROUP.read_text()))
     except (OSError, ValueError):  # no container, or the limit is "max"
         return limit
+
+
+def free_host_bytes() -> int | None:
+    """Returns the memory of this machine that is free, in bytes; None if unknown."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def device_bytes(device: Any) -> int | None:
+    """Returns the memory of an accelerator that programs may use, in bytes; None if unknown."""
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def check_fits(shape: Sequence[int], dtype: str, key: str, what: str) -> None:

@@ -13,6 +13,7 @@ import optax
 from fedhelp_jax import tasks
 from fedhelp_jax.algorithms import ALGORITHMS, Algorithm, Given
 from fedhelp_jax.algorithms.client import adam_l2, sgd_l2
+from fedhelp_jax.core.compilation import compile_totals
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.memory import check_fits
 from fedhelp_jax.data.federation import Federation, assign_roles, make_federation
@@ -23,6 +24,7 @@ from fedhelp_jax.models.model import Model, with_compute_dtype
 from fedhelp_jax.models.registry import architecture
 from fedhelp_jax.settings.schema import ModelConfig, ServerConfig
 from fedhelp_jax.simulation.compiled import CompiledRounds
+from fedhelp_jax.simulation.memory import fit
 from fedhelp_jax.simulation.round import RoundProgram, make_program, public_spec
 from fedhelp_jax.simulation.streaming import StreamedRounds
 from fedhelp_jax.simulation.vectorize import Mapping, make_mapping
@@ -53,7 +55,10 @@ class Loaded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A run that is ready to start, with the information that its report needs."""
+    """A run that is ready to start, with the information that its report needs.
+
+    ``compile_s`` says how many seconds `fitted` compiled.
+    """
 
     config: RunConfig
     task: Task
@@ -62,6 +67,7 @@ class Experiment:
     public: PublicDataset | None
     answers: Answers | None
     simulation: CompiledRounds
+    compile_s: float = 0.0
 
 
 def build_experiment(config: RunConfig) -> Experiment:
@@ -93,6 +99,26 @@ def build_experiment(config: RunConfig) -> Experiment:
             rounds_at_once=rounds_at_once(config),
         )
     return Experiment(config, *loaded[:5], simulation)
+
+
+def fitted(experiment: Experiment, *, training: bool = True) -> Experiment:
+    """Returns a run that fits in the memory of its devices, unless its chunk size is set.
+
+    All processes must call it.
+
+    Args:
+      experiment: The run.
+      training: Whether the run will be trained, or only evaluated.
+
+    Raises:
+      UserError: If it does not fit even with one client at a time.
+    """
+    if experiment.config.mapping.chunk_size is not None:
+        return experiment
+    before = compile_totals().seconds
+    simulation = fit(experiment.simulation, training=training)
+    seconds = compile_totals().seconds - before
+    return dataclasses.replace(experiment, simulation=simulation, compile_s=seconds)
 
 
 def rounds_at_once(config: RunConfig) -> int:

@@ -239,11 +239,10 @@ def as_started(config: RunConfig, workdir: Path, cpu_devices: int | None = None)
     on_cpu = before["platform"] == "cpu"
     devices = before["devices"] // before.get("processes", 1) if on_cpu else asked.cpu_devices
     max_device_bytes = before.get("max_device_bytes", 0)
-    # No setting stands for all clients at once, which is the default on accelerators.
-    kept = MappingConfig(devices, before["chunk_size"] or None, max_device_bytes)
+    kept = MappingConfig(devices, before["chunk_size"], max_device_bytes)
     wanted = MappingConfig(
         (asked.cpu_devices or cpu_devices or devices) if on_cpu else devices,
-        asked.chunk_size or kept.chunk_size,
+        kept.chunk_size if asked.chunk_size is None else asked.chunk_size,
         asked.max_device_bytes,
     )
     for name, value in vars(wanted).items():

@@ -32,7 +32,12 @@ from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments import identity
 from fedhelp_jax.experiments.checkpoint import Checkpointer
 from fedhelp_jax.experiments.config import RunConfig
-from fedhelp_jax.experiments.experiment import Experiment, build_experiment, rounds_at_once
+from fedhelp_jax.experiments.experiment import (
+    Experiment,
+    build_experiment,
+    fitted,
+    rounds_at_once,
+)
 from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.report import run_files
 from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write_shares
@@ -116,6 +121,7 @@ def _train(
 
     experiment = distributed.run_on_all(prepare)
     _check_same_sources(experiment)
+    experiment = fitted(experiment)
     checkpointer = Checkpointer(workdir / _CHECKPOINTS)
     try:
         done, state, _ = _restore(experiment, checkpointer, workdir, same_program=True)
@@ -175,6 +181,8 @@ def _evaluate(config: RunConfig, workdir: Path) -> JsonObject:
         return build_experiment(config)
 
     experiment = distributed.run_on_all(prepare)
+    # With several processes, the state fits only the chunk size with which it was trained.
+    experiment = fitted(experiment, training=experiment.simulation.mapping.private)
     checkpointer = Checkpointer(workdir / _CHECKPOINTS, read_only=True)
     try:
         done, state, meta = _restore(experiment, checkpointer, workdir, same_program=False)
@@ -243,7 +251,7 @@ def _run_rounds(
 ) -> tuple[int, RunState]:
     """Runs the remaining rounds; returns the number of completed rounds and the final state."""
     config, simulation = experiment.config, experiment.simulation
-    metric, payload = experiment.task.headline, None
+    metric, payload, before = experiment.task.headline, None, experiment.compile_s
     shown = (
         Progress(config.rounds, first_round=done, metric=metric)
         if distributed.is_coordinator()
@@ -251,7 +259,9 @@ def _run_rounds(
     )
     with shown or contextlib.nullcontext():
         while done < config.rounds and not _must_stop(config, health):
-            started, compiled = time.perf_counter(), compile_totals()
+            # What was compiled before the first round is part of it.
+            started = time.perf_counter() - before
+            compiled, before = compile_totals().seconds - before, 0.0
             first, done = done, done + 1 if callbacks else _next_stop(config, done)
             state, infos = simulation.rounds(state, first, done)
             payload = payload or simulation.payload_bytes()
@@ -273,7 +283,7 @@ def _run_rounds(
                 rows[-1] |= group_summary(health.scores(headline(results, metric)))
             jax.block_until_ready(state)
             wall_s = (time.perf_counter() - started) / len(rows)
-            compile_s = (compile_totals().seconds - compiled.seconds) / len(rows)
+            compile_s = (compile_totals().seconds - compiled) / len(rows)
             for row in rows:
                 if shown is None:
                     continue

@@ -13,7 +13,6 @@ several processes, each makes a share of the runs on its own devices and writes 
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from fedhelp_jax.core import distributed
 from fedhelp_jax.core.compilation import compile_totals, jit
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.locks import folder_lock
-from fedhelp_jax.core.memory import gib
+from fedhelp_jax.core.memory import device_bytes, free_host_bytes, gib
 from fedhelp_jax.core.storage import append_line
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import MOST_ROUNDS, make_phases
@@ -173,7 +172,7 @@ class Program:
         self.devices = jax.local_devices()
         on_cpu = self.devices[0].platform == "cpu"
         self._compile(min(runs_at_once or 1, self._most()))
-        limit = _memory_limit(self.devices[0])
+        limit = free_host_bytes() if on_cpu else device_bytes(self.devices[0])
         if runs_at_once is None and not on_cpu and limit is not None:
             fitting = int(0.8 * limit / self.bytes_at_once)
             if fitting > 1 and self._most() > 1:
@@ -181,7 +180,7 @@ class Program:
         if limit is not None and self.bytes_at_once * (len(self.devices) if on_cpu else 1) > limit:
             raise UserError(
                 f"{self.plan()}, but {gib(limit)} are free: lower --runs_at_once, "
-                "config.batch_size or config.mapping.cpu_devices"
+                "config.batch_size, config.mapping.chunk_size or config.mapping.cpu_devices"
             )
 
     def plan(self) -> str:
@@ -347,14 +346,3 @@ class Program:
             )
             for role in phases.num_clients
         }
-
-
-def _memory_limit(device: Any) -> int | None:
-    """Returns the bytes that a program may use on a device, or None if unknown.
-
-    On CPU, the limit is for all devices together.
-    """
-    if device.platform == "cpu":
-        pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
-        return None if pages is None else pages * os.sysconf("SC_PAGE_SIZE")
-    return (device.memory_stats() or {}).get("bytes_limit")

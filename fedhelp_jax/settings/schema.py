@@ -460,8 +460,9 @@ class MappingConfig:
     )
     chunk_size: int | None = setting(
         None,
-        "clients computed at once on a device; the back end's best if None",
-        COUNT,
+        "clients vectorised at a time on a device; 0: all; None: 1 on CPU, on accelerators as many "
+        "as fit in memory",
+        whole(0),
         identity=False,
     )
     max_device_bytes: int = setting(

@@ -3,15 +3,17 @@
 This module only computes. The runner takes care of files, logging and resuming.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from fedhelp_jax.core.compilation import jit
+from fedhelp_jax.core.compilation import Program, jit
 from fedhelp_jax.core.tree import num_bytes
 from fedhelp_jax.data.federation import ClientData, Federation, Group
 from fedhelp_jax.models.model import Model, Variables
@@ -25,8 +27,24 @@ from fedhelp_jax.simulation.round import (
     round_info,
     server_part,
 )
-from fedhelp_jax.simulation.sharding import place, put
+from fedhelp_jax.simulation.sharding import bytes_per_device, place, put
 from fedhelp_jax.typing import PyTree
+
+
+class Call(NamedTuple):
+    """A program as a run calls it.
+
+    Attributes:
+      program: The program.
+      args: Its arguments, or their shapes and shardings.
+      clients: The number of clients that it computes on each device.
+      beside: The bytes that other programs' results take on each device meanwhile.
+    """
+
+    program: Program
+    args: tuple[PyTree, ...]
+    clients: int
+    beside: int
 
 
 class CompiledRounds:
@@ -55,7 +73,18 @@ class CompiledRounds:
         self.phases = phases
         self.mapping = mapping = phases.mapping
         self.groups = federation.groups
+        self._options: dict[str, Any] = {
+            "seed": seed,
+            "rounds_at_once": rounds_at_once,
+            "donate": donate,
+        }
         self.federation = self._placed(federation)
+        # For `with_chunk_size`. Arrays on the devices are kept only once.
+        self._source = (
+            federation
+            if mapping.private or self.federation.pool is None
+            else federation._replace(pool=self.federation.pool, public=self.federation.public)
+        )
         self._batch_size = phases.eval_batch_size
         self._jit = program = functools.partial(jit, platform=mapping.platform)
         # Created on the devices: placing a host array would make the processes compare its values.
@@ -90,6 +119,71 @@ class CompiledRounds:
     def _placed(self, federation: Federation) -> FederationArrays:
         """Returns the arrays that stay on the devices for the whole run."""
         return place(federation, self.mapping)
+
+    def with_chunk_size(self, chunk_size: int) -> Self:
+        """Returns the same rounds with another number of clients vectorised at a time."""
+        mapping = self.mapping._replace(chunk_size=chunk_size)
+        phases = dataclasses.replace(self.phases, mapping=mapping)
+        return type(self)(phases, self._source, **self._options)
+
+    def calls(self, *, training: bool = True) -> list[Call]:
+        """Returns the programs that vectorise clients, with the arguments that they will have.
+
+        What is compiled for these is used when the run calls the programs.
+
+        Args:
+          training: Whether to return those that train too, or only those that evaluate.
+        """
+        state = self.state_shapes()
+        return self._evaluations(state) + (self._trainings(state) if training else [])
+
+    def _evaluations(self, state: RunState) -> list[Call]:
+        return [
+            Call(
+                self._evaluate[g.role],
+                (
+                    *(state.clients[g.role], state.server, self.federation),
+                    self.phases.everyone(g.role, self.federation, "validation"),
+                ),
+                self._on_each(len(g.names)),
+                beside=0,
+            )
+            for g in self.groups
+        ]
+
+    def _trainings(self, state: RunState) -> list[Call]:
+        key, round = self.run_key, np.int32(0)
+        clients = {r: self._on_each(self.phases.num_participants(r)) for r in self._train}
+        if self.mapping.private:
+            clients = {g.role: self._on_each(len(g.names)) for g in self.groups}
+        if self.rounds_at_once > 1:
+            args = state, key, round, round, self.federation
+            return [Call(self._rounds, args, max(clients.values()), beside=0)]
+        updates = self._update_bytes(state)
+        return [
+            Call(
+                train,
+                (state.clients[role], state.server, key, round, self.federation),
+                clients[role],
+                beside=sum(updates.values()) - updates[role],
+            )
+            for role, train in self._train.items()
+        ]
+
+    def _on_each(self, clients: int) -> int:
+        """Returns the number of clients on each device."""
+        return -(-clients // self.mapping.num_devices)
+
+    def _update_bytes(self, state: RunState) -> dict[str, int]:
+        """Returns the bytes of each role's updates on each device."""
+        return {
+            g.role: num_bytes(self.train_shapes(g, state)) // self.mapping.num_devices
+            for g in self.groups
+        }
+
+    def held_bytes(self) -> int:
+        """Returns the bytes on each device that stay there during a run: data and state."""
+        return bytes_per_device((self.federation, self.state_shapes()))
 
     def init(self, key: jax.Array | None = None) -> RunState:
         """Returns the state before the first round; ``key`` replaces the seed."""

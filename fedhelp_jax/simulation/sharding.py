@@ -1,5 +1,6 @@
 """Puts a federation on devices: replicated, or each device with only its own clients' data."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -64,6 +65,14 @@ def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda where: leaf[where])
 
     return jax.tree.map(one, tree)
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Returns the bytes that arrays, or their shapes and shardings, take on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _padded(leaf: PyTree, length: int) -> np.ndarray:

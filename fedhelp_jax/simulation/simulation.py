@@ -1,5 +1,6 @@
 """Provides `Simulation`, which runs an algorithm over clients' data round by round from Python."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.federation import assign_roles, make_federation
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset
 from fedhelp_jax.simulation.compiled import CompiledRounds
+from fedhelp_jax.simulation.memory import fit
 from fedhelp_jax.simulation.round import RoundInfo, Rows, RunState, make_program, public_spec
 from fedhelp_jax.simulation.streaming import StreamedRounds
 from fedhelp_jax.simulation.vectorize import make_mapping
@@ -84,7 +86,8 @@ class Simulation:
           client_weights: A client's weight in the server's mean: "uniform", or "examples" for its
             number of training images.
           rounds: How many rounds will be run, for methods with a schedule over them (FedKD).
-          chunk_size: Clients vectorised at a time on a device; None takes the back end's default.
+          chunk_size: Clients vectorised at a time on a device; 0 means all of them. None takes 1 on
+            CPU; on accelerators it takes all, or as many as fit in memory.
           num_devices: The number of devices that clients are spread over; all if None.
           max_device_bytes: The most bytes of private images on a device, while the rest wait on the
             host; 0 keeps all on the devices.
@@ -139,11 +142,17 @@ class Simulation:
             )
         else:
             compiled = CompiledRounds(program, federation, donate=donate)
-        self._compiled, self._task = compiled, task
+        self._as_asked, self._fits, self._task = compiled, chunk_size is None, task
         self.federation = federation
+
+    @functools.cached_property
+    def _compiled(self) -> CompiledRounds:
+        return fit(self._as_asked) if self._fits else self._as_asked
 
     def init(self, key: jax.Array) -> SimulationState:
         """Returns the state before the first round; ``key`` comes from ``jax.random.key``."""
+        # Placed like the key that programs are compiled with in advance.
+        key = jax.device_put(key, self._compiled.mapping.replicated)
         return SimulationState(key, 0, self._compiled.init(key))
 
     def step(self, state: SimulationState) -> tuple[SimulationState, RoundInfo]:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.federation import SPLITS, ClientIndex, Federation, Group
-from fedhelp_jax.simulation.compiled import CompiledRounds
+from fedhelp_jax.simulation.compiled import Call, CompiledRounds
 from fedhelp_jax.simulation.round import (
     ClientChunk,
     ClientUpdates,
@@ -25,7 +25,7 @@ from fedhelp_jax.simulation.round import (
     RoundProgram,
     RunState,
 )
-from fedhelp_jax.simulation.sharding import put
+from fedhelp_jax.simulation.sharding import bytes_per_device, put
 from fedhelp_jax.typing import PyTree
 
 
@@ -161,6 +161,29 @@ class HostFeeder:
         rest = put(part._replace(pool=None), self.mapping.replicated)
         return rest._replace(pool=put(part.pool, pool))
 
+    def part_shapes(self, role: str, split: str | None, pool: NamedSharding) -> ClientChunk:
+        """Returns the shapes and shardings of a part that is measured, or of one that is trained.
+
+        Args:
+          role: The role.
+          split: The split that is measured; None means training.
+          pool: As in :meth:`on_devices`.
+        """
+        buffer = self._training[role] if split is None else self._measuring[role]
+        devices = self.mapping.num_devices
+        nobody = [range(0)] * devices
+        part = self._part(role, np.zeros((devices, 0), np.int64), nobody, split, buffer)
+
+        def placed(leaf: np.ndarray, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        rest = jax.tree.map(lambda x: placed(x, self.mapping.replicated), part._replace(pool=None))
+        return rest._replace(pool=jax.tree.map(lambda x: placed(x, pool), part.pool))
+
+    def clients(self, role: str, split: str | None) -> int:
+        """Returns how many clients a part has on each device; None means training."""
+        return (self._training[role] if split is None else self._measuring[role]).clients
+
     def _parts(
         self, role: str, slot: np.ndarray, split: str | None, buffer: Buffer
     ) -> Iterator[ClientChunk]:
@@ -285,6 +308,7 @@ class StreamedRounds(CompiledRounds):
                 "--distributed run, where a process's devices hold only its own clients' images"
             )
         super().__init__(phases, federation, seed=seed, donate=donate)
+        self._options = {"seed": seed, "max_device_bytes": max_device_bytes, "donate": donate}
         self._feed = feed = HostFeeder(federation, phases, max_device_bytes)
         self._batch_size = feed.batch_size
         self._begin = {}
@@ -300,6 +324,44 @@ class StreamedRounds(CompiledRounds):
         groups = {g.role: {"ids": g.ids} for g in federation.groups}
         arrays = FederationArrays(None, federation.public, groups, None)
         return jax.device_put(arrays, self.mapping.replicated)
+
+    def _part_shapes(self, role: str, split: str | None) -> ClientChunk:
+        return self._feed.part_shapes(role, split, self.mapping.by_client)
+
+    def _evaluations(self, state: RunState) -> list[Call]:
+        return [
+            Call(
+                evaluate,
+                (
+                    *(state.clients[role], state.server, self.federation),
+                    self._part_shapes(role, "validation"),
+                ),
+                self._feed.clients(role, "validation"),
+                beside=0,
+            )
+            for role, evaluate in self._evaluate.items()
+        ]
+
+    def _trainings(self, state: RunState) -> list[Call]:
+        # The updates of all roles are on the devices; those of a part's role are donated.
+        beside = sum(self._update_bytes(state).values())
+        found = []
+        for role, begin in self._begin.items():
+            at = state.clients[role], state.server, self.run_key, np.int32(0), self.federation
+            before = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=self.mapping.by_client
+                ),
+                begin.eval_shape(*at),
+            )
+            args = (*at, self._part_shapes(role, None), before)
+            found.append(Call(self._train[role], args, self._feed.clients(role, None), beside))
+        return found
+
+    def held_bytes(self) -> int:
+        """Returns the bytes on each device that stay there: public data, state and two parts."""
+        parts = [self._part_shapes(r, split) for r in self._train for split in (None, "validation")]
+        return super().held_bytes() + 2 * max(map(bytes_per_device, parts))
 
     def _trained(
         self, state: RunState, key: jax.Array, round: np.int32
