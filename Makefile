@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-all setup format lint clean
+.PHONY: demo test test-all setup format lint aot clean
 
 # The two runs share the cores, one each: half of the time they compile, mostly on one core.
 RUN := $(BIN)/fedhelp train --config=configs/quickstart.py --config.mapping.cpu_devices=1
@@ -37,8 +37,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# Compiles for an H100 and TPU v5e chips, neither of which has to be there.
+aot: .aot/.installed
+	.aot/bin/python -m benchmarks.aot
+
 clean:
-	rm -rf .venv dist $(DEMO)
+	rm -rf .venv .aot dist $(DEMO)
 
 # A stamp is written only after its installation went through; pyproject.toml makes it stale.
 .venv/.core: pyproject.toml
@@ -49,4 +53,9 @@ clean:
 
 .venv/.dev: .venv/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.aot/.installed: pyproject.toml
+	$(PYTHON) -m venv .aot
+	.aot/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cuda12,tpu]'
 	touch $@

@@ -45,12 +45,14 @@ CHIPS = {"h100": Chip(3.35e12, 495e12), "v5e": Chip(819e9, 197e12)}
 
 # These only name, group or wait for data.
 _FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
-    *("optimization-barrier", "partition-id", "replica-id", "add-dependency", "domain"),
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("optimization-barrier", "partition-id", "replica-id", "add-dependency"),
 }
 _FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
 # These use every value of their operands for a result of as many values.
-_WHOLE = {"reduce-window", "sort", "scan", "scatter", "reverse", "fft", "cholesky"}
+_WHOLE = {"reduce-window", "sort", "scatter"}
+# The operand that these write into the first one.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 
@@ -289,15 +291,16 @@ def _has_scratch(found: Instruction) -> bool:
 
 
 def _updated_in_place(computation: Computation, found: Instruction) -> Instruction | None:
-    """Returns the slice that an instruction of a fusion writes into a parameter, or None."""
+    """Returns the values that an instruction of a fusion writes into a parameter, or None."""
     while found.opcode == "bitcast":
         found = computation[found.operands[0]]
-    if found.opcode != "dynamic-update-slice":
+    if found.opcode not in _UPDATES or len(found.operands) <= _UPDATES[found.opcode]:
         return None
     into = computation[found.operands[0]]
     while into.opcode == "bitcast":
         into = computation[into.operands[0]]
-    return computation[found.operands[1]] if into.opcode == "parameter" else None
+    values = computation[found.operands[_UPDATES[found.opcode]]]
+    return values if into.opcode == "parameter" else None
 
 
 def _need(found: Instruction, position: int, source: Instruction, needed: float) -> float:

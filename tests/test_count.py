@@ -259,11 +259,18 @@ def test_a_fusion_reads_all_of_what_it_also_uses_whole():
 
 
 @pytest.mark.parametrize("into", ["%a", "%cast"])
-def test_a_fusion_updates_only_a_parameter_in_place(into):
+@pytest.mark.parametrize(
+    "update",
+    [
+        "dynamic-update-slice({into}, %n, %c, %c)",
+        "scatter({into}, %c, %n), update_window_dims={{1}}, to_apply=%second",
+    ],
+)
+def test_a_fusion_updates_only_a_parameter_in_place(into, update):
     found = fusion(
         "f32[50,100]{1,0}",
         "  %cast = f32[50,100]{1,0} negate(%a)\n  %n = f32[1,100]{1,0} negate(%b)\n"
-        f"  ROOT %r = f32[50,100]{{1,0}} dynamic-update-slice({into}, %n, %c, %c)",
+        f"  ROOT %r = f32[50,100]{{1,0}} {update.format(into=into)}",
         "f32[50,100]{1,0}; f32[1,100]{1,0}; s32[]",
     )
     assert found.bytes == (400 + 400 + 4 if into == "%a" else 4 * 5000 + 400 + 4 + 4 * 5000)

@@ -262,10 +262,26 @@ class Program:
         self.per_device, self.slots = per_device, per_device * devices
         chunk = 1 if per_device == 1 else 0
         self.mapping = mapping = make_mapping(chunk, devices, local=True)
-        by_run = NamedSharding(mapping.mesh, P(*mapping.by_client.spec))
         self.shared = jax.device_put(self.shared, mapping.replicated)
-        program = functools.partial(jit, platform=mapping.platform, out_shardings=by_run)
+        self._init, rounds, self._evaluate = self._programs()
         point = self._points(self.block.runs[: self.slots])
+        state = self._init(self.shared, point, ())  # compilation depends on its sharding
+        zero = np.int32(0)
+        self._rounds = rounds.lower(self.shared, point, state, zero, zero).compile()
+        memory = self._rounds.memory_analysis()
+        assert memory is not None
+        self.bytes_at_once = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+
+    def _programs(self) -> tuple[Any, Any, Any]:
+        """Returns initialisation, rounds and evaluation of all runs that are made at once."""
+        mapping = self.mapping
+        by_run = NamedSharding(mapping.mesh, P(*mapping.by_client.spec))
+        program = functools.partial(jit, platform=mapping.platform, out_shardings=by_run)
 
         def over(fn: Callable[..., Any]) -> Callable[..., Any]:
             """Maps ``fn(leaves, point, state, *rest)`` of one run over all runs."""
@@ -278,19 +294,10 @@ class Program:
                 (leaves, rest), (point, state)
             )
 
-        self._init = program(over(self._init_one), optimized=False)
-        state = self._init(self.shared, point, ())  # compilation depends on its sharding
-        rounds = program(over(self._rounds_of_one), donate_argnums=2)
-        zero = np.int32(0)
-        self._rounds = rounds.lower(self.shared, point, state, zero, zero).compile()
-        self._evaluate = program(over(self._evaluate_one))
-        memory = self._rounds.memory_analysis()
-        assert memory is not None
-        self.bytes_at_once = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
+        return (
+            program(over(self._init_one), optimized=False),
+            program(over(self._rounds_of_one), donate_argnums=2),
+            program(over(self._evaluate_one)),
         )
 
     def _points(self, runs: Sequence[Run]) -> PyTree:

@@ -87,8 +87,7 @@ class CompiledRounds:
         )
         self._batch_size = phases.eval_batch_size
         self._jit = program = functools.partial(jit, platform=mapping.platform)
-        # Created on the devices: placing a host array would make the processes compare its values.
-        self.run_key = program(lambda: jax.random.key(seed), out_shardings=mapping.replicated)()
+        self.run_key = self._drawn_from(seed)
         self._state_sharding = RunState(
             mapping.replicated,
             {g.role: NamedSharding(mapping.mesh, mapping.own) for g in self.groups},
@@ -120,6 +119,10 @@ class CompiledRounds:
         """Returns the arrays that stay on the devices for the whole run."""
         return place(federation, self.mapping)
 
+    def _drawn_from(self, seed: int) -> jax.Array:
+        """Returns the key of the run."""
+        # Created on the devices: placing a host array would make the processes compare its values.
+        return self._jit(lambda: jax.random.key(seed), out_shardings=self.mapping.replicated)()
     def with_chunk_size(self, chunk_size: int) -> Self:
         """Returns the same rounds with another number of clients vectorised at a time."""
         mapping = self.mapping._replace(chunk_size=chunk_size)
