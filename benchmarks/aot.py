@@ -10,48 +10,27 @@ machine that has neither. Every program must compile and fit the device's memory
 the host, and have no loop over clients. It must not exceed the recorded kernels, bytes and
 temporaries by more than 10 %, unless those were recorded with other versions of the compilers.
 
-A program is named ``target/method-kind/program`` (see `config_of`). ``v5e-4`` is four chips, each
-with only its own clients' data; its figures are those of one chip. Loops over a client's steps have
-an unknown number of iterations, so the figures are those of one step (`benchmarks.count`). The
+A program is named ``target/method-kind/program`` (`benchmarks.absent`). ``v5e-4`` is four chips,
+each with only its own clients' data; its figures are those of one chip. Loops over a client's steps
+have an unknown number of iterations, so the figures are those of one step (`benchmarks.count`). The
 estimated times are no measurements.
 """
 
 import fnmatch
-import functools
 import json
-import os
 import re
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import app, flags
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
 
+from benchmarks.absent import TARGETS, Target, programs_of
 from benchmarks.count import CHIPS, Count, count
-from fedhelp_jax import tasks
-from fedhelp_jax.data.federation import make_federation
-from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
-from fedhelp_jax.experiments import sweep
-from fedhelp_jax.experiments.config import RunConfig, default_config, validate
-from fedhelp_jax.experiments.experiment import Loaded, make_phases
-from fedhelp_jax.experiments.sweep_blocks import Block, Run
-from fedhelp_jax.simulation.compiled import CompiledRounds
-from fedhelp_jax.simulation.round import (
-    FederationArrays,
-    RoundProgram,
-    federation_arrays,
-    num_clients,
-    server_part,
-)
-from fedhelp_jax.simulation.sharding import place
-from fedhelp_jax.simulation.vectorize import Mapping
-from fedhelp_jax.teachers.answers import Answers
-from fedhelp_jax.typing import JsonObject, PyTree
+from fedhelp_jax.typing import JsonObject
 
 _ALL = flags.DEFINE_boolean("all", False, "compile every program, not only the default ones")
 _ONLY = flags.DEFINE_list("only", None, "patterns of the programs to compile, such as h100/*")
@@ -62,57 +41,6 @@ _MARKDOWN = flags.DEFINE_string("markdown", None, "file that gets the table")
 
 _RECORDED = Path(__file__).with_suffix(".json")
 _TOLERANCE = 1.1
-_IMAGES, _PUBLIC, _CLASSES, _ANSWERS, _ROUNDS = 64, 96, 8, 10, 3
-_RUNS, _SWEPT_CLIENTS = 24, 19
-
-# What XLA must know of an H100 (SXM), which it otherwise asks the driver.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 12 minor: 9 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-# libtpu otherwise asks the metadata server of a cloud.
-_TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-
-
-class Target(NamedTuple):
-    """A chip of `benchmarks.count.CHIPS`, how many of it, and the bytes of memory of each."""
-
-    chip: str
-    devices: int
-    memory: int
-
-
-TARGETS = {
-    "h100": Target("h100", 1, 80 * 10**9),
-    "v5e": Target("v5e", 1, 16 * 2**30),
-    "v5e-4": Target("v5e", 4, 16 * 2**30),
-}
 
 # Those that a change should pass, the most important first. Compilers of TPUs take minutes for a
 # ResNet, so that here a smaller network stands for it.
@@ -145,6 +73,11 @@ REST = (
 )
 
 
+# Programs that go through the clients one after the other on purpose. The server of FedDF would
+# otherwise need the activations of all clients' networks at once.
+SERIAL = ("*/feddf/aggregate",)
+
+
 class Figures(NamedTuple):
     """What is recorded of a program."""
 
@@ -154,189 +87,26 @@ class Figures(NamedTuple):
     temporaries: int
 
 
-# --- devices and programs -----------------------------------------------------------------------
-
-
-@functools.cache
-def mapping_of(target: str) -> Mapping:
-    """Returns the mapping of clients to the devices of a target."""
-    chip, devices, _ = TARGETS[target]
-    if chip == "h100":
-        found = topologies.get_topology_desc(
-            platform="cuda", target_config=_H100, topology="1x1x1"
-        ).devices
-    else:
-        for name, value in _TPU_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    return Mapping(Mesh(np.array(found[:devices]), ("clients",)), 0, private=devices > 1)
-
-
-def placed(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Returns the shapes of a tree, with a sharding."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), tree
-    )
-
-
-def run_key() -> PyTree:
-    """Returns the shape of a run's key."""
-    return jax.eval_shape(lambda: jax.random.key(0))
-
-
-class AbsentRounds(CompiledRounds):
-    """The programs of a run, lowered for devices that are not there."""
-
-    def _placed(self, federation: Any) -> FederationArrays:
-        private, devices = self.mapping.private, self.mapping.num_devices
-        here = Mapping(Mesh(np.array(jax.devices()[:devices]), ("clients",)), 0, private)
-
-        def there(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-            return placed(leaf, NamedSharding(self.mapping.mesh, leaf.sharding.spec))
-
-        return jax.tree.map(there, place(federation, here))
-
-    def _drawn_from(self, seed: int) -> PyTree:
-        return placed(run_key(), self.mapping.replicated)
-
-    def lower(self, program: str) -> Any:
-        """Lowers a program, such as "train_small"."""
-        name, _, role = program.partition("_")
-        state, now = self.state_shapes(), np.int32(0)
-        rest = self.run_key, now, self.federation
-        if name == "train":
-            return self._train[role].lower(state.clients[role], state.server, *rest)
-        if name == "aggregate":
-            trained = {group.role: self.train_shapes(group, state) for group in self.groups}
-            return self._aggregate.lower(
-                state, placed(server_part(trained), self.mapping.by_client), *rest
-            )
-        if name == "evaluate":
-            everyone = self.phases.everyone(role, self.federation, "test")
-            own = state.clients[role], state.server
-            return self._evaluate[role].lower(*own, self.federation, everyone)
-        assert name == "rounds", program
-        return self._rounds.lower(state, self.run_key, now, now, self.federation)
-
-
-class AbsentSweep(sweep.Program):
-    """The rounds of a sweep, lowered for one device that is not there."""
-
-    def __init__(self, block: Block, mapping: Mapping):
-        self.block, self.split, self.config = block, "validation", block.runs[0].config
-        self.mapping, self.slots = mapping, len(block.runs)
-
-    def _phases(self, config: RunConfig) -> RoundProgram:
-        return make_phases(config, self.block.loaded, self.mapping)
-
-    def lower(self, program: str) -> Any:
-        """Lowers the rounds."""
-        assert program == "rounds", program
-        point = {
-            "key": jax.eval_shape(lambda: jax.vmap(jax.random.key)(np.arange(self.slots))),
-            "data": np.zeros(self.slots, np.int32),
-            "numbers": {name: np.zeros(self.slots, np.float32) for name in self.block.traced},
-        }
-        point = placed(point, self.mapping.by_client)
-        shared = placed(self.block.arrays, self.mapping.replicated)
-        init, rounds, _ = self._programs()
-        state = placed(init.eval_shape(shared, point, ()), self.mapping.by_client)
-        return rounds.lower(shared, point, state, np.int32(0), np.int32(0))
-
-
-# --- runs without data --------------------------------------------------------------------------
-
-
-def config_of(method: str, **changes: Any) -> RunConfig:
-    """Returns the settings of a run of a method.
-
-    After its name, ``-masks`` is segmentation with small U-Nets, and ``-cnn`` two small CNNs
-    instead of ResNet-20 and ResNet-110.
-    """
-    name, _, kind = method.partition("-")
-    config = default_config()
-    config.algorithm.name = name
-    config.batch_size = config.public_batch_size = 16
-    config.rounds = config.checkpoint_every = _ROUNDS
-    config.data.image_size = 32
-    if kind == "masks":
-        config.task, config.data.image_size = "segmentation", 64
-        config.batch_size = config.public_batch_size = 4
-        config.model.small, config.model.large = "unet_small_cpu", "unet_large_cpu"
-    elif kind == "cnn":
-        config.model.small = config.model.large = "cnn_large"
-    config.update(changes)
-    return validate(config)
-
-
-def loaded_for(config: RunConfig, clients: int) -> Loaded:
-    """Returns data of a run whose values are all zero."""
-    side, masks = config.data.image_size, config.task == "segmentation"
-    names = ("lesion",) if masks else tuple(map(str, range(_CLASSES)))
-    target = (side, side) if masks else ()
-
-    def zeros(count: int) -> tuple[np.ndarray, np.ndarray]:
-        kind = np.uint8 if masks else np.int32
-        return np.zeros((count, side, side, 3), np.uint8), np.zeros((count, *target), kind)
-
-    own = np.arange(clients * _IMAGES, dtype=np.int32).reshape(clients, _IMAGES)
-    few = _IMAGES // 8
-    splits = tuple(
-        ClientSplit(f"c{i}", rows[2 * few :], rows[:few], rows[few : 2 * few])
-        for i, rows in enumerate(own)
-    )
-    dataset = FederatedDataset("zeros", True, *zeros(own.size), names, splits)
-    answered = ("lesion",) if masks else tuple(map(str, range(_ANSWERS)))
-    images, labels = zeros(_PUBLIC)
-    public = PublicDataset("zeros", True, images, labels, names, (), images)
-    logits = np.zeros((_PUBLIC, *target, len(answered)), np.float32)
-    answers = Answers(logits, (), answered, "zeros")
-    large = clients * 5 // 16
-    roles = ("large",) * large + ("small",) * (clients - large)
-    federation = make_federation(dataset, roles, public, logits, on_host=True)
-    task = tasks.segmentation(names) if masks else tasks.classification
-    return Loaded(task, dataset, roles, public, answers, federation)
-
-
-def absent(target: str, method: str, clients: int) -> tuple[Any, set[int]]:
-    """Returns the programs of a method, and the lengths that a loop over clients could have."""
-    mapping = mapping_of(target)
-    if method.endswith("-sweep"):
-        rates = np.geomspace(1e-4, 1e-2, _RUNS).tolist()
-        small = {"model": {"large": "resnet32"}}
-        configs = [config_of(method, learning_rate=rate, **small) for rate in rates]
-        loaded = loaded_for(configs[0], _SWEPT_CLIENTS)
-        arrays, structure = jax.tree.flatten(federation_arrays(loaded.federation))
-        runs = [Run({"learning_rate": c.learning_rate}, c) for c in configs]
-        apart = [False] * len(arrays)
-        block = Block(
-            runs, ("learning_rate",), loaded, arrays, apart, structure, [0], {0: {}}, {0: 0}
-        )
-        lengths = {_RUNS, _SWEPT_CLIENTS, *num_clients(loaded.federation).values()}
-        return AbsentSweep(block, mapping), lengths
-    config = config_of(method)
-    loaded = loaded_for(config, clients)
-    phases = make_phases(config, loaded, mapping)
-    numbers = num_clients(loaded.federation)
-    slots = {mapping.slots(n) // mapping.num_devices for n in numbers.values()}
-    programs = AbsentRounds(phases, loaded.federation, rounds_at_once=_ROUNDS)
-    return programs, {*numbers.values(), *slots, clients}
-
-
-# --- checks -------------------------------------------------------------------------------------
-
-
 def faults(
     target: Target, compiled: Any, counted: Count, lengths: set[int], before: Figures | None
 ) -> list[str]:
-    """Returns what is wrong with a program."""
+    """Returns what is wrong with a program.
+
+    Args:
+      target: The device.
+      compiled: The program.
+      counted: What was counted in it.
+      lengths: Those that no loop may have.
+      before: The recorded figures, or None.
+    """
     found, text = [], compiled.as_text()
     for host in re.findall(r'custom_call_target="[^"]*callback|\b(?:infeed|outfeed)\(', text):
         found.append(f"calls the host: {host}")
     for loop in counted.loops:
         inside = Count([k for k in counted.kernels if k.path[: len(loop.path)] == loop.path], [])
         # A TPU gathers the indices of a batch one client after the other, which is negligible.
-        if loop.trips in lengths and (inside.flop or inside.bytes > counted.bytes / 100):
+        heavy = inside.flop or inside.bytes > counted.bytes / 100
+        if loop.trips in lengths and heavy:
             found.append(f"loops over clients: {'/'.join(loop.path)}, {loop.trips} times")
     sizes = compiled.memory_analysis()
     needed = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes
@@ -376,7 +146,12 @@ def chosen() -> list[str]:
     """Returns the programs that the flags ask for."""
     names = (*DEFAULT, *REST) if _ALL.value or _ONLY.value else DEFAULT
     patterns = _ONLY.value or ["*"]
-    return [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
+    return [name for name in names if matches(name, patterns)]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Returns whether a program is one of those that the patterns name."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def compilers() -> dict[str, str]:
@@ -404,11 +179,11 @@ def main(_: list[str]) -> None:
     own = recorded["figures"].setdefault(str(_CLIENTS.value), {})
     table, wrong = [HEADER], []
     for name in chosen():
-        target, method, program = name.split("/")
         began = time.monotonic()
-        programs, lengths = absent(target, method, _CLIENTS.value)
+        programs, lengths = programs_of(name, _CLIENTS.value)
+        lengths = set() if matches(name, SERIAL) else lengths
         try:
-            compiled = programs.lower(program).compile()
+            compiled = programs.lower(name.split("/")[2]).compile()
         except Exception as error:  # XLA has no more precise type
             wrong.append(f"{name} does not compile: {str(error).splitlines()[0]}")
             print(wrong[-1], flush=True)
@@ -417,7 +192,7 @@ def main(_: list[str]) -> None:
         if _TEXTS.value:
             Path(_TEXTS.value, name.replace("/", "_") + ".txt").write_text(compiled.as_text())
         before = Figures(**own[name]) if name in own and not _RECORD.value else None
-        bad = faults(TARGETS[target], compiled, counted, lengths, before)
+        bad = faults(TARGETS[name.split("/")[0]], compiled, counted, lengths, before)
         print(f"{name}: compiled in {time.monotonic() - began:.0f} s", *bad, sep="\n  ", flush=True)
         wrong += [f"{name} {fault}" for fault in bad]
         found = figures(compiled, counted)
