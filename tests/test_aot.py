@@ -86,7 +86,7 @@ def test_more_than_recorded_is_found(name):
     now = figures(program, count(program.as_text()))
     shapes = (512, 512), (512, 512)
     assert faults_of(large, *shapes, before=now) == []
-    less = now._replace(**{name: getattr(now, name) * 0.9})
+    less = now._replace(**{name: getattr(now, name) // 2})
     (fault,) = faults_of(large, *shapes, before=less)
     assert fault.startswith(name)
 
