@@ -123,6 +123,7 @@ class CompiledRounds:
         """Returns the key of the run."""
         # Created on the devices: placing a host array would make the processes compare its values.
         return self._jit(lambda: jax.random.key(seed), out_shardings=self.mapping.replicated)()
+
     def with_chunk_size(self, chunk_size: int) -> Self:
         """Returns the same rounds with another number of clients vectorised at a time."""
         mapping = self.mapping._replace(chunk_size=chunk_size)
