@@ -9,7 +9,12 @@ import pytest
 
 from fedhelp_jax.models import layers
 from fedhelp_jax.models.cnn import CNNS, cnn
-from fedhelp_jax.models.model import apply_model, with_compute_dtype
+from fedhelp_jax.models.model import (
+    apply_model,
+    multiplied_in,
+    with_compute_dtype,
+    with_precision,
+)
 from fedhelp_jax.models.resnet import RESNET_DEPTHS, resnet
 from fedhelp_jax.models.unet import UNetSize, unet
 
@@ -51,6 +56,35 @@ def test_a_network_in_bfloat16_multiplies_in_it_on_accelerators_and_gives_float3
     (loss, out), grads = run(params)
     assert {leaf.dtype for leaf in jax.tree.leaves((out, grads))} == {jnp.dtype("float32")}
     assert loss == pytest.approx(float(plain(params)[0][0]), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["default", "highest"])
+@pytest.mark.parametrize("name", ["resnet", "batch"])
+def test_every_product_of_value_and_gradients_has_the_precision_that_is_set(name, precision):
+    """As lowered for a GPU, which need not be here."""
+    run, params = features_and_gradients(with_precision(NETWORKS[name], precision))
+    text = run.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(r"stablehlo.(?:dot_general|convolution).*", text)
+    assert len(products) > 20
+    for product in products:
+        assert ("HIGHEST" in product) == (precision == "highest"), product
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "platform", "expected"),
+    [
+        ("float32", "highest", "cpu", "float32"),
+        ("bfloat16", "default", "cpu", "bfloat16"),
+        ("float32", "default", "gpu", "TF32"),
+        ("float32", "high", "gpu", "TF32"),
+        ("float32", "highest", "gpu", "float32"),
+        ("bfloat16", "highest", "gpu", "bfloat16"),
+        ("float32", "default", "tpu", "bfloat16"),
+        ("float32", "high", "tpu", "bfloat16, three passes"),
+    ],
+)
+def test_what_products_are_computed_in_is_told(dtype, precision, platform, expected):
+    assert multiplied_in(dtype, precision, platform) == expected
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from fedhelp_jax.data.federation import Federation, assign_roles, make_federatio
 from fedhelp_jax.data.sources import load_federated, load_public
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, of_federated, of_public
 from fedhelp_jax.experiments.config import RunConfig
-from fedhelp_jax.models.model import Model, with_compute_dtype
+from fedhelp_jax.models.model import Model, with_compute_dtype, with_precision
 from fedhelp_jax.models.registry import architecture
 from fedhelp_jax.settings.schema import ModelConfig, ServerConfig
 from fedhelp_jax.simulation.compiled import CompiledRounds
@@ -332,7 +332,9 @@ def build_model(name: str, widths: tuple[int, ...], config: ModelConfig, num_cla
     given = {"widths": widths, "norm": config.norm, "remat": config.remat}
     model = found.build(num_classes, **{option: given[option] for option in found.options})
     # "float32" leaves the networks unchanged: they compute in the dtype of their parameters.
-    return model if config.compute_dtype == "float32" else with_compute_dtype(model, "bfloat16")
+    if config.compute_dtype != "float32":
+        model = with_compute_dtype(model, config.compute_dtype)
+    return model if config.precision == "default" else with_precision(model, config.precision)
 
 
 def _server_optimizer(config: ServerConfig) -> optax.GradientTransformation | None:

@@ -38,7 +38,7 @@ from fedhelp_jax.experiments.experiment import (
     fitted,
     rounds_at_once,
 )
-from fedhelp_jax.models.model import Model, Variables, apply_model
+from fedhelp_jax.models.model import Model, Variables, apply_model, multiplied_in
 from fedhelp_jax.report import run_files
 from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write_shares
 from fedhelp_jax.report.console import Progress
@@ -408,6 +408,9 @@ def _finish(
         **{f"{way}_per_round": round(np.mean([row[way] for row in rows])) for way in _TRAFFIC},
         "program": trained_by or identity.program(experiment),
         "measured_by": identity.program(experiment),
+        "multiplied_in": multiplied_in(
+            config.model.compute_dtype, config.model.precision, simulation.mapping.platform
+        ),
         "compile_s": sum(row["compile_s"] for row in rows)
         + compile_totals().seconds
         - compiled.seconds,

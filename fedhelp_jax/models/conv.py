@@ -9,6 +9,7 @@ gets the device's form. ``docs/performance.md`` says what each form was measured
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
     to rounding. Products are computed in x's dtype, to which the kernel is cast; sums are in
     float32, or in x's dtype if that is wider. With bfloat16 activations and a float32 kernel, the
     values and the gradient with respect to ``x`` are therefore rounded once, at the end, and the
-    kernel's gradient is never rounded.
+    kernel's gradient is never rounded. ``jax.default_matmul_precision`` applies to the gradients
+    too.
 
     Args:
       x: ``[C_in, B, *spatial]`` activations, any number of spatial axes.
@@ -38,31 +40,37 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
       ``[C_out, B, *out]`` of x's dtype with ``out = (spatial + 2 padding - k) // stride + 1``,
       which is ``ceil(spatial / stride)`` for "same".
     """
-    return _conv(x, kernel, stride, kernel.shape[0] // 2 if padding is None else padding)
+    padding = kernel.shape[0] // 2 if padding is None else padding
+    return _conv(x, kernel, stride, padding, _precision())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def _precision() -> Any:
+    """Returns the precision of the context, which is left before gradients are traced."""
+    return jax.config.jax_default_matmul_precision
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision: Any) -> jax.Array:
     return lax.platform_dependent(
         x,
         kernel,
         cpu=functools.partial(conv_cpu.value, stride=stride, padding=padding),
-        default=functools.partial(_value, stride=stride, padding=padding),
+        default=functools.partial(_value, stride=stride, padding=padding, precision=precision),
     )
 
 
-def _conv_forward(x, kernel, stride, padding):
-    return _conv(x, kernel, stride, padding), (x, kernel)
+def _conv_forward(x, kernel, stride, padding, precision):
+    return _conv(x, kernel, stride, padding, precision), (x, kernel)
 
 
-def _conv_backward(stride, padding, residuals, out_grad):
+def _conv_backward(stride, padding, precision, residuals, out_grad):
     x, kernel = residuals
     x_grad, kernel_grad = lax.platform_dependent(
         x,
         kernel,
         out_grad,
         cpu=functools.partial(conv_cpu.gradients, stride=stride, padding=padding),
-        default=functools.partial(_gradients, stride=stride, padding=padding),
+        default=functools.partial(_gradients, stride=stride, padding=padding, precision=precision),
     )
     return x_grad, kernel_grad.astype(kernel.dtype)
 
@@ -70,7 +78,9 @@ def _conv_backward(stride, padding, residuals, out_grad):
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def _value(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def _value(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision: Any = None
+) -> jax.Array:
     """Returns the convolution as accelerators compute it."""
     rank = x.ndim - 2
     images = _images(rank)
@@ -84,7 +94,12 @@ def _value(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Ar
 
 
 def _gradients(
-    x: jax.Array, kernel: jax.Array, out_grad: jax.Array, stride: int, padding: int
+    x: jax.Array,
+    kernel: jax.Array,
+    out_grad: jax.Array,
+    stride: int,
+    padding: int,
+    precision: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns both gradients as accelerators compute them, the kernel's in float32.
 
@@ -104,6 +119,7 @@ def _gradients(
         [(size - 1 - padding, n - extent + padding) for n, extent in lengths],
         lhs_dilation=(stride,) * rank,
         dimension_numbers=lax.ConvDimensionNumbers(images, (rank, rank + 1, *places), images),
+        precision=precision,
     )
     # An entry of the kernel is a sum over images, which therefore have the part of input channels.
     kernel_grad = lax.conv_general_dilated(
@@ -115,6 +131,7 @@ def _gradients(
         dimension_numbers=lax.ConvDimensionNumbers(
             range(rank + 2), range(rank + 2), (rank, rank + 1, *places)
         ),
+        precision=precision,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
     return x_grad, kernel_grad
@@ -142,30 +159,30 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     size, rank = kernel.shape[0], x.ndim - 2
     matrix = jnp.moveaxis(kernel, -2, -1).reshape(-1, x.shape[0])
-    blocks = _product(matrix, x.reshape(x.shape[0], -1))
+    blocks = _product(matrix, x.reshape(x.shape[0], -1), _precision())
     return _from_blocks(blocks.reshape(*(size,) * rank, kernel.shape[-1], *x.shape[1:]))
 
 
-@jax.custom_vjp
-def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(matrix: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
     """Returns ``matrix @ x``; autodiff would round the matrix's gradient to x's dtype."""
-    return _dot(matrix.astype(x.dtype), x).astype(x.dtype)
+    return _dot(matrix.astype(x.dtype), x, precision).astype(x.dtype)
 
 
-def _product_forward(matrix, x):
-    return _product(matrix, x), (matrix, x)
+def _product_forward(matrix, x, precision):
+    return _product(matrix, x, precision), (matrix, x)
 
 
-def _product_backward(residuals, out_grad):
+def _product_backward(precision, residuals, out_grad):
     matrix, x = residuals
-    x_grad = _dot(matrix.T.astype(x.dtype), out_grad)
-    return _dot(out_grad, x.T).astype(matrix.dtype), x_grad.astype(x.dtype)
+    x_grad = _dot(matrix.T.astype(x.dtype), out_grad, precision).astype(x.dtype)
+    return _dot(out_grad, x.T, precision).astype(matrix.dtype), x_grad
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
     """Multiplies two matrices with sums, and a result, in float32 or wider."""
     dtype = jnp.promote_types(a.dtype, jnp.float32)
 
@@ -173,7 +190,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
         return a.astype(dtype) @ b.astype(dtype)
 
     def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.matmul(a, b, preferred_element_type=dtype)
+        return jnp.matmul(a, b, precision=precision, preferred_element_type=dtype)
 
     return lax.platform_dependent(a, b, cpu=widened, default=narrow)
 

@@ -1,7 +1,7 @@
 """Defines ``Model``, the interface through which algorithms use a network."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.typing import DTypeLike
@@ -79,3 +79,52 @@ def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
         return out.astype(x.dtype), stats
 
     return model._replace(features=features)
+
+
+def with_precision(model: Model, precision: str) -> Model:
+    """Makes a network multiply float32 numbers with a given precision, in its gradients too.
+
+    It matters on accelerators only; CPUs always multiply in float32.
+
+    ===========  ==============================  =====================
+    precision    NVIDIA GPUs since Ampere        TPUs
+    ===========  ==============================  =====================
+    "default"    TF32 (10 bits of mantissa)      bfloat16 (7 bits)
+    "high"       TF32                            three bfloat16 passes
+    "highest"    float32 (23 bits)               six bfloat16 passes
+    ===========  ==============================  =====================
+
+    Sums are in float32 in any case (see ``jax.lax.Precision``).
+
+    Args:
+      model: The network, of any library whose layers follow ``jax.default_matmul_precision``.
+      precision: "default", "high" or "highest".
+
+    Returns:
+      The same network, with that precision in ``features`` and ``head``.
+    """
+
+    def features(*args: Any, **kwargs: Any) -> tuple[jax.Array, Variables]:
+        with jax.default_matmul_precision(precision):
+            return model.features(*args, **kwargs)
+
+    def head(*args: Any) -> jax.Array:
+        with jax.default_matmul_precision(precision):
+            return model.head(*args)
+
+    return model._replace(features=features, head=head)
+
+
+def multiplied_in(compute_dtype: str, precision: str, platform: str) -> str:
+    """Returns what products of a network are computed in, for people to read.
+
+    Example:
+        >>> multiplied_in("float32", "default", "gpu")
+        'TF32'
+    """
+    if compute_dtype != "float32" or platform == "cpu":
+        return compute_dtype
+    if platform == "tpu":
+        passes = {"default": "", "high": ", three passes", "highest": ", six passes"}
+        return f"bfloat16{passes[precision]}"
+    return "float32" if precision == "highest" else "TF32"

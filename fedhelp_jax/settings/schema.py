@@ -417,6 +417,12 @@ class ModelConfig:
         "of activations; bfloat16 still sums, normalises and keeps parameters in float32",
         one_of("float32", "bfloat16"),
     )
+    precision: str = setting(
+        "default",
+        "of float32 products on accelerators; default: TF32 on NVIDIA GPUs, bfloat16 on TPUs; "
+        "high: three bfloat16 passes on TPUs; highest: float32",
+        one_of("default", "high", "highest"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
