@@ -9,7 +9,7 @@ gets the device's form. ``docs/performance.md`` says what each form was measured
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
 
 def _precision() -> Any:
     """Returns the precision of the context, which is left before gradients are traced."""
-    return jax.config.jax_default_matmul_precision
+    return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -159,7 +159,7 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     size, rank = kernel.shape[0], x.ndim - 2
     matrix = jnp.moveaxis(kernel, -2, -1).reshape(-1, x.shape[0])
-    blocks = _product(matrix, x.reshape(x.shape[0], -1), _precision())
+    blocks = cast(jax.Array, _product(matrix, x.reshape(x.shape[0], -1), _precision()))
     return _from_blocks(blocks.reshape(*(size,) * rank, kernel.shape[-1], *x.shape[1:]))
 
 
