@@ -62,6 +62,7 @@ def test_the_form_of_cpus_equals_xla_in_value_and_both_gradients(
     spatial, size, stride, channels, tile_bytes, most_bytes, monkeypatch, float64
 ):
     monkeypatch.setattr(conv_cpu, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(conv_cpu, "_TOGETHER_BYTES", tile_bytes)
     monkeypatch.setattr(conv_cpu, "_MOST_BYTES", most_bytes)
     check(CPU, spatial, size, stride, size // 2, channels)
 
@@ -95,6 +96,7 @@ def check(form, spatial, size, stride, padding, channels):
 @pytest.mark.parametrize(("tile_bytes", "images"), [(2**20, 6), (20_000, 3), (10_000, 1), (1, 1)])
 def test_no_more_images_are_computed_together_than_fit(tile_bytes, images, monkeypatch):
     monkeypatch.setattr(conv_cpu, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(conv_cpu, "_TOGETHER_BYTES", tile_bytes)
     x, kernel = jnp.zeros((3, 6, 8, 8)), jnp.zeros((3, 3, 3, 4))
     plan = conv_cpu._make_plan(x, kernel, 1, 1)
     assert conv_cpu._image_bytes(plan, kernel) == 4 * (4 * 4 * 8) * (3 * 3 + 4)
@@ -124,7 +126,7 @@ def test_conv_is_the_form_of_the_platform_that_it_is_lowered_for():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("most_bytes", [2**28, 1])
 def test_conv_over_stacked_clients_equals_one_by_one(stride, most_bytes, monkeypatch, float64):
-    monkeypatch.setattr(conv_cpu, "_TILE_BYTES", 1)
+    monkeypatch.setattr(conv_cpu, "_TOGETHER_BYTES", 1)
     monkeypatch.setattr(conv_cpu, "_MOST_BYTES", most_bytes)
     x = jax.random.normal(jax.random.key(0), (3, 2, 2, 4, 3, 5))
     kernels = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 2, 4))

@@ -49,8 +49,11 @@ def _precision() -> Any:
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision: Any) -> jax.Array:
+# Networks repeat layers of the same shape. With `jax.jit`, each shape is traced once.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _traced_value(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision: Any
+) -> jax.Array:
     return lax.platform_dependent(
         x,
         kernel,
@@ -59,19 +62,31 @@ def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision:
     )
 
 
-def _conv_forward(x, kernel, stride, padding, precision):
-    return _conv(x, kernel, stride, padding, precision), (x, kernel)
-
-
-def _conv_backward(stride, padding, precision, residuals, out_grad):
-    x, kernel = residuals
-    x_grad, kernel_grad = lax.platform_dependent(
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _traced_gradients(
+    x: jax.Array, kernel: jax.Array, out_grad: jax.Array, stride: int, padding: int, precision: Any
+) -> tuple[jax.Array, jax.Array]:
+    return lax.platform_dependent(
         x,
         kernel,
         out_grad,
         cpu=functools.partial(conv_cpu.gradients, stride=stride, padding=padding),
         default=functools.partial(_gradients, stride=stride, padding=padding, precision=precision),
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision: Any) -> jax.Array:
+    return _traced_value(x, kernel, stride, padding, precision)
+
+
+def _conv_forward(x, kernel, stride, padding, precision):
+    return _conv(x, kernel, stride, padding, precision), (x, kernel)
+
+
+def _conv_backward(stride, padding, precision, residuals, out_grad):
+    x, kernel = residuals
+    x_grad, kernel_grad = _traced_gradients(x, kernel, out_grad, stride, padding, precision)
     return x_grad, kernel_grad.astype(kernel.dtype)
 
 

@@ -22,9 +22,10 @@ from jax import lax
 
 from fedhelp_jax.typing import PyTree
 
-# What is multiplied and the product may together take so many bytes, about the second level of a
-# core's cache. More images are computed in parts.
-_TILE_BYTES = 2**20
+# Images are computed together if what is multiplied and the product take at most _TOGETHER_BYTES.
+# Otherwise they are computed in parts of at most _TILE_BYTES, which stay in a core's cache. Parts
+# run faster, but they are a loop, which takes longer to compile.
+_TOGETHER_BYTES, _TILE_BYTES = 2**21, 2**20
 # A single image that takes more than this is computed one offset of the kernel at a time.
 _MOST_BYTES = 2**28
 
@@ -125,10 +126,11 @@ def _over_images(
       fn: Returns ``(result [C, B, ...], terms that are summed over images)``.
       *arrays: ``[C, B, *spatial]``.
     """
-    batch, most = arrays[0].shape[1], max(1, _TILE_BYTES // _image_bytes(plan, kernel))
-    images = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
-    if images == batch:
+    batch, image = arrays[0].shape[1], _image_bytes(plan, kernel)
+    if batch == 1 or batch * image <= _TOGETHER_BYTES:
         return fn(*arrays)
+    most = max(1, _TILE_BYTES // image)
+    images = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
 
     def add(sums: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
         result, more = fn(*part)
