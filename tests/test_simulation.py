@@ -33,6 +33,7 @@ from fedhelp_jax.core.tree import weighted_mean
 from fedhelp_jax.data.federation import ClientIndex
 from fedhelp_jax.losses import cross_entropy_loss
 from fedhelp_jax.models.model import apply_model
+from fedhelp_jax.simulation.round import _eval_batch_size
 
 ROUNDS = 2
 FLOAT32 = 1e-5  # metrics are computed in float32
@@ -454,3 +455,13 @@ def test_weighted_mean_leaves_out_weight_zero():
     stacks = [{"a": jnp.array([[1.0], [np.nan], [4.0]])}, {"a": jnp.array([[np.inf], [7.0]])}]
     got = weighted_mean(stacks, [jnp.array([1, 0, 2]), jnp.array([0, 3])])
     np.testing.assert_allclose(got["a"], [(1 + 8 + 21) / 6], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("largest", "side", "expected"),
+    [(1, 8, 1), (8, 8, 8), (64, 8, 64), (65, 8, 33), (150, 8, 50), (9, 256, 3), (2, 1024, 1)],
+)
+def test_the_largest_split_is_evaluated_in_equal_batches(largest, side, expected):
+    clients = (("a", 70, 1, largest), ("b", 5, 0, 1), ("c", 5, 1, 1))
+    found = _eval_batch_size((side, side), tiny_federation(clients, top_n=1, public=None))
+    assert found == expected

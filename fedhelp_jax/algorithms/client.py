@@ -181,16 +181,13 @@ def predict(
       pool: The examples.
       index: int32 ``[n]`` positions in the pool, of which the first ``size`` are real.
       size: Number of real positions.
-      batch_size: The most examples at a time. Batches are equal, so that few examples are not
-        padded to a large batch.
+      batch_size: Examples at a time.
 
     Returns:
       ``[n, ...]`` logits; zeros past ``size`` rounded up to whole batches.
     """
     warn_if_exposed()
     length = index.shape[0]
-    batches = max(1, -(-length // batch_size))
-    batch_size = max(1, -(-length // batches))
     padded = jnp.pad(index, (0, -length % batch_size))
 
     @traced_once

@@ -113,11 +113,12 @@ def measured_alone(
     index = np.concatenate(parts)
     pool: Any = Pool(dataset.images[index], dataset.labels[index])  # pyright: ignore[reportArgumentType]
     part = ClientChunk(np.zeros(1, np.int32), None, pool, tables[1] if adapts else None, tables[0])
+    batch = phases.eval_batch_size
     alone = dataclasses.replace(
         phases,
         num_clients={role: 1},
         mapping=make_mapping(1, 1, local=True),
-        eval_batch_size=phases.eval_batch_size // 2 + 1,
+        eval_batch_size=batch // 2 + 1 if batch > 2 else batch + 1,  # another program
     )
     measure = jit(functools.partial(alone.evaluate, role), platform=mapping.platform)
     return measure(states, server, FederationArrays(None, public, {}, None), part)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -498,17 +499,21 @@ def make_program(
         mapping,
         participation_rate=participation_rate,
         client_weights=client_weights,
-        eval_batch_size=_eval_batch_size(given.sample_shape[:-1]),
+        eval_batch_size=_eval_batch_size(given.sample_shape[:-1], federation),
         algorithm_at=algorithm.at(given),
     )
 
 
-def _eval_batch_size(spatial: tuple[int, ...]) -> int:
-    """Returns 64, or fewer for images larger than 64x64, so that a batch has no more pixels.
+def _eval_batch_size(spatial: tuple[int, ...], federation: Federation) -> int:
+    """Returns how many images are evaluated at a time.
 
-    The batch size affects memory only.
+    That is at most 64, or fewer for images larger than 64x64, so that a batch has no more pixels.
+    The largest validation or test split makes equal batches, so few images are not padded to 64.
     """
-    return max(1, min(64, 2**18 // math.prod(spatial)))
+    most = max(1, min(64, 2**18 // math.prod(spatial)))
+    splits = [split for g in federation.groups for split in (g.validation, g.test)]
+    largest = max(int(np.max(split.size)) for split in splits)
+    return -(-largest // -(-largest // most))
 
 
 def public_spec(public: PublicDataset | None, answers: Any) -> PublicSpec | None:
