@@ -77,6 +77,14 @@ def peak_gib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
+def device_peak_gib() -> float | None:
+    """Returns the peak memory of JAX's first device in GiB; None if the device does not tell."""
+    import jax  # imported here, since workers of other frameworks have none
+
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else peak / 2**30
+
+
 def alternate(
     workers: Mapping[str, Worker], repeats: int, what: str = "round"
 ) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers --setup --python312=PATH
     python -m benchmarks.peers
+    python -m benchmarks.peers --peers=   # ours only
 
 The workload has the shape of the CIFAR-10 benchmark of pfl-research: 1,000 users with 50 images
 each, 50 users per round, one local epoch of plain SGD in batches of 10, and a CNN of two
@@ -172,12 +173,13 @@ def measure(names: list[str]) -> dict[str, Any]:
             "warm_up": 1,
             "rounds": _ROUNDS.value,
         }
-        ours = certain_weights(_OURS, certain)
+        ours = certain_weights(_OURS, certain) if len(names) > 1 else None
         chosen = {name: choose(name, certain, ours, options) for name in names}
         running = {name: start(name, options | chosen[name][0]) for name in names}
         seconds = alternate(running, _REPEATS.value)
         workload = load_workload(folder)
         rows = slice(0, _EVALUATED.value)
+        used = running[_OURS].ask("used")
         losses = {
             "start": mean_loss(workload.weights, workload.images[rows], workload.labels[rows])
         }
@@ -204,6 +206,7 @@ def measure(names: list[str]) -> dict[str, Any]:
         },
         "evaluated": _EVALUATED.value,
         "loss": losses,
+        "used": used,
         "about": {name: worker.about for name, worker in running.items()},
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
         "date": time.strftime("%Y-%m-%d"),

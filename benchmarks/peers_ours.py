@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.alternate import peak_gib, serve
+from benchmarks.alternate import device_peak_gib, peak_gib, serve
 from benchmarks.peers_workload import CLASSES, SIDE, Weights, load_workload
 from fedhelp_jax.algorithms.base import Setup
 from fedhelp_jax.algorithms.client import sgd_l2
@@ -134,8 +134,14 @@ def main() -> None:
             one_round()
         return {
             "seconds": (time.perf_counter() - began) / options["rounds"],
+            **used(),
+        }
+
+    def used() -> dict[str, float | None]:
+        return {
             "compile_s": compile_totals().seconds,
             "peak_gib": peak_gib(),
+            "device_gib": device_peak_gib(),
         }
 
     def result() -> str:
@@ -148,7 +154,7 @@ def main() -> None:
         "version": f"jax {jax.__version__}",
         "how": f"{mapping.num_devices} x {device.device_kind}, chunks of {mapping.chunk_size}",
     }
-    serve(about, {"round": round, "result": result})
+    serve(about, {"round": round, "used": used, "result": result})
 
 
 if __name__ == "__main__":

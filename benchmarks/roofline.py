@@ -1,7 +1,7 @@
-"""Compares the training of each stage of ResNet-20 with the roofline of the machine.
+"""Compares the training of each stage of a ResNet with the roofline of the machine.
 
     python -m benchmarks.roofline --clients=8 --batch_size=16
-    python -m benchmarks.roofline --clients=1024 --batch_size=16   # on an accelerator
+    python -m benchmarks.roofline --clients=1024 --batch_size=16 --noone_core   # on an accelerator
 
 Everything runs on one device. A stage's rate is its number of FLOP, counted analytically, divided
 by the time of its forward and backward pass for all clients, each with its own weights. The
@@ -26,18 +26,21 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from fedhelp_jax.core.compilation import jit
+from benchmarks.alternate import device_peak_gib
+from fedhelp_jax.core.compilation import compile_totals, jit
 from fedhelp_jax.models.resnet import Stage, Stem
 from fedhelp_jax.simulation.vectorize import make_mapping, over_clients
 
 _CLIENTS = flags.DEFINE_integer("clients", 8, "clients")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "images a step")
 _SIZE = flags.DEFINE_integer("image_size", 32, "side of an image in pixels")
+_DEPTH = flags.DEFINE_integer("depth", 20, "layers of the ResNet")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "of which the median is taken")
 _STEPS = flags.DEFINE_integer("steps", 5, "steps in a dispatch")
+_ONE_CORE = flags.DEFINE_bool("one_core", True, "use one core of the CPU, if that computes")
 _OUT = flags.DEFINE_string("out", None, "file that gets a line of JSON")
 
-_BLOCKS, _FLOAT = 3, 4
+_FLOAT = 4
 
 
 class Work(NamedTuple):
@@ -49,16 +52,16 @@ class Work(NamedTuple):
 
 def stages() -> list[tuple[str, Any, tuple[int, int], Work]]:
     """Returns name, module, ``(channels, side)`` of the input, and work of each stage."""
-    side, found = _SIZE.value, []
+    side, blocks, found = _SIZE.value, (_DEPTH.value - 2) // 6, []
     found.append(("stem", Stem(train=True), (3, side), convolution(3, 16, side, side, products=2)))
     channels = 16
     for i, features in enumerate((16, 32, 64)):
         stride = 1 if i == 0 else 2
         out = side // stride
         layers = [convolution(channels, features, side, out)]
-        layers += [convolution(features, features, out, out)] * (2 * _BLOCKS - 1)
+        layers += [convolution(features, features, out, out)] * (2 * blocks - 1)
         work = Work(sum(w.flop for w in layers), sum(w.bytes for w in layers))
-        stage = Stage(features, stride, _BLOCKS, train=True)
+        stage = Stage(features, stride, blocks, train=True)
         found.append((f"stage {i + 1}", stage, (channels, side), work))
         channels, side = features, out
     return found
@@ -128,8 +131,46 @@ def stage_seconds(module: Any, channels: int, side: int) -> float:
     return seconds(jit(steps), own) / _STEPS.value
 
 
+def on_one_core() -> None:
+    """Restricts the process to one core, if so asked, before the back end starts.
+
+    XLA's thread pool has as many threads as the process may then use cores.
+    """
+    if _ONE_CORE.value and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def rates() -> tuple[float, float]:
+    """Returns the measured FLOP per second of a product and bytes per second of a copy."""
+    return matrix_rate(), copy_bandwidth()
+
+
+def about() -> dict[str, Any]:
+    """Returns the workload, the device, what compiling took and the peak memory."""
+    device = jax.devices()[0].device_kind
+    return {
+        "clients": _CLIENTS.value,
+        "batch_size": _BATCH.value,
+        "compile_s": compile_totals().seconds,
+        "device_gib": device_peak_gib(),
+        "device": f"{device}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+        "version": f"jax {jax.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write(found: dict[str, Any]) -> None:
+    """Prints a line of JSON, and appends it to ``--out``."""
+    print(json.dumps(found), flush=True)
+    if _OUT.value:
+        with Path(_OUT.value).open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
 def main(_: list[str]) -> None:
-    peak, bandwidth = matrix_rate(), copy_bandwidth()
+    on_one_core()
+    compile_totals()  # starts counting
+    peak, bandwidth = rates()
     rows, flop, ideal, spent = [], 0.0, 0.0, 0.0
     for name, module, (channels, side), work in stages():
         took = stage_seconds(module, channels, side)
@@ -145,22 +186,15 @@ def main(_: list[str]) -> None:
         }
         rows.append(row)
         flop, ideal, spent = flop + total, ideal + total / attainable, spent + took
-    device = jax.devices()[0].device_kind
     found = {
-        "clients": _CLIENTS.value,
-        "batch_size": _BATCH.value,
+        **about(),
         "peak": peak / 1e9,
         "bandwidth": bandwidth / 1e9,
         "rows": rows,
         "fraction": ideal / spent,
-        "device": f"{device}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}",
-        "version": f"jax {jax.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
+        "ideal_s": ideal,
     }
-    print(json.dumps(found))
-    if _OUT.value:
-        with Path(_OUT.value).open("a") as file:
-            file.write(json.dumps(found) + "\n")
+    write(found)
     print(f"\n{_CLIENTS.value} clients, batch {_BATCH.value}, {_SIZE.value}x{_SIZE.value}")
     print("| stage | GFLOP | FLOP a byte | attainable, GFLOP/s | achieved | fraction | ms |")
     print("|---|---|---|---|---|---|---|")
@@ -170,13 +204,10 @@ def main(_: list[str]) -> None:
             f"| {row['stage']} | {row['gflop']:.2f} | {row['flop_per_byte']:.0f} | "
             f"{row['attainable']:.0f} | {row['achieved']:.0f} | {fraction:.2f} | {row['ms']:.1f} |"
         )
-    rates = f"{flop / ideal / 1e9:.0f} | {flop / spent / 1e9:.0f} | {ideal / spent:.2f}"
-    print(f"| all | {flop / 1e9:.2f} | | {rates} | {1e3 * spent:.1f} |")
+    totals = f"{flop / ideal / 1e9:.0f} | {flop / spent / 1e9:.0f} | {ideal / spent:.2f}"
+    print(f"| all | {flop / 1e9:.2f} | | {totals} | {1e3 * spent:.1f} |")
     print(f"\nproduct {peak / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s; {found['device']}")
 
 
 if __name__ == "__main__":
-    # Use one core: XLA's thread pool has as many threads as the process may use cores.
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     app.run(main)

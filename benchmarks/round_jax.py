@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.alternate import serve
+from benchmarks.alternate import device_peak_gib, serve
 from fedhelp_jax.algorithms.base import PublicSpec, Setup
 from fedhelp_jax.algorithms.client import adam_l2, shuffled
 from fedhelp_jax.algorithms.fedhelp import FedHelpSettings, fedhelp
@@ -20,6 +20,7 @@ from fedhelp_jax.core import compilation
 from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose
 from fedhelp_jax.data.federation import make_federation
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset, PublicDataset
+from fedhelp_jax.models.model import with_compute_dtype
 from fedhelp_jax.models.resnet import resnet
 from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RoundProgram, num_clients
@@ -77,11 +78,18 @@ def main() -> None:
         compilation.compiler_options = lambda *_, **__: {}
     role, size = OPTIONS["role"], OPTIONS["batch_size"]
     dataset, public, answers = datasets(np.random.default_rng(0))
+    models = {
+        "small": resnet(OPTIONS.get("depth", 20), CLASSES),
+        "large": resnet(OPTIONS["large_depth"], CLASSES),
+    }
+    dtype = OPTIONS.get("compute_dtype", "float32")
+    if dtype != "float32" and not OPTIONS["float64"]:
+        models = {name: with_compute_dtype(model, dtype) for name, model in models.items()}
     setup = Setup(
         task=classification,
         num_classes=CLASSES,
         sample_shape=dataset.images.shape[1:],
-        models={"small": resnet(20, CLASSES), "large": resnet(OPTIONS["large_depth"], CLASSES)},
+        models=models,
         tx=adam_l2(1e-3, 1e-4),
         batch_size=size,
         public_batch_size=size,
@@ -129,13 +137,18 @@ def main() -> None:
         (folder / "fedhelp_jax.pickle").write_bytes(pickle.dumps(variables))
         return "fedhelp_jax.pickle"
 
+    def memory() -> dict[str, float | None]:
+        return {"device_gib": device_peak_gib()}
+
     device = mapping.mesh.devices.flat[0]
     about = {
         "version": f"jax {jax.__version__}",
         "how": f"{mapping.num_devices} x {device.device_kind}, chunks of {mapping.chunk_size}",
+        "devices": mapping.num_devices,
         "compile_s": compiled,
     }
-    serve(about, {"round": round, "evaluate": evaluate, "result": result})
+    questions = {"round": round, "evaluate": evaluate, "memory": memory, "result": result}
+    serve(about, questions)
 
 
 if __name__ == "__main__":

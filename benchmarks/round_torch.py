@@ -70,7 +70,7 @@ class Loop:
         def network(depth: int, variables: Any) -> Any:
             return make_resnet(depth, variables).to(DEVICE, memory_format=layout)
 
-        self.w, self.model = network(20, start["w"]), network(20, start["w"])
+        self.w, self.model = (network(OPTIONS["depth"], start["w"]) for _ in range(2))
         self.sums = copy.deepcopy(self.w)
         clients = OPTIONS["clients"]
         forward = torch.compile if compiled else lambda module: module
@@ -162,7 +162,7 @@ class Vmap:
 
     def __init__(self, start: dict[str, Any]):
         self.data = Data(start)
-        self.w = make_resnet(20, start["w"]).to(DEVICE)
+        self.w = make_resnet(OPTIONS["depth"], start["w"]).to(DEVICE)
         for module in self.w.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.track_running_stats = False
@@ -301,11 +301,18 @@ def main() -> None:
         round()
         return {"seconds": time.perf_counter() - began}
 
+    def memory() -> dict[str, float | None]:
+        peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
+        return {"device_gib": peak}
+
     def result() -> str:
         (FOLDER / f"{OPTIONS['rival']}.pickle").write_bytes(pickle.dumps(rival.result()))
         return f"{OPTIONS['rival']}.pickle"
 
-    serve({"version": f"torch {torch.__version__}", "how": how}, {"round": timed, "result": result})
+    if DEVICE.type == "cuda":
+        how = f"{torch.cuda.get_device_name()}, {how}"
+    about = {"version": f"torch {torch.__version__}", "how": how}
+    serve(about, {"round": timed, "memory": memory, "result": result})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ that starts without compiled programs. Only a sample of the single runs is timed
 them spread over the grid. They run once before they are timed, so that all their programs come from
 the cache. In one process, a run is what the sweep computes: all rounds and one evaluation. As a
 command, it is ``fedhelp train``, which also starts Python and JAX, saves a checkpoint and evaluates
-on the test split. First, one round of two runs in float64 must give the same results in a sweep and
-alone.
+on the test split; ``--nocommands`` leaves these out. First, one round of two runs in float64 must
+give the same results in a sweep and alone, unless ``--nocheck``.
 """
 
 import csv
@@ -30,6 +30,8 @@ from benchmarks.alternate import Worker
 
 _SAMPLE = flags.DEFINE_integer("sample", 4, "single runs")
 _SEEDS = flags.DEFINE_integer("seeds", 8, "seeds of the sweep")
+_COMMANDS = flags.DEFINE_bool("commands", True, "whether single runs are timed as commands too")
+_CHECK = flags.DEFINE_bool("check", True, "compare results in a sweep and alone first")
 _OUT = flags.DEFINE_string("out", None, "file that gets a line of JSON")
 
 _CONFIG = "configs/quickstart.py"
@@ -83,7 +85,7 @@ def sample() -> list[dict[str, str]]:
 def measure(folder: Path) -> dict[str, Any]:
     """Measures all three variants, in seconds for the whole grid."""
     os.environ["FEDHELP_CACHE_DIR"] = str(folder / "cache")
-    parity = assert_parity(folder / "parity")
+    parity = assert_parity(folder / "parity") if _CHECK.value else None
     sweep = [
         f"--sweep=learning_rate={','.join(_RATES)}",
         f"--sweep=algorithm.lambda_b={','.join(_WEIGHTS)}",
@@ -96,7 +98,9 @@ def measure(folder: Path) -> dict[str, Any]:
     single = worker.ask("all")
     worker.close()
     commands = []
-    for i, point in enumerate([points[0], *points]):  # the extra first one is a warm-up
+    for i, point in enumerate(
+        [points[0], *points] if _COMMANDS.value else []
+    ):  # the extra first one is a warm-up
         settings = [f"--config.{k}={v}" for k, v in point.items()]
         commands.append(command("train", folder / f"run{i}", *settings))
     runs = len(_RATES) * len(_WEIGHTS) * _SEEDS.value
@@ -105,7 +109,8 @@ def measure(folder: Path) -> dict[str, Any]:
         "parity": parity,
         "sweep": together,
         "one_by_one": runs * statistics.median(single["seconds"]),
-        "commands": runs * statistics.median(commands[1:]),
+        "commands": runs * statistics.median(commands[1:]) if commands else None,
+        "device_gib": single["device_gib"],
         "single_seconds": single["seconds"],
         "command_seconds": commands[1:],
         "version": worker.about["version"],
@@ -128,6 +133,8 @@ def main(_: list[str]) -> None:
         "commands": f"a command each, from {_SAMPLE.value} runs",
     }
     for key, name in names.items():
+        if found[key] is None:
+            continue
         print(f"| {name} | {found[key]:.0f} | {found['sweep'] / found[key]:.2f} |")
     print(f"\n{found['machine']}; {found['version']}; {found['date']}")
 

@@ -4,10 +4,11 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import jax
 
-from benchmarks.alternate import serve
+from benchmarks.alternate import device_peak_gib, serve
 from fedhelp_jax.core.compilation import keep_programs
 from fedhelp_jax.data.cache import cache_folder
 from fedhelp_jax.experiments.config_files import read_settings
@@ -31,9 +32,13 @@ def main() -> None:
         small_mean = group_summary(headline(results, experiment.task.headline))["small_mean"]
         return time.perf_counter() - began, small_mean
 
-    def all_runs() -> dict[str, list[float]]:
+    def all_runs() -> dict[str, Any]:
         seconds, small_mean = zip(*map(one, options["points"]), strict=True)
-        return {"seconds": list(seconds), "small_mean": list(small_mean)}
+        return {
+            "seconds": list(seconds),
+            "small_mean": list(small_mean),
+            "device_gib": device_peak_gib(),
+        }
 
     serve({"version": f"jax {jax.__version__}"}, {"all": all_runs})
 
