@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -223,14 +224,15 @@ class CompileTotals(NamedTuple):
 
 class _Counter:
     def __init__(self):
-        self.totals = CompileTotals(0, 0.0)
+        self.totals, self._lock = CompileTotals(0, 0.0), threading.Lock()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.totals = CompileTotals(
-                self.totals.programs + 1, self.totals.seconds + duration_secs
-            )
+            with self._lock:  # programs may be compiled on several threads
+                self.totals = CompileTotals(
+                    self.totals.programs + 1, self.totals.seconds + duration_secs
+                )
 
 
 @functools.cache

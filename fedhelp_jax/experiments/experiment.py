@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import logging
+import time
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -13,7 +15,6 @@ import optax
 from fedhelp_jax import tasks
 from fedhelp_jax.algorithms import ALGORITHMS, Algorithm, Given
 from fedhelp_jax.algorithms.client import adam_l2, sgd_l2
-from fedhelp_jax.core.compilation import compile_totals
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.memory import check_fits
 from fedhelp_jax.data.federation import Federation, assign_roles, make_federation
@@ -57,7 +58,7 @@ class Loaded(NamedTuple):
 class Experiment:
     """A run that is ready to start, with the information that its report needs.
 
-    ``compile_s`` says how many seconds `fitted` compiled.
+    ``compile_s`` says how many seconds `fitted` and `compiled_ahead` took.
     """
 
     config: RunConfig
@@ -115,9 +116,33 @@ def fitted(experiment: Experiment, *, training: bool = True) -> Experiment:
     """
     if experiment.config.mapping.chunk_size is not None:
         return experiment
-    before = compile_totals().seconds
-    simulation = fit(experiment.simulation, training=training)
-    seconds = compile_totals().seconds - before
+    return _timed(experiment, lambda: fit(experiment.simulation, training=training))
+
+
+def compiled_ahead(experiment: Experiment, *, training: bool = True) -> Experiment:
+    """Returns the run, whose programs have been compiled beside each other.
+
+    Several processes compile when they call a program, as before, since each does so at its own
+    pace.
+
+    Args:
+      experiment: The run.
+      training: Whether the run will be trained, or only evaluated.
+    """
+
+    def compiled() -> CompiledRounds:
+        if jax.process_count() == 1:
+            experiment.simulation.compile_ahead(training=training)
+        return experiment.simulation
+
+    return _timed(experiment, compiled)
+
+
+def _timed(experiment: Experiment, compiled: Callable[[], CompiledRounds]) -> Experiment:
+    """Returns the run with the rounds of ``compiled``, and the time that this took added."""
+    began = time.perf_counter()
+    simulation = compiled()
+    seconds = experiment.compile_s + time.perf_counter() - began
     return dataclasses.replace(experiment, simulation=simulation, compile_s=seconds)
 
 

@@ -35,6 +35,7 @@ from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import (
     Experiment,
     build_experiment,
+    compiled_ahead,
     fitted,
     rounds_at_once,
 )
@@ -138,6 +139,7 @@ def _train(
             run_files.cut_metrics(workdir / METRICS, done)
         if done:
             _log.warning("going on after round %d of %d", done, config.rounds)
+        experiment = compiled_ahead(experiment, training=done < config.rounds)
         health = _health(experiment, workdir, done)
         with _StopRequest() as stop:
             done, state = _run_rounds(
@@ -194,6 +196,7 @@ def _evaluate(config: RunConfig, workdir: Path) -> JsonObject:
             f"--workdir={workdir}: the run stopped after round {done} of {config.rounds}; "
             "the same train command goes on with it"
         )
+    experiment = compiled_ahead(experiment, training=False)
     # A run that was evaluated on validation images must not be evaluated on test images later.
     before = run_files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
     split = before.get("split", "test")

@@ -5,7 +5,9 @@ This module only computes. The runner takes care of files, logging and resuming.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -140,6 +142,21 @@ class CompiledRounds:
         """
         state = self.state_shapes()
         return self._evaluations(state) + (self._trainings(state) if training else [])
+
+    def compile_ahead(self, *, training: bool = True) -> None:
+        """Compiles the programs of :meth:`calls` beside each other, instead of when first called.
+
+        Args:
+          training: As in :meth:`calls`.
+        """
+        # Each is traced here, while those before it are compiled: tracing holds Python's lock.
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            compiling = [
+                threads.submit(call.program.lower(*call.args).compile)
+                for call in self.calls(training=training)
+            ]
+            for program in compiling:
+                program.result()
 
     def _evaluations(self, state: RunState) -> list[Call]:
         return [

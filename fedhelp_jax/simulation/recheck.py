@@ -25,6 +25,8 @@ from fedhelp_jax.simulation.vectorize import make_mapping
 # flips a pixel of a mask. Activations in bfloat16 round to 1 part in 256.
 _TOLERANCE = {"loss": 1e-3, "dice": 0.01}
 _BFLOAT16 = 50
+# Images of a client for which a program with all optimisations is compiled.
+_MANY = 500
 
 
 def recheck(
@@ -120,5 +122,8 @@ def measured_alone(
         mapping=make_mapping(1, 1, local=True),
         eval_batch_size=batch // 2 + 1 if batch > 2 else batch + 1,  # another program
     )
-    measure = jit(functools.partial(alone.evaluate, role), platform=mapping.platform)
+    # Few images are measured sooner than a fast program is compiled.
+    many = len(parts[0]) > _MANY
+    evaluate = functools.partial(alone.evaluate, role)
+    measure = jit(evaluate, platform=mapping.platform, optimized=many)
     return measure(states, server, FederationArrays(None, public, {}, None), part)
