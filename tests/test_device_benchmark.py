@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from benchmarks import device
 from benchmarks.device import Part, Row
 
 OURS = "fedhelp_jax"
-ROUND = device.rounds_name(device._TINY.clients[0], device._TINY.batches[0], "float32")
+PARTS = device.parts(device._TINY, None)
 
 
 @pytest.fixture
@@ -30,22 +31,34 @@ def reasons(found: dict[str, Any]) -> dict[str, str | None]:
 
 @pytest.mark.slow
 def test_the_short_form_checks_and_measures_on_cpu(shared, monkeypatch):
-    first = device.parts(device._TINY, "PyTorch takes too long for a test")[0]
-    missing = first._replace(name="unknown", needs=("no_such_library",))
-    monkeypatch.setattr(device, "parts", lambda *_: [first, missing])
-    found = device.measure(device._TINY, 8, ["rounds"])
+    (fedavg,) = (part for part in PARTS if part.group == "fedavg")
+    missing = fedavg._replace(name="unknown", needs=("no_such_library",))
+    monkeypatch.setattr(device, "parts", lambda *_: [fedavg, missing])
+    found = device.measure(device._TINY, 8, ["fedavg"])
     assert reasons(found) == {
         "parity": None,
-        ROUND: None,
+        fedavg.name: None,
         "unknown": "no_such_library not installed",
     }
-    parity, rounds, _ = (record["result"] for record in found["records"])
+    parity, result, _ = (record["result"] for record in found["records"])
     assert found["device"] == parity["device"] == "cpu"
     assert all(row["ok"] and 0 < row["error"] <= row["bound"] for row in parity["rows"])
     assert {row["precision"] for row in parity["rows"]} == {"highest", "default", "bfloat16"}
-    assert rounds["about"][OURS]["compile_s"] > 0
-    table = {row.what: row for row in device.rows(found)}
-    assert table[f"{ROUND}: ms a client and step"].value == rounds["ms"][OURS]["median"]
+    assert result["used"]["compile_s"] > 0
+    rate = Row(f"{fedavg.name}, rounds a minute", result["rounds_per_minute"][OURS]["median"])
+    assert rate in device.rows(found)
+
+
+@pytest.mark.parametrize("part", [device.PARITY, *PARTS], ids=lambda part: part.name)
+def test_benchmarks_have_the_flags_that_they_get(part):
+    # Their modules cannot be imported together, since they define the same flags.
+    files = [Path(device.__file__).with_name(f"{part.module.split('.')[1]}.py")]
+    if part.group == "forms":
+        files.append(files[0].with_name("roofline.py"))
+    text = "".join(file.read_text() for file in files)
+    defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', text))
+    given = {flag.removeprefix("--").split("=")[0] for flag in (*part.flags, "--out")}
+    assert {name if name in defined else name.removeprefix("no") for name in given} <= defined
 
 
 @pytest.mark.slow
