@@ -194,8 +194,10 @@ def run(part: Part, left: float) -> Record:
         log, out = Path(folder) / "log", Path(folder) / "out"
         reason = _run(part, max(part.least, left / 2), log, out)
         record["seconds"] = time.perf_counter() - began
-        if out.exists():
+        try:
             record["result"] = json.loads(out.read_text().splitlines()[-1])
+        except (OSError, IndexError, ValueError):  # it was ended before, or while, it wrote
+            reason = reason or "wrote no result"
         if reason:
             print(log.read_text()[-3000:], file=sys.stderr)
     return record | {"reason": reason}

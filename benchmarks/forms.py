@@ -125,7 +125,7 @@ def main(_: list[str]) -> None:
     compile_totals()  # starts counting
     if jax.default_backend() != "cpu":
         # Parts of a batch fit a CPU's cache. Elsewhere they would be a loop of small kernels.
-        conv_cpu._TILE_BYTES = conv_cpu._MOST_BYTES
+        conv_cpu._TOGETHER_BYTES = conv_cpu._MOST_BYTES
     rates, rows = roofline.rates(), []
     for i, channels in enumerate((16, 32, 64)):
         rows += measure(channels, roofline._SIZE.value >> i, rates)

@@ -255,7 +255,7 @@ def test_conv_transpose_in_bfloat16_sums_in_float32():
 @pytest.mark.slow
 @pytest.mark.parametrize(("spatial", "size", "stride"), CASES)
 def test_conv_in_bfloat16_over_stacked_clients_equals_one_by_one(spatial, size, stride):
-    """On a transposed view too, of which XLA's CPU back end multiplies no bfloat16."""
+    """Also when the activations are a transposed view."""
     x = jax.random.normal(jax.random.key(0), (2, *spatial, 5), jnp.bfloat16)
     kernels = jax.random.normal(jax.random.key(1), (3, *(size,) * len(spatial), 5, 4))
 

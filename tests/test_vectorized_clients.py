@@ -126,6 +126,20 @@ def test_no_program_needs_more_than_is_counted(case):
     assert max(need.fixed for need in needs) < 3 * max(least)  # and not far more
 
 
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]])
+def test_what_is_compiled_ahead_is_what_runs(case):
+    """In the way of CPUs, one client after the other."""
+    rounds = make(case.options, chunk_size=1)
+    state = rounds.init()
+    before = compile_totals().programs
+    rounds.compile_ahead()
+    assert compile_totals().programs > before
+    before = compile_totals().programs
+    state, _ = rounds.rounds(state, 0, ROUNDS)
+    rounds.evaluate(state, "validation")
+    assert compile_totals().programs == before + case.others
+
+
 def test_a_run_that_only_evaluates_compiles_only_that():
     rounds = make({})
     before = compile_totals().programs

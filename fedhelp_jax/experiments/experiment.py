@@ -120,10 +120,9 @@ def fitted(experiment: Experiment, *, training: bool = True) -> Experiment:
 
 
 def compiled_ahead(experiment: Experiment, *, training: bool = True) -> Experiment:
-    """Returns the run, whose programs have been compiled beside each other.
+    """Returns the run after compiling its programs beside each other.
 
-    Several processes compile when they call a program, as before, since each does so at its own
-    pace.
+    Several processes compile when they call a program, since each does so at its own pace.
 
     Args:
       experiment: The run.

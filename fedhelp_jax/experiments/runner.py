@@ -139,13 +139,16 @@ def _train(
             run_files.cut_metrics(workdir / METRICS, done)
         if done:
             _log.warning("going on after round %d of %d", done, config.rounds)
-        experiment = compiled_ahead(experiment, training=done < config.rounds)
         health = _health(experiment, workdir, done)
         with _StopRequest() as stop:
+            start = done
+            trains = done < config.rounds and not _must_stop(config, health)
+            experiment = compiled_ahead(experiment, training=trains)
             done, state = _run_rounds(
                 experiment, checkpointer, workdir, state, done, stop, health, callbacks
             )
-        summary = _finish(experiment, workdir, state, done, split, health)
+        before = experiment.compile_s if done == start else 0.0  # else it is in the first round
+        summary = _finish(experiment, workdir, state, done, split, health, before)
         if _must_stop(experiment.config, health):
             raise Diverged(health.message(done, workdir), summary)
         if distributed.any_process(stop.requested):
@@ -200,7 +203,9 @@ def _evaluate(config: RunConfig, workdir: Path) -> JsonObject:
     # A run that was evaluated on validation images must not be evaluated on test images later.
     before = run_files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
     split = before.get("split", "test")
-    summary = _finish(experiment, workdir, state, done, split, health, meta["program"])
+    summary = _finish(
+        *(experiment, workdir, state, done, split, health, experiment.compile_s), meta["program"]
+    )
     if _must_stop(config, health):
         raise Diverged(health.message(done, workdir), summary)
     return summary
@@ -341,10 +346,14 @@ def _finish(
     done: int,
     split: str,
     health: Divergence,
+    compile_s: float,
     trained_by: Record | None = None,
 ) -> JsonObject:
-    """Evaluates the final state and writes the results."""
-    started, compiled = time.perf_counter(), compile_totals()
+    """Evaluates the final state and writes the results.
+
+    ``compile_s`` is what was compiled ahead and is not in any round's.
+    """
+    started, compiled = time.perf_counter() - compile_s, compile_totals().seconds - compile_s
     simulation, config = experiment.simulation, experiment.config
     results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}
     measured = results[split]
@@ -414,9 +423,7 @@ def _finish(
         "multiplied_in": multiplied_in(
             config.model.compute_dtype, config.model.precision, simulation.mapping.platform
         ),
-        "compile_s": sum(row["compile_s"] for row in rows)
-        + compile_totals().seconds
-        - compiled.seconds,
+        "compile_s": sum(row["compile_s"] for row in rows) + compile_totals().seconds - compiled,
         "wall_s": sum(row["wall_s"] for row in rows) + time.perf_counter() - started,
         "versions": versions(),
     }

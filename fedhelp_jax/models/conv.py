@@ -24,9 +24,9 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
     ``out[o, b, p] = sum_{c, q} kernel[q, c, o] * x[c, b, stride * p + q - padding]``
 
     The value and both gradients equal those of ``lax.conv_general_dilated`` with that padding, up
-    to rounding. Products are computed in x's dtype, to which the kernel is cast; sums are in
-    float32, or in x's dtype if that is wider. With bfloat16 activations and a float32 kernel, the
-    values and the gradient with respect to ``x`` are therefore rounded once, at the end, and the
+    to rounding. Products are computed in x's dtype, to which the kernel is cast, and on CPUs in
+    float32 or wider; sums are in float32 or wider. With bfloat16 activations and a float32 kernel,
+    the values and the gradient with respect to ``x`` are therefore rounded once, at the end, and the
     kernel's gradient is never rounded. ``jax.default_matmul_precision`` applies to the gradients
     too.
 
@@ -105,6 +105,7 @@ def _value(
         (stride,) * rank,
         [(padding, padding)] * rank,
         dimension_numbers=lax.ConvDimensionNumbers(images, (rank + 1, rank, *range(rank)), images),
+        precision=precision,
     )
 
 
@@ -116,7 +117,7 @@ def _gradients(
     padding: int,
     precision: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns both gradients as accelerators compute them, the kernel's in float32.
+    """Returns both gradients as accelerators compute them, the kernel's in float32 or wider.
 
     They are written as convolutions because autodiff would round the kernel's gradient to x's
     dtype.

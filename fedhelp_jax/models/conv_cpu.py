@@ -87,7 +87,7 @@ def value(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Arr
 def gradients(
     x: jax.Array, kernel: jax.Array, out_grad: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients with respect to x, of its dtype, and to the kernel, of float32."""
+    """Returns the gradients with respect to x, of its dtype, and to the kernel, not narrowed."""
     dtype = x.dtype
     x, kernel, out_grad = _widened(x, kernel.astype(dtype), out_grad)
     plan = _make_plan(x, kernel, stride, padding)
@@ -101,8 +101,8 @@ def gradients(
 def _widened(*arrays: jax.Array) -> list[jax.Array]:
     """Returns the arrays in float32, if they are narrower.
 
-    The results are the same, since a product of two bfloat16 numbers is exact in float32 and sums
-    are in float32 anyway. XLA's CPU back end casts around most operations on bfloat16.
+    The results are the same up to float32 rounding. XLA's CPU back end casts around most operations
+    on bfloat16.
     """
     return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
 

@@ -60,8 +60,8 @@ def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
     """Makes a network use activations of another dtype; variables, features and logits keep theirs.
 
     Images are cast at the input and features at the output. Convolutions multiply in the
-    activations' dtype and sum in float32 or wider; normalisation computes in the dtype of its
-    parameters. Neither the parameters' gradients nor batch statistics are rounded to ``dtype``.
+    activations' dtype, on CPUs in float32 or wider, and sum in float32 or wider. Normalisation
+    computes in the dtype of its parameters. Neither the parameters' gradients nor batch statistics are rounded to ``dtype``.
 
     Args:
       model: A network of the layers in ``fedhelp_jax.models``; other layers must also follow
@@ -120,11 +120,13 @@ def multiplied_in(compute_dtype: str, precision: str, platform: str) -> str:
 
     Example:
         >>> multiplied_in("float32", "default", "gpu")
-        'TF32'
+        'TF32 where the GPU has it'
     """
-    if compute_dtype != "float32" or platform == "cpu":
+    if platform == "cpu":
+        return "float32"
+    if compute_dtype != "float32":
         return compute_dtype
     if platform == "tpu":
         passes = {"default": "", "high": ", three passes", "highest": ", six passes"}
         return f"bfloat16{passes[precision]}"
-    return "float32" if precision == "highest" else "TF32"
+    return "float32" if precision == "highest" else "TF32 where the GPU has it"

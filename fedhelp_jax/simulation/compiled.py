@@ -141,7 +141,7 @@ class CompiledRounds:
           training: Whether to return those that train too, or only those that evaluate.
         """
         state = self.state_shapes()
-        return self._evaluations(state) + (self._trainings(state) if training else [])
+        return (self._trainings(state) if training else []) + self._evaluations(state)
 
     def compile_ahead(self, *, training: bool = True) -> None:
         """Compiles the programs of :meth:`calls` beside each other, instead of when first called.
@@ -150,13 +150,14 @@ class CompiledRounds:
           training: As in :meth:`calls`.
         """
         # Each is traced here, while those before it are compiled: tracing holds Python's lock.
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            compiling = [
-                threads.submit(call.program.lower(*call.args).compile)
-                for call in self.calls(training=training)
-            ]
+        threads, compiling = ThreadPoolExecutor(os.cpu_count()), []
+        try:
+            for call in self.calls(training=training):
+                compiling.append(threads.submit(call.program.lower(*call.args).compile))
             for program in compiling:
                 program.result()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def _evaluations(self, state: RunState) -> list[Call]:
         return [

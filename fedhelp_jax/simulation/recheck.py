@@ -122,7 +122,7 @@ def measured_alone(
         mapping=make_mapping(1, 1, local=True),
         eval_batch_size=batch // 2 + 1 if batch > 2 else batch + 1,  # another program
     )
-    # Few images are measured sooner than a fast program is compiled.
+    # With few images, compiling without optimisations saves more than a slow program loses.
     many = len(parts[0]) > _MANY
     evaluate = functools.partial(alone.evaluate, role)
     measure = jit(evaluate, platform=mapping.platform, optimized=many)

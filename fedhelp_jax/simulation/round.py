@@ -509,11 +509,13 @@ def _eval_batch_size(spatial: tuple[int, ...], federation: Federation) -> int:
 
     That is at most 64, or fewer for images larger than 64x64, so that a batch has no more pixels.
     The largest validation or test split makes equal batches, so few images are not padded to 64.
+    More than 8 are a multiple of 8, which a CPU can divide into parts.
     """
     most = max(1, min(64, 2**18 // math.prod(spatial)))
     splits = [split for g in federation.groups for split in (g.validation, g.test)]
     largest = max(int(np.max(split.size)) for split in splits)
-    return -(-largest // -(-largest // most))
+    size = -(-largest // -(-largest // most))
+    return size if size <= 8 else min(most, -(-size // 8) * 8)
 
 
 def public_spec(public: PublicDataset | None, answers: Any) -> PublicSpec | None:
