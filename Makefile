@@ -8,7 +8,7 @@ DEMO := runs/demo
 
 .PHONY: demo test test-all setup format lint aot clean
 
-# The two runs share the cores, one each: half of the time they compile, mostly on one core.
+# The two runs share the cores, one device each.
 RUN := $(BIN)/fedhelp train --config=configs/quickstart.py --config.mapping.cpu_devices=1
 demo: .venv/.core
 	@mkdir -p $(DEMO)

@@ -26,9 +26,9 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
     The value and both gradients equal those of ``lax.conv_general_dilated`` with that padding, up
     to rounding. Products are computed in x's dtype, to which the kernel is cast, and on CPUs in
     float32 or wider; sums are in float32 or wider. With bfloat16 activations and a float32 kernel,
-    the values and the gradient with respect to ``x`` are therefore rounded once, at the end, and the
-    kernel's gradient is never rounded. ``jax.default_matmul_precision`` applies to the gradients
-    too.
+    the values and the gradient with respect to ``x`` are therefore rounded once, at the end, and
+    the kernel's gradient is never rounded. ``jax.default_matmul_precision`` applies to the
+    gradients too.
 
     Args:
       x: ``[C_in, B, *spatial]`` activations, any number of spatial axes.

@@ -61,7 +61,8 @@ def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
 
     Images are cast at the input and features at the output. Convolutions multiply in the
     activations' dtype, on CPUs in float32 or wider, and sum in float32 or wider. Normalisation
-    computes in the dtype of its parameters. Neither the parameters' gradients nor batch statistics are rounded to ``dtype``.
+    computes in the dtype of its parameters. Neither the parameters' gradients nor batch statistics
+    are rounded to ``dtype``.
 
     Args:
       model: A network of the layers in ``fedhelp_jax.models``; other layers must also follow

@@ -140,9 +140,13 @@ def _even(most: int, clients: Sequence[int]) -> int:
 def _refuse(needs: Sequence[Need], memory: int) -> None:
     worst = max(needs, key=lambda need: need.total)
     if worst.total > memory:
+        total, computing = (
+            gib(size) if size < float("inf") else "more than all"
+            for size in (worst.total, worst.temporary)
+        )
         raise distributed.Agreed(
-            f"even one client at a time takes {gib(worst.total)} of a device's {gib(memory)}: "
-            f"{gib(worst.fixed)} for data, states and results, {gib(worst.temporary)} for "
+            f"even one client at a time takes {total} of a device's {gib(memory)}: "
+            f"{gib(worst.fixed)} for data, states and results, {computing} for "
             "computing; use more devices or a lower participation_rate, batch_size or "
             "mapping.max_device_bytes (an explicit mapping.chunk_size skips this check)"
         )
