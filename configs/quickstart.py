@@ -1,9 +1,8 @@
-"""Runs FedHelp on synthetic images in less than a minute: six clinics, two of them large.
+"""Runs FedHelp on synthetic images in about a minute: six clinics, two of them large.
 
 Paper: arXiv:2412.19654, sec. 4 (six clients with .60/.20/.08/.06/.04/.02 of the data, the two
 largest with the large model). Procedural "phantoms" and a simulated teacher replace its images and
-its foundation model, so nothing is downloaded. A CNN of two layers replaces the ResNet-20, and a
-ResNet-20 the ResNet-110, since most of the time is spent compiling.
+its foundation model, so nothing is downloaded; a ResNet-32 replaces the ResNet-110.
 
     fedhelp train --config=configs/quickstart.py --workdir=runs/demo/fedhelp
 
@@ -31,6 +30,6 @@ def get_config() -> config_dict.ConfigDict:
     config.teacher.name = "simulated"
 
     config.roles.top_n = 2
-    config.model.small = "cnn_small"
-    config.model.large = "resnet20"
+    config.model.small = "resnet20"
+    config.model.large = "resnet32"
     return config
