@@ -66,7 +66,7 @@ def test_every_product_of_value_and_gradients_has_the_precision_that_is_set(name
     run, params = features_and_gradients(with_precision(NETWORKS[name], precision), wrap)
     text = run.trace(params).lower(lowering_platforms=("cuda",)).as_text()
     products = re.findall(r"stablehlo.(?:dot_general|convolution).*", text)
-    assert len(products) > 20
+    assert len(products) > 10  # equal layers share their code
     for product in products:
         assert ("HIGHEST" in product) == (precision == "highest"), product
 
