@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
 from fedhelp_jax.algorithms import Algorithm, Given
@@ -512,8 +513,10 @@ def _eval_batch_size(spatial: tuple[int, ...], federation: Federation) -> int:
     More than 8 are a multiple of 8, which a CPU can divide into parts.
     """
     most = max(1, min(64, 2**18 // math.prod(spatial)))
-    splits = [split for g in federation.groups for split in (g.validation, g.test)]
-    largest = max(int(np.max(split.size)) for split in splits)
+    sizes = [split.size for g in federation.groups for split in (g.validation, g.test)]
+    if any(isinstance(size, Tracer) for size in sizes):
+        return most  # in a sweep, whose runs may have splits of different sizes
+    largest = max(int(np.asarray(size).max()) for size in sizes)
     size = -(-largest // -(-largest // most))
     return size if size <= 8 else min(most, -(-size // 8) * 8)
 
