@@ -135,13 +135,17 @@ def jit(
     return Program(make)
 
 
-def traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
+def traced_once(fn: Callable[..., Any], *static_argnums: int) -> Callable[..., Any]:
     """Marks a function that runs inside a program, so that JAX traces it only once.
 
     Tracing a deep network takes about as long as compiling it, and a loop's body is traced both for
     its shapes and for its code. The enclosing program determines how the function is compiled.
+
+    Args:
+      fn: The function.
+      *static_argnums: The positions of arguments that are no arrays.
     """
-    return jax.jit(fn)
+    return jax.jit(fn, static_argnums=static_argnums)
 
 
 # --- programs of others -------------------------------------------------------------------------

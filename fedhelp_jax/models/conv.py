@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fedhelp_jax.core.compilation import traced_once
 from fedhelp_jax.models import conv_cpu
 
 
@@ -49,9 +50,7 @@ def _precision() -> Any:
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# Networks repeat layers of the same shape. With `jax.jit`, each shape is traced once.
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _traced_value(
+def _value_by_platform(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision: Any
 ) -> jax.Array:
     return lax.platform_dependent(
@@ -62,8 +61,7 @@ def _traced_value(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _traced_gradients(
+def _gradients_by_platform(
     x: jax.Array, kernel: jax.Array, out_grad: jax.Array, stride: int, padding: int, precision: Any
 ) -> tuple[jax.Array, jax.Array]:
     return lax.platform_dependent(
@@ -73,6 +71,11 @@ def _traced_gradients(
         cpu=functools.partial(conv_cpu.gradients, stride=stride, padding=padding),
         default=functools.partial(_gradients, stride=stride, padding=padding, precision=precision),
     )
+
+
+# Networks repeat layers of the same shape.
+_traced_value = traced_once(_value_by_platform, 2, 3, 4)
+_traced_gradients = traced_once(_gradients_by_platform, 3, 4, 5)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
