@@ -24,7 +24,7 @@ from fedhelp_jax.simulation.round import (
     num_clients,
     server_part,
 )
-from fedhelp_jax.simulation.sharding import place
+from fedhelp_jax.simulation.sharding import place, shapes_on
 from fedhelp_jax.simulation.vectorize import Mapping
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.typing import PyTree
@@ -100,13 +100,6 @@ def mapping_of(target: str) -> Mapping:
     return Mapping(Mesh(np.array(found[:devices]), ("clients",)), 0, private=devices > 1)
 
 
-def placed(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Returns the shapes of a tree, with a sharding."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), tree
-    )
-
-
 def run_key() -> PyTree:
     """Returns the shape of a run's key."""
     return jax.eval_shape(lambda: jax.random.key(0))
@@ -120,31 +113,28 @@ class AbsentRounds(CompiledRounds):
         here = Mapping(Mesh(np.array(jax.devices()[:devices]), ("clients",)), 0, private)
 
         def there(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-            return placed(leaf, NamedSharding(self.mapping.mesh, leaf.sharding.spec))
+            return shapes_on(leaf, NamedSharding(self.mapping.mesh, leaf.sharding.spec))
 
         return jax.tree.map(there, place(federation, here))
 
     def _drawn_from(self, seed: int) -> PyTree:
-        return placed(run_key(), self.mapping.replicated)
+        return shapes_on(run_key(), self.mapping.replicated)
 
     def lower(self, program: str) -> Any:
         """Lowers a program, such as "train_small"."""
         name, _, role = program.partition("_")
-        state, now = self.state_shapes(), np.int32(0)
-        rest = self.run_key, now, self.federation
-        if name == "train":
-            return self._train[role].lower(state.clients[role], state.server, *rest)
+        state = self.state_shapes()
         if name == "aggregate":
             trained = {group.role: self.train_shapes(group, state) for group in self.groups}
-            return self._aggregate.lower(
-                state, placed(server_part(trained), self.mapping.by_client), *rest
-            )
-        if name == "evaluate":
-            everyone = self.phases.everyone(role, self.federation, "test")
-            own = state.clients[role], state.server
-            return self._evaluate[role].lower(*own, self.federation, everyone)
-        assert name == "rounds", program
-        return self._rounds.lower(state, self.run_key, now, now, self.federation)
+            uploaded = shapes_on(server_part(trained), self.mapping.by_client)
+            rest = self.run_key, np.int32(0), self.federation
+            return self._aggregate.lower(state, uploaded, *rest)
+        if name == "rounds":
+            call = self._together(state)
+        else:
+            calls = {"train": self._trainings, "evaluate": self._evaluations}[name](state)
+            call = calls[list(self._train).index(role)]
+        return call.program.lower(*call.args)
 
 
 class AbsentSweep(sweep.Program):
@@ -165,10 +155,10 @@ class AbsentSweep(sweep.Program):
             "data": np.zeros(self.slots, np.int32),
             "numbers": {name: np.zeros(self.slots, np.float32) for name in self.block.traced},
         }
-        point = placed(point, self.mapping.by_client)
-        shared = placed(self.block.arrays, self.mapping.replicated)
+        point = shapes_on(point, self.mapping.by_client)
+        shared = shapes_on(self.block.arrays, self.mapping.replicated)
         init, rounds, _ = self._programs()
-        state = placed(init.eval_shape(shared, point, ()), self.mapping.by_client)
+        state = shapes_on(init.eval_shape(shared, point, ()), self.mapping.by_client)
         return rounds.lower(shared, point, state, np.int32(0), np.int32(0))
 
 
@@ -199,8 +189,8 @@ def config_of(method: str, **changes: Any) -> RunConfig:
     return validate(config)
 
 
-def loaded_for(config: RunConfig, clients: int) -> Loaded:
-    """Returns data of a run whose values are all zero."""
+def loaded_for(config: RunConfig, clients: int, large: int) -> Loaded:
+    """Returns data of a run whose values are all zero; so many of the clients are large."""
     side, masks = config.data.image_size, config.task == "segmentation"
     names = ("lesion",) if masks else tuple(map(str, range(_CLASSES)))
     target = (side, side) if masks else ()
@@ -221,7 +211,6 @@ def loaded_for(config: RunConfig, clients: int) -> Loaded:
     public = PublicDataset("zeros", True, images, labels, names, (), images)
     logits = np.zeros((_PUBLIC, *target, len(answered)), np.float32)
     answers = Answers(logits, (), answered, "zeros")
-    large = clients * 5 // 16
     roles = ("large",) * large + ("small",) * (clients - large)
     federation = make_federation(dataset, roles, public, logits, on_host=True)
     task = tasks.segmentation(names) if masks else tasks.classification
@@ -238,7 +227,7 @@ def lengths_of(loaded: Loaded, mapping: Mapping) -> set[int]:
 def rounds_of(method: str, clients: int, mapping: Mapping) -> tuple[AbsentRounds, set[int]]:
     """Returns the programs of a run, and the lengths that a loop over clients could have."""
     config = config_of(method)
-    loaded = loaded_for(config, clients)
+    loaded = loaded_for(config, clients, large=clients * 5 // 16)
     phases = make_phases(config, loaded, mapping)
     programs = AbsentRounds(phases, loaded.federation, rounds_at_once=_ROUNDS)
     return programs, lengths_of(loaded, mapping)
@@ -247,7 +236,7 @@ def rounds_of(method: str, clients: int, mapping: Mapping) -> tuple[AbsentRounds
 def sweep_of(method: str, mapping: Mapping) -> tuple[AbsentSweep, set[int]]:
     """Returns what `rounds_of` does, for a sweep over learning rates."""
     configs = [config_of(method, learning_rate=rate) for rate in np.geomspace(1e-4, 1e-2, _RUNS)]
-    loaded = loaded_for(configs[0], _SWEPT_CLIENTS)
+    loaded = loaded_for(configs[0], _SWEPT_CLIENTS, large=_SWEPT_CLIENTS * 5 // 16)
     arrays, structure = jax.tree.flatten(federation_arrays(loaded.federation))
     block = Block(
         runs=[Run({"learning_rate": config.learning_rate}, config) for config in configs],

@@ -30,6 +30,7 @@ from absl import app, flags
 
 from benchmarks.absent import TARGETS, Target, programs_of
 from benchmarks.count import CHIPS, Count, count
+from fedhelp_jax.core.memory import program_bytes
 from fedhelp_jax.typing import JsonObject
 
 _ALL = flags.DEFINE_boolean("all", False, "compile every program, not only the default ones")
@@ -108,9 +109,7 @@ def faults(
         heavy = inside.flop or inside.bytes > counted.bytes / 100
         if loop.trips in lengths and heavy:
             found.append(f"loops over clients: {'/'.join(loop.path)}, {loop.trips} times")
-    sizes = compiled.memory_analysis()
-    needed = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes
-    needed += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    needed = program_bytes(compiled)
     if needed > target.memory:
         found.append(f"needs {needed / 2**30:.1f} GiB of {target.memory / 2**30:.1f}")
     now = figures(compiled, counted)
@@ -189,9 +188,10 @@ def main(_: list[str]) -> None:
             wrong.append(f"{name} does not compile: {str(error).splitlines()[0]}")
             print(wrong[-1], flush=True)
             continue
-        counted = count(compiled.as_text())
+        text = compiled.as_text()
+        counted = count(text)
         if _TEXTS.value:
-            Path(_TEXTS.value, name.replace("/", "_") + ".txt").write_text(compiled.as_text())
+            Path(_TEXTS.value, name.replace("/", "_") + ".txt").write_text(text)
         before = Figures(**own[name]) if name in own and not _RECORD.value else None
         bad = faults(TARGETS[name.split("/")[0]], compiled, counted, lengths, before)
         print(f"{name}: compiled in {time.monotonic() - began:.0f} s", *bad, sep="\n  ", flush=True)

@@ -98,9 +98,8 @@ def measure(folder: Path) -> dict[str, Any]:
     single = worker.ask("all")
     worker.close()
     commands = []
-    for i, point in enumerate(
-        [points[0], *points] if _COMMANDS.value else []
-    ):  # the extra first one is a warm-up
+    timed = [points[0], *points] if _COMMANDS.value else []  # the extra first one is a warm-up
+    for i, point in enumerate(timed):
         settings = [f"--config.{k}={v}" for k, v in point.items()]
         commands.append(command("train", folder / f"run{i}", *settings))
     runs = len(_RATES) * len(_WEIGHTS) * _SEEDS.value

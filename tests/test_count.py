@@ -144,7 +144,9 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 def test_loops_in_loops_multiply():
     def loop(a, b):
-        inner = lambda x: lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ b), x)  # noqa: E731
+        def inner(x):
+            return lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ b), x)
+
         return lax.fori_loop(0, 4, lambda _, x: inner(x) + 1, a)
 
     found = compiled(loop, (64, 64), (64, 64))

@@ -38,6 +38,18 @@ def device_bytes(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
+def program_bytes(program: Any) -> int:
+    """Returns the bytes that a compiled program needs on a device, with arguments and results."""
+    sizes = program.memory_analysis()
+    assert sizes is not None
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )
+
+
 def check_fits(shape: Sequence[int], dtype: str, key: str, what: str) -> None:
     """Checks that an array would fit in the memory of this machine.
 

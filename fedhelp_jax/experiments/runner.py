@@ -148,7 +148,7 @@ def _train(
                 experiment, checkpointer, workdir, state, done, stop, health, callbacks
             )
         before = experiment.compile_s if done == start else 0.0  # else it is in the first round
-        summary = _finish(experiment, workdir, state, done, split, health, before)
+        summary = _finish(experiment, workdir, state, done, split, health, compile_s=before)
         if _must_stop(experiment.config, health):
             raise Diverged(health.message(done, workdir), summary)
         if distributed.any_process(stop.requested):
@@ -203,9 +203,8 @@ def _evaluate(config: RunConfig, workdir: Path) -> JsonObject:
     # A run that was evaluated on validation images must not be evaluated on test images later.
     before = run_files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
     split = before.get("split", "test")
-    summary = _finish(
-        *(experiment, workdir, state, done, split, health, experiment.compile_s), meta["program"]
-    )
+    at = experiment, workdir, state, done, split, health
+    summary = _finish(*at, compile_s=experiment.compile_s, trained_by=meta["program"])
     if _must_stop(config, health):
         raise Diverged(health.message(done, workdir), summary)
     return summary
@@ -346,6 +345,7 @@ def _finish(
     done: int,
     split: str,
     health: Divergence,
+    *,
     compile_s: float,
     trained_by: Record | None = None,
 ) -> JsonObject:

@@ -28,7 +28,7 @@ from fedhelp_jax.core import distributed
 from fedhelp_jax.core.compilation import compile_totals, jit
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.locks import folder_lock
-from fedhelp_jax.core.memory import device_bytes, free_host_bytes, gib
+from fedhelp_jax.core.memory import device_bytes, free_host_bytes, gib, program_bytes
 from fedhelp_jax.core.storage import append_line
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import MOST_ROUNDS, make_phases
@@ -268,14 +268,7 @@ class Program:
         state = self._init(self.shared, point, ())  # compilation depends on its sharding
         zero = np.int32(0)
         self._rounds = rounds.lower(self.shared, point, state, zero, zero).compile()
-        memory = self._rounds.memory_analysis()
-        assert memory is not None
-        self.bytes_at_once = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
+        self.bytes_at_once = program_bytes(self._rounds)
 
     def _programs(self) -> tuple[Any, Any, Any]:
         """Returns initialisation, rounds and evaluation of all runs that are made at once."""

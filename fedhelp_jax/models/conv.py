@@ -47,6 +47,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
 
 def _precision() -> Any:
     """Returns the precision of the context, which is left before gradients are traced."""
+    # JAX declares its options while it runs, where a type checker does not see them.
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 

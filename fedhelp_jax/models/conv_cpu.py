@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fedhelp_jax.core.tree import zeros_of
 from fedhelp_jax.typing import PyTree
 
 # Images are computed together if what is multiplied and the product take at most _TOGETHER_BYTES.
@@ -137,9 +138,8 @@ def _over_images(
         return jax.tree.map(jnp.add, sums, more), result
 
     parts = [jnp.moveaxis(x.reshape(len(x), -1, images, *x.shape[2:]), 1, 0) for x in arrays]
-    sums = jax.eval_shape(fn, *(part[0] for part in parts))[1]
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
-    sums, results = lax.scan(add, zeros, parts)
+    begun = zeros_of(jax.eval_shape(fn, *(part[0] for part in parts))[1])
+    sums, results = lax.scan(add, begun, parts)
     results = jnp.moveaxis(results, 0, 1)
     return results.reshape(len(results), batch, *results.shape[3:]), sums
 

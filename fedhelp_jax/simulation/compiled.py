@@ -29,7 +29,7 @@ from fedhelp_jax.simulation.round import (
     round_info,
     server_part,
 )
-from fedhelp_jax.simulation.sharding import bytes_per_device, place, put
+from fedhelp_jax.simulation.sharding import bytes_per_device, place, put, shapes_on
 from fedhelp_jax.typing import PyTree
 
 
@@ -140,8 +140,11 @@ class CompiledRounds:
         Args:
           training: Whether to return those that train too, or only those that evaluate.
         """
-        state = self.state_shapes()
-        return (self._trainings(state) if training else []) + self._evaluations(state)
+        state, found = self.state_shapes(), []
+        if training:
+            together = self.rounds_at_once > 1
+            found = [self._together(state)] if together else self._trainings(state)
+        return found + self._evaluations(state)
 
     def compile_ahead(self, *, training: bool = True) -> None:
         """Compiles the programs of :meth:`calls` beside each other, instead of when first called.
@@ -160,6 +163,7 @@ class CompiledRounds:
             threads.shutdown(cancel_futures=True)
 
     def _evaluations(self, state: RunState) -> list[Call]:
+        """Returns the evaluation program of each role."""
         return [
             Call(
                 self._evaluate[g.role],
@@ -173,24 +177,30 @@ class CompiledRounds:
             for g in self.groups
         ]
 
+    def _together(self, state: RunState) -> Call:
+        """Returns the program of several rounds in one dispatch."""
+        first = last = np.int32(0)
+        args = state, self.run_key, first, last, self.federation
+        return Call(self._rounds, args, max(self._trained_on_each().values()), beside=0)
+
     def _trainings(self, state: RunState) -> list[Call]:
-        key, round = self.run_key, np.int32(0)
-        clients = {r: self._on_each(self.phases.num_participants(r)) for r in self._train}
-        if self.mapping.private:
-            clients = {g.role: self._on_each(len(g.names)) for g in self.groups}
-        if self.rounds_at_once > 1:
-            args = state, key, round, round, self.federation
-            return [Call(self._rounds, args, max(clients.values()), beside=0)]
-        updates = self._update_bytes(state)
+        """Returns the training program of each role."""
+        clients, updates = self._trained_on_each(), self._update_bytes(state)
         return [
             Call(
                 train,
-                (state.clients[role], state.server, key, round, self.federation),
+                (state.clients[role], state.server, self.run_key, np.int32(0), self.federation),
                 clients[role],
                 beside=sum(updates.values()) - updates[role],
             )
             for role, train in self._train.items()
         ]
+
+    def _trained_on_each(self) -> dict[str, int]:
+        """Returns how many clients of each role train on each device."""
+        if self.mapping.private:
+            return {g.role: self._on_each(len(g.names)) for g in self.groups}
+        return {r: self._on_each(self.phases.num_participants(r)) for r in self._train}
 
     def _on_each(self, clients: int) -> int:
         """Returns the number of clients on each device."""
@@ -216,12 +226,7 @@ class CompiledRounds:
 
     def state_shapes(self) -> RunState:
         """Returns the shapes and shardings of :meth:`init`'s state, without computing it."""
-        shapes = self._init.eval_shape(self.run_key, self.federation)
-
-        def placed(leaf: PyTree, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return self._each(placed, shapes)
+        return self._each(shapes_on, self._init.eval_shape(self.run_key, self.federation))
 
     def put(self, state: RunState) -> RunState:
         """Puts a restored state on the devices; arrays that are there already stay."""

@@ -67,6 +67,13 @@ def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(one, tree)
 
 
+def shapes_on(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Returns the shapes that the arrays of a tree, or their shapes, have with a sharding."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), tree
+    )
+
+
 def bytes_per_device(tree: PyTree) -> int:
     """Returns the bytes that arrays, or their shapes and shardings, take on each device."""
     return sum(

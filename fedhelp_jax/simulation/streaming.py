@@ -25,7 +25,7 @@ from fedhelp_jax.simulation.round import (
     RoundProgram,
     RunState,
 )
-from fedhelp_jax.simulation.sharding import bytes_per_device, put
+from fedhelp_jax.simulation.sharding import bytes_per_device, put, shapes_on
 from fedhelp_jax.typing import PyTree
 
 
@@ -158,8 +158,17 @@ class HostFeeder:
 
     def on_devices(self, part: ClientChunk, pool: NamedSharding) -> ClientChunk:
         """Starts to transfer a part to the devices, with its pool placed as ``pool`` says."""
-        rest = put(part._replace(pool=None), self.mapping.replicated)
-        return rest._replace(pool=put(part.pool, pool))
+        return self._on(put, part, pool)
+
+    def _on(
+        self, fn: Callable[[PyTree, NamedSharding], PyTree], part: ClientChunk, pool: NamedSharding
+    ) -> ClientChunk:
+        """Applies ``fn(tree, sharding)`` to the pool of a part and to the rest, replicated."""
+        rest = fn(part._replace(pool=None), self.mapping.replicated)
+        return rest._replace(pool=fn(part.pool, pool))
+
+    def _buffer_of(self, role: str, split: str | None) -> Buffer:
+        return self._training[role] if split is None else self._measuring[role]
 
     def part_shapes(self, role: str, split: str | None, pool: NamedSharding) -> ClientChunk:
         """Returns the shapes and shardings of a part that is measured, or of one that is trained.
@@ -169,20 +178,14 @@ class HostFeeder:
           split: The split that is measured; None means training.
           pool: As in :meth:`on_devices`.
         """
-        buffer = self._training[role] if split is None else self._measuring[role]
-        devices = self.mapping.num_devices
+        devices, buffer = self.mapping.num_devices, self._buffer_of(role, split)
         nobody = [range(0)] * devices
         part = self._part(role, np.zeros((devices, 0), np.int64), nobody, split, buffer)
-
-        def placed(leaf: np.ndarray, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        rest = jax.tree.map(lambda x: placed(x, self.mapping.replicated), part._replace(pool=None))
-        return rest._replace(pool=jax.tree.map(lambda x: placed(x, pool), part.pool))
+        return self._on(shapes_on, part, pool)
 
     def clients(self, role: str, split: str | None) -> int:
         """Returns how many clients a part has on each device; None means training."""
-        return (self._training[role] if split is None else self._measuring[role]).clients
+        return self._buffer_of(role, split).clients
 
     def _parts(
         self, role: str, slot: np.ndarray, split: str | None, buffer: Buffer
@@ -348,12 +351,7 @@ class StreamedRounds(CompiledRounds):
         found = []
         for role, begin in self._begin.items():
             at = state.clients[role], state.server, self.run_key, np.int32(0), self.federation
-            before = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=self.mapping.by_client
-                ),
-                begin.eval_shape(*at),
-            )
+            before = shapes_on(begin.eval_shape(*at), self.mapping.by_client)
             args = (*at, self._part_shapes(role, None), before)
             found.append(Call(self._train[role], args, self._feed.clients(role, None), beside))
         return found
