@@ -61,11 +61,28 @@ def test_benchmarks_have_the_flags_that_they_get(part):
     assert {name if name in defined else name.removeprefix("no") for name in given} <= defined
 
 
+# A module of the tests would be imported by the search for doctests, and break other tests.
+BROKEN_PARITY = """
+from absl import app
+from benchmarks import parity
+from fedhelp_jax.models import conv
+
+def halved(*args, **options):
+    x_grad, kernel_grad = right(*args, **options)
+    return x_grad, 0.5 * kernel_grad
+
+right, conv._gradients = conv._gradients, halved
+app.run(parity.main)
+"""
+
+
 @pytest.mark.slow
-def test_a_wrong_result_ends_with_exit_code_1_and_nothing_is_timed(shared, tmp_path):
+def test_a_wrong_result_ends_with_exit_code_1_and_nothing_is_timed(shared, tmp_path, monkeypatch):
+    (tmp_path / "broken_parity.py").write_text(BROKEN_PARITY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     broken = (
         "from absl import app; from benchmarks import device;"
-        "device.PARITY = device.PARITY._replace(module='tests.broken_parity');"
+        "device.PARITY = device.PARITY._replace(module='broken_parity');"
         "app.run(device.main)"
     )
     out = tmp_path / "out.json"
