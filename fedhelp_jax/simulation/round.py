@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from fedhelp_jax.algorithms import Algorithm, Given
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, PublicSpec, ServerData
 from fedhelp_jax.algorithms.client import predict
+from fedhelp_jax.core.compilation import traced_once
 from fedhelp_jax.core.random import Purpose, client_round_key, for_purpose, server_round_key
 from fedhelp_jax.core.tree import choose, means, zeros_of
 from fedhelp_jax.data.federation import ClientData, ClientIndex, Federation, Pool
@@ -422,7 +423,7 @@ class RoundProgram:
 
                 def measure(variables: PyTree, model: Model = model) -> Rows:
                     logits = predict(model, variables, pool, index, size, self.eval_batch_size)
-                    metrics = self.task.metrics(logits, pool.targets[index], mask)
+                    metrics = traced_once(self.task.metrics)(logits, pool.targets[index], mask)
                     return {**metrics, NON_FINITE: jnp.sum(mask & ~finite_examples(logits))}
 
                 rows = lax.map(measure, stacked)

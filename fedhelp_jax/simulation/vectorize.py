@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fedhelp_jax.core.compilation import traced_once
 from fedhelp_jax.core.tree import zeros_of
 from fedhelp_jax.typing import PyTree
 
@@ -214,6 +215,8 @@ def _over_devices(fn: Callable[[Any, Any], tuple[Any, Any]], mapping: Mapping, p
         clients = jax.tree.leaves(stacked)[0].shape[0]
         chunk = min(mapping.chunk_size or clients, clients)
 
+        # Its results' shapes are needed first where chunks follow each other.
+        @traced_once
         def one_chunk(part: PyTree) -> PyTree:
             # No vmap over an axis of one: it would change the convolutions.
             if chunk == 1:
