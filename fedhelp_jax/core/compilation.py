@@ -41,6 +41,7 @@ _PROCESS_FLAG = f"--xla_disable_hlo_passes={_SPLITTING}"
 _MAX_KEPT_BYTES = 2 * 1024**3
 
 _safe: contextvars.ContextVar[bool] = contextvars.ContextVar("safe", default=False)
+_traced_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
 # --- programs -----------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def jit(
 
     @functools.wraps(fn)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with _tracing_safely():
+        with _tracing_safely(), tracing_for(platform or jax.default_backend()):
             return fn(*args, **kwargs)
 
     # Profiles and compilation logs show this name; a partial has none of its own.
@@ -133,6 +134,25 @@ def jit(
         return jax.jit(traced, compiler_options=chosen or None, **options)
 
     return Program(make)
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str) -> Iterator[None]:
+    """Makes `traced_for` return a platform."""
+    token = _traced_for.set(platform)
+    try:
+        yield
+    finally:
+        _traced_for.reset(token)
+
+
+def traced_for() -> str | None:
+    """Returns "cpu", "gpu" or "tpu", for which :func:`jit` traces a function; None outside of it.
+
+    It chooses between forms of a computation that keep their arrays in different layouts. Where the
+    layout is the same, ``lax.platform_dependent`` chooses, which also works in programs of others.
+    """
+    return _traced_for.get()
 
 
 def traced_once(fn: Callable[..., Any], *static_argnums: int) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,17 @@ class Conv(nn.Module):
         return _add(x, self.param("bias", nn.initializers.zeros, (self.features,)))
 
 
+class ConvKernel(nn.Module):
+    """The kernel ``[3, 3, C_in, C_out]`` of a `Conv` that is computed elsewhere."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> jax.Array:
+        """Returns the kernel."""
+        return self.param("kernel", he_normal, (3, 3, channels, self.features))
+
+
 class ConvTranspose(nn.Module):
     """A transposed convolution with a bias that maps each input to a block of side ``size``."""
 
@@ -69,26 +80,57 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
         """Applies the layer."""
-        channels = x.shape[0]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        scale, bias, running = self._variables(x.shape[0])
         dtype, x = x.dtype, x.astype(scale.dtype)
         if not train:
-            gain = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
-            shift = bias - running_mean.value * gain
+            gain, shift = self._folded(scale, bias, running[0].value, running[1].value)
             return (x * _per_channel(gain, x) + _per_channel(shift, x)).astype(dtype)
         if mask is None:
             mask = jnp.ones(x.shape[1], bool)
         normalized, mean, var = normalize(x, mask, self.epsilon)
-        if not self.is_initializing():
-            count = jnp.sum(mask) * x[0, 0].size
-            step = jnp.where(count > 0, 1 - self.momentum, 0).astype(x.dtype)
-            unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(x.dtype)
-            running_mean.value += step * (mean - running_mean.value)
-            running_var.value += step * (unbiased - running_var.value)
+        self._update(running, mean, var, jnp.sum(mask) * x[0, 0].size)
         return (normalized * _per_channel(scale, x) + _per_channel(bias, x)).astype(dtype)
+
+    def _variables(self, channels: int) -> tuple[jax.Array, jax.Array, tuple[Any, Any]]:
+        """Returns the scale, the bias, and the running mean and variance."""
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        return scale, bias, (mean, self.variable("batch_stats", "var", jnp.ones, (channels,)))
+
+    def _folded(
+        self, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns gain and shift, so that the layer is ``gain * x + shift``."""
+        gain = scale * jax.lax.rsqrt(var + self.epsilon)
+        return gain, bias - mean * gain
+
+    def _update(
+        self, running: tuple[Any, Any], mean: jax.Array, var: jax.Array, count: jax.Array
+    ) -> None:
+        """Moves the running statistics towards those of a batch of so many values."""
+        if self.is_initializing():
+            return
+        step = jnp.where(count > 0, 1 - self.momentum, 0).astype(mean.dtype)
+        unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(mean.dtype)
+        for variable, new in zip(running, (mean, unbiased), strict=True):
+            variable.value += step * (new - variable.value)
+
+
+class FoldedBatchNorm(BatchNorm):
+    """Batch normalisation in training whose input is scaled, and was measured, elsewhere.
+
+    It has the variables of `BatchNorm`. Called with the statistics of its input, it returns gain
+    and shift ``[C]``, so that the normalised input is ``gain * x + shift``.
+    """
+
+    @nn.compact
+    def __call__(self, mean: jax.Array, var: jax.Array, count: jax.Array) -> PyTree:
+        """Applies the layer."""
+        scale, bias, running = self._variables(mean.shape[0])
+        self._update(running, *map(jax.lax.stop_gradient, (mean, var, count)))
+        # Without examples the variance is 0; a factor of 1/sqrt(eps) per layer would then overflow.
+        return self._folded(scale, bias, mean, jnp.where(count > 0, var, 1))
 
 
 class GroupNorm(nn.Module):

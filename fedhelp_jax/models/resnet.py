@@ -1,12 +1,14 @@
 """Provides CIFAR-style residual networks: ResNet-20, 32, 44, 56, 110."""
 
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedhelp_jax.models.layers import BatchNorm, Conv, linen_model
+from fedhelp_jax.models import conv_tpu
+from fedhelp_jax.models.conv import conv
+from fedhelp_jax.models.layers import BatchNorm, Conv, ConvKernel, FoldedBatchNorm, linen_model
 from fedhelp_jax.models.model import Model
 
 RESNET_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
@@ -27,11 +29,46 @@ class Block(nn.Module):
         y = nn.relu(BatchNorm(name="bn1")(y, train=self.train, mask=mask))
         y = Conv(self.features, name="conv2")(y)
         y = BatchNorm(name="bn2")(y, train=self.train, mask=mask)
-        more = self.features - x.shape[0]
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        shortcut = jnp.pad(shortcut, ((more // 2, more - more // 2), (0, 0), (0, 0), (0, 0)))
         # nn.scan requires a pair from its body: the carry, and here nothing to stack.
-        return nn.relu(y + shortcut), None
+        return nn.relu(y + _shortcut(x, self.features, self.stride)), None
+
+
+class FusedBlock(nn.Module):
+    """A `Block` in training, by the kernel for TPUs.
+
+    Its input, ``[C, B, H, W]`` or ``[C, B * H * W]``, must not be negative, like the output of a
+    ReLU, since the kernel applies one. Its output is ``[features, B * height * width]``.
+    """
+
+    features: int
+    stride: int
+    sides: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        """Applies the layer."""
+        kernel = ConvKernel(self.features, name="conv1")(x.shape[0])
+        if self.stride == 1:
+            shortcut = x.reshape(self.features, -1)
+            nothing = jnp.ones(self.features), jnp.zeros(self.features)
+            y, statistics = conv_tpu.conv_after(shortcut, *nothing, kernel, mask, self.sides)
+        else:
+            shortcut = _shortcut(x, self.features, self.stride).reshape(self.features, -1)
+            y = conv(x, kernel, self.stride).reshape(self.features, -1)
+            statistics = conv_tpu.statistics_of(y, mask)
+        gain, shift = FoldedBatchNorm(name="bn1")(*statistics)
+        kernel = ConvKernel(self.features, name="conv2")(self.features)
+        y, statistics = conv_tpu.conv_after(y, gain, shift, kernel, mask, self.sides)
+        gain, shift = FoldedBatchNorm(name="bn2")(*statistics)
+        out = nn.relu(gain[:, None] * y + shift[:, None] + shortcut)
+        return out.astype(x.dtype), None
+
+
+def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
+    """Returns every ``stride``-th pixel, between channels of zeros."""
+    more = features - x.shape[0]
+    x = x[:, :, ::stride, ::stride]
+    return jnp.pad(x, ((more // 2, more - more // 2), (0, 0), (0, 0), (0, 0)))
 
 
 class Stage(nn.Module):
@@ -45,17 +82,23 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Applies the layer."""
-        x, _ = Block(self.features, self.stride, self.train, name="first")(x, mask)
+        shape = (self.features, x.shape[1], *(-(n // -self.stride) for n in x.shape[2:]))
+        kind: Any = Block
+        options: Any = self.train
+        if self.train and conv_tpu.suits(shape, x.dtype):
+            kind, options = FusedBlock, shape[2:]
+            mask = jnp.ones(x.shape[1], bool) if mask is None else mask
+        x, _ = kind(self.features, self.stride, options, name="first")(x, mask)
         if self.blocks > 1:
             scanned = nn.scan(
-                Block,
+                kind,
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True},
                 in_axes=cast(int, nn.broadcast),  # flax's annotation omits its constant
                 length=self.blocks - 1,
             )
-            x, _ = scanned(self.features, 1, self.train, name="rest")(x, mask)
-        return x
+            x, _ = scanned(self.features, 1, options, name="rest")(x, mask)
+        return x.reshape(shape)
 
 
 class ResNetFeatures(nn.Module):
@@ -83,8 +126,17 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Applies the layer."""
-        x = Conv(_WIDTHS[0], name="conv")(x)
-        return nn.relu(BatchNorm(name="bn")(x, train=self.train, mask=mask))
+        shape = (_WIDTHS[0], *x.shape[1:])
+        if not (self.train and conv_tpu.suits(shape, x.dtype)):
+            x = Conv(_WIDTHS[0], name="conv")(x)
+            return nn.relu(BatchNorm(name="bn")(x, train=self.train, mask=mask))
+        mask = jnp.ones(x.shape[1], bool) if mask is None else mask
+        kernel = ConvKernel(_WIDTHS[0], name="conv")(len(x))
+        as_is = x.reshape(len(x), -1), jnp.ones(len(x)), jnp.zeros(len(x))
+        sides = shape[2], shape[3]
+        y, statistics = conv_tpu.conv_after(*as_is, kernel, mask, sides, relu=False)
+        gain, shift = FoldedBatchNorm(name="bn")(*statistics)
+        return nn.relu(gain[:, None] * y + shift[:, None]).astype(x.dtype).reshape(shape)
 
 
 def resnet(depth: int, num_classes: int) -> Model:
