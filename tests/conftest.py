@@ -55,10 +55,13 @@ def float64():
 def kept_programs(tmp_path_factory):
     """Keeps compiled programs until the end, since many tests compile the same runs.
 
-    Returns the environment variables with which a subprocess shares the programs.
+    Returns the environment variables with which a subprocess shares the programs. The workers of
+    pytest-xdist share them too; each has a folder of its own in that of all.
     """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_compilation_cache_max_size": -1,  # as in subprocesses, since a command may change it
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -24,6 +24,8 @@ SMALLER = {
     "num_examples, config.data.image_size = 400, 16": (
         "num_examples, config.data.image_size = 120, 8"
     ),
+    # Deep networks take a minute to compile; the README's demo has them.
+    r"models.resnet\((?:20|32), ": "models.cnn((8, 32), ",
 }
 
 

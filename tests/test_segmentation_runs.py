@@ -39,8 +39,8 @@ def answered(tmp_path_factory):
     return flags
 
 
-# Those that treat masks in their own way, and one that leaves all to the task.
-METHODS = ("fedhelp", "fedavg", "fml", "fedmd", "feddf", "fedproto", "fedgh", "fedkd", "fedtype")
+# Those that treat masks in their own way.
+METHODS = ("fedhelp", "fml", "fedmd", "feddf", "fedproto", "fedgh", "fedkd", "fedtype")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -56,13 +56,11 @@ def federation(with_public=False, top_n=3):
     return tiny_federation(CLIENTS, top_n=top_n, public=public, on_host=True)
 
 
-def make(name, max_device_bytes=0, *, no_answers=False, top_n=3, **options):
-    """A method over the clients; without answers FedHelp learns the public labels alone."""
+def make(name, max_device_bytes=0, *, top_n=3, **options):
+    """A method over the clients."""
     uses_public = name == "fedhelp"
-    spec = PUBLIC._replace(num_answers=None if no_answers else ANSWERS) if uses_public else None
+    spec = PUBLIC._replace(num_answers=ANSWERS) if uses_public else None
     data = federation(uses_public, top_n)
-    if no_answers:
-        data = data._replace(public=data.public._replace(answers=None))
     settings = {"kd_warmup_rounds": 0, "margin": 0.1} if name == "fedhelp" else {}
     method = build(name, tiny_setup(public=spec), **settings)
     return simulate(method, data, max_device_bytes=max_device_bytes, eval_batch_size=2, **options)
@@ -129,10 +127,8 @@ def compiled_as_for_users(monkeypatch):
     "options",
     [
         case("fedavg", 1, 1, 0.6),
-        case("fedavg", 0, 1, 1.0),
         case("fedavg", 2, 2, 0.6, client_weights="examples"),
         case("fedhelp", 1, 2, 0.6),
-        case("fedhelp", 1, 1, 1.0, no_answers=True),
         case("scaffold", 1, 2, 0.6),
         case("per_fedavg", 1, 2, 0.6),  # which adapts to training images when it is measured
     ],

@@ -356,11 +356,11 @@ def test_a_key_from_the_environment_is_sent_and_never_told(study, monkeypatch, c
     assert authorization(study.server) == {f"Bearer {KEY}"}
     workdir = study.folder / "run"
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    # Stopped before its first round, which would take long: its settings are written by then.
-    monkeypatch.setattr(runner, "_run_rounds", stop)
+    # Stopped before it compiles, which would take long: its settings are written by then.
+    monkeypatch.setattr(runner, "compiled_ahead", stop)
     assert fedhelp(study.command(f"{key} --workdir={workdir}", "train")) == 130
     assert "TINY_KEY" in (workdir / "config.json").read_text()
     assert len(study.server.requests) == 9  # training asks nothing

@@ -75,7 +75,7 @@ def most(rounds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES[1:-1])
+@pytest.mark.parametrize("case", CASES[2:-1])
 @pytest.mark.usefixtures("float64")
 def test_clients_are_divided_until_they_fit_and_nothing_else_changes(case, caplog):
     whole = make(case.options)
@@ -96,7 +96,7 @@ def test_clients_are_divided_until_they_fit_and_nothing_else_changes(case, caplo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES[2:-1])
+@pytest.mark.parametrize("case", CASES[2:4])
 def test_what_fits_is_left_as_it_is_and_compiled_once(case, caplog):
     rounds = make(case.options)
     state = rounds.init()
