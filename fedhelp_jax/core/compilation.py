@@ -40,7 +40,6 @@ _PROCESS_FLAG = f"--xla_disable_hlo_passes={_SPLITTING}"
 # Beyond this size, the least recently used programs are removed.
 _MAX_KEPT_BYTES = 2 * 1024**3
 
-_safe: contextvars.ContextVar[bool] = contextvars.ContextVar("safe", default=False)
 _traced_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
@@ -123,7 +122,7 @@ def jit(
 
     @functools.wraps(fn)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with _tracing_safely(), tracing_for(platform or jax.default_backend()):
+        with tracing_for(platform or jax.default_backend()):
             return fn(*args, **kwargs)
 
     # Profiles and compilation logs show this name; a partial has none of its own.
@@ -171,15 +170,6 @@ def traced_once(fn: Callable[..., Any], *static_argnums: int) -> Callable[..., A
 # --- programs of others -------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _tracing_safely() -> Iterator[None]:
-    token = _safe.set(True)
-    try:
-        yield
-    finally:
-        _safe.reset(token)
-
-
 def protect_process() -> None:
     """Makes XLA compile every program of this process safely, including other libraries' programs.
 
@@ -225,7 +215,7 @@ def warn_if_exposed() -> None:
 
     Programs made by :func:`jit` and processes under :func:`protect_process` are safe.
     """
-    if not _safe.get() and process_is_exposed():
+    if traced_for() is None and process_is_exposed():
         warnings.warn(
             "XLA's CPU back end may return wrong matrix products from this loop. Compile it with "
             "fedhelp_jax.core.compilation.jit instead of jax.jit, or call "
