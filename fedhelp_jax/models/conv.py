@@ -42,10 +42,10 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None =
       which is ``ceil(spatial / stride)`` for "same".
     """
     padding = kernel.shape[0] // 2 if padding is None else padding
-    return _conv(x, kernel, stride, padding, _precision())
+    return _conv(x, kernel, stride, padding, context_precision())
 
 
-def _precision() -> Any:
+def context_precision() -> Any:
     """Returns the precision of the context, which is left before gradients are traced."""
     # JAX declares its options while it runs, where a type checker does not see them.
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
@@ -179,7 +179,7 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     size, rank = kernel.shape[0], x.ndim - 2
     matrix = jnp.moveaxis(kernel, -2, -1).reshape(-1, x.shape[0])
-    blocks = cast(jax.Array, _product(matrix, x.reshape(x.shape[0], -1), _precision()))
+    blocks = cast(jax.Array, _product(matrix, x.reshape(x.shape[0], -1), context_precision()))
     return _from_blocks(blocks.reshape(*(size,) * rank, kernel.shape[-1], *x.shape[1:]))
 
 

@@ -16,16 +16,14 @@ has run them yet.**
 """
 
 import functools
-import itertools
-from typing import NamedTuple, cast
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from fedhelp_jax.core.compilation import traced_for
+from fedhelp_jax.models.conv import context_precision
 from fedhelp_jax.typing import PyTree
 
 _LANES, _SUBLANES = 128, 8
@@ -44,14 +42,19 @@ class Statistics(NamedTuple):
     count: jax.Array
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """What a kernel has to know besides its arrays; ``images`` are those of a block."""
 
     height: int
     width: int
     images: int
     relu: bool
-    precision: lax.Precision
+    precision: Any
+
+    @property
+    def block(self) -> int:
+        """The number of pixels in a block."""
+        return self.images * self.height * self.width
 
 
 def suits(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
@@ -113,12 +116,12 @@ def conv_after(
     (height, width), places = sides, sides[0] * sides[1]
     shape = (kernel.shape[-1], x.shape[1] // places, height, width)
     images = _images_in_block(shape, x.shape[0])
-    how = _Geometry(height, width, images, relu, _precision())
+    how = Geometry(height, width, images, relu, _precision())
     weight = _weights(x, mask)
     affine = jnp.stack([gain, shift], axis=1)
     out, blocks = cast(PyTree, _conv_after(x, affine, kernel, weight, how))
     # The statistics of blocks are merged as in Chan et al. (1983), which does not cancel.
-    counts = jnp.sum(weight.reshape(-1, 1, images * places), axis=2)
+    counts = jnp.sum(weight.reshape(-1, 1, how.block), axis=2)
     count = jnp.sum(counts)
     total = jnp.maximum(count, 1)
     means, squares = blocks[..., 0], blocks[..., 1]
@@ -142,43 +145,28 @@ def _images_in_block(shape: tuple[int, ...], channels: int) -> int:
     return next((n for n in whole if n * height * width % _LANES == 0), 0)
 
 
-def _precision() -> lax.Precision:
+def _precision() -> str:
     """Returns the precision of the context; a kernel's products have one or six passes."""
-    # JAX declares its options while it runs, where a type checker does not see them.
-    found = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return lax.Precision.DEFAULT if found in (None, "default") else lax.Precision.HIGHEST
+    return "default" if context_precision() in (None, "default") else "highest"
 
 
-# --- the kernels and their gradient -------------------------------------------------------------
+def _kernels() -> ModuleType:
+    # Importing Pallas takes a while, which runs on other devices need not wait for.
+    from fedhelp_jax.models import conv_tpu_kernels
+
+    return conv_tpu_kernels
+
+
+# --- the gradient -------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _conv_after(
-    x: jax.Array, affine: jax.Array, kernel: jax.Array, weight: jax.Array, how: _Geometry
+    x: jax.Array, affine: jax.Array, kernel: jax.Array, weight: jax.Array, how: Geometry
 ) -> PyTree:
     """Returns the convolution ``[O, N]``, and per block means and sums of squares ``[., O, 2]``."""
-    channels, length = x.shape
-    outputs = kernel.shape[-1]
-    block = how.images * how.height * how.width
-    matrix = kernel.transpose(3, 0, 1, 2).reshape(outputs, -1)
-    return pl.pallas_call(
-        functools.partial(_value_kernel, how=how),
-        grid=(length // block,),
-        in_specs=[
-            _columns(channels, block),
-            _whole(channels, 2),
-            _whole(*matrix.shape),
-            _columns(1, block),
-        ],
-        out_specs=[
-            _columns(outputs, block),
-            pl.BlockSpec((None, outputs, 2), lambda i: (i, 0, 0)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((outputs, length), x.dtype),
-            jax.ShapeDtypeStruct((length // block, outputs, 2), jnp.float32),
-        ],
-    )(x, affine, matrix.astype(x.dtype), weight)
+    matrix = kernel.transpose(3, 0, 1, 2).reshape(kernel.shape[-1], -1)
+    return _kernels().value(x, affine, matrix.astype(x.dtype), weight, how)
 
 
 def _forward(x, affine, kernel, weight, how):
@@ -189,107 +177,19 @@ def _forward(x, affine, kernel, weight, how):
 def _backward(how, residuals, grads):
     x, affine, kernel, weight, out, blocks = residuals
     out_grad, blocks_grad = grads
-    (channels, length), outputs = x.shape, kernel.shape[-1]
-    block = how.images * how.height * how.width
-    counts = jnp.maximum(jnp.sum(weight.reshape(-1, 1, block), axis=2), 1)
+    counts = jnp.maximum(jnp.sum(weight.reshape(-1, 1, how.block), axis=2), 1)
     # By its part in the mean, every value of a block has the same gradient; by its part in the sum
     # of squares, twice its distance from the mean.
     statistics = jnp.stack(
         [blocks[..., 0], blocks_grad[..., 0] / counts, 2 * blocks_grad[..., 1]], axis=2
     )
-    matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
-    x_grad, affine_grad, matrix_grad = pl.pallas_call(
-        functools.partial(_gradient_kernel, how=how),
-        grid=(length // block,),
-        in_specs=[
-            _columns(channels, block),
-            _whole(channels, 2),
-            _whole(*matrix.shape),
-            _columns(1, block),
-            _columns(outputs, block),
-            pl.BlockSpec((None, outputs, 3), lambda i: (i, 0, 0)),
-            _columns(outputs, block),
-        ],
-        out_specs=[_columns(channels, block), _whole(channels, 2), _whole(*matrix.shape)],
-        out_shape=[
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct(affine.shape, jnp.float32),
-            jax.ShapeDtypeStruct(matrix.shape, jnp.float32),
-        ],
-    )(x, affine, matrix.astype(x.dtype), weight, out, statistics, out_grad)
+    channels, outputs = kernel.shape[2:]
+    matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1).astype(x.dtype)
+    x_grad, affine_grad, matrix_grad = _kernels().gradients(
+        x, affine, matrix, weight, out, statistics, out_grad, how
+    )
     kernel_grad = matrix_grad.reshape(channels, 3, 3, outputs).transpose(1, 2, 0, 3)
     return x_grad, affine_grad, kernel_grad, jnp.zeros_like(weight)
 
 
 _conv_after.defvjp(_forward, _backward)
-
-
-def _value_kernel(x, affine, matrix, weight, out, statistics, *, how):
-    active = _scaled(x[...], affine[...])
-    active = jnp.maximum(active, 0) if how.relu else active
-    value = _product(matrix[...], _shifted(active, how, 1).astype(x.dtype), how).astype(out.dtype)
-    out[...] = value
-    value, weights = value.astype(jnp.float32), weight[...]
-    mean = jnp.sum(value * weights, axis=1, keepdims=True) / jnp.maximum(jnp.sum(weights), 1)
-    squares = jnp.sum(jnp.square(value - mean) * weights, axis=1, keepdims=True)
-    statistics[...] = jnp.concatenate([mean, squares], axis=1)
-
-
-def _gradient_kernel(
-    x, affine, matrix, weight, out, statistics, out_grad, x_grad, affine_grad, matrix_grad, *, how
-):
-    @pl.when(pl.program_id(0) == 0)
-    def _():
-        affine_grad[...] = jnp.zeros(affine_grad.shape, affine_grad.dtype)
-        matrix_grad[...] = jnp.zeros(matrix_grad.shape, matrix_grad.dtype)
-
-    mean, by_mean, by_squares = (statistics[:, i : i + 1] for i in range(3))
-    through = by_mean + by_squares * (out[...].astype(jnp.float32) - mean)
-    grad = out_grad[...].astype(jnp.float32) + weight[...] * through
-    shifted = _shifted(grad, how, -1).astype(x.dtype)
-    before = x[...].astype(jnp.float32)
-    active = _scaled(before, affine[...])
-    grad = _product(matrix[...], shifted, how)
-    if how.relu:
-        active, grad = jnp.maximum(active, 0), jnp.where(active > 0, grad, 0)
-    matrix_grad[...] += _product(active.astype(x.dtype), shifted, how, transposed=True)
-    x_grad[...] = (grad * affine[:, 0:1]).astype(x_grad.dtype)
-    gain_grad = jnp.sum(grad * before, axis=1, keepdims=True)
-    affine_grad[...] += jnp.concatenate([gain_grad, jnp.sum(grad, axis=1, keepdims=True)], axis=1)
-
-
-def _scaled(x: jax.Array, affine: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) * affine[:, 0:1] + affine[:, 1:2]
-
-
-def _shifted(x: jax.Array, how: _Geometry, sign: int) -> jax.Array:
-    """Returns ``[9 C, N]``: for each offset ``q``, x moved by ``sign * q``, 0 beyond an image."""
-    place = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
-    column = lax.rem(place, jnp.int32(how.width))
-    row = lax.rem(lax.div(place, jnp.int32(how.width)), jnp.int32(how.height))
-    copies = []
-    for down, right in itertools.product((-sign, 0, sign), repeat=2):
-        by = -(down * how.width + right) % x.shape[1]
-        moved = pltpu.roll(x, by, 1) if by else x
-        vertical = (row + down >= 0) & (row + down < how.height)
-        horizontal = (column + right >= 0) & (column + right < how.width)
-        copies.append(jnp.where(vertical & horizontal, moved, 0))
-    return jnp.concatenate(copies, axis=0)
-
-
-def _product(a: jax.Array, b: jax.Array, how: _Geometry, *, transposed: bool = False) -> jax.Array:
-    """Returns ``a @ b``, or ``a @ b.T``, in float32."""
-    contracted = (((1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(
-        a, b, contracted, precision=how.precision, preferred_element_type=jnp.float32
-    )
-
-
-def _columns(rows: int, block: int) -> pl.BlockSpec:
-    """Describes the block of columns that a step of the grid handles."""
-    return pl.BlockSpec((rows, block), lambda i: (0, i))
-
-
-def _whole(*shape: int) -> pl.BlockSpec:
-    """Describes an array that every step of the grid sees, or adds to, as a whole."""
-    return pl.BlockSpec(shape, lambda i: (0, 0))
