@@ -111,8 +111,10 @@ def conv_after(
       The result ``[O, B * H * W]`` in x's dtype, and its `Statistics` over ``B``, ``H`` and ``W``.
     """
     more = -x.shape[0] % _SUBLANES
-    x, gain, shift = (jnp.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)) for a in (x, gain, shift))
-    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, more), (0, 0)))
+    if more:  # else a loop over blocks would store x for the gradient twice, padded by nothing
+        x = jnp.pad(x, ((0, more), (0, 0)))
+        gain, shift = (jnp.pad(a, (0, more)) for a in (gain, shift))
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, more), (0, 0)))
     (height, width), places = sides, sides[0] * sides[1]
     shape = (kernel.shape[-1], x.shape[1] // places, height, width)
     images = _images_in_block(shape, x.shape[0])
