@@ -32,6 +32,7 @@ class Task(NamedTuple):
       class_logits: ``logits [..., F] -> [..., num_ranked]``, one logit per class.
       predict: ``(logits [n, ...], targets [n, ...]) ->`` predictions of the targets' shape; None if
         the metrics say everything and no predictions are needed.
+      keeps_logits: Whether a run saves the logits of every example of its final evaluation.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task(NamedTuple):
     memberships: Callable[..., jax.Array]
     class_logits: Callable[[jax.Array], jax.Array]
     predict: Callable[..., jax.Array] | None = None
+    keeps_logits: bool = False
 
 
 classification = Task(
@@ -63,6 +65,7 @@ classification = Task(
     default_k=lambda num_classes: max(1, 5 * num_classes // 8),
     memberships=lambda targets, spatial, num_ranked: jax.nn.one_hot(targets, num_ranked),
     class_logits=lambda logits: logits,
+    keeps_logits=True,
 )
 
 

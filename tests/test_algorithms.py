@@ -223,7 +223,7 @@ def test_what_comes_to_the_host_is_a_row_of_scalars_per_client(name):
             federation,
             simulation.phases.everyone(group.role, federation, "validation"),
         )
-        for leaf in jax.tree.leaves((trained.slot, trained.info, evaluated)):
+        for leaf in jax.tree.leaves((trained.slot, trained.info, evaluated.metrics)):
             assert leaf.shape == (slots,) and leaf.dtype.itemsize == 4
         for model in run_of(name).results[0]["validation"][group.role].values():
             for values in model.values():

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -120,29 +121,67 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 # --- progress -----------------------------------------------------------------------------------
 
 
-def test_progress_without_a_terminal_is_one_plain_line_a_round():
+MEASURED = {
+    "round": 2,
+    "loss": 1.25,
+    "small_mean": 0.5,
+    "large_mean": 0.75,
+    "worst_small": float("nan"),
+    "metric": "balanced_accuracy",
+    "seconds": 6.0,
+}
+
+
+def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
+    monkeypatch.setattr(console, "_SECONDS_A_LINE", 0.0)
     out = capture()
     with console.Progress(12, console=out) as display:
         display.note("a note [with brackets]")
         display.update({"round": 1, "loss": None, "seconds": 30.0})
-        display.update(
-            {
-                "round": 2,
-                "loss": 1.25,
-                "small_mean": 0.5,
-                "large_mean": 0.75,
-                "worst_small": float("nan"),
-                "metric": "balanced_accuracy",
-                "seconds": 6.0,
-            }
-        )
+        display.update(MEASURED)
     lines = text_of(out).splitlines()
     assert lines == [
         "a note [with brackets]",
-        "round  1/12  loss -  small -  large -  worst small -  30.0 s/round  left 5m30s",
-        "round  2/12  loss 1.250  small 0.500  large 0.750  worst small -  6.0 s/round  left 1m00s",
+        "round  1/12  loss -  30.0 s/round  left 5m30s",
+        "round  2/12  loss 1.250  balanced accuracy small 0.500 worst - large 0.750  6.0 s/round"
+        "  left 1m00s",
     ]
     assert "\x1b" not in text_of(out)
+
+
+def test_plain_lines_are_seconds_apart_and_the_last_is_always_there():
+    out = capture()
+    with console.Progress(50, console=out) as display:
+        for round in range(1, 51):
+            display.update({"round": round, "loss": 1.0})
+    assert [line.split()[1] for line in text_of(out).splitlines()] == ["1/50", "50/50"]
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (120, "round  2/12  loss 1.250  SCORES large 0.750  diverged 1  6.0 s/round  left 1m00s"),
+        (105, "round  2/12  loss 1.250  SCORES large 0.750  diverged 1  left 1m00s"),
+        (90, "round  2/12  SCORES large 0.750  diverged 1  left 1m00s"),
+        (80, "round  2/12  SCORES  diverged 1  left 1m00s"),
+        (70, "round  2/12  SCORES  left 1m00s"),
+        (30, "round  2/12  SCORES  left 1m00s"),
+    ],
+)
+def test_a_narrow_line_leaves_out_whole_parts(width, line):
+    out = Console(file=io.StringIO(), width=width)
+    with console.Progress(12, console=out) as display:
+        display.update({**MEASURED, "worst_small": 0.25, "diverged": {"small": ["a"]}})
+    scores = "balanced accuracy small 0.500 worst 0.250"
+    assert text_of(out) == line.replace("SCORES", scores) + "\n"
+
+
+def test_without_diverged_clients_every_score_fits_80_columns_of_a_terminal():
+    out = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with console.Progress(50, console=out) as display:
+        display.update({**MEASURED, "round": 12, "worst_small": 0.25})
+    line = "round 12/50  balanced accuracy small 0.500 worst 0.250 large 0.750  left 3m48s"
+    assert line in text_of(out)
 
 
 def test_progress_in_a_terminal_is_live():
@@ -174,6 +213,25 @@ def test_runs_stand_side_by_side_with_what_they_gain_over_local():
     assert text.count("phantoms (synthetic)") == 2
     assert "simulated" in text
     assert "clinic-5 (small, 24)" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_no_number_is_cut_at_any_width(width):
+    """Columns are left out, or runs become rows; what is shown is whole."""
+    out = Console(file=io.StringIO(), width=width)
+    many = make_summary()
+    for client in many["per_client"]:
+        client["metrics"] |= dict.fromkeys(("accuracy", "macro_f1", "auroc", "ece", "loss"), 0.123)
+    console.print_summary(many, out)
+    runs = [make_summary(), make_summary("local", small_mean=0.375), *[make_summary()] * 4]
+    console.print_comparison([f"a_run_of_a_study_{i}" for i in range(6)], runs, out)
+    text = text_of(out)
+    tables = [line for line in text.splitlines() if not line.startswith(("Synthetic", "A wider"))]
+    assert max(map(len, tables)) <= width and "…" not in text
+    numbers = re.findall(r"\d\.\d+", text)
+    assert numbers and all(len(number.split(".")[1]) in (2, 3) for number in numbers)
+    assert ("see clients.csv" in text) == (width < 140)
+    assert ("0.500 (+0.125)" in text) == (width >= 60)
 
 
 def test_runs_of_other_data_are_not_held_against_local():

@@ -119,7 +119,12 @@ def fitted(experiment: Experiment, *, training: bool = True) -> Experiment:
     return _timed(experiment, lambda: fit(experiment.simulation, training=training))
 
 
-def compiled_ahead(experiment: Experiment, *, training: bool = True) -> Experiment:
+def compiled_ahead(
+    experiment: Experiment,
+    *,
+    training: bool = True,
+    told: Callable[[int, int], None] | None = None,
+) -> Experiment:
     """Returns the run after compiling its programs beside each other.
 
     Several processes compile when they call a program, since each does so at its own pace.
@@ -127,11 +132,12 @@ def compiled_ahead(experiment: Experiment, *, training: bool = True) -> Experime
     Args:
       experiment: The run.
       training: Whether the run will be trained, or only evaluated.
+      told: Called with how many programs are compiled, and how many there are.
     """
 
     def compiled() -> CompiledRounds:
         if jax.process_count() == 1:
-            experiment.simulation.compile_ahead(training=training)
+            experiment.simulation.compile_ahead(training=training, told=told)
         return experiment.simulation
 
     return _timed(experiment, compiled)

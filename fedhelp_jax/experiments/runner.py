@@ -39,11 +39,13 @@ from fedhelp_jax.experiments.experiment import (
     fitted,
     rounds_at_once,
 )
+from fedhelp_jax.experiments.plan import payload_line, plan_lines
 from fedhelp_jax.models.model import Model, Variables, apply_model, multiplied_in
-from fedhelp_jax.report import run_files
+from fedhelp_jax.report import predictions, run_files
 from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write_shares
 from fedhelp_jax.report.console import Progress
 from fedhelp_jax.report.masks import final_masks, merged
+from fedhelp_jax.report.predictions import PREDICTIONS
 from fedhelp_jax.report.summary import (
     client_rows,
     group_summary,
@@ -140,12 +142,15 @@ def _train(
         if done:
             _log.warning("going on after round %d of %d", done, config.rounds)
         health = _health(experiment, workdir, done)
-        with _StopRequest() as stop:
+        trains = done < config.rounds and not _must_stop(config, health)
+        shown = None
+        if distributed.is_coordinator() and trains:
+            shown = Progress(config.rounds, first_round=done, metric=experiment.task.headline)
+        with _StopRequest() as stop, shown or contextlib.nullcontext():
             start = done
-            trains = done < config.rounds and not _must_stop(config, health)
-            experiment = compiled_ahead(experiment, training=trains)
+            experiment = _compiled(experiment, done, trains, shown)
             done, state = _run_rounds(
-                experiment, checkpointer, workdir, state, done, stop, health, callbacks
+                experiment, checkpointer, workdir, state, done, stop, health, callbacks, shown
             )
         before = experiment.compile_s if done == start else 0.0  # else it is in the first round
         summary = _finish(experiment, workdir, state, done, split, health, compile_s=before)
@@ -255,64 +260,74 @@ def _run_rounds(
     stop: "_StopRequest",
     health: Divergence,
     callbacks: Sequence[Callback],
+    shown: Progress | None,
 ) -> tuple[int, RunState]:
     """Runs the remaining rounds; returns the number of completed rounds and the final state."""
     config, simulation = experiment.config, experiment.simulation
     metric, payload, before = experiment.task.headline, None, experiment.compile_s
-    shown = (
-        Progress(config.rounds, first_round=done, metric=metric)
-        if distributed.is_coordinator()
-        else None
-    )
-    with shown or contextlib.nullcontext():
-        while done < config.rounds and not _must_stop(config, health):
-            # What was compiled before the first round is part of it.
-            started = time.perf_counter() - before
-            compiled, before = compile_totals().seconds - before, 0.0
-            first, done = done, done + 1 if callbacks else _next_stop(config, done)
-            state, infos = simulation.rounds(state, first, done)
-            payload = payload or simulation.payload_bytes()
-            rows: list[JsonObject] = [
-                {
-                    "round": round,
-                    **_round_losses(experiment, i),
-                    **_traffic(experiment, i, payload),
-                    "quarantined": health.trained(round, i.participants, i.non_finite),
-                    "diverged": health.clients,
-                }
-                for round, i in enumerate(infos, start=first + 1)
-            ]
-            last = done == config.rounds
-            if last or done % config.evaluate_every == 0:
-                results = simulation.evaluate(state, "validation")
-                health.measured(f"round {done}, validation", results)
-                rows[-1] |= {"split": "validation", "metric": metric, "diverged": health.clients}
-                rows[-1] |= group_summary(health.scores(headline(results, metric)))
-            jax.block_until_ready(state)
-            wall_s = (time.perf_counter() - started) / len(rows)
-            compile_s = (compile_totals().seconds - compiled) / len(rows)
-            for row in rows:
-                if shown is None:
-                    continue
-                row |= {"wall_s": wall_s, "compile_s": compile_s}
-                run_files.append_metrics(workdir / METRICS, row)
-                shown.update(run_files.plain(row) | {"seconds": wall_s - compile_s})
-            # If any process is asked to stop, all stop after the same round.
-            stopping = distributed.any_process(stop.requested)
-            ends = [callback(done, run_files.plain(rows[-1]), state) for callback in callbacks]
-            # All processes end together, even if a callback returned True in only one of them.
-            ended = bool(callbacks) and distributed.any_process(True in ends)
-            last = last or _must_stop(config, health) or ended
-            if last or stopping or done % config.checkpoint_every == 0:
-                checkpointer.save(done, state, identity.of_checkpoint(experiment))
-            if stopping and not last:
-                raise Interrupted(
-                    f"stopped after round {done} of {config.rounds}, saved in {workdir}; "
-                    "the same command goes on from there"
-                )
-            if ended:
-                break
+    while done < config.rounds and not _must_stop(config, health):
+        # What was compiled before the first round is part of it.
+        started = time.perf_counter() - before
+        compiled, before = compile_totals().seconds - before, 0.0
+        first, done = done, done + 1 if callbacks else _next_stop(config, done)
+        state, infos = simulation.rounds(state, first, done)
+        payload = payload or simulation.payload_bytes()
+        rows: list[JsonObject] = [
+            {
+                "round": round,
+                **_round_losses(experiment, i),
+                **_traffic(experiment, i, payload),
+                "quarantined": health.trained(round, i.participants, i.non_finite),
+                "diverged": health.clients,
+            }
+            for round, i in enumerate(infos, start=first + 1)
+        ]
+        last = done == config.rounds
+        if last or done % config.evaluate_every == 0:
+            results = simulation.evaluate(state, "validation")
+            health.measured(f"round {done}, validation", results)
+            rows[-1] |= {"split": "validation", "metric": metric, "diverged": health.clients}
+            scores = health.scores(headline(results, metric))
+            rows[-1] |= {**group_summary(scores), "clients": scores}
+        jax.block_until_ready(state)
+        wall_s = (time.perf_counter() - started) / len(rows)
+        compile_s = (compile_totals().seconds - compiled) / len(rows)
+        for row in rows:
+            if shown is None:
+                continue
+            row |= {"wall_s": wall_s, "compile_s": compile_s}
+            run_files.append_metrics(workdir / METRICS, row)
+            shown.update(run_files.plain(row) | {"seconds": wall_s - compile_s})
+        # If any process is asked to stop, all stop after the same round.
+        stopping = distributed.any_process(stop.requested)
+        ends = [callback(done, run_files.plain(rows[-1]), state) for callback in callbacks]
+        # All processes end together, even if a callback returned True in only one of them.
+        ended = bool(callbacks) and distributed.any_process(True in ends)
+        last = last or _must_stop(config, health) or ended
+        if last or stopping or done % config.checkpoint_every == 0:
+            checkpointer.save(done, state, identity.of_checkpoint(experiment))
+        if stopping and not last:
+            raise Interrupted(
+                f"stopped after round {done} of {config.rounds}, saved in {workdir}; "
+                "the same command goes on from there"
+            )
+        if ended:
+            break
     return done, state
+
+
+def _compiled(
+    experiment: Experiment, done: int, training: bool, shown: Progress | None
+) -> Experiment:
+    """Says what the run will do, and returns it with its programs compiled."""
+    if shown is None:
+        return compiled_ahead(experiment, training=training)
+    for line in plan_lines(experiment, done):
+        shown.note(line)
+    experiment = compiled_ahead(experiment, training=training, told=shown.compiling)
+    if jax.process_count() == 1:  # what was compiled has been traced
+        shown.note(payload_line(experiment))
+    return experiment
 
 
 def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
@@ -355,7 +370,9 @@ def _finish(
     """
     started, compiled = time.perf_counter() - compile_s, compile_totals().seconds - compile_s
     simulation, config = experiment.simulation, experiment.config
-    results = {s: simulation.evaluate(state, s) for s in dict.fromkeys(("validation", split))}
+    results, logits = {}, {}
+    for name in dict.fromkeys(("validation", split)):
+        results[name], logits[name] = simulation.evaluate_examples(state, name)
     measured = results[split]
     half = config.model.compute_dtype == "bfloat16"
     for name, found in results.items():
@@ -378,6 +395,10 @@ def _finish(
         return {}
     names = {group.role: group.names for group in simulation.groups}
     run_files.write_csv(workdir / CLIENTS, run_files.CLIENT_COLUMNS, client_rows(names, results))
+    if experiment.task.keeps_logits:
+        labels, classes = experiment.dataset.labels, experiment.dataset.label_names
+        found = predictions.of_run(simulation.groups, labels, logits)
+        predictions.write_predictions(workdir / PREDICTIONS, found, classes)
     rows = _rows(workdir, done)
     metric = experiment.task.headline
     sizes = {
@@ -541,7 +562,8 @@ def _check_same_config(config: RunConfig, workdir: Path) -> None:
 
 
 def _remove_run(workdir: Path) -> None:
-    for name in (CONFIG, identity.PROVENANCE, METRICS, CLIENTS, _SUMMARY, QUARANTINE, *SHARES):
+    own = CONFIG, identity.PROVENANCE, METRICS, CLIENTS, PREDICTIONS, _SUMMARY, QUARANTINE
+    for name in (*own, *SHARES):
         (workdir / name).unlink(missing_ok=True)
     for name in (_CHECKPOINTS, _PICTURES):
         shutil.rmtree(workdir / name, ignore_errors=True)

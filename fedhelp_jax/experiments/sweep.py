@@ -343,6 +343,6 @@ class Program:
                 state.server,
                 data,
                 phases.everyone(role, data, self.split),
-            )
+            ).metrics
             for role in phases.num_clients
         }

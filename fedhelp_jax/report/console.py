@@ -1,9 +1,11 @@
 """Console output of runs: progress and tables of results.
 
-Everything goes to stdout. In a terminal, the progress is one live line; elsewhere it is one plain
-line per round.
+Everything goes to stdout. In a terminal, the progress is one live line; elsewhere it is plain
+lines, at most one every few seconds. Nothing is cut: where a line or a table is too wide, parts of
+it are left out.
 """
 
+import math
 import statistics
 import sys
 import time
@@ -13,12 +15,15 @@ from typing import Any
 
 from rich import box, progress
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.report import run_files
 from fedhelp_jax.simulation.divergence import NON_FINITE
 from fedhelp_jax.typing import Record
+
+_SECONDS_A_LINE = 2.0
 
 # More columns than this would be too narrow to read.
 _MOST_METRICS = 6
@@ -44,7 +49,7 @@ class Progress:
     Example:
         >>> with Progress(2) as display:
         ...     display.update({"round": 1, "loss": 1.5, "small_mean": 0.25, "seconds": 2.0})
-        round 1/2  loss 1.500  small 0.250  large -  worst small -  2.0 s/round  left 2s
+        round 1/2  loss 1.500  balanced accuracy small 0.250 worst - large -  2.0 s/round  left 2s
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class Progress:
         self._metric = metric
         self._console = console or stdout_console()
         self._seconds: list[float] = []
-        self._started = time.perf_counter()
+        self._printed = -math.inf
         self._live: progress.Progress | None = None
         self._task = progress.TaskID(0)
 
@@ -69,15 +74,11 @@ class Progress:
         if self._console.is_terminal:
             self._live = progress.Progress(
                 progress.SpinnerColumn(),
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(bar_width=20),
-                progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.description}", markup=False),
                 console=self._console,
                 refresh_per_second=4,  # leaves the cores to training
             )
-            self._task = self._live.add_task(
-                "compiling", total=self._rounds, completed=self._first_round
-            )
+            self._task = self._live.add_task("", total=self._rounds, completed=self._first_round)
             self._live.start()
         return self
 
@@ -85,6 +86,14 @@ class Progress:
         """Ends the display and leaves its last state on the screen."""
         if self._live is not None:
             self._live.stop()
+
+    def compiling(self, done: int, total: int) -> None:
+        """Shows how many of the programs are compiled."""
+        if self._live is not None:
+            text = f"compiling, {done} of {total} programs done" if done < total else "round 1"
+            self._live.update(self._task, description=text)
+        elif done == 0:
+            print_line(self._console, f"compiling {total} programs; a later start loads them")
 
     def update(self, row: Record) -> None:
         """Shows a completed round.
@@ -96,34 +105,42 @@ class Progress:
         if row.get("seconds") is not None:
             self._seconds.append(float(row["seconds"]))
         self._metric = row.get("metric") or self._metric
-        text = "  ".join(self._words(row))
+        text = self._line(row)
+        now = time.perf_counter()
         if self._live is not None:
             self._live.update(self._task, completed=row["round"], description=text)
-        else:
+        elif row["round"] == self._rounds or now - self._printed >= _SECONDS_A_LINE:
+            self._printed = now
             print_line(self._console, text)
 
     def note(self, message: str) -> None:
         """Shows a message above the progress."""
         print_line(self._console, message)
 
-    def _words(self, row: Record) -> list[str]:
+    def _line(self, row: Record) -> str:
+        """Returns the line of a round, with as many of its parts as the console is wide."""
         width = len(str(self._rounds))
-        words = [
-            f"round {row['round']:{width}d}/{self._rounds}",
-            f"loss {_number(row.get('loss'))}",
-            f"small {_number(row.get('small_mean'))}",
-            f"large {_number(row.get('large_mean'))}",
-            f"worst small {_number(row.get('worst_small'))}",
+        # Each part, and its rank: those with the largest are left out first.
+        parts = [
+            (f"round {row['round']:{width}d}/{self._rounds}", 0),
+            (f"  loss {_number(row.get('loss'))}", 4),
         ]
+        if "small_mean" in row or "large_mean" in row:
+            name = self._metric.replace("_", " ")
+            small, worst = _number(row.get("small_mean")), _number(row.get("worst_small"))
+            parts.append((f"  {name} small {small} worst {worst}", 1))
+            parts.append((f" large {_number(row.get('large_mean'))}", 3))
         count = sum(map(len, (row.get("diverged") or {}).values()))
         if count:
-            words.append(f"diverged {count}")
+            parts.append((f"  diverged {count}", 2))
         if self._seconds:
             # The first round of a process compiles, so its time does not predict later rounds.
             usual = statistics.median(self._seconds[1:] or self._seconds)
-            words.append(f"{self._seconds[-1]:.1f} s/round")
-            words.append(f"left {duration(usual * (self._rounds - row['round']))}")
-        return words
+            parts.append((f"  {self._seconds[-1]:.1f} s/round", 5))
+            parts.append((f"  left {duration(usual * (self._rounds - row['round']))}", 1))
+        room = self._console.width - (2 if self._live is not None else 0)  # two for the spinner
+        lines = ["".join(part for part, own in parts if own < rank) for rank in range(6, 1, -1)]
+        return next((line for line in lines if len(line) <= room), lines[-1])
 
 
 def print_summary(summary: Record, console: Console | None = None) -> None:
@@ -138,21 +155,31 @@ def print_summary(summary: Record, console: Console | None = None) -> None:
     clients = summary.get("per_client") or []
     names = _shown_metrics(metric, _metric_names(clients))
     title = f"{summary.get('algorithm', '-')} on {_dataset(summary)}, teacher {_teacher(summary)}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("client", no_wrap=True)
-    table.add_column("role")
-    for name in ("train", "test", *names):
-        table.add_column(name.replace("_", " "), justify="right")
-    for client in clients:
-        metrics = client.get("metrics") or {}
-        table.add_row(
-            str(client.get("name", "-")) + (" (diverged)" if client.get("diverged") else ""),
-            str(client.get("role", "-")),
-            _whole(client.get("n_train")),
-            _whole(client.get("n_test")),
-            *(_number(metrics.get(name)) for name in names),
-        )
-    console.print(table)
+
+    def with_metrics(shown: Sequence[str]) -> Table:
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+        table.add_column("client", overflow="fold")
+        table.add_column("role")
+        for name in ("train", "test", *shown):
+            table.add_column(name.replace("_", " "), justify="right")
+        for client in clients:
+            metrics = client.get("metrics") or {}
+            table.add_row(
+                str(client.get("name", "-")) + (" (diverged)" if client.get("diverged") else ""),
+                str(client.get("role", "-")),
+                _whole(client.get("n_train")),
+                _whole(client.get("n_test")),
+                *(_number(metrics.get(name)) for name in shown),
+            )
+        return table
+
+    # The headline metric is always shown.
+    counts = range(len(names), 0, -1)
+    fitting = next((n for n in counts if _fits(with_metrics(names[:n]), console)), 1)
+    console.print(with_metrics(names[:fitting]))
+    if fitting < len(names):
+        left_out = ", ".join(name.replace("_", " ") for name in names[fitting:])
+        console.print(f"Too wide for this terminal, see clients.csv: {left_out}")
     groups = Table(title=_metric(summary), box=box.SIMPLE_HEAD, title_justify="left")
     groups.add_column("group", no_wrap=True)
     groups.add_column("", justify="right")
@@ -186,38 +213,11 @@ def print_comparison(
     """Prints runs as columns: their settings, their groups, their clients, and their costs."""
     console = console or stdout_console()
     reference = _reference(summaries)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
-
-    def add(label: str, cells: Sequence[str], *, last: bool = False) -> None:
-        table.add_row(label, *cells, end_section=last)
-
-    add("algorithm", [str(s.get("algorithm", "-")) for s in summaries])
-    add("data", [_dataset(s) for s in summaries])
-    add("teacher", [_teacher(s) for s in summaries])
-    left_out = [sum((s.get("left_out") or {}).values()) for s in summaries]
-    if any(left_out):
-        add("examples left out", [_whole(count) for count in left_out])
-    add("seed, rounds", [f"{_whole(s.get('seed'))}, {_whole(s.get('rounds'))}" for s in summaries])
-    add("metric", [_metric(s) for s in summaries], last=True)
-    for key, label in _GROUP_ROWS:
-        base = reference.get(key) if reference else None
-        cells = [
-            _number(s.get(key)) + ("" if s is reference else _change(s.get(key), base))
-            for s in summaries
-        ]
-        add(label, cells)
-    add("clients diverged", [_diverged(s) for s in summaries], last=True)
-    clients = _client_rows(summaries)
-    for number, (label, values) in enumerate(clients, start=1):
-        add(label, [_number(value) for value in values], last=number == len(clients))
-    add("up a round", [_megabytes(s.get("bytes_up_per_round")) for s in summaries])
-    add("down a round", [_megabytes(s.get("bytes_down_per_round")) for s in summaries])
-    add("teacher queries", [_whole(s.get("teacher_queries")) for s in summaries])
-    add("time", [duration(s.get("wall_s")) for s in summaries])
-    console.print(table)
+    if _fits(_runs_as_columns([""] * len(names), summaries, reference, texts=False), console):
+        console.print(_runs_as_columns(names, summaries, reference))
+    else:
+        console.print(_runs_as_rows(names, summaries, reference, console))
+        print_line(console, "A wider terminal shows each client; so does fedhelp report.")
     if reference is not None and len(summaries) > 1:
         print_line(console, "In brackets: the change against local.")
     if any(s.get("synthetic") for s in summaries):
@@ -228,12 +228,95 @@ def print_comparison(
         )
 
 
+def _runs_as_columns(
+    names: Sequence[str],
+    summaries: Sequence[Record],
+    reference: Record | None,
+    *,
+    texts: bool = True,
+) -> Table:
+    """Returns a table with a column per run; without ``texts``, only the rows of numbers.
+
+    Texts may be folded into several lines, numbers must not.
+    """
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+
+    def add(label: str, cells: Sequence[str], *, last: bool = False) -> None:
+        table.add_row(label, *cells, end_section=last)
+
+    if texts:
+        add("algorithm", [str(s.get("algorithm", "-")) for s in summaries])
+        add("data", [_dataset(s) for s in summaries])
+        add("teacher", [_teacher(s) for s in summaries])
+    left_out = [sum((s.get("left_out") or {}).values()) for s in summaries]
+    if any(left_out):
+        add("examples left out", [_whole(count) for count in left_out])
+    add("seed, rounds", [f"{_whole(s.get('seed'))}, {_whole(s.get('rounds'))}" for s in summaries])
+    if texts:
+        add("metric", [_metric(s) for s in summaries], last=True)
+    for key, label in _GROUP_ROWS:
+        base = reference.get(key) if reference else None
+        cells = [
+            _number(s.get(key)) + ("" if s is reference else _change(s.get(key), base))
+            for s in summaries
+        ]
+        add(label, cells)
+    if texts:
+        add("clients diverged", [_diverged(s) for s in summaries], last=True)
+    clients = _client_rows(summaries)
+    for number, (label, values) in enumerate(clients, start=1):
+        add(label, [_number(value) for value in values], last=number == len(clients))
+    add("up a round", [amount(s.get("bytes_up_per_round")) for s in summaries])
+    add("down a round", [amount(s.get("bytes_down_per_round")) for s in summaries])
+    add("teacher queries", [_whole(s.get("teacher_queries")) for s in summaries])
+    add("time", [duration(s.get("wall_s")) for s in summaries])
+    return table
+
+
+def _runs_as_rows(
+    names: Sequence[str],
+    summaries: Sequence[Record],
+    reference: Record | None,
+    console: Console,
+) -> Table:
+    """Returns a table with a row per run, and as many columns as fit."""
+
+    def with_scores(count: int, *, changes: bool) -> Table:
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("", overflow="fold")
+        shown = _GROUP_ROWS[:count]
+        for _, label in shown:
+            table.add_column(label.replace(" clients,", ""), justify="right")
+        for name, s in zip(names, summaries, strict=True):
+            cells = [_number(s.get(key)) for key, _ in shown]
+            if changes and reference is not None and s is not reference:
+                cells = [
+                    cell + _change(s.get(key), reference.get(key))
+                    for cell, (key, _) in zip(cells, shown, strict=True)
+                ]
+            table.add_row(name, *cells)
+        return table
+
+    tries = [(n, changes) for changes in (True, False) for n in range(len(_GROUP_ROWS), 0, -1)]
+    tables = (with_scores(n, changes=changes) for n, changes in tries)
+    return next((t for t in tables if _fits(t, console)), with_scores(1, changes=False))
+
+
 # --- implementation -----------------------------------------------------------------------------
 
 
 def stdout_console() -> Console:
     """Returns a console on the current stdout, 120 columns wide if it is not a terminal."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _fits(table: Table, console: Console) -> bool:
+    """Returns whether a table is not wider than the console, without a cut or folded cell."""
+    unlimited = console.options.update(max_width=10_000)
+    return Measurement.get(console, unlimited, table).maximum <= console.width
 
 
 def print_line(console: Console, text: str) -> None:
@@ -332,8 +415,19 @@ def _whole(value: Any) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _megabytes(value: Any) -> str:
-    return "-" if value is None else f"{value / 1e6:.2f} MB"
+def amount(count: Any, unit: str = "B") -> str:
+    """Returns a number of bytes, or of another unit, with a prefix; "-" for None.
+
+    Example:
+        >>> amount(70656), amount(268_336, ""), amount(0)
+        ('70.7 kB', '268 k', '0 B')
+    """
+    if count is None or count != count:
+        return "-"
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {prefix}{unit}"
+    return f"{count:.0f} {unit}".rstrip()
 
 
 def duration(seconds: Any) -> str:

@@ -6,8 +6,8 @@ This module only computes. The runner takes care of files, logging and resuming.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -22,6 +22,7 @@ from fedhelp_jax.models.model import Model, Variables
 from fedhelp_jax.simulation.round import (
     ClientUpdates,
     FederationArrays,
+    Measured,
     RoundInfo,
     RoundProgram,
     Rows,
@@ -146,19 +147,25 @@ class CompiledRounds:
             found = [self._together(state)] if together else self._trainings(state)
         return found + self._evaluations(state)
 
-    def compile_ahead(self, *, training: bool = True) -> None:
+    def compile_ahead(
+        self, *, training: bool = True, told: Callable[[int, int], None] | None = None
+    ) -> None:
         """Compiles the programs of :meth:`calls` beside each other, instead of when first called.
 
         Args:
           training: As in :meth:`calls`.
+          told: Called with how many programs are compiled, and how many there are.
         """
         # Each is traced here, while those before it are compiled: tracing holds Python's lock.
         threads, compiling = ThreadPoolExecutor(os.cpu_count()), []
+        calls, told = self.calls(training=training), told or (lambda done, total: None)
         try:
-            for call in self.calls(training=training):
+            told(0, len(calls))
+            for call in calls:
                 compiling.append(threads.submit(call.program.lower(*call.args).compile))
-            for program in compiling:
+            for number, program in enumerate(as_completed(compiling), start=1):
                 program.result()
+                told(number, len(calls))
         finally:
             threads.shutdown(cancel_futures=True)
 
@@ -316,27 +323,49 @@ class CompiledRounds:
         Returns:
           ``{role: {model name: {metric: [K]}}}`` on the host, the headline model of a role first.
         """
-        rows = self._measured(state, split)
-        # JAX sorts a dict by its keys; restore the method's order, with the headline model first.
-        return {
-            g.role: {
-                name: _first(rows[g.role][name], len(g.names))
-                for name in self.phases.algorithm.clients[g.role].models
-            }
-            for g in self.groups
-        }
+        rows = self._measured(state, split, logits=False)
+        return {g.role: self._in_order(g, rows[g.role].metrics) for g in self.groups}
 
-    def _measured(self, state: RunState, split: str) -> dict[str, PyTree]:
-        """Returns a row per slot, by role, model and metric; rows of empty slots are arbitrary."""
-        return self._reported(
-            {
-                role: evaluate(
-                    *(state.clients[role], state.server, self.federation),
-                    self.phases.everyone(role, self.federation, split),
-                )
-                for role, evaluate in self._evaluate.items()
+    def evaluate_examples(
+        self, state: RunState, split: str
+    ) -> tuple[dict[str, dict[str, Rows]], dict[str, dict[str, list[np.ndarray]]]]:
+        """Returns what :meth:`evaluate` does, and the logits of every example.
+
+        Args:
+          state: The state of the run.
+          split: "train", "validation" or "test".
+
+        Returns:
+          The metrics, and ``{role: {model name: [[n, ...], ...]}}`` with an array per client, in
+          the order of its split; without models for a task that does not keep logits.
+        """
+        rows, metrics, logits = self._measured(state, split, logits=True), {}, {}
+        for g in self.groups:
+            metrics[g.role] = self._in_order(g, rows[g.role].metrics)
+            sizes = np.asarray(getattr(g, split).size).tolist()
+            logits[g.role] = {
+                name: [own[:size] for own, size in zip(stacked, sizes, strict=True)]
+                for name, stacked in self._in_order(g, rows[g.role].logits).items()
             }
-        )
+        return metrics, logits
+
+    def _in_order(self, group: Group, rows: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Returns the real clients' rows by model, on the host, the headline model first.
+
+        JAX sorts a dict by its keys; this restores the method's order.
+        """
+        models = self.phases.algorithm.clients[group.role].models
+        return {name: _first(rows[name], len(group.names)) for name in models if name in rows}
+
+    def _measured(self, state: RunState, split: str, *, logits: bool) -> dict[str, Measured]:
+        """Returns a row per slot, by role; rows of empty slots are arbitrary."""
+        found = {}
+        for role, evaluate in self._evaluate.items():
+            chunk = self.phases.everyone(role, self.federation, split)
+            rows = evaluate(state.clients[role], state.server, self.federation, chunk)
+            # They are large, and most calls need none.
+            found[role] = rows if logits else rows._replace(logits={})
+        return self._reported(found)
 
     def predictions(self, state: RunState, group: Group, row: int, split: str) -> np.ndarray:
         """Returns the predictions of one client's deployed model on a split.

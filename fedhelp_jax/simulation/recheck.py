@@ -126,4 +126,4 @@ def measured_alone(
     many = len(parts[0]) > _MANY
     evaluate = functools.partial(alone.evaluate, role)
     measure = jit(evaluate, platform=mapping.platform, optimized=many)
-    return measure(states, server, FederationArrays(None, public, {}, None), part)
+    return measure(states, server, FederationArrays(None, public, {}, None), part).metrics

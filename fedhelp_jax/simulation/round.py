@@ -82,6 +82,19 @@ class RoundInfo(NamedTuple):
     non_finite: dict[str, NonFinite]
 
 
+class Measured(NamedTuple):
+    """What an evaluation of a chunk's clients returns, a row per slot.
+
+    Attributes:
+      metrics: ``{model: {metric: [M]}}``.
+      logits: ``{model: [M, n, ...]}``, those of each example of the split; empty for a task that
+        does not keep them.
+    """
+
+    metrics: dict[str, Rows]
+    logits: Rows
+
+
 class FederationArrays(NamedTuple):
     """The arrays of a federation: for each role its ``ids``, and a `ClientIndex` for each split.
 
@@ -395,8 +408,8 @@ class RoundProgram:
         server: ServerState,
         data: FederationArrays,
         chunk: ClientChunk,
-    ) -> dict[str, Rows]:
-        """Returns the metrics of the deployed models of a chunk's clients, a row per slot.
+    ) -> Measured:
+        """Returns the metrics and logits of the deployed models of a chunk's clients.
 
         For the chunk of `everyone`, the slots are the clients padded to whole devices and chunks.
         """
@@ -409,27 +422,30 @@ class RoundProgram:
             )
         client = self.algorithm.clients[role]
 
-        def one(shared: PyTree, own: PyTree) -> dict[str, Rows]:
+        def one(shared: PyTree, own: PyTree) -> Measured:
             download, pool, public = shared
             state, train, (index, size) = own
             data = None if train is None else ClientData(pool, public, *train)
             deployed = client.deploy(download, state, data)
             mask = jnp.arange(index.shape[0]) < size
-            results = {}
+            found = Measured({}, {})
             for model in dict.fromkeys(client.models.values()):
                 # All variables of one network go through one program, one after the other.
                 names = [name for name, m in client.models.items() if m is model]
                 stacked = jax.tree.map(lambda *x: jnp.stack(x), *(deployed[n] for n in names))
 
-                def measure(variables: PyTree, model: Model = model) -> Rows:
+                def measure(variables: PyTree, model: Model = model) -> tuple[Rows, PyTree]:
                     logits = predict(model, variables, pool, index, size, self.eval_batch_size)
                     metrics = traced_once(self.task.metrics)(logits, pool.targets[index], mask)
-                    return {**metrics, NON_FINITE: jnp.sum(mask & ~finite_examples(logits))}
+                    metrics = {**metrics, NON_FINITE: jnp.sum(mask & ~finite_examples(logits))}
+                    return metrics, logits if self.task.keeps_logits else None
 
-                rows = lax.map(measure, stacked)
+                rows, logits = lax.map(measure, stacked)
                 for i, name in enumerate(names):
-                    results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], rows)
-            return results
+                    found.metrics[name] = jax.tree.map(lambda leaf, i=i: leaf[i], rows)
+                    if logits is not None:
+                        found.logits[name] = logits[i]
+            return found
 
         shared = (self.algorithm.download(server, role), chunk.pool, data.public)
         return over_clients(one, self.mapping, (P(), self._held(chunk), P()))(shared, own)

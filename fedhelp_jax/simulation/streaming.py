@@ -22,6 +22,7 @@ from fedhelp_jax.simulation.round import (
     ClientChunk,
     ClientUpdates,
     FederationArrays,
+    Measured,
     RoundProgram,
     RunState,
 )
@@ -381,12 +382,13 @@ class StreamedRounds(CompiledRounds):
         self._stream(state, parts, train)
         return trained
 
-    def _measured(self, state: RunState, split: str) -> dict[str, PyTree]:
+    def _measured(self, state: RunState, split: str, *, logits: bool) -> dict[str, Measured]:
         found: dict[str, list[PyTree]] = {role: [] for role in self._evaluate}
 
         def measure(role: str, part: ClientChunk) -> PyTree:
             rows = self._evaluate[role](state.clients[role], state.server, self.federation, part)
-            found[role].append((part.slot, rows))
+            kept = rows if logits else rows._replace(logits={})
+            found[role].append((part.slot, kept))
             return rows
 
         parts = ((r, part) for r in found for part in self._feed.measuring(r, split))
