@@ -16,6 +16,7 @@ demo: .venv/.core
 	local=$$!; trap "kill $$local 2>/dev/null" EXIT; \
 	$(RUN) --workdir=$(DEMO)/fedhelp && wait $$local || { cat $(DEMO)/local.log; exit 1; }
 	$(BIN)/fedhelp show $(DEMO)/fedhelp $(DEMO)/local
+	$(BIN)/fedhelp report $(DEMO)/fedhelp $(DEMO)/local --out=$(DEMO)
 
 # A file of tests at a time on each core, since tests of one file share what they compile.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile

@@ -8,6 +8,7 @@ import pytest
 from compiled_faster import FLAGS
 
 from fedhelp_jax.core.compilation import protect_process
+from fedhelp_jax.experiments import reporting
 
 jax.config.update("jax_num_cpu_devices", 2)
 
@@ -48,6 +49,14 @@ def torch():
 def float64():
     """Enables float64 for comparisons over many steps, as Adam amplifies float32 rounding."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_reports():
+    """Lets commands end without a report, since drawing takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "report_at_the_end", lambda folder: None)
         yield
 
 

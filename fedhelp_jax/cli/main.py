@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from fedhelp_jax.cli.command import Command, help_of, read
 from fedhelp_jax.cli.data import CHECK, DATA_LIST, DESCRIBE, PREPARE
 from fedhelp_jax.cli.process import complain, printed
+from fedhelp_jax.cli.report import REPORT
 from fedhelp_jax.cli.show import LIST, SHOW
 from fedhelp_jax.cli.study import COMPARE, TUNE
 from fedhelp_jax.cli.sweep import SWEEP
@@ -25,7 +26,7 @@ from fedhelp_jax.core.storage import StorageError, storage_errors
 from fedhelp_jax.core.terminal import dispensable_terminal
 
 COMMANDS: tuple[Command, ...] = (
-    *(TRAIN, TEACH, EVALUATE, SHOW, COMPARE, TUNE, SWEEP),
+    *(TRAIN, TEACH, EVALUATE, SHOW, REPORT, COMPARE, TUNE, SWEEP),
     *(LIST, DATA_LIST, DESCRIBE, PREPARE, CHECK),
 )
 _HELP = ("--help", "-h", "-help")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedhelp_jax.cli.command import STUDY, Command, Given, workdir
 from fedhelp_jax.cli.process import complain, prepare_jax, ready_folder, teach_first
+from fedhelp_jax.cli.report import NO_REPORT, write_at_the_end
 from fedhelp_jax.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +17,10 @@ def _compare(given: Given) -> int:
     def compare(study: "Study", folder: Path) -> None:
         from fedhelp_jax.experiments import study as studies
 
-        studies.compare(study, folder)
+        try:
+            studies.compare(study, folder)
+        finally:  # the runs that failed are missing in the table, and so they are on the page
+            write_at_the_end(given, folder)
 
     return _with_study(given, compare)
 
@@ -64,7 +68,7 @@ COMPARE = Command(
     "make the runs of a study that are missing, and one table of all: methods, data, seeds",
     ("fedhelp compare --study=configs/studies/miniature.py --workdir=runs/miniature",),
     _compare,
-    (STUDY, workdir("the folder of the study", "runs/miniature")),
+    (STUDY, workdir("the folder of the study", "runs/miniature"), NO_REPORT),
 )
 TUNE = Command(
     "tune",

@@ -13,6 +13,7 @@ from fedhelp_jax.cli.process import (
     settings_of,
     teach_first,
 )
+from fedhelp_jax.cli.report import NO_REPORT, write_at_the_end
 from fedhelp_jax.core.errors import UserError
 
 _MOST_RUNS = 100_000
@@ -57,6 +58,7 @@ def _sweep(given: Given) -> int:
             raise teach_first(error, f"--config={given['config']}", *given.rest) from None
         if distributed.is_coordinator():
             print(f"written: {folder / 'runs.csv'}")
+            write_at_the_end(given, folder)
     return 0
 
 
@@ -129,6 +131,7 @@ SWEEP = Command(
             "N",
             least=1,
         ),
+        NO_REPORT,
         *DISTRIBUTED,
     ),
     settings=True,

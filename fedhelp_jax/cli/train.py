@@ -1,5 +1,6 @@
 """``fedhelp train`` and ``fedhelp evaluate``."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fedhelp_jax.cli.process import (
     settings_of,
     teach_first,
 )
+from fedhelp_jax.cli.report import NO_REPORT, write_at_the_end
 from fedhelp_jax.typing import Record
 
 
@@ -30,7 +32,8 @@ def _train(given: Given) -> int:
         if distributed.is_coordinator():
             warn_unused(config)
         try:
-            return _shown(lambda: result.run(config, folder, overwrite=overwrite).summary)
+            run = functools.partial(result.run, config, folder, overwrite=overwrite)
+            return _shown(lambda: run().summary, given, folder)
         except AnswersMissing as error:
             raise teach_first(error, f"--config={given['config']}", *given.rest) from None
         except Interrupted as stop:
@@ -48,11 +51,11 @@ def _evaluate(given: Given) -> int:
     from fedhelp_jax.experiments import runner
 
     with distributed.joined(address(given), complain):
-        return _shown(lambda: runner.evaluate(folder, config))
+        return _shown(lambda: runner.evaluate(folder, config), given, folder)
 
 
-def _shown(run: Callable[[], Record]) -> int:
-    """Prints the results of a run, even if it diverged, and returns the exit code."""
+def _shown(run: Callable[[], Record], given: Given, folder: Path) -> int:
+    """Prints and reports the results of a run, even if it diverged, and returns the exit code."""
     from fedhelp_jax.core import distributed
     from fedhelp_jax.report import console
     from fedhelp_jax.simulation.divergence import Diverged
@@ -64,6 +67,7 @@ def _shown(run: Callable[[], Record]) -> int:
         diverged, summary = error, error.summary
     if distributed.is_coordinator():
         console.print_summary(summary)
+        write_at_the_end(given, folder)
     if diverged is None:
         return 0
     complain(str(diverged))
@@ -83,6 +87,7 @@ TRAIN = Command(
         CONFIG,
         workdir("the run folder; a run stopped there goes on", "runs/demo"),
         Flag("overwrite", "remove what is in the run folder and begin anew", "switch"),
+        NO_REPORT,
         *DISTRIBUTED,
     ),
     settings=True,
@@ -95,6 +100,6 @@ EVALUATE = Command(
         "fedhelp evaluate --workdir=runs/demo --config.data.path=FOLDER",
     ),
     _evaluate,
-    (workdir("the run folder", "runs/demo"), *DISTRIBUTED),
+    (workdir("the run folder", "runs/demo"), NO_REPORT, *DISTRIBUTED),
     settings=True,
 )

@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 
 from fedhelp_jax.core.errors import UserError, suggest
 from fedhelp_jax.experiments import config as configs
-from fedhelp_jax.experiments import runner
+from fedhelp_jax.experiments import reporting, runner
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.config_files import read_settings
 from fedhelp_jax.experiments.runner import Callback
 from fedhelp_jax.report import run_files
+from fedhelp_jax.report.predictions import PREDICTIONS, read_predictions
 from fedhelp_jax.typing import Record
 
 
@@ -127,6 +128,36 @@ class Result:
         columns = Table({name: [row[name] for row in rows] for name in run_files.CLIENT_COLUMNS})
         columns["value"] = [float(value) if value else None for value in columns["value"]]
         return columns
+
+    @property
+    def predictions(self) -> Table:
+        """The content of ``predictions.csv.gz``: the logits of each example, by client and model.
+
+        Raises:
+          UserError: If the run saved none, as for masks, or the file is damaged.
+        """
+        found, classes = read_predictions(self.folder / PREDICTIONS)
+        names = ("client", "role", "model", "split", "example", "label")
+        table = Table({name: [] for name in (*names, *(f"logit {c}" for c in classes))})
+        for p in found:
+            for name in names[:4]:
+                table[name] += [getattr(p, name)] * len(p.labels)
+            table["example"] += p.examples.tolist()
+            table["label"] += p.labels.tolist()
+            for i, name in enumerate(classes):
+                table[f"logit {name}"] += p.logits[:, i].tolist()
+        return table
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Writes ``report.html``, a page about the run, and its figures and numbers.
+
+        Args:
+          out: The folder to write to; None takes the run folder.
+
+        Returns:
+          The path of the page.
+        """
+        return reporting.report([self.folder], Path(out) if out is not None else self.folder)
 
     def predict(self, images: Any, client: str) -> np.ndarray:
         """Returns the logits of the model that a client deploys.

@@ -1,0 +1,77 @@
+"""Writes the report of runs, studies and sweeps (`fedhelp_jax.report.page`)."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.storage import StorageError
+from fedhelp_jax.experiments import config as configs
+from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.report.page.build import write_report
+from fedhelp_jax.report.page.run_data import find_runs
+
+_log = logging.getLogger(__name__)
+
+
+def report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes ``report.html`` and the folder ``report`` about runs.
+
+    Args:
+      folders: Folders of runs, studies or sweeps. Runs may be unfinished or damaged; the page says
+        what is missing.
+      out: The folder to write to; None takes the folder itself if there is only one.
+
+    Returns:
+      The path of the page, which is self-contained.
+
+    Raises:
+      UserError: If there is no run in the folders, or several folders but no ``out``.
+    """
+    if out is None and len(folders) != 1:
+        raise UserError("several folders are given: name the folder for the report by --out")
+    runs = [run for folder in folders for run in find_runs(folder)]
+    changed = {run: _changed(run) for run in runs[:1]} if len(runs) == 1 else {}
+    return write_report(folders, out or folders[0], changed=changed)
+
+
+def report_at_the_end(folder: Path) -> Path | None:
+    """Writes the report of what a command has made; a failure is a warning.
+
+    Returns:
+      The path of the page, or None if it could not be made.
+
+    Raises:
+      StorageError: If the disk does not take it.
+    """
+    try:
+        return report([folder])
+    except StorageError:
+        raise
+    except Exception as error:  # the results are written; a page about them must not fail the run
+        _log.warning("no report: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _changed(folder: Path) -> list[tuple[str, str, str]]:
+    """Returns (key, value, default) of each setting of a run that is not the default."""
+    try:
+        config = configs.load(folder / "config.json")
+    except UserError:
+        return []
+    ours, theirs = (dict(configs.flat(configs.to_dict(c))) for c in (config, _default(config)))
+    return [
+        (key.replace("algorithm.settings.", "algorithm."), str(value), str(theirs.get(key, "")))
+        for key, value in ours.items()
+        if value != theirs.get(key)
+    ]
+
+
+def _default(config: RunConfig) -> RunConfig:
+    """Returns the default settings of the same method, if it can run with them."""
+    base = configs.default_config()
+    try:
+        configs.declare_method(base, config.algorithm.name)
+        return configs.validate(base)
+    except UserError:
+        return RunConfig()

@@ -1,0 +1,1 @@
+"""The report of runs: one self-contained page, and its figures and numbers as files."""

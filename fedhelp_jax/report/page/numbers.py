@@ -1,0 +1,118 @@
+"""What a report computes from predictions: intervals, confusion, calibration, thresholds."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 1000
+_BINS = 10
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns probabilities ``[n, C]``; rows with a logit that is not finite are all zero."""
+    finite = np.isfinite(logits).all(-1, keepdims=True)
+    safe = np.where(finite, logits, 0.0)
+    exp = np.exp(safe - safe.max(-1, keepdims=True))
+    return np.where(finite, exp / exp.sum(-1, keepdims=True), 0.0)
+
+
+def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns counts ``[C, C + 1]`` of true and predicted classes; the last column is no answer."""
+    classes = logits.shape[-1]
+    found = np.asarray(np.isfinite(logits).all(axis=-1))
+    predicted = np.where(found, np.where(found[:, None], logits, 0).argmax(-1), classes)
+    counts = np.zeros((classes, classes + 1), int)
+    np.add.at(counts, (labels, predicted), 1)
+    return counts
+
+
+def recalls(counts: np.ndarray) -> np.ndarray:
+    """Returns the recall ``[C]`` of each class from counts; NaN for classes without examples."""
+    total = counts.sum(1)
+    return np.divide(
+        np.diagonal(counts), total, out=np.full(len(total), np.nan), where=total > 0, dtype=float
+    )
+
+
+def balanced_accuracy(counts: np.ndarray) -> float:
+    """Returns the mean recall over the classes that have examples; NaN without examples."""
+    found = recalls(counts)
+    return float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")
+
+
+def interval(logits: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """Returns a 95 % bootstrap interval of balanced accuracy over the examples of a client.
+
+    It says how much the value depends on which patients happened to be in the test split. It does
+    not include the randomness of training.
+
+    Args:
+      logits: ``[n, C]``.
+      labels: ``[n]``.
+      seed: Seed of the resamples.
+
+    Returns:
+      The 2.5th and 97.5th percentile over 1,000 resamples; NaN without examples.
+    """
+    count = len(labels)
+    if count == 0:
+        return float("nan"), float("nan")
+    counts = confusion(logits, labels)
+    hits = np.diagonal(counts)
+    # Only the numbers of right and wrong answers per class matter, so whole cells are drawn.
+    cells = np.concatenate([hits, counts.sum(1) - hits])
+    drawn = np.random.default_rng(seed).multinomial(count, cells / count, RESAMPLES)
+    hits, misses = np.split(drawn, 2, axis=1)
+    total = hits + misses
+    recall = np.divide(hits, total, out=np.full(total.shape, np.nan), where=total > 0)
+    low, high = np.nanpercentile(np.nanmean(recall, axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def reliability(logits: np.ndarray, labels: np.ndarray) -> list[tuple[float, float, int]]:
+    """Returns (mean confidence, accuracy, examples) of each of ten bins that is not empty."""
+    probs = softmax(logits)
+    confidence, right = probs.max(-1), probs.argmax(-1) == labels
+    place = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
+    return [
+        (float(confidence[place == i].mean()), float(right[place == i].mean()), int(n))
+        for i, n in enumerate(np.bincount(place, minlength=_BINS))
+        if n
+    ]
+
+
+def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the threshold with the best balanced accuracy, for two classes.
+
+    Args:
+      scores: ``[n]`` probabilities of class 1.
+      labels: ``[n]``, 0 or 1.
+
+    Returns:
+      The middle between two neighbouring scores; of equally good ones the nearest to 0.5. It is 0.5
+      if a class has no examples.
+    """
+    if len(np.unique(labels)) < 2:
+        return 0.5
+    values = np.unique(scores)
+    candidates = np.concatenate([(values[1:] + values[:-1]) / 2, [0.5]])
+    positive, negative = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
+    # Scores of at least the threshold are called class 1.
+    missed = np.searchsorted(positive, candidates) / len(positive)
+    score = 1 - missed + np.searchsorted(negative, candidates) / len(negative)
+    best = candidates[score >= score.max() - 1e-12]
+    return float(best[np.abs(best - 0.5).argmin()])
+
+
+def at_threshold(scores: np.ndarray, labels: np.ndarray, threshold: float) -> float:
+    """Returns the balanced accuracy of a threshold, for two classes; NaN without examples."""
+    called = scores >= threshold
+    found = [np.mean(called[labels == c] == bool(c)) for c in (0, 1) if (labels == c).any()]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float]:
+    """Returns mean and sample standard deviation of the values that are not NaN; NaN if too few."""
+    array = np.array([v for v in values if v is not None and np.isfinite(v)], float)
+    mean = float(array.mean()) if len(array) else float("nan")
+    return mean, float(array.std(ddof=1)) if len(array) > 1 else float("nan")

@@ -1,0 +1,200 @@
+"""Reads everything that a run folder holds, and notes what is missing instead of failing."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.report import run_files
+from fedhelp_jax.report.client_distribution import SHARES
+from fedhelp_jax.report.predictions import PREDICTIONS, Predictions, read_predictions
+from fedhelp_jax.typing import JsonObject, Record
+
+_MARKS = ("config.json", "metrics.jsonl", "summary.json")
+
+
+class RunData(NamedTuple):
+    """The content of a run folder, as far as it could be read.
+
+    Attributes:
+      folder: The folder.
+      label: What the run is called beside others: its method, unless several runs have the same.
+      config: Content of ``config.json``.
+      summary: Content of ``summary.json``; empty if the run is not finished.
+      history: Rows of ``metrics.jsonl``.
+      clients: Rows of ``clients.csv``.
+      shares: Rows of ``shares.csv``.
+      left_out: Rows of ``quarantine.csv``.
+      provenance: Content of ``provenance.json``.
+      predictions: Content of ``predictions.csv.gz``.
+      classes: Names of the classes in the predictions.
+      missing: A sentence about each file that is missing or damaged.
+    """
+
+    folder: Path
+    label: str
+    config: JsonObject
+    summary: JsonObject
+    history: list[JsonObject]
+    clients: list[Record]
+    shares: list[Record]
+    left_out: list[Record]
+    provenance: JsonObject
+    predictions: list[Predictions]
+    classes: list[str]
+    missing: list[str]
+
+    @property
+    def dataset(self) -> str:
+        """Name of the private data set; "?" if unknown."""
+        return str(
+            self.summary.get("dataset") or (self.config.get("data") or {}).get("name") or "?"
+        )
+
+    @property
+    def seed(self) -> int | None:
+        """The seed; None if unknown."""
+        return self.summary.get("seed", self.config.get("seed"))
+
+    @property
+    def metric(self) -> str:
+        """The headline metric; "?" if unknown."""
+        rows = (row["metric"] for row in reversed(self.history) if row.get("metric"))
+        return str(self.summary.get("metric") or next(rows, "?"))
+
+
+def is_run(folder: Path) -> bool:
+    """Returns whether a folder holds any of the files of a run."""
+    found = [(folder / name).exists() for name in _MARKS]
+    return found[0] or found[1] or found[2]
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Returns the run folders in a folder, at any depth; the folder itself if it is one.
+
+    The trials by which a study tunes are left out.
+    """
+    if is_run(folder):
+        return [folder]
+    found = {path.parent for name in _MARKS for path in folder.rglob(name)}
+    return sorted(run for run in found if not re.fullmatch(r"trial\d+", run.name))
+
+
+def read_run(folder: Path, *, details: bool = True) -> RunData:
+    """Returns what a run folder holds.
+
+    Args:
+      folder: The folder.
+      details: Whether to read the predictions too, which takes longest.
+    """
+    missing: list[str] = []
+
+    def read(name: str, parse: Callable[[Path], Any], default: Any, optional: bool = False) -> Any:
+        path = folder / name
+        if not path.exists():
+            if not optional:
+                missing.append(f"{name} is missing.")
+            return default
+        try:
+            return parse(path)
+        except (UserError, OSError, ValueError) as error:
+            missing.append(f"{name} is damaged: {error}.")
+            return default
+
+    config = read("config.json", _json, {})
+    history = read("metrics.jsonl", run_files.read_metrics, [])
+    summary = read("summary.json", _json, {}, optional=True)
+    if not summary and not missing:
+        asked = config.get("rounds", "?")
+        missing.append(f"The run is not finished: {_last(history)} of {asked} rounds are done.")
+    finished = bool(summary)
+    clients = read("clients.csv", _csv, [], optional=not finished)
+    keeps = finished and not str(summary.get("metric", "")).startswith("dice")
+    predictions, classes = [], []
+    if details:
+        found = read(PREDICTIONS, read_predictions, ([], []), optional=not keeps)
+        predictions, classes = found
+    method = summary.get("algorithm") or (config.get("algorithm") or {}).get("name") or "?"
+    return RunData(
+        folder,
+        str(method),
+        config,
+        summary,
+        history,
+        clients,
+        read(SHARES[0], _csv, [], optional=not finished),
+        read("quarantine.csv", _csv, [], optional=True),
+        read("provenance.json", _json, {}, optional=not finished),
+        predictions,
+        classes,
+        missing,
+    )
+
+
+class SweepData(NamedTuple):
+    """The table of a sweep.
+
+    Attributes:
+      folder: The folder of the sweep.
+      swept: Names of the columns that were swept; "seed" is one of them.
+      rows: The runs.
+    """
+
+    folder: Path
+    swept: list[str]
+    rows: list[Record]
+
+
+def read_sweep(folder: Path) -> SweepData | None:
+    """Returns the table of a sweep; None if the folder holds none.
+
+    Raises:
+      UserError: If the table is damaged.
+    """
+    path = folder / "runs.csv"
+    if not path.exists() or not any(folder.glob("runs*.jsonl")):
+        return None
+    try:
+        rows = _csv(path)
+        columns = list(rows[0])
+        return SweepData(folder, columns[: columns.index("split")], rows)
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: is not the table of a sweep ({error})") from None
+
+
+def labelled(runs: list[RunData], root: Path) -> list[RunData]:
+    """Returns runs with distinct labels for distinct settings.
+
+    Runs of one method that have the same data and seed are called by their folders instead, without
+    a last part such as "seed3".
+    """
+    keys = [(run.label, run.dataset, run.seed) for run in runs]
+    if len(set(keys)) == len(keys):
+        return runs
+
+    def of(run: RunData) -> str:
+        path = run.folder.resolve()
+        parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts[-2:]
+        kept = [part for part in parts if not re.fullmatch(r"seed\d+", part)]
+        return "/".join(kept) or path.name
+
+    return [run._replace(label=of(run)) for run in runs]
+
+
+def _last(history: list[JsonObject]) -> int:
+    return int(history[-1]["round"]) if history else 0
+
+
+def _json(path: Path) -> JsonObject:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it must be a JSON object")
+    return found
+
+
+def _csv(path: Path) -> list[Record]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

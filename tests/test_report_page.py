@@ -1,0 +1,322 @@
+"""The page about runs: what it says, that it opens anywhere, and that it survives damage."""
+
+import base64
+import csv
+import gzip
+import html
+import json
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from helpers import refusal
+from made_up_runs import METRIC, make_run
+from PIL import Image
+
+from fedhelp_jax.experiments.reporting import report, report_at_the_end
+from fedhelp_jax.report import run_files
+from fedhelp_jax.report.page import numbers
+from fedhelp_jax.report.predictions import PREDICTIONS, read_predictions
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("one") / "run", classes=2)
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return report([run])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    for method, lift in (("fedhelp", 0.6), ("local", 0.0), ("fedavg", 0.2)):
+        for seed in range(2):
+            make_run(folder / "data" / method / f"seed{seed}", method=method, seed=seed, lift=lift)
+    make_run(folder / "data" / "fedavg" / "trial0")
+    return folder
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def test_it_says_what_the_summary_says_the_worst_client_first(run, page):
+    text, summary = text_of(page), run_files.read_summary(run)
+    for key in ("small_mean", "worst_small", "large_mean"):
+        assert f"<b>{summary[key]:.3f}</b>" in text
+    clients = sorted(summary["per_client"], key=lambda c: c["metrics"][METRIC])
+    places = [text.index(f"<td>{client['name']}</td>") for client in clients]
+    assert places == sorted(places)
+    assert "Synthetic data" in text and "The foundation model is simulated." in text
+
+
+def test_it_needs_nothing_but_itself(page):
+    text = text_of(page)
+    for word in ("http://", "https://"):
+        links = [part[:60] for part in text.split(word)[1:]]
+        assert all(part.startswith("www.w3.org/") for part in links), links  # names of XML spaces
+    assert " src=" not in text and "<link rel=" not in text.replace('<link rel="icon"', "")
+
+
+def test_every_figure_is_also_a_picture_and_a_table(run, page):
+    folder = page.parent / "report"
+    names = {path.stem for path in folder.iterdir()}
+    assert names == {"learning", "loss", "clients", "confusion", "calibration", "classes"}
+    for name in names:
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in text_of(folder / f"{name}.svg")
+    with (folder / "clients.csv").open(newline="") as file:
+        rows = {row["client"]: row for row in csv.DictReader(file)}
+    for client in run_files.read_summary(run)["per_client"]:
+        row = rows[client["name"]]
+        assert float(row[METRIC]) == pytest.approx(client["metrics"][METRIC])
+        assert float(row["low"]) <= float(row[METRIC]) <= float(row["high"])
+    with (folder / "confusion.csv").open(newline="") as file:
+        counts = sum(int(row["images"]) for row in csv.DictReader(file))
+    assert counts == 6 * 40  # every test image of every client once
+
+
+def test_the_same_run_gives_the_same_page(run, page):
+    before = text_of(page)
+    assert text_of(report([run])) == before
+
+
+def test_panels_of_segmentations_are_in_the_page(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("report*"))
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "pictures" / "small.png")
+    code = base64.b64encode((folder / "pictures" / "small.png").read_bytes()).decode()
+    assert f'src="data:image/png;base64,{code}"' in text_of(report([folder]))
+
+
+def test_names_are_escaped(tmp_path):
+    folder = make_run(tmp_path / "run", rounds=2)
+    text = (folder / "summary.json").read_text().replace("clinic_000", "<script>x</script>")
+    (folder / "summary.json").write_text(text)
+    assert "<td><script>" not in text_of(report([folder]))
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+
+def test_a_study_compares_its_methods_with_training_alone(study):
+    text = text_of(report([study]))
+    changes = []
+    for seed in range(2):
+        ours, alone = (
+            {c["name"]: c["metrics"][METRIC] for c in s["per_client"] if c["role"] == "small"}
+            for s in (
+                run_files.read_summary(study / "data" / method / f"seed{seed}")
+                for method in ("fedhelp", "local")
+            )
+        )
+        changes += [ours[name] - alone[name] for name in ours]
+    gained = sum(change > 0 for change in changes)
+    assert f">{np.mean(changes):+.3f}<" in text and f"{gained} of {len(changes)}" in text
+    assert "trial0" not in text and "3 methods on made up" in text
+    assert (study / "report" / "methods.csv").exists()
+
+
+def test_several_folders_need_a_place_for_the_page(study, tmp_path):
+    folders = [study / "data" / method / "seed0" for method in ("fedhelp", "local")]
+    assert "--out" in refusal(lambda: report(folders))
+    assert report(folders, tmp_path) == tmp_path / "report.html"
+    assert "no run is there" in refusal(lambda: report([tmp_path / "empty"]))
+
+
+def test_a_sweep(tmp_path):
+    rows = [
+        {
+            "learning_rate": rate,
+            "seed": seed,
+            "split": "validation",
+            "metric": METRIC,
+            "small_mean": 0.5 + 100 * rate,
+            "large_mean": 0.7,
+            "worst_small": 0.4,
+            "gap": 0.2,
+        }
+        for rate in (1e-4, 1e-3)
+        for seed in range(36)
+    ]
+    run_files.write_csv(tmp_path / "runs.csv", list(rows[0]), rows)
+    (tmp_path / "runs.jsonl").write_text("")
+    text = text_of(report([tmp_path]))
+    assert "72 runs" in text and "no test image was used" in text
+    with (tmp_path / "report" / "sweep_learning_rate.csv").open(newline="") as file:
+        means = {
+            rate: np.mean([float(r["value"]) for r in group])
+            for rate in ("0.0001", "0.001")
+            for group in [
+                [
+                    r
+                    for r in csv.DictReader(file.seek(0) or file)
+                    if r["learning_rate"] == rate and r["score"] == "small_mean"
+                ]
+            ]
+        }
+    assert means == {"0.0001": pytest.approx(0.51), "0.001": pytest.approx(0.6)}
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("summary.json", "The run is not finished: 10 of 10 rounds are done."),
+        ("metrics.jsonl", "metrics.jsonl is missing."),
+        ("config.json", "config.json is missing."),
+        (PREDICTIONS, f"{PREDICTIONS} is missing."),
+        ("shares.csv", "shares.csv is missing."),
+    ],
+)
+def test_a_missing_file_is_named(run, tmp_path, name, words):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("report*"))
+    (folder / name).unlink()
+    assert words in text_of(report([folder]))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl", PREDICTIONS])
+def test_a_damaged_file_is_named(run, tmp_path, name):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("report*"))
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(b"\x00" + whole[: len(whole) // 2])
+    assert f"{name} is damaged" in text_of(report([folder]))
+
+
+def test_a_report_that_fails_is_a_warning(tmp_path, caplog):
+    assert report_at_the_end(tmp_path) is None
+    assert "no report" in caplog.text
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_predictions_are_read_as_they_were_written(run):
+    found, classes = read_predictions(run / PREDICTIONS)
+    assert len(found) == 6 * 2 * 2 and len(classes) == 2
+    summary = run_files.read_summary(run)
+    expected = {client["name"]: client["metrics"][METRIC] for client in summary["per_client"]}
+    for p in found:
+        if (p.model, p.split) == ("personal", "test"):
+            value = numbers.balanced_accuracy(numbers.confusion(p.logits, p.labels))
+            assert value == pytest.approx(expected[p.client])
+    with gzip.open(run / PREDICTIONS, "rt") as file:
+        assert file.readline().startswith("client,role,model,split,example,label,logit ")
+
+
+def test_intervals_cover_as_often_as_they_say():
+    """For 200 images of two classes, 95 % of intervals cover the true balanced accuracy."""
+    rng = np.random.default_rng(0)
+    covered, true, trials = 0, (0.9 + 0.6) / 2, 300
+    for trial in range(trials):
+        labels = np.arange(200) % 2
+        right = rng.uniform(size=200) < np.where(labels == 0, 0.9, 0.6)
+        logits = np.eye(2)[np.where(right, labels, 1 - labels)]
+        low, high = numbers.interval(logits, labels, seed=trial)
+        covered += low <= true <= high
+    assert 0.92 <= covered / trials <= 0.98
+
+
+def test_the_threshold_is_the_best_of_all():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, labels = rng.uniform(size=30).round(2), rng.integers(0, 2, 30)
+        found = numbers.at_threshold(scores, labels, numbers.best_threshold(scores, labels))
+        grid = [numbers.at_threshold(scores, labels, at) for at in np.linspace(0, 1.01, 400)]
+        assert found >= max(grid[1:-1]) - 1e-9 or found == pytest.approx(max(grid))
+    assert numbers.best_threshold(np.array([0.2, 0.9]), np.array([1, 1])) == 0.5
+
+
+def test_what_is_not_finite_is_no_answer():
+    logits = np.array([[2.0, 0.0], [np.nan, 1.0], [0.0, 3.0]])
+    counts = numbers.confusion(logits, np.array([0, 1, 1]))
+    assert counts.tolist() == [[1, 0, 0], [0, 1, 1]]
+    assert numbers.balanced_accuracy(counts) == pytest.approx(0.75)
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+PROBE = """
+<script>
+const found = { errors: window.failures, cut: [], wide: document.documentElement.scrollWidth };
+for (const e of document.querySelectorAll("body *")) {
+  if (e.closest("svg, .table, pre, script")) continue;
+  if (e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0) found.cut.push(e.outerHTML);
+}
+const heads = document.querySelectorAll("table")[0].querySelectorAll("th");
+const column = [...heads].findIndex((th) => th.textContent === "training images");
+const values = () => [...document.querySelectorAll("table")[0].tBodies[0].rows].map(
+  (row) => parseFloat(row.cells[column].dataset.sort));
+heads[column].querySelector("button").click();
+found.up = values();
+heads[column].querySelector("button").click();
+found.down = values();
+found.asked = performance.getEntriesByType("resource").map((e) => e.name);
+found.seconds = performance.now() / 1000;
+const out = document.createElement("pre");
+out.id = "found";
+out.textContent = JSON.stringify(found);
+parent.document.body.append(out);
+</script>
+"""
+CATCH = (
+    "<script>window.failures = []; const keep = (e) => failures.push(String(e.message ?? e));"
+    'window.addEventListener("error", keep); console.error = keep; console.warn = keep;</script>'
+)
+
+
+def opened(page, tmp_path, width):
+    """Opens a page in a browser without a network, and returns what a script in it found.
+
+    The page is in a frame, since the window of a browser without a screen has a least width.
+    """
+    text = text_of(page).replace("<head>", "<head>" + CATCH, 1)
+    text = html.escape(text.replace("</body>", PROBE + "</body>"))
+    frame = f'<iframe srcdoc="{text}" style="width: {width}px; height: 900px; border: 0"></iframe>'
+    around = tmp_path / "around.html"
+    around.write_text(f'<meta charset="utf-8"><body>{frame}</body>', encoding="utf-8")
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += ["--window-size=1600,1000", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [*command, around.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    found = done.stdout.split('<pre id="found">')[1].split("</pre>")[0]
+    return json.loads(html.unescape(found))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: the page is not opened")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_in_a_browser_nothing_fails_nothing_is_cut_and_sorting_sorts(page, tmp_path, width):
+    found = opened(page, tmp_path, width)
+    assert found["errors"] == [] and found["asked"] == []
+    assert found["cut"] == [] and found["wide"] <= width
+    assert found["up"] == sorted(found["up"]) and len(set(found["up"])) > 1
+    assert found["down"] == found["up"][::-1]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: the page is not opened")
+def test_two_hundred_clients_and_a_hundred_rounds(tmp_path):
+    folder = make_run(tmp_path / "run", small=180, large=20, rounds=100, classes=8)
+    began = time.perf_counter()
+    page = report([folder])
+    print(f"written in {time.perf_counter() - began:.1f} s, {page.stat().st_size / 1e6:.2f} MB")
+    assert page.stat().st_size < 5e6
+    found = opened(page, tmp_path, 1440)
+    print(f"opened and sorted twice in {found['seconds']:.2f} s")
+    assert found["seconds"] < 2 and found["errors"] == []
