@@ -1,8 +1,9 @@
-"""Runs FedHelp on synthetic images in about a minute: six clinics, two of them large.
+"""Runs FedHelp on synthetic images in less than a minute: six clinics, two of them large.
 
 Paper: arXiv:2412.19654, sec. 4 (six clients with .60/.20/.08/.06/.04/.02 of the data, the two
 largest with the large model). Procedural "phantoms" and a simulated teacher replace its images and
-its foundation model, so nothing is downloaded; a ResNet-32 replaces the ResNet-110.
+its foundation model, so nothing is downloaded. Convolutional networks of two layers replace the
+ResNets, which take minutes to compile on a slow machine.
 
     fedhelp train --config=configs/quickstart.py --workdir=runs/demo/fedhelp
 
@@ -18,7 +19,7 @@ from fedhelp_jax.experiments.config import default_config
 def get_config() -> config_dict.ConfigDict:
     """Returns the settings of the demo."""
     config = default_config()
-    config.rounds = 3
+    config.rounds = 20
     config.batch_size = 8
     config.public_batch_size = 8
 
@@ -30,6 +31,6 @@ def get_config() -> config_dict.ConfigDict:
     config.teacher.name = "simulated"
 
     config.roles.top_n = 2
-    config.model.small = "resnet20"
-    config.model.large = "resnet32"
+    config.model.small = "cnn_small"
+    config.model.large = "cnn_large"
     return config

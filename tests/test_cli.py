@@ -166,7 +166,7 @@ def test_a_program_that_was_kept_by_half_is_removed(tmp_path, runner, monkeypatc
 @pytest.mark.parametrize(
     ("config", "name", "large"),
     [
-        ("quickstart.py", "phantoms", "resnet32"),
+        ("quickstart.py", "phantoms", "cnn_large"),
         ("fed_isic2019.py", "folder", "resnet110"),
         ("fed_isic2019.py:cpu", "folder", "resnet32"),
         ("pneumonia.py", "medmnist", "resnet110"),
