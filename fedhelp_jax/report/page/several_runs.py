@@ -1,0 +1,161 @@
+"""The pages about several runs and about sweeps."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedhelp_jax.report.console import amount, duration, marked_synthetic
+from fedhelp_jax.report.page import figures, numbers
+from fedhelp_jax.report.page.content import (
+    Cell,
+    Column,
+    Page,
+    Section,
+    Table,
+    count_cell,
+    metrics_of,
+    notes_of,
+    number_cell,
+    number_text,
+)
+from fedhelp_jax.report.page.figures import words
+from fedhelp_jax.report.page.files import Files
+from fedhelp_jax.report.page.run_data import RunData, SweepData
+
+
+def page_of_runs(runs: Sequence[RunData], files: Files) -> Page:
+    """Returns the page that compares runs, by data set."""
+    sections = []
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    for number, dataset in enumerate(datasets):
+        own = [run for run in runs if run.dataset == dataset]
+        synthetic = any(run.summary.get("synthetic") for run in own)
+        drawn = [figures.learning_of_methods(own), figures.clients_of_methods(own)]
+        prefix = f"{number + 1}_" if len(datasets) > 1 else ""
+        title = marked_synthetic(dataset, synthetic)
+        sections.append(Section(title, (), files.drawn(drawn, prefix), [_methods(own)]))
+    sections.append(Section("The runs", (), (), [_runs(runs)]))
+    finished = [run for run in runs if run.summary]
+    return Page(
+        f"{len(dict.fromkeys(r.label for r in runs))} methods on {', '.join(datasets)}"
+        if len(datasets) < 4
+        else f"{len(runs)} runs on {len(datasets)} data sets",
+        f"{len(finished)} finished runs of {len(runs)}",
+        notes_of(runs),
+        (),
+        sections,
+    )
+
+
+def _methods(runs: Sequence[RunData]) -> Table:
+    """Returns a row per method: means over seeds, and the change against training alone."""
+    by_label: dict[str, list[RunData]] = {}
+    for run in runs:
+        if run.summary:
+            by_label.setdefault(run.label, []).append(run)
+    alone = by_label.get("local", [])
+    scores = (("small_mean", "small mean"), ("worst_small", "worst small"))
+    scores += (("large_mean", "large mean"), ("gap", "gap"))
+    columns = [Column("method"), Column("runs", True), *(Column(t, True) for _, t in scores)]
+    compared = bool(alone) and len(by_label) > 1
+    if compared:
+        columns += [
+            Column("small, change against local", True),
+            Column("small clients better", True),
+        ]
+    columns += [Column("up a round", True), Column("time", True)]
+    rows = []
+    for label, own in by_label.items():
+        row = [Cell(label), count_cell(len(own))]
+        for key, _ in scores:
+            mean, spread = numbers.mean_and_spread([r.summary.get(key) for r in own])
+            more = "" if math.isnan(spread) else f" ± {spread:.3f}"
+            row.append(Cell(number_text(mean) + more, None if math.isnan(mean) else mean))
+        if compared:
+            row += _against(own, alone) if label != "local" else [Cell(""), Cell("")]
+        up, _ = numbers.mean_and_spread([r.summary.get("bytes_up_per_round") for r in own])
+        took, _ = numbers.mean_and_spread([r.summary.get("wall_s") for r in own])
+        row += [Cell(amount(up), up), Cell(duration(None if math.isnan(took) else took), took)]
+        rows.append(row)
+    rows.sort(key=lambda row: -(row[2].sort if row[2].sort is not None else -math.inf))
+    note = f"{words(runs[0].metric)}; the best small mean comes first."
+    note += (
+        " ± is the standard deviation over seeds."
+        if any(len(v) > 1 for v in by_label.values())
+        else ""
+    )
+    if compared:
+        note += " Changes are means over seeds that both methods ran with."
+    return Table(columns, rows, note[0].upper() + note[1:])
+
+
+def _against(own: Sequence[RunData], alone: Sequence[RunData]) -> list[Cell]:
+    """Returns the mean change of the small clients against training alone, and how many gained."""
+    changes = []
+    base = {run.seed: _small(run) for run in alone}
+    for run in own:
+        other = base.get(run.seed, {})
+        changes += [value - other[name] for name, value in _small(run).items() if name in other]
+    if not changes:
+        return [Cell("-"), Cell("-")]
+    gained = sum(change > 0 for change in changes)
+    return [
+        number_cell(float(np.mean(changes)), sign=True),
+        Cell(f"{gained} of {len(changes)}", gained / len(changes)),
+    ]
+
+
+def _small(run: RunData) -> dict[str, float]:
+    return {
+        c["name"]: c["metrics"][run.metric]
+        for c in run.summary.get("per_client") or []
+        if c["role"] == "small" and metrics_of(c).get(run.metric) is not None
+    }
+
+
+def _runs(runs: Sequence[RunData]) -> Table:
+    columns = [Column("folder"), Column("method"), Column("data"), Column("seed", True)]
+    columns += [Column("rounds", True), Column("small mean", True), Column("worst small", True)]
+    columns += [Column("large mean", True), Column("gap", True)]
+    rows = []
+    for run in runs:
+        s, done = run.summary, run.history[-1]["round"] if run.history else 0
+        row = [Cell(str(run.folder)), Cell(run.label), Cell(run.dataset), count_cell(run.seed)]
+        row.append(count_cell(done))
+        keys = ("small_mean", "worst_small", "large_mean", "gap")
+        rows.append([*row, *(number_cell(s.get(key)) for key in keys)])
+    return Table(columns, rows)
+
+
+def page_of_sweep(sweep: SweepData, files: Files) -> Page:
+    """Returns the page about a sweep."""
+    drawn = files.drawn([figures.swept(name, sweep.rows) for name in sweep.swept])
+    columns = [
+        Column(name.replace("_", " "), name not in ("split", "metric")) for name in sweep.rows[0]
+    ]
+    rows = [[Cell(_rounded(text)) for text in row.values()] for row in sweep.rows]
+    metric = words(str(sweep.rows[0].get("metric", "?")))
+    split = sweep.rows[0]["split"]
+    notes = []
+    if split == "validation":
+        notes.append("These are results on validation images; no test image was used.")
+    return Page(
+        f"Sweep over {', '.join(sweep.swept)}",
+        f"{len(sweep.rows)} runs; {metric} on {split} images",
+        notes,
+        (),
+        [
+            Section("What each setting does", (), drawn),
+            Section("The runs", (), (), [Table(columns, rows, "A click on a heading sorts.")]),
+        ],
+    )
+
+
+def _rounded(text: str) -> str:
+    """Returns a number of a CSV file with at most four decimal places; other text unchanged."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return text if value.is_integer() or abs(value) < 1e-3 else f"{value:.4g}"
