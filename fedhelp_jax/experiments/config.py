@@ -31,6 +31,7 @@ from fedhelp_jax.settings import (
     one_of,
     part,
     setting,
+    some_of,
     unless,
 )
 from fedhelp_jax.settings.schema import (
@@ -106,6 +107,13 @@ class RunConfig:
         "where every client of a role has diverged (NaN or infinity): stop with exit code 1, or "
         "continue",
         one_of("stop", "continue"),
+        identity=False,
+    )
+    tracking: tuple[str, ...] = setting(
+        (),
+        "tools that get each round's numbers, offline: tensorboard, wandb, mlflow, trackio, which "
+        "are extras of the package",
+        some_of("tensorboard", "wandb", "mlflow", "trackio"),
         identity=False,
     )
     data: DataConfig = part(DataConfig)

@@ -40,6 +40,7 @@ from fedhelp_jax.experiments.experiment import (
     rounds_at_once,
 )
 from fedhelp_jax.experiments.plan import payload_line, plan_lines
+from fedhelp_jax.experiments.tracking import Tracking
 from fedhelp_jax.models.model import Model, Variables, apply_model, multiplied_in
 from fedhelp_jax.report import predictions, run_files
 from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write_shares
@@ -114,6 +115,7 @@ def train(
 def _train(
     config: RunConfig, workdir: Path, overwrite: bool, split: str, callbacks: Sequence[Callback]
 ) -> JsonObject:
+    tracking = distributed.run_on_all(lambda: Tracking(config, workdir))
     if overwrite and distributed.is_coordinator():
         _remove_run(workdir)
     distributed.all_gather_text("removed")
@@ -146,12 +148,12 @@ def _train(
         shown = None
         if distributed.is_coordinator() and trains:
             shown = Progress(config.rounds, first_round=done, metric=experiment.task.headline)
-        with _StopRequest() as stop, shown or contextlib.nullcontext():
+        nothing = contextlib.nullcontext()
+        with _StopRequest() as stop, shown or nothing, tracking if trains else nothing:
             start = done
             experiment = _compiled(experiment, done, trains, shown)
-            done, state = _run_rounds(
-                experiment, checkpointer, workdir, state, done, stop, health, callbacks, shown
-            )
+            at = experiment, checkpointer, workdir, state, done
+            done, state = _run_rounds(*at, stop, health, callbacks, shown, tracking)
         before = experiment.compile_s if done == start else 0.0  # else it is in the first round
         summary = _finish(experiment, workdir, state, done, split, health, compile_s=before)
         if _must_stop(experiment.config, health):
@@ -261,6 +263,7 @@ def _run_rounds(
     health: Divergence,
     callbacks: Sequence[Callback],
     shown: Progress | None,
+    tracking: Tracking,
 ) -> tuple[int, RunState]:
     """Runs the remaining rounds; returns the number of completed rounds and the final state."""
     config, simulation = experiment.config, experiment.simulation
@@ -298,6 +301,7 @@ def _run_rounds(
             row |= {"wall_s": wall_s, "compile_s": compile_s}
             run_files.append_metrics(workdir / METRICS, row)
             shown.update(run_files.plain(row) | {"seconds": wall_s - compile_s})
+            tracking.log(run_files.plain(row))
         # If any process is asked to stop, all stop after the same round.
         stopping = distributed.any_process(stop.requested)
         ends = [callback(done, run_files.plain(rows[-1]), state) for callback in callbacks]

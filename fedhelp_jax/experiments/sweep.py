@@ -77,6 +77,8 @@ def sweep(
         raise UserError(
             "config.mapping.max_device_bytes must be 0: a sweep keeps all images on the devices"
         )
+    if any(run.config.tracking for run in runs):
+        raise UserError("config.tracking must be empty: a sweep reports its runs in runs.csv only")
     if len({run.fingerprint for run in runs}) < len(runs):
         raise UserError(
             f"some of the {len(runs)} runs differ in nothing that makes another run: a sweep is "
