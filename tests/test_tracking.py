@@ -73,8 +73,8 @@ def test_a_tool_that_is_not_installed_is_refused_before_anything_is_computed(mon
 
 @pytest.mark.parametrize("name", tracking._TOOLS)
 def test_the_tools_themselves(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # it looks when it is imported
     pytest.importorskip(tracking._TOOLS[name][0], reason=f"{name} is not installed")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     with tracking.Tracking(RunConfig(tracking=(name,)), tmp_path) as tracked:
         tracked.log(ROW)
         assert name in tracked._tools  # it has not failed
