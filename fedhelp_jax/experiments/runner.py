@@ -46,6 +46,7 @@ from fedhelp_jax.report import predictions, run_files
 from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write_shares
 from fedhelp_jax.report.console import Progress
 from fedhelp_jax.report.masks import final_masks, merged
+from fedhelp_jax.report.page import build as page
 from fedhelp_jax.report.predictions import PREDICTIONS
 from fedhelp_jax.report.summary import (
     client_rows,
@@ -567,9 +568,9 @@ def _check_same_config(config: RunConfig, workdir: Path) -> None:
 
 def _remove_run(workdir: Path) -> None:
     own = CONFIG, identity.PROVENANCE, METRICS, CLIENTS, PREDICTIONS, _SUMMARY, QUARANTINE
-    for name in (*own, *SHARES):
+    for name in (*own, *SHARES, page.PAGE):
         (workdir / name).unlink(missing_ok=True)
-    for name in (_CHECKPOINTS, _PICTURES):
+    for name in (_CHECKPOINTS, _PICTURES, page.FOLDER, "tensorboard"):
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 
