@@ -63,6 +63,39 @@ def test_predictions_are_those_that_were_measured(finished):
     assert "images are [4, 8, 3]" in refusal(lambda: finished.predict(small, client="client_0"))
 
 
+def test_saved_predictions_are_those_of_every_deployed_model(finished):
+    dataset = build_experiment(finished.config).dataset
+    saved, measured = finished.predictions.to_pandas(), finished.clients.to_pandas()
+    logits = saved.filter(like="logit ").to_numpy()
+    saved["right"] = logits.argmax(-1) == saved["label"]
+    keys = ["client", "model", "split"]
+    accuracy = saved.groupby(keys)["right"].mean()
+    known = measured[measured["metric"] == "accuracy"].set_index(keys)["value"].dropna()
+    assert len(known) == len(accuracy) and set(saved["model"]) == {"personal", "global", "large"}
+    assert np.allclose(accuracy.sort_index(), known.sort_index().astype(float))
+    assert (dataset.labels[saved["example"]] == saved["label"]).all()
+    client = dataset.clients[0]
+    own = saved[(saved["client"] == client.name) & (saved["split"] == "test")]
+    own = own[own["model"].isin(["personal", "large"])]
+    again = finished.predict(dataset.images[own["example"]], client=client.name)
+    assert np.allclose(logits[own.index], again, atol=1e-4)
+
+
+def test_the_history_has_every_client_and_the_summary_the_teacher(finished):
+    metric, names = finished.summary["metric"], finished.summary["per_client"]
+    last = finished.history["clients"][-1]
+    assert {role: len(v) for role, v in last.items()} == {
+        role: sum(c["role"] == role for c in names) for role in last
+    }
+    known = [v for v in last["small"] if v is not None]
+    assert np.mean(known) == pytest.approx(finished.history["small_mean"][-1]), metric
+    assert 0.7 < finished.summary["teacher_agreement"] <= 1.0  # simulated, at 0.85
+
+
+def test_a_result_writes_its_report(finished, tmp_path):
+    assert "<h1>fedhelp on phantoms (synthetic)</h1>" in finished.report(tmp_path).read_text()
+
+
 def test_callbacks_see_every_round_and_can_end_the_run(tmp_path):
     seen = []
 

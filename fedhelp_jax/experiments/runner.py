@@ -421,6 +421,7 @@ def _finish(
             "public": 0 if public is None else len(public.left_out),
         },
         "teacher": None if answers is None else answers.fingerprint,
+        "teacher_agreement": (None if answers is None or public is None else answers.top_1(public)),
         "teacher_queries": 0 if answers is None or public is None else len(set(public.sha256)),
         "seed": config.seed,
         "rounds": config.rounds,

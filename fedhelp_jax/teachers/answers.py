@@ -44,6 +44,18 @@ class Answers(NamedTuple):
         """Returns the logits in the order of the public images; see `join_answers`."""
         return join_answers(self, public)
 
+    def top_1(self, public: PublicDataset) -> float | None:
+        """Returns the share of public images whose label is the answer with the largest logit.
+
+        None if that cannot be said: there are no labels of whole images, or the model's classes are
+        not the public ones.
+        """
+        if public.labels is None or public.labels.ndim > 1:
+            return None
+        if self.label_names != public.label_names:
+            return None
+        return float(np.mean(self.about(public).argmax(-1) == public.labels))
+
 
 class _Stored(NamedTuple):
     """The unchecked content of a file; ``name`` is the name of the array of answers."""
