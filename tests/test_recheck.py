@@ -73,22 +73,22 @@ def test_so_it_is_of_masks(tmp_path, measured):
 
 def test_wrong_results_stop_the_run_in_one_line(tmp_path, monkeypatch, capsys):
     use_tiny_networks(monkeypatch)
-    evaluate = CompiledRounds.evaluate
+    evaluate = CompiledRounds.evaluate_examples
 
     def wrong(self, state, split):
-        results = evaluate(self, state, split)
+        results, logits = evaluate(self, state, split)
         if split == "test":
             for metrics in results["large"].values():
                 metrics["loss"] = metrics["loss"] * 1.01
-        return results
+        return results, logits
 
-    monkeypatch.setattr(CompiledRounds, "evaluate", wrong)
+    monkeypatch.setattr(CompiledRounds, "evaluate_examples", wrong)
     assert train(tmp_path / "run") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "fedhelp: " in line]
     assert len(lines) == 1 and "Traceback" not in lines[0]
     assert "the test loss of " in lines[0] and "(large, " in lines[0]
     assert not (tmp_path / "run" / "summary.json").exists()
-    monkeypatch.setattr(CompiledRounds, "evaluate", evaluate)
+    monkeypatch.setattr(CompiledRounds, "evaluate_examples", evaluate)
     assert fedhelp(f"evaluate --workdir={tmp_path / 'run'}") == 0
     assert read(tmp_path / "run" / "summary.json")["split"] == "test"
 
