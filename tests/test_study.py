@@ -246,16 +246,17 @@ def test_clients_are_grouped_so_where_the_reference_was_refused_too(tmp_path):
 @pytest.mark.slow
 def test_trials_are_judged_on_validation_and_never_look_at_test(tmp_path, monkeypatch):
     looked_at = []
-    evaluate = CompiledRounds.evaluate
+    measured = CompiledRounds._measured  # every evaluation comes through it
 
-    def watched(self, state, split):
-        looked_at.append(split)
-        return evaluate(self, state, split)
+    def watched(self, state, split, **options):
+        looked_at.append((split, options["logits"]))
+        return measured(self, state, split, **options)
 
-    monkeypatch.setattr(CompiledRounds, "evaluate", watched)
+    monkeypatch.setattr(CompiledRounds, "_measured", watched)
     chosen, failures = tune(study("tuned"), tmp_path)
     assert not failures
-    assert set(looked_at) == {"validation"}
+    # In the rounds without logits, and at the end with them.
+    assert set(looked_at) == {("validation", False), ("validation", True)}
     rows = table(tmp_path / "tuning.csv")
     for method in ("fedhelp", "plain"):
         trials = [row for row in rows if row["method"] == method]
