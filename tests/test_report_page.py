@@ -21,6 +21,9 @@ from fedhelp_jax.report.page import numbers
 from fedhelp_jax.report.predictions import PREDICTIONS, read_predictions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium is installed: the page is not opened"
+)
 
 
 def text_of(page):
@@ -300,7 +303,7 @@ def opened(page, tmp_path, width):
     return json.loads(html.unescape(found))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: the page is not opened")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1440])
 def test_in_a_browser_nothing_fails_nothing_is_cut_and_sorting_sorts(page, tmp_path, width):
     found = opened(page, tmp_path, width)
@@ -310,7 +313,7 @@ def test_in_a_browser_nothing_fails_nothing_is_cut_and_sorting_sorts(page, tmp_p
     assert found["down"] == found["up"][::-1]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: the page is not opened")
+@needs_browser
 def test_two_hundred_clients_and_a_hundred_rounds(tmp_path):
     folder = make_run(tmp_path / "run", small=180, large=20, rounds=100, classes=8)
     began = time.perf_counter()

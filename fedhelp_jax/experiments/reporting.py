@@ -9,7 +9,6 @@ from fedhelp_jax.core.storage import StorageError
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.report.page.build import write_report
-from fedhelp_jax.report.page.run_data import find_runs
 
 _log = logging.getLogger(__name__)
 
@@ -30,9 +29,7 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     if out is None and len(folders) != 1:
         raise UserError("several folders are given: name the folder for the report by --out")
-    runs = [run for folder in folders for run in find_runs(folder)]
-    changed = {run: _changed(run) for run in runs[:1]} if len(runs) == 1 else {}
-    return write_report(folders, out or folders[0], changed=changed)
+    return write_report(folders, out or folders[0], changed=_changed)
 
 
 def report_at_the_end(folder: Path) -> Path | None:

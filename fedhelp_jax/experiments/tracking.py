@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from fedhelp_jax.core import distributed
@@ -30,7 +29,7 @@ class _Tool(NamedTuple):
 
 
 def _tensorboard(workdir: Path, settings: Record) -> _Tool:
-    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    from tensorboardX import SummaryWriter
 
     writer = SummaryWriter(str(workdir / "tensorboard"))
     writer.add_text("config", "\n".join(f"    {key} = {v}" for key, v in settings.items()))
@@ -118,12 +117,7 @@ class Tracking:
                 self._tools[name] = tool
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Closes the tools."""
         for name, tool in self._tools.items():
             _tried(name, tool.close)

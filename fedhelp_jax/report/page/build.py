@@ -1,6 +1,6 @@
 """Builds the report of one run, of several beside each other, or of a sweep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -18,14 +18,14 @@ def write_report(
     folders: Sequence[Path],
     out: Path,
     *,
-    changed: Mapping[Path, Sequence[tuple[str, str, str]]] | None = None,
+    changed: Callable[[Path], Sequence[tuple[str, str, str]]],
 ) -> Path:
     """Writes ``report.html``, and its figures and numbers to the folder ``report``.
 
     Args:
       folders: Run folders, or folders that hold runs at any depth (studies).
       out: The folder to write to.
-      changed: For each run folder, the settings that are not the defaults: key, value, default.
+      changed: Returns the settings of a run folder that are not the defaults: key, value, default.
 
     Returns:
       The path of the page.
@@ -42,9 +42,9 @@ def write_report(
     if sweep is not None:
         page = page_of_sweep(sweep, files)
     elif len(found) == 1:
-        page = page_of_run(read_run(found[0]), (changed or {}).get(found[0], ()), files)
+        page = page_of_run(read_run(found[0]), changed(found[0]), files)
     else:
-        root = folders[0].resolve() if len(folders) == 1 else Path("/nowhere")
+        root = folders[0].resolve() if len(folders) == 1 else None
         runs = labelled([read_run(run, details=False) for run in found], root)
         page = page_of_runs(runs, files)
     # Imported here because only this needs it.

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from fedhelp_jax.report.page.run_data import RunData
 from fedhelp_jax.typing import Record
 
+ON_VALIDATION = "These are results on validation images; no test image was used."
+
 
 class Column(NamedTuple):
     """A column of a table; numbers are aligned to the right."""
@@ -78,7 +80,7 @@ def notes_of(runs: Sequence[RunData]) -> list[str]:
     if any(str(run.summary.get("teacher") or "").startswith("simulated") for run in runs):
         notes.append("The foundation model is simulated.")
     if any(run.summary.get("split") == "validation" for run in runs):
-        notes.append("These are results on validation images; no test image was used.")
+        notes.append(ON_VALIDATION)
     for run in runs:
         named = f"{run.folder}: " if len(runs) > 1 else ""
         notes += [f"{named}{text}" for text in run.missing]

@@ -126,7 +126,7 @@ def losses(run: RunData) -> Figure | None:
 
 def clients(run: RunData, intervals: Mapping[str, tuple[float, float]]) -> Figure | None:
     """Draws the headline metric of each client's deployed model, the worst first."""
-    found = _worst_first(run)
+    found = run.worst_first()
     if not found:
         return None
     shown = found[:_MOST_NAMED]
@@ -259,10 +259,8 @@ def shares(run: RunData) -> Figure | None:
     if stacked and len(names) <= 2 * len(_SHADES):
         canvas.legend(loc="outside lower center", fontsize=7, frameon=False, ncols=3)
     more = f", the {len(order)} largest of {len(rows)}" if len(rows) > len(order) else ""
-    caption = f"Training images of the clients{more}, by class."
-    return Figure(
-        "classes", caption if stacked else caption.replace(", by class", ""), canvas, rows
-    )
+    by_class = ", by class" if stacked else ""
+    return Figure("classes", f"Training images of the clients{more}{by_class}.", canvas, rows)
 
 
 _SHADES = (*(colour for colour, *_ in SERIES[:6]), "#F0E442", "#999999")
@@ -310,7 +308,7 @@ def clients_of_methods(runs: Sequence[RunData]) -> Figure | None:
     """Draws each client's metric under each method, the worst client of the first method first."""
     values: dict[str, dict[str, list[float]]] = {}
     for run in runs:
-        for client in _worst_first(run):
+        for client in run.worst_first():
             own = values.setdefault(client["name"], {})
             own.setdefault(run.label, []).append(client["metrics"][run.metric])
     methods = list(dict.fromkeys(run.label for run in runs))
@@ -379,13 +377,6 @@ def _as_number(text: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return found if np.isfinite(found) else None
-
-
-def _worst_first(run: RunData) -> list[JsonObject]:
-    """Returns the entries of the clients that have the headline metric, the worst first."""
-    found = run.summary.get("per_client") or []
-    known = [c for c in found if (c.get("metrics") or {}).get(run.metric) is not None]
-    return sorted(known, key=lambda c: c["metrics"][run.metric])
 
 
 def _names_by_role(run: RunData) -> dict[str, list[str]]:

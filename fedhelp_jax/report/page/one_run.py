@@ -75,15 +75,7 @@ def _cards(run: RunData) -> list[Card]:
         return []
     first = next((row for row in run.history if row.get("small_mean") is not None), {})
     since = f"validation after round {first['round']}: " if first else ""
-    worst = min(
-        (
-            c
-            for c in summary.get("per_client") or []
-            if c["role"] == "small" and metrics_of(c).get(run.metric) is not None
-        ),
-        key=lambda c: c["metrics"][run.metric],
-        default=None,
-    )
+    worst = next((c for c in run.worst_first() if c["role"] == "small"), None)
 
     def before(key: str) -> str:
         return f"{since}{number_text(first.get(key))}" if since else ""

@@ -65,11 +65,16 @@ class RunData(NamedTuple):
         rows = (row["metric"] for row in reversed(self.history) if row.get("metric"))
         return str(self.summary.get("metric") or next(rows, "?"))
 
+    def worst_first(self) -> list[JsonObject]:
+        """Returns the entries of the clients that have the headline metric, the worst first."""
+        found = self.summary.get("per_client") or []
+        known = [c for c in found if (c.get("metrics") or {}).get(self.metric) is not None]
+        return sorted(known, key=lambda c: c["metrics"][self.metric])
+
 
 def is_run(folder: Path) -> bool:
     """Returns whether a folder holds any of the files of a run."""
-    found = [(folder / name).exists() for name in _MARKS]
-    return found[0] or found[1] or found[2]
+    return any((folder / name).exists() for name in _MARKS)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -165,11 +170,11 @@ def read_sweep(folder: Path) -> SweepData | None:
         raise UserError(f"{path}: is not the table of a sweep ({error})") from None
 
 
-def labelled(runs: list[RunData], root: Path) -> list[RunData]:
+def labelled(runs: list[RunData], root: Path | None) -> list[RunData]:
     """Returns runs with distinct labels for distinct settings.
 
     Runs of one method that have the same data and seed are called by their folders instead, without
-    a last part such as "seed3".
+    a last part such as "seed3", as seen from ``root`` if there is one folder of all.
     """
     keys = [(run.label, run.dataset, run.seed) for run in runs]
     if len(set(keys)) == len(keys):
@@ -177,7 +182,7 @@ def labelled(runs: list[RunData], root: Path) -> list[RunData]:
 
     def of(run: RunData) -> str:
         path = run.folder.resolve()
-        parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts[-2:]
+        parts = path.relative_to(root).parts if root is not None else path.parts[-2:]
         kept = [part for part in parts if not re.fullmatch(r"seed\d+", part)]
         return "/".join(kept) or path.name
 

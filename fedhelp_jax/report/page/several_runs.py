@@ -8,13 +8,13 @@ import numpy as np
 from fedhelp_jax.report.console import amount, duration, marked_synthetic
 from fedhelp_jax.report.page import figures, numbers
 from fedhelp_jax.report.page.content import (
+    ON_VALIDATION,
     Cell,
     Column,
     Page,
     Section,
     Table,
     count_cell,
-    metrics_of,
     notes_of,
     number_cell,
     number_text,
@@ -107,11 +107,8 @@ def _against(own: Sequence[RunData], alone: Sequence[RunData]) -> list[Cell]:
 
 
 def _small(run: RunData) -> dict[str, float]:
-    return {
-        c["name"]: c["metrics"][run.metric]
-        for c in run.summary.get("per_client") or []
-        if c["role"] == "small" and metrics_of(c).get(run.metric) is not None
-    }
+    small = (c for c in run.worst_first() if c["role"] == "small")
+    return {c["name"]: c["metrics"][run.metric] for c in small}
 
 
 def _runs(runs: Sequence[RunData]) -> Table:
@@ -137,9 +134,7 @@ def page_of_sweep(sweep: SweepData, files: Files) -> Page:
     rows = [[Cell(_rounded(text)) for text in row.values()] for row in sweep.rows]
     metric = words(str(sweep.rows[0].get("metric", "?")))
     split = sweep.rows[0]["split"]
-    notes = []
-    if split == "validation":
-        notes.append("These are results on validation images; no test image was used.")
+    notes = [ON_VALIDATION] if split == "validation" else []
     return Page(
         f"Sweep over {', '.join(sweep.swept)}",
         f"{len(sweep.rows)} runs; {metric} on {split} images",
