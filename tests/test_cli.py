@@ -1,4 +1,6 @@
 import json
+import logging
+import re
 import shlex
 import subprocess
 import sys
@@ -431,3 +433,40 @@ def test_evaluate_reads_the_settings_of_the_run(tmp_path, runner, capsys):
     assert "--config.data.path" in message
     (tmp_path / "config.json").write_text(json.dumps(to_dict(begun) | {"rounds": "all"}))
     assert "config.rounds" in refusal(capsys, fedhelp(f"evaluate --workdir={tmp_path}"))
+
+
+@pytest.mark.parametrize("flag", ["--quiet", "-q"])
+def test_a_quiet_run_prints_nothing_but_warnings(tmp_path, runner, capfd, caplog, flag):
+    def warns(config, workdir, *, overwrite):
+        print("the progress")
+        logging.getLogger("fedhelp_jax.experiments").warning("a client diverged")
+        logging.getLogger("fedhelp_jax.experiments").info("round 1 saved")
+        return types.SimpleNamespace(summary={"algorithm": "fedhelp", "per_client": []})
+
+    runner.becomes(warns)
+    assert train(tmp_path, flag) == 0
+    assert capfd.readouterr().out == ""
+    assert caplog.messages == ["a client diverged"]
+    assert train(tmp_path) == 0
+    assert "the progress" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--verbose", "-v"])
+def test_a_verbose_run_tells_what_it_reads_and_where_an_error_arose(tmp_path, runner, capfd, flag):
+    def fails(config, workdir, *, overwrite):
+        logging.getLogger("fedhelp_jax.data").info("data lungs: 8 images")
+        raise UserError("data.path: is empty")
+
+    runner.becomes(fails)
+    assert train(tmp_path, flag) == 2
+    err = capfd.readouterr().err
+    assert re.search(r"^\d\d:\d\d:\d\d  data lungs: 8 images$", err, re.MULTILINE)
+    assert "in fails" in err
+    assert err.endswith("\nfedhelp: data.path: is empty\n")
+    assert train(tmp_path) == 2
+    assert capfd.readouterr().err == "fedhelp: data.path: is empty\n"
+
+
+def test_quiet_and_verbose_together_are_refused(tmp_path, runner, capsys):
+    assert "leave one out" in refusal(capsys, train(tmp_path, "-q -v"))
+    assert not runner.calls

@@ -25,6 +25,7 @@ class Flag(NamedTuple):
       least: Minimum of a number.
       most: Maximum of a number.
       needed: An example value if the flag is required; else empty.
+      short: One letter that a switch may be called too, after a single hyphen; else empty.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Flag(NamedTuple):
     least: int | None = None
     most: int | None = None
     needed: str = ""
+    short: str = ""
 
 
 class Command(NamedTuple):
@@ -82,6 +84,15 @@ STUDY = Flag(
     "a Python file with get_study()",
     value="FILE.py[:ARGUMENT]",
     needed="configs/studies/miniature.py",
+)
+OUTPUT = (
+    Flag("quiet", "print nothing but warnings and errors", "switch", short="q"),
+    Flag(
+        "verbose",
+        "also tell what is read, compiled and saved, and where in the code an error arose",
+        "switch",
+        short="v",
+    ),
 )
 DISTRIBUTED = (
     Flag(
@@ -152,7 +163,8 @@ def help_of(command: Command) -> str:
     if command.flags:
         lines += ["", "flags:"]
         for flag in command.flags:
-            lines += _described(_shown(flag), _about(flag))
+            short = f"-{flag.short}, " if flag.short else ""
+            lines += _described(short + _shown(flag), _about(flag))
     if command.more:
         lines += ["", *textwrap.wrap(command.more, _WIDTH)]
     if command.settings:
@@ -166,7 +178,8 @@ def help_of(command: Command) -> str:
 
 def _define(flag: Flag, values: flags.FlagValues) -> None:
     if flag.kind == "switch":
-        flags.DEFINE_bool(flag.name, False, flag.about, flag_values=values)
+        short = flag.short or None
+        flags.DEFINE_bool(flag.name, False, flag.about, flag_values=values, short_name=short)
     elif flag.kind == "number":
         flags.DEFINE_integer(flag.name, None, flag.about, flag.least, flag.most, flag_values=values)
     elif flag.kind == "many":

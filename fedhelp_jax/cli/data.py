@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedhelp_jax.cli.command import CONFIG, Command, Flag, Given
+from fedhelp_jax.cli.command import CONFIG, OUTPUT, Command, Flag, Given
 from fedhelp_jax.cli.process import printed, settings_of
 from fedhelp_jax.core.errors import UserError
 
@@ -93,6 +93,7 @@ PREPARE = Command(
             "in the folder of the prepared set; refuse ends at the first",
             choices=_ON_BAD_EXAMPLE,
         ),
+        *OUTPUT,
     ),
     arguments=_NAME,
     more=_CATALOGUE,

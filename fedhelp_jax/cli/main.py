@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from fedhelp_jax.cli.command import Command, help_of, read
 from fedhelp_jax.cli.data import CHECK, DATA_LIST, DESCRIBE, PREPARE
-from fedhelp_jax.cli.process import complain, printed
+from fedhelp_jax.cli.process import as_loud_as_asked, complain, printed
 from fedhelp_jax.cli.report import REPORT
 from fedhelp_jax.cli.show import LIST, SHOW
 from fedhelp_jax.cli.study import COMPARE, TUNE
@@ -89,7 +89,9 @@ def _command(words: list[str]) -> int:
         if asked:
             print(help_of(command), end="")
             return printed()
-        return command.run(read(command, words[len(command.name.split()) :]))
+        given = read(command, words[len(command.name.split()) :])
+        with as_loud_as_asked(given):
+            return command.run(given)
     group = [c for c in COMMANDS if named and c.name.split()[0] == named[0]]
     if asked or words[:1] == ["help"]:
         print(_overview(group or COMMANDS), end="")

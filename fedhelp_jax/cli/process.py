@@ -1,14 +1,17 @@
 """Helpers that commands share, such as error messages, JAX's set-up and distributed processes."""
 
+import contextlib
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedhelp_jax.cli.command import Given
-from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.errors import Failure, UserError
 from fedhelp_jax.core.terminal import is_output_lost
 
 if TYPE_CHECKING:  # these import JAX
@@ -19,6 +22,53 @@ if TYPE_CHECKING:  # these import JAX
 def complain(message: str) -> None:
     """Prints one line on stderr."""
     print("fedhelp:", " ".join(message.split()), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def as_loud_as_asked(given: Given) -> Iterator[None]:
+    """Follows ``--quiet`` and ``--verbose`` while a command runs.
+
+    Raises:
+      UserError: If both are given.
+    """
+    quiet, verbose = given.values.get("quiet"), given.values.get("verbose")
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose cannot be followed together; leave one out")
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(null))
+        if verbose:
+            stack.enter_context(_details())
+        try:
+            yield
+        except (UserError, Failure, OSError):
+            if verbose:
+                traceback.print_exc()
+            raise
+
+
+@contextlib.contextmanager
+def _details() -> Iterator[None]:
+    """Prints what the package logs, with the time of day, and not only its warnings."""
+    log, handler = logging.getLogger("fedhelp_jax"), _Printed()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    before, log.propagate = (log.level, log.propagate), False
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+
+
+class _Printed(logging.Handler):
+    """Prints to what stderr is at the time; a live line on the screen takes its place meanwhile."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def printed() -> int:

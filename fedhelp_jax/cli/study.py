@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedhelp_jax.cli.command import STUDY, Command, Given, workdir
+from fedhelp_jax.cli.command import OUTPUT, STUDY, Command, Given, workdir
 from fedhelp_jax.cli.process import complain, prepare_jax, ready_folder, teach_first
 from fedhelp_jax.cli.report import NO_REPORT, write_at_the_end
 from fedhelp_jax.core.errors import UserError
@@ -68,12 +68,12 @@ COMPARE = Command(
     "make the runs of a study that are missing, and one table of all: methods, data, seeds",
     ("fedhelp compare --study=configs/studies/miniature.py --workdir=runs/miniature",),
     _compare,
-    (STUDY, workdir("the folder of the study", "runs/miniature"), NO_REPORT),
+    (STUDY, workdir("the folder of the study", "runs/miniature"), NO_REPORT, *OUTPUT),
 )
 TUNE = Command(
     "tune",
     "make only the trials of a study, on validation images; compare makes them too",
     ("fedhelp tune --study=configs/studies/baselines.py --workdir=runs/baselines",),
     _tune,
-    (STUDY, workdir("the folder of the study", "runs/baselines")),
+    (STUDY, workdir("the folder of the study", "runs/baselines"), *OUTPUT),
 )

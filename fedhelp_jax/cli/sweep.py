@@ -4,7 +4,7 @@ import ast
 import itertools
 from typing import Any
 
-from fedhelp_jax.cli.command import CONFIG, DISTRIBUTED, Command, Flag, Given, workdir
+from fedhelp_jax.cli.command import CONFIG, DISTRIBUTED, OUTPUT, Command, Flag, Given, workdir
 from fedhelp_jax.cli.process import (
     address,
     complain,
@@ -132,6 +132,7 @@ SWEEP = Command(
             least=1,
         ),
         NO_REPORT,
+        *OUTPUT,
         *DISTRIBUTED,
     ),
     settings=True,

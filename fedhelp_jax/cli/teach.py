@@ -1,6 +1,6 @@
 """``fedhelp teach``."""
 
-from fedhelp_jax.cli.command import CONFIG, STUDY, Command, Flag, Given
+from fedhelp_jax.cli.command import CONFIG, OUTPUT, STUDY, Command, Flag, Given
 from fedhelp_jax.cli.process import settings_of
 from fedhelp_jax.core.errors import UserError
 
@@ -39,6 +39,7 @@ TEACH = Command(
         CONFIG._replace(needed=""),
         STUDY._replace(about="all that the runs of a study learn from, for all seeds", needed=""),
         Flag("dry_run", "only print what would be asked: images, requests, bytes, cost", "switch"),
+        *OUTPUT,
     ),
     settings=True,
 )

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from fedhelp_jax.cli.command import CONFIG, DISTRIBUTED, Command, Flag, Given, workdir
+from fedhelp_jax.cli.command import CONFIG, DISTRIBUTED, OUTPUT, Command, Flag, Given, workdir
 from fedhelp_jax.cli.process import (
     address,
     complain,
@@ -88,6 +88,7 @@ TRAIN = Command(
         workdir("the run folder; a run stopped there goes on", "runs/demo"),
         Flag("overwrite", "remove what is in the run folder and begin anew", "switch"),
         NO_REPORT,
+        *OUTPUT,
         *DISTRIBUTED,
     ),
     settings=True,
@@ -100,6 +101,6 @@ EVALUATE = Command(
         "fedhelp evaluate --workdir=runs/demo --config.data.path=FOLDER",
     ),
     _evaluate,
-    (workdir("the run folder", "runs/demo"), NO_REPORT, *DISTRIBUTED),
+    (workdir("the run folder", "runs/demo"), NO_REPORT, *OUTPUT, *DISTRIBUTED),
     settings=True,
 )

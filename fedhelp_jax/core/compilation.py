@@ -40,6 +40,9 @@ _PROCESS_FLAG = f"--xla_disable_hlo_passes={_SPLITTING}"
 # Beyond this size, the least recently used programs are removed.
 _MAX_KEPT_BYTES = 2 * 1024**3
 
+# Seconds. Most of the many small programs of a run take less.
+_WORTH_TELLING = 0.5
+
 _traced_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
@@ -241,8 +244,11 @@ class _Counter:
         self.totals, self._lock = CompileTotals(0, 0.0), threading.Lock()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+    def _listen(self, event: str, duration_secs: float, **about: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
+            if duration_secs > _WORTH_TELLING:
+                name = about.get("fun_name", "a program")
+                _log.info("%s compiled, or loaded, in %.1f s", name, duration_secs)
             with self._lock:  # programs may be compiled on several threads
                 self.totals = CompileTotals(
                     self.totals.programs + 1, self.totals.seconds + duration_secs

@@ -68,6 +68,8 @@ def cached(
         arrays, known = make(fresh), fresh.reasons
         if fresh.lasting:
             _write(cache, arrays | _as_arrays(known))
+    else:
+        logger.info("images of %s are in %s", source, cache)
     bad.add(Bad(bad.skip, known))
     return arrays
 

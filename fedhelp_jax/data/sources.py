@@ -5,6 +5,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.memory import check_fits
 from fedhelp_jax.core.registry import Registry
@@ -107,6 +109,7 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
             f"data.name: {config.name} returned a {type(dataset).__name__}, and no "
             "FederatedDataset (fh.data.from_arrays makes one)"
         )
+    _tell_read("data", dataset.name, dataset.images)
     _tell_left_out(dataset.left_out, len(dataset.images), "private")
     gone = {bad.client for bad in dataset.left_out if bad.client}
     if gone := sorted(gone - {client.name for client in dataset.clients}):
@@ -145,8 +148,14 @@ def load_public(
             f"public.name: {config.name} returned a {type(public).__name__}, and no PublicDataset "
             "(fh.data.public_from_arrays makes one)"
         )
+    _tell_read("public", public.name, public.images)
     _tell_left_out(public.left_out, len(public.images), "public")
     return check_public(public)
+
+
+def _tell_read(what: str, name: str, images: np.ndarray) -> None:
+    shape = "x".join(map(str, images.shape[1:]))
+    logger.info("%s %s: %d images of %s %s", what, name, len(images), shape, images.dtype)
 
 
 def _tell_left_out(left_out: Sequence[BadExample], used: int, whose: str) -> None:

@@ -83,6 +83,7 @@ class Checkpointer:
                     shutil.rmtree(part, ignore_errors=True)
                 raise
         distributed.all_gather_text("saved")
+        _log.info("round %d saved in %s", round, place)
 
     def restore_latest(
         self, template: PyTree, check: Callable[[JsonObject], None] = lambda meta: None
