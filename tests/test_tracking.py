@@ -8,7 +8,6 @@ from helpers import refusal
 
 import fedhelp_jax as fh
 from fedhelp_jax.experiments import tracking
-from fedhelp_jax.experiments.config import RunConfig
 
 ROW = {
     "round": 3,
@@ -42,8 +41,8 @@ class Fake:
 def run_with(monkeypatch, tmp_path, *fakes):
     names = [f"tool{i}" for i in range(len(fakes))]
     tools = {name: ("json", fake.open) for name, fake in zip(names, fakes, strict=True)}
-    monkeypatch.setattr(tracking, "_TOOLS", tools)
-    with tracking.Tracking(RunConfig(tracking=tuple(names)), tmp_path) as tracked:
+    monkeypatch.setattr(tracking, "TOOLS", tools)
+    with tracking.Tracking(names, tmp_path, {"algorithm.name": "fedhelp"}) as tracked:
         tracked.log(ROW)
         tracked.log(ROW)
 
@@ -66,16 +65,16 @@ def test_a_tool_that_fails_is_left_out_and_the_other_goes_on(monkeypatch, tmp_pa
 
 
 def test_a_tool_that_is_not_installed_is_refused_before_anything_is_computed(monkeypatch, tmp_path):
-    monkeypatch.setattr(tracking, "_TOOLS", {"wandb": ("no_such_package", Fake().open)})
-    message = refusal(lambda: tracking.Tracking(RunConfig(tracking=("wandb",)), tmp_path))
+    monkeypatch.setattr(tracking, "TOOLS", {"wandb": ("no_such_package", Fake().open)})
+    message = refusal(lambda: tracking.Tracking(("wandb",), tmp_path, {}))
     assert "config.tracking" in message and "fedhelp_jax[wandb]" in message
 
 
-@pytest.mark.parametrize("name", tracking._TOOLS)
+@pytest.mark.parametrize("name", tracking.TOOLS)
 def test_the_tools_themselves(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # it looks when it is imported
-    pytest.importorskip(tracking._TOOLS[name][0], reason=f"{name} is not installed")
-    with tracking.Tracking(RunConfig(tracking=(name,)), tmp_path) as tracked:
+    pytest.importorskip(tracking.TOOLS[name][0], reason=f"{name} is not installed")
+    with tracking.Tracking((name,), tmp_path, {"algorithm.name": "fedhelp"}) as tracked:
         tracked.log(ROW)
         assert name in tracked._tools  # it has not failed
     assert [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -84,7 +83,7 @@ def test_the_tools_themselves(name, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_is_tracked(tmp_path, monkeypatch):
     fake = Fake()
-    monkeypatch.setattr(tracking, "_TOOLS", {"tensorboard": ("json", fake.open)})
+    monkeypatch.setattr(tracking, "TOOLS", {"tensorboard": ("json", fake.open)})
     config = tiny_config.get_config()
     config.model.small = config.model.large = "cnn_small"
     config.rounds, config.tracking = 2, ("tensorboard",)

@@ -21,6 +21,7 @@ from ml_collections import config_dict
 from fedhelp_jax.algorithms import ALGORITHMS, make_settings, settings_of
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.sources import DATA, PUBLIC, source
+from fedhelp_jax.experiments.tracking import TOOLS
 from fedhelp_jax.models.registry import MODELS, architecture
 from fedhelp_jax.settings import (
     COUNT,
@@ -111,9 +112,9 @@ class RunConfig:
     )
     tracking: tuple[str, ...] = setting(
         (),
-        "tools that get each round's numbers, offline: tensorboard, wandb, mlflow, trackio, which "
-        "are extras of the package",
-        some_of("tensorboard", "wandb", "mlflow", "trackio"),
+        f"tools that get each round's numbers, offline: {', '.join(TOOLS)}, which are extras of "
+        "the package",
+        some_of(*TOOLS),
         identity=False,
     )
     data: DataConfig = part(DataConfig)

@@ -116,7 +116,8 @@ def train(
 def _train(
     config: RunConfig, workdir: Path, overwrite: bool, split: str, callbacks: Sequence[Callback]
 ) -> JsonObject:
-    tracking = distributed.run_on_all(lambda: Tracking(config, workdir))
+    settings = dict(configs.flat(configs.to_dict(config)))
+    tracking = distributed.run_on_all(lambda: Tracking(config.tracking, workdir, settings))
     if overwrite and distributed.is_coordinator():
         _remove_run(workdir)
     distributed.all_gather_text("removed")

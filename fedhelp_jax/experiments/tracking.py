@@ -5,15 +5,13 @@ A tool that fails is left out with a warning and never stops a run.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedhelp_jax.core import distributed
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.experiments import config as configs
-from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.typing import Record
 
 _log = logging.getLogger(__name__)
@@ -81,7 +79,7 @@ def _trackio(workdir: Path, settings: Record) -> _Tool:
 
 
 # The package that each needs, and how it is opened.
-_TOOLS: Mapping[str, tuple[str, Callable[[Path, Record], _Tool]]] = {
+TOOLS: Mapping[str, tuple[str, Callable[[Path, Record], _Tool]]] = {
     "tensorboard": ("tensorboardX", _tensorboard),
     "wandb": ("wandb", _wandb),
     "mlflow": ("mlflow", _mlflow),
@@ -92,27 +90,32 @@ _TOOLS: Mapping[str, tuple[str, Callable[[Path, Record], _Tool]]] = {
 class Tracking:
     """The tracking tools of a run; a context manager."""
 
-    def __init__(self, config: RunConfig, workdir: Path):
-        """Checks that the tools in ``config.tracking`` are installed; opens none.
+    def __init__(self, names: Sequence[str], workdir: Path, settings: Record):
+        """Checks that the tools are installed; opens none.
+
+        Args:
+          names: Names of `TOOLS`.
+          workdir: The run folder.
+          settings: The settings of the run, by their dotted keys.
 
         Raises:
           UserError: If one is not installed.
         """
-        for name in config.tracking:
-            if find_spec(_TOOLS[name][0]) is None:
+        for name in names:
+            if find_spec(TOOLS[name][0]) is None:
                 raise UserError(
-                    f"config.tracking: {name} needs the package {_TOOLS[name][0]}, which is not "
+                    f"config.tracking: {name} needs the package {TOOLS[name][0]}, which is not "
                     f"installed: pip install 'fedhelp_jax[{name}]'"
                 )
-        self._names = config.tracking if distributed.is_coordinator() else ()
+        self._names = names if distributed.is_coordinator() else ()
         self._workdir = workdir
-        self._settings = {k: str(v) for k, v in configs.flat(configs.to_dict(config))}
+        self._settings = {key: str(value) for key, value in settings.items()}
         self._tools: dict[str, _Tool] = {}
 
     def __enter__(self) -> "Tracking":
         """Opens the tools."""
         for name in self._names:
-            tool = _tried(name, lambda n=name: _TOOLS[n][1](self._workdir, self._settings))
+            tool = _tried(name, lambda n=name: TOOLS[n][1](self._workdir, self._settings))
             if tool is not None:
                 self._tools[name] = tool
         return self
