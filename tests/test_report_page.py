@@ -222,17 +222,32 @@ def test_predictions_are_read_as_they_were_written(run):
         assert file.readline().startswith("client,role,model,split,example,label,logit ")
 
 
-def test_intervals_cover_as_often_as_they_say():
-    """For 200 images of two classes, 95 % of intervals cover the true balanced accuracy."""
-    rng = np.random.default_rng(0)
-    covered, true, trials = 0, (0.9 + 0.6) / 2, 300
+@pytest.mark.parametrize("recalls", [(0.9, 0.6), (0.95, 0.97), (0.5, 0.3, 0.8, 0.6)])
+@pytest.mark.parametrize("examples", [12, 200])
+def test_intervals_cover_as_often_as_they_say(examples, recalls):
+    """Most of 400 intervals cover the true balanced accuracy, for small clients too."""
+    rng, classes = np.random.default_rng(0), len(recalls)
+    covered, true, trials = 0, np.mean(recalls), 400
     for trial in range(trials):
-        labels = np.arange(200) % 2
-        right = rng.uniform(size=200) < np.where(labels == 0, 0.9, 0.6)
-        logits = np.eye(2)[np.where(right, labels, 1 - labels)]
+        labels = np.arange(examples) % classes
+        right = rng.uniform(size=examples) < np.array(recalls)[labels]
+        logits = np.eye(classes)[np.where(right, labels, (labels + 1) % classes)]
         low, high = numbers.interval(logits, labels, seed=trial)
         covered += low <= true <= high
-    assert 0.92 <= covered / trials <= 0.98
+    assert 0.92 <= covered / trials <= (0.98 if examples == 200 else 1.0)
+
+
+def test_a_few_right_answers_are_not_certainty():
+    low, high = numbers.interval(np.eye(3), np.arange(3))
+    assert low < 0.8 and high == 1.0
+
+
+def test_intervals_of_means_cover_as_often_as_they_say():
+    rng, trials = np.random.default_rng(0), 1000
+    dice = rng.beta(6, 2, (trials, 10))  # its mean is 0.75
+    found = [numbers.interval_of_mean(own) for own in dice]
+    assert 0.92 <= np.mean([low <= 0.75 <= high for low, high in found]) <= 0.98
+    assert np.isnan(numbers.interval_of_mean(np.array([0.5, np.nan]))).all()
 
 
 def test_the_threshold_is_the_best_of_all():

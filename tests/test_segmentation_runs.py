@@ -1,6 +1,7 @@
 """Segmentation from the command line, in two and three dimensions."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,7 +14,9 @@ from PIL import Image
 from fedhelp_jax.data.types import PublicDataset, image_sha256
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments.experiment import build_experiment, load_data
+from fedhelp_jax.experiments.reporting import report
 from fedhelp_jax.metrics.surface_distance import surface_metrics
+from fedhelp_jax.report.dice import DICE, read_dice
 from fedhelp_jax.teachers.answers import Answers, save_answers
 from fedhelp_jax.teachers.backends.simulated import simulated
 
@@ -59,6 +62,7 @@ def test_a_run_on_volumes(method, answered, tmp_path):
         overlaps = [client["metrics"][name] for name in names if name.startswith(("dice", "iou"))]
         assert all(0 <= value <= 1 for value in overlaps)
         assert client["metrics"]["hd95"] >= 0
+    assert_dice_is_that_of_the_examples(tmp_path)
     rounds = read(tmp_path / "metrics.jsonl")
     assert all(0 < row["loss"] < 10 for row in rounds)
     for role in ("small", "large"):
@@ -68,6 +72,17 @@ def test_a_run_on_volumes(method, answered, tmp_path):
         assert summary["teacher"].startswith("self-trained unet_small_cpu on phantom_volumes")
         losses = read(tmp_path / "metrics.jsonl")[-1]["train"]
         assert losses["small"]["public_loss"] > 0 and losses["large"]["proxy_loss"] > 0
+
+
+def assert_dice_is_that_of_the_examples(folder):
+    """The means of ``dice.csv`` are what the evaluation on the devices found."""
+    saved = {own.client: own for own in read_dice(folder / DICE)}
+    clients = read(folder / "summary.json")["per_client"]
+    assert set(saved) == {client["name"] for client in clients}
+    for client in clients:
+        dice = saved[client["name"]].dice
+        assert len(dice) == client["n_test"]
+        np.testing.assert_allclose(np.nanmean(dice), client["metrics"]["dice"], rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +104,20 @@ def test_one_foreground_class_has_no_metrics_by_class(flat_run):
         ("test", "personal"),
         ("test", "large"),
     }
+
+
+def test_the_report_names_the_worst_images(flat_run, tmp_path):
+    assert_dice_is_that_of_the_examples(flat_run)
+    page = report([flat_run], tmp_path).read_text()
+    rows = [d for own in read_dice(flat_run / DICE) for d in own.dice if np.isfinite(d)]
+    assert f"The test images with the lowest Dice, of {len(rows):,}" in page
+    assert "95 % interval" in page and f"{min(rows):.3f}" in page
+
+
+def test_a_damaged_table_of_dice_is_named(flat_run, tmp_path):
+    folder = shutil.copytree(flat_run, tmp_path / "run")
+    (folder / DICE).write_text("client,role,example,dice\nclient_0,small,3\n")
+    assert f"{DICE} is damaged" in report([folder], tmp_path).read_text()
 
 
 def test_resuming_ends_with_the_same_bits(flat_run, tmp_path):

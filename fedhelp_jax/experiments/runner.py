@@ -45,7 +45,8 @@ from fedhelp_jax.models.model import Model, Variables, apply_model, multiplied_i
 from fedhelp_jax.report import predictions, run_files
 from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write_shares
 from fedhelp_jax.report.console import Progress
-from fedhelp_jax.report.masks import final_masks, merged
+from fedhelp_jax.report.dice import DICE
+from fedhelp_jax.report.masks import PICTURES, final_masks, merged
 from fedhelp_jax.report.page import build as page
 from fedhelp_jax.report.predictions import PREDICTIONS
 from fedhelp_jax.report.summary import (
@@ -74,7 +75,6 @@ Callback = Callable[[int, Record, RunState], bool | None]
 _CHECKPOINTS = "checkpoints"
 # Bytes that a client sends and receives; a method may report them under these keys of its info.
 _TRAFFIC = ("bytes_up", "bytes_down")
-_PICTURES = "pictures"
 
 
 class Interrupted(Exception):
@@ -394,8 +394,8 @@ def _finish(
         bfloat16=half,
     )
     if experiment.task.predict is not None and split == "test":
-        pictures = workdir / _PICTURES if distributed.is_coordinator() else None
-        found = final_masks(simulation, state, experiment.dataset, pictures, config.algorithm.name)
+        folder = workdir if distributed.is_coordinator() else None
+        found = final_masks(simulation, state, experiment.dataset, folder, config.algorithm.name)
         results["test"] = measured = merged(measured, found)
     if not distributed.is_coordinator():
         return {}
@@ -569,10 +569,10 @@ def _check_same_config(config: RunConfig, workdir: Path) -> None:
 
 
 def _remove_run(workdir: Path) -> None:
-    own = CONFIG, identity.PROVENANCE, METRICS, CLIENTS, PREDICTIONS, _SUMMARY, QUARANTINE
+    own = CONFIG, identity.PROVENANCE, METRICS, CLIENTS, PREDICTIONS, DICE, _SUMMARY, QUARANTINE
     for name in (*own, *SHARES, page.PAGE):
         (workdir / name).unlink(missing_ok=True)
-    for name in (_CHECKPOINTS, _PICTURES, page.FOLDER, "tensorboard"):
+    for name in (_CHECKPOINTS, PICTURES, page.FOLDER, "tensorboard"):
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Surface distances and pictures of masks, which are made once at the end of a run."""
+"""Surface distances, the Dice of each example, and pictures, made once at the end of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,12 @@ import numpy as np
 from fedhelp_jax.data.types import FederatedDataset
 from fedhelp_jax.metrics import NO_CLASS
 from fedhelp_jax.metrics.surface_distance import surface_metrics
+from fedhelp_jax.report.dice import DICE, ExampleDice, dice_of_examples, write_dice
 from fedhelp_jax.report.pictures import Row, segmentation_panel
 from fedhelp_jax.simulation.compiled import CompiledRounds
 from fedhelp_jax.simulation.round import RunState
+
+PICTURES = "pictures"
 
 _SHOWN_CLIENTS = 3
 
@@ -22,22 +25,25 @@ def final_masks(
     folder: Path | None,
     method: str,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Returns surface distances of the deployed models on the test images, and draws some images.
+    """Returns surface distances of the deployed models on the test images.
+
+    It also writes the Dice of each example, and draws some of them.
 
     For the first three clients of each role, the test images with the median and the worst Dice
-    are drawn into ``<role>.png``.
+    are drawn into ``pictures/<role>.png``.
 
     Args:
       simulation: The run.
       state: The final state of the run.
       dataset: The data.
-      folder: Folder for the pictures; None draws none.
+      folder: The run folder; None writes nothing.
       method: Name of the method, for the titles of the pictures.
 
     Returns:
       ``{role: {metric: [K]}}``.
     """
     found: dict[str, dict[str, np.ndarray]] = {}
+    by_example: list[ExampleDice] = []
     for group in simulation.groups:
         measured, rows = [], []
         for number, client in enumerate(group.names):
@@ -45,8 +51,11 @@ def final_masks(
             predicted = simulation.predictions(state, group, number, "test")
             truth = dataset.labels[examples]
             measured.append(surface_metrics(predicted, truth, dataset.label_names))
+            unanswered = (predicted == NO_CLASS).any(tuple(range(1, predicted.ndim)))
+            values = dice_of_examples(predicted, truth, len(dataset.label_names))
+            values = np.where(unanswered, 0.0, values)
+            by_example.append(ExampleDice(client, group.role, examples, values))
             if folder is not None and number < _SHOWN_CLIENTS:
-                unanswered = (predicted == NO_CLASS).any(tuple(range(1, predicted.ndim)))
                 predicted = np.where(predicted == NO_CLASS, 0, predicted)
                 dice = np.where(unanswered, 0, _dice(predicted > 0, truth > 0))
                 order = np.argsort(dice, kind="stable")
@@ -64,8 +73,11 @@ def final_masks(
             continue
         kind = " (synthetic)" if dataset.synthetic else ""
         title = f"{method} on {dataset.name}{kind}: {group.role} clients, test"
-        folder.mkdir(parents=True, exist_ok=True)
-        segmentation_panel(folder / f"{group.role}.png", title, rows, dataset.label_names)
+        drawn = folder / PICTURES / f"{group.role}.png"
+        drawn.parent.mkdir(parents=True, exist_ok=True)
+        segmentation_panel(drawn, title, rows, dataset.label_names)
+    if folder is not None:
+        write_dice(folder / DICE, by_example)
     return found
 
 

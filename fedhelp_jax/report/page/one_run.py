@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedhelp_jax.report.console import amount, duration, marked_synthetic
+from fedhelp_jax.report.dice import DICE
 from fedhelp_jax.report.page import figures, numbers
 from fedhelp_jax.report.page.content import (
     Card,
@@ -31,6 +32,7 @@ from fedhelp_jax.report.predictions import Predictions
 from fedhelp_jax.simulation.divergence import NON_FINITE
 
 _MOST_PICTURES = 6
+_MOST_IMAGES = 10
 _LARGEST_PICTURE = 1_000_000  # bytes
 _WORSE, _BETTER = (213, 94, 0), (0, 114, 178)
 
@@ -42,6 +44,7 @@ def page_of_run(run: RunData, changed: Sequence[tuple[str, str, str]], files: Fi
     own = [p for p in run.predictions if p.split == split and p.model == deployed.get(p.client)]
     by_balance = run.metric == "balanced_accuracy"
     intervals = {p.client: numbers.interval(p.logits, p.labels) for p in own if by_balance}
+    intervals |= {d.client: numbers.interval_of_mean(d.dice) for d in run.dice}
     sections = [
         Section(
             "Who gained, who lost",
@@ -221,7 +224,26 @@ def _pictures(run: RunData) -> Section:
             code = base64.b64encode(data).decode()
             caption = f"{path.stem} clients: test images with the median and the worst Dice"
             drawn.append(Drawn(caption, Markup(f'<img alt="" src="data:image/png;base64,{code}">')))
-    return Section("Segmentations", (), drawn)
+    return Section("Segmentations", (), drawn, _worst_images(run))
+
+
+def _worst_images(run: RunData) -> list[Table]:
+    """Returns the test images with the lowest Dice, over all clients."""
+    rows = [
+        (float(dice), own.client, own.role, int(example))
+        for own in run.dice
+        for example, dice in zip(own.examples, own.dice, strict=True)
+        if math.isfinite(dice)
+    ]
+    if not rows:
+        return []
+    columns = [Column("client"), Column("role"), Column("row of the data set", True)]
+    cells = [
+        [Cell(client), Cell(role), count_cell(example), number_cell(dice)]
+        for dice, client, role, example in sorted(rows)[:_MOST_IMAGES]
+    ]
+    note = f"The test images with the lowest Dice, of {len(rows):,}. {DICE} has all of them."
+    return [Table([*columns, Column("dice", True)], cells, note)]
 
 
 def _foundation(run: RunData) -> Section:

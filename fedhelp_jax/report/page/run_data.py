@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.report import run_files
 from fedhelp_jax.report.client_distribution import SHARES
+from fedhelp_jax.report.dice import DICE, ExampleDice, read_dice
 from fedhelp_jax.report.predictions import PREDICTIONS, Predictions, read_predictions
 from fedhelp_jax.typing import JsonObject, Record
 
@@ -31,6 +32,7 @@ class RunData(NamedTuple):
       provenance: Content of ``provenance.json``.
       predictions: Content of ``predictions.csv.gz``.
       classes: Names of the classes in the predictions.
+      dice: Content of ``dice.csv``, for masks.
       missing: A sentence about each file that is missing or damaged.
     """
 
@@ -45,6 +47,7 @@ class RunData(NamedTuple):
     provenance: JsonObject
     predictions: list[Predictions]
     classes: list[str]
+    dice: list[ExampleDice]
     missing: list[str]
 
     @property
@@ -117,7 +120,9 @@ def read_run(folder: Path, *, details: bool = True) -> RunData:
         missing.append(f"The run is not finished: {_last(history)} of {asked} rounds are done.")
     finished = bool(summary)
     clients = read("clients.csv", _csv, [], optional=not finished)
-    keeps = finished and not str(summary.get("metric", "")).startswith("dice")
+    masks = str(summary.get("metric", "")).startswith("dice")
+    keeps = finished and not masks
+    has_dice = finished and masks and summary.get("split") == "test"
     predictions, classes = [], []
     if details:
         found = read(PREDICTIONS, read_predictions, ([], []), optional=not keeps)
@@ -135,6 +140,7 @@ def read_run(folder: Path, *, details: bool = True) -> RunData:
         read("provenance.json", _json, {}, optional=not finished),
         predictions,
         classes,
+        read(DICE, read_dice, [], optional=not has_dice) if details else [],
         missing,
     )
 
