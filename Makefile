@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-all setup format lint aot clean
+.PHONY: demo test test-all setup format lint aot docs clean
 
 # The two runs share the cores, one device each.
 RUN := $(BIN)/fedhelp train --config=configs/quickstart.py --config.mapping.cpu_devices=1
@@ -42,8 +42,13 @@ lint: setup
 aot: .aot/.installed
 	.aot/bin/python -m benchmarks.aot
 
+# The documentation site. A broken link or a block of code that fails is an error.
+docs: .venv/.docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs/html
+	@echo "written: build/docs/html/index.html"
+
 clean:
-	rm -rf .venv .aot dist $(DEMO)
+	rm -rf .venv .aot dist build $(DEMO)
 
 # A stamp is written only after its installation went through; pyproject.toml makes it stale.
 .venv/.core: pyproject.toml
@@ -54,6 +59,10 @@ clean:
 
 .venv/.dev: .venv/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv/.docs: .venv/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 .aot/.installed: pyproject.toml

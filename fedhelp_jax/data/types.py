@@ -32,7 +32,7 @@ class FederatedDataset(NamedTuple):
         images: uint8 [N, H, W, 3], resized; grey images are repeated over the channels. Volumes
             are [N, D, H, W, modalities]. The type is float32 if the source stores floats or if
             harmonisation produced them; such values are passed to the networks unchanged.
-        labels: int32 [N] classes; or masks, uint8 [N, *mask], with the class of each pixel. All
+        labels: int32 [N] classes; or masks, uint8 ``[N, *mask]``, with the class of each pixel. All
             masks have the same resolution, which may differ from that of the images.
         label_names: Name of each class. For masks, a single name is that of the foreground (the
             masks hold 0 and 1); of several names, the first is the background.
@@ -68,8 +68,8 @@ class PublicDataset(NamedTuple):
         name: Name of the source.
         synthetic: True if the images were generated rather than photographed.
         images: uint8 [P, H, W, 3], or another form that private images may have.
-        labels: int32 [P], or masks, uint8 [P, *mask], as in the private data; None if the images
-            are not labelled.
+        labels: int32 [P], or masks, uint8 ``[P, *mask]``, as in the private data; None if the
+            images are not labelled.
         label_names: Name of each class, as in the private data, or None without labels.
         sha256: `image_sha256` of each image before resizing and before grey became RGB.
         originals: Those images themselves, each [H, W] or [H, W, channels]; for volumes, [D, H, W]
