@@ -4,7 +4,9 @@ import base64
 import csv
 import gzip
 import html
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -131,6 +133,22 @@ def test_a_study_compares_its_methods_with_training_alone(study):
     assert (study / "report" / "methods.csv").exists()
 
 
+def test_a_study_shows_each_client_under_each_method(study):
+    rows = re.findall(r"<tr>(.*?)</tr>", text_of(report([study])), re.DOTALL)
+    summaries = [
+        run_files.read_summary(study / "data" / "local" / f"seed{seed}") for seed in range(2)
+    ]
+    for client in summaries[0]["per_client"]:
+        values = [
+            c["metrics"][METRIC]
+            for s in summaries
+            for c in s["per_client"]
+            if c["name"] == client["name"]
+        ]
+        (row,) = [row for row in rows if f">{client['name']}<" in row]
+        assert f">{np.mean(values):.3f}<" in row
+
+
 def test_several_folders_need_a_place_for_the_page(study, tmp_path):
     folders = [study / "data" / method / "seed0" for method in ("fedhelp", "local")]
     assert "--out" in refusal(lambda: report(folders))
@@ -138,38 +156,44 @@ def test_several_folders_need_a_place_for_the_page(study, tmp_path):
     assert "no run is there" in refusal(lambda: report([tmp_path / "empty"]))
 
 
-def test_a_sweep(tmp_path):
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """The report of a sweep of 72 runs: three learning rates, three weights, eight seeds."""
+    rates, weights = (1e-4, 1e-3, 1e-2), (0.0, 0.2, 1.0)
     rows = [
         {
             "learning_rate": rate,
+            "algorithm.lambda_b": weight,
             "seed": seed,
             "split": "validation",
             "metric": METRIC,
-            "small_mean": 0.5 + 100 * rate,
+            "small_mean": 0.5 + 10 * rate + 0.1 * weight,
             "large_mean": 0.7,
             "worst_small": 0.4,
             "gap": 0.2,
         }
-        for rate in (1e-4, 1e-3)
-        for seed in range(36)
+        for rate, weight, seed in itertools.product(rates, weights, range(8))
     ]
-    run_files.write_csv(tmp_path / "runs.csv", list(rows[0]), rows)
-    (tmp_path / "runs.jsonl").write_text("")
-    text = text_of(report([tmp_path]))
+    folder = tmp_path_factory.mktemp("sweep")
+    run_files.write_csv(folder / "runs.csv", list(rows[0]), rows)
+    (folder / "runs.jsonl").write_text("")
+    return report([folder])
+
+
+def test_a_sweep(sweep):
+    text = text_of(sweep)
     assert "72 runs" in text and "no test image was used" in text
-    with (tmp_path / "report" / "sweep_learning_rate.csv").open(newline="") as file:
-        means = {
-            rate: np.mean([float(r["value"]) for r in group])
-            for rate in ("0.0001", "0.001")
-            for group in [
-                [
-                    r
-                    for r in csv.DictReader(file.seek(0) or file)
-                    if r["learning_rate"] == rate and r["score"] == "small_mean"
-                ]
-            ]
-        }
-    assert means == {"0.0001": pytest.approx(0.51), "0.001": pytest.approx(0.6)}
+    with (sweep.parent / "report" / "sweep_learning_rate.csv").open(newline="") as file:
+        small = [row for row in csv.DictReader(file) if row["score"] == "small_mean"]
+    means = {
+        rate: np.mean([float(row["value"]) for row in small if row["learning_rate"] == rate])
+        for rate in ("0.0001", "0.001", "0.01")
+    }
+    assert means == {
+        "0.0001": pytest.approx(0.541),
+        "0.001": pytest.approx(0.55),
+        "0.01": pytest.approx(0.64),
+    }
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -277,7 +301,7 @@ for (const e of document.querySelectorAll("body *")) {
   if (e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0) found.cut.push(e.outerHTML);
 }
 const heads = document.querySelectorAll("table")[0].querySelectorAll("th");
-const column = [...heads].findIndex((th) => th.textContent === "training images");
+const column = [...heads].findIndex((th) => th.classList.contains("number"));
 const values = () => [...document.querySelectorAll("table")[0].tBodies[0].rows].map(
   (row) => parseFloat(row.cells[column].dataset.sort));
 heads[column].querySelector("button").click();
@@ -338,3 +362,11 @@ def test_two_hundred_clients_and_a_hundred_rounds(tmp_path):
     found = opened(page, tmp_path, 1440)
     print(f"opened and sorted twice in {found['seconds']:.2f} s")
     assert found["seconds"] < 2 and found["errors"] == []
+
+
+@needs_browser
+def test_a_sweep_in_a_browser(sweep, tmp_path):
+    assert sweep.stat().st_size < 5e6
+    found = opened(sweep, tmp_path, 1440)
+    print(f"{sweep.stat().st_size / 1e6:.2f} MB, opened in {found['seconds']:.2f} s")
+    assert found["seconds"] < 2 and found["errors"] == [] and found["cut"] == []

@@ -7,6 +7,21 @@ from typing import Any, NamedTuple
 from fedhelp_jax.report.page.run_data import RunData
 from fedhelp_jax.typing import Record
 
+_ABOUT = {
+    "balanced_accuracy": (
+        "Balanced accuracy is the share of a class's images that are recognised, averaged over the "
+        "classes. 1 is perfect; guessing gives 1 divided by the number of classes."
+    ),
+    "dice": (
+        "Dice is the overlap of the predicted and the true mask, twice what both share divided by "
+        "the sum of their sizes. 1 is perfect, and 0 is no overlap."
+    ),
+}
+_ROLES = (
+    "Large clients have much data and a large network; small clients have little data and a small "
+    "network."
+)
+
 ON_VALIDATION = "These are results on validation images; no test image was used."
 
 
@@ -85,6 +100,11 @@ def notes_of(runs: Sequence[RunData]) -> list[str]:
         named = f"{run.folder}: " if len(runs) > 1 else ""
         notes += [f"{named}{text}" for text in run.missing]
     return notes
+
+
+def explained(metric: str) -> list[str]:
+    """Returns what a reader has to know of the headline metric and the roles of clients."""
+    return [" ".join(filter(None, (_ABOUT.get(metric), _ROLES)))]
 
 
 def metrics_of(client: Record) -> Record:

@@ -416,7 +416,7 @@ def _labels(axis: "Axes", x: str, y: str) -> None:
 
 def _legend(axis: "Axes") -> None:
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
 
 
 def _short(name: str, most: int = 18) -> str:

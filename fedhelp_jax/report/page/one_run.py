@@ -19,6 +19,7 @@ from fedhelp_jax.report.page.content import (
     Section,
     Table,
     count_cell,
+    explained,
     metrics_of,
     notes_of,
     number_cell,
@@ -48,7 +49,7 @@ def page_of_run(run: RunData, changed: Sequence[tuple[str, str, str]], files: Fi
     sections = [
         Section(
             "Who gained, who lost",
-            (),
+            explained(run.metric),
             files.drawn([figures.clients(run, intervals)]),
             _client_tables(run, intervals),
         ),

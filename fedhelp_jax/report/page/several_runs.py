@@ -15,6 +15,7 @@ from fedhelp_jax.report.page.content import (
     Section,
     Table,
     count_cell,
+    explained,
     notes_of,
     number_cell,
     number_text,
@@ -34,7 +35,9 @@ def page_of_runs(runs: Sequence[RunData], files: Files) -> Page:
         drawn = [figures.learning_of_methods(own), figures.clients_of_methods(own)]
         prefix = f"{number + 1}_" if len(datasets) > 1 else ""
         title = marked_synthetic(dataset, synthetic)
-        sections.append(Section(title, (), files.drawn(drawn, prefix), [_methods(own)]))
+        tables = [_methods(own), *_clients(own)]
+        texts = explained(own[0].metric)
+        sections.append(Section(title, texts, files.drawn(drawn, prefix), tables))
     sections.append(Section("The runs", (), (), [_runs(runs)]))
     finished = [run for run in runs if run.summary]
     return Page(
@@ -104,6 +107,34 @@ def _against(own: Sequence[RunData], alone: Sequence[RunData]) -> list[Cell]:
         number_cell(float(np.mean(changes)), sign=True),
         Cell(f"{gained} of {len(changes)}", gained / len(changes)),
     ]
+
+
+def _clients(runs: Sequence[RunData]) -> list[Table]:
+    """Returns a table with a row per client and a column per method, the worst client first."""
+    labels = list(dict.fromkeys(run.label for run in runs if run.summary))
+    values: dict[tuple[str, str], list[float]] = {}
+    entries = {}
+    for run in runs:
+        for client in run.worst_first():
+            entries.setdefault(client["name"], client)
+            values.setdefault((client["name"], run.label), []).append(client["metrics"][run.metric])
+    if not entries:
+        return []
+    columns = [Column("client"), Column("role"), Column("training images", True)]
+    columns += [Column(label, True) for label in labels]
+    rows = []
+    for name, client in entries.items():
+        cells = [
+            number_cell(numbers.mean_and_spread(values.get((name, label), ()))[0])
+            for label in labels
+        ]
+        rows.append([Cell(name), Cell(client["role"]), count_cell(client.get("n_train")), *cells])
+    rows.sort(key=lambda row: min((c.sort for c in row[3:] if c.sort is not None), default=2.0))
+    note = (
+        f"{words(runs[0].metric)} of the model that each client deploys, means over seeds. The "
+        "client with the lowest value comes first."
+    )
+    return [Table(columns, rows, note[0].upper() + note[1:])]
 
 
 def _small(run: RunData) -> dict[str, float]:
