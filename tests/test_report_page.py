@@ -133,6 +133,17 @@ def test_a_study_compares_its_methods_with_training_alone(study):
     assert (study / "report" / "methods.csv").exists()
 
 
+def test_a_study_over_two_versions_of_a_data_set_has_a_section_for_each(tmp_path):
+    for data, method in itertools.product(("few", "many"), ("fedhelp", "local")):
+        for seed in range(2):
+            make_run(tmp_path / data / method / f"seed{seed}", method=method, seed=seed, rounds=2)
+    page = report([tmp_path])
+    headings = re.findall(r"<h2>(.*?)</h2>", text_of(page))
+    assert headings == ["few: made up (synthetic)", "many: made up (synthetic)", "The runs"]
+    assert "2 methods on made up" in text_of(page)
+    assert {"1_methods.csv", "2_methods.csv"} <= {p.name for p in (tmp_path / "report").iterdir()}
+
+
 def test_a_study_shows_each_client_under_each_method(study):
     rows = re.findall(r"<tr>(.*?)</tr>", text_of(report([study])), re.DOTALL)
     summaries = [
@@ -202,7 +213,7 @@ def test_a_sweep(sweep):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("summary.json", "The run is not finished: 10 of 10 rounds are done."),
+        ("summary.json", "10 of 10 rounds are done, but the run is not evaluated."),
         ("metrics.jsonl", "metrics.jsonl is missing."),
         ("config.json", "config.json is missing."),
         (PREDICTIONS, f"{PREDICTIONS} is missing."),

@@ -48,5 +48,6 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(width|height)="[\d.]+pt" ', "", svg, count=2)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(xlink:href="#|href="#|url\(#)(?!' + re.escape(name) + "-)", rf"\1{name}-", svg)
+    links = r'(xlink:href="#|href="#|url\(#)(?!' + re.escape(name) + "-)"
+    svg = re.sub(links, rf"\g<1>{name}-", svg)  # the name may begin with a digit
     return re.sub(r"\s*\n\s*", "\n", svg)

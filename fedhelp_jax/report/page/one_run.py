@@ -92,7 +92,7 @@ def _cards(run: RunData) -> list[Card]:
             str(worst["name"]) if worst else "",
         ),
         Card("Large clients, mean", number_text(summary.get("large_mean")), before("large_mean")),
-        Card("Gap, large less small", number_text(summary.get("gap"), sign=True), before("gap")),
+        Card("Gap, large minus small", number_text(summary.get("gap"), sign=True), before("gap")),
     ]
 
 
@@ -254,7 +254,10 @@ def _foundation(run: RunData) -> Section:
     rows = [
         ("model", str(summary["teacher"])),
         ("public images", str(summary.get("public"))),
-        ("distinct images asked about, once", f"{summary.get('teacher_queries', 0):,}"),
+        (
+            "images sent to it, once each",
+            f"{summary.get('teacher_queries', 0):,}",
+        ),
     ]
     agreement = summary.get("teacher_agreement")
     if agreement is not None:
@@ -311,7 +314,7 @@ def _settings(run: RunData, changed: Sequence[tuple[str, str, str]]) -> Section:
         f"config = fh.load_run({str(run.folder)!r}).config\n"
         'fh.run(config, "again")'
     )
-    return Section("How to make it again", (), (), tables, code if run.config else "")
+    return Section("How to reproduce it", (), (), tables, code if run.config else "")
 
 
 def _sortable(value: Any, missing: float) -> float:

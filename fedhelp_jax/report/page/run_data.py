@@ -34,6 +34,7 @@ class RunData(NamedTuple):
       classes: Names of the classes in the predictions.
       dice: Content of ``dice.csv``, for masks.
       missing: A sentence about each file that is missing or damaged.
+      place: In a study, the folder of the run's data set; else empty.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class RunData(NamedTuple):
     classes: list[str]
     dice: list[ExampleDice]
     missing: list[str]
+    place: str = ""
 
     @property
     def dataset(self) -> str:
@@ -116,8 +118,9 @@ def read_run(folder: Path, *, details: bool = True) -> RunData:
     history = read("metrics.jsonl", run_files.read_metrics, [])
     summary = read("summary.json", _json, {}, optional=True)
     if not summary and not missing:
-        asked = config.get("rounds", "?")
-        missing.append(f"The run is not finished: {_last(history)} of {asked} rounds are done.")
+        done, asked = _last(history), config.get("rounds", "?")
+        more = ", but the run is not evaluated" if done == asked else ""
+        missing.append(f"The run is not finished: {done} of {asked} rounds are done{more}.")
     finished = bool(summary)
     clients = read("clients.csv", _csv, [], optional=not finished)
     masks = str(summary.get("metric", "")).startswith("dice")
@@ -179,9 +182,17 @@ def read_sweep(folder: Path) -> SweepData | None:
 def labelled(runs: list[RunData], root: Path | None) -> list[RunData]:
     """Returns runs with distinct labels for distinct settings.
 
-    Runs of one method that have the same data and seed are called by their folders instead, without
-    a last part such as "seed3", as seen from ``root`` if there is one folder of all.
+    In a study, the folders ``root / data set / method / seedN`` name the method and the data set.
+    Elsewhere, runs of one method that have the same data and seed are called by their folders,
+    without a last part such as "seed3", as seen from ``root`` if there is one folder of all.
     """
+    if root is not None:
+        parts = [run.folder.resolve().relative_to(root).parts for run in runs]
+        if all(len(own) > 2 and re.fullmatch(r"seed\d+", own[-1]) for own in parts):
+            return [
+                run._replace(label=own[-2], place="/".join(own[:-2]))
+                for run, own in zip(runs, parts, strict=True)
+            ]
     keys = [(run.label, run.dataset, run.seed) for run in runs]
     if len(set(keys)) == len(keys):
         return runs

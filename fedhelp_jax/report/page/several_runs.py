@@ -29,12 +29,15 @@ def page_of_runs(runs: Sequence[RunData], files: Files) -> Page:
     """Returns the page that compares runs, by data set."""
     sections = []
     datasets = list(dict.fromkeys(run.dataset for run in runs))
-    for number, dataset in enumerate(datasets):
-        own = [run for run in runs if run.dataset == dataset]
+    places = list(dict.fromkeys((run.dataset, run.place) for run in runs))
+    for number, (dataset, place) in enumerate(places):
+        own = [run for run in runs if (run.dataset, run.place) == (dataset, place)]
         synthetic = any(run.summary.get("synthetic") for run in own)
         drawn = [figures.learning_of_methods(own), figures.clients_of_methods(own)]
-        prefix = f"{number + 1}_" if len(datasets) > 1 else ""
+        prefix = f"{number + 1}_" if len(places) > 1 else ""
         title = marked_synthetic(dataset, synthetic)
+        if len(places) > len(datasets):  # a study has several versions of one data set
+            title = f"{place}: {title}"
         tables = [_methods(own), *_clients(own)]
         texts = explained(own[0].metric)
         sections.append(Section(title, texts, files.drawn(drawn, prefix), tables))
