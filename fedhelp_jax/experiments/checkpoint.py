@@ -211,9 +211,12 @@ def _drop_traces_of_threads() -> None:
     """Suppresses messages from background threads, so that a failed save is reported only once.
 
     The error that Orbax raises is enough. Its threads log the same error, and threads of
-    TensorStore print that their event loop is closed.
+    TensorStore print that their event loop is closed. Orbax also warns that it only reads.
     """
-    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in str(record.msg))
+    noise = "_SignalingThread", "Given directory is read only"
+    logging.getLogger("absl").addFilter(
+        lambda record: not any(words in str(record.msg) for words in noise)
+    )
     show = sys.unraisablehook
 
     def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
