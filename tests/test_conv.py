@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import export, lax
 
+from fedhelp_jax.core.compilation import jit
 from fedhelp_jax.models import conv as convolutions
 from fedhelp_jax.models import conv_cpu
 from fedhelp_jax.models.conv import conv, conv_transpose, max_pool
@@ -103,6 +104,35 @@ def test_no_more_images_are_computed_together_than_fit(tile_bytes, images, monke
     seen = []
     conv_cpu._over_images(plan, kernel, lambda x: (seen.append(x.shape[1]) or x, ()), x)
     assert set(seen) == {images}
+
+
+def test_a_kernel_that_is_larger_than_the_images_is_not_brought_into_the_form_of_pairs(float64):
+    kernel = jnp.zeros((3, 3, 6, 4))
+    assert not conv_cpu._make_plan(jnp.zeros((6, 1, 2, 1)), kernel, 1, 1).pairs
+    assert conv_cpu._make_plan(jnp.zeros((6, 8, 8, 8)), kernel, 1, 1).pairs
+    check(CPU, (2, 1), 3, 1, 1, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pixels", "pairs"), [(8, True), (4, False)])
+def test_the_matrices_of_large_kernels_are_not_kept(pixels, pairs):
+    """A deep network needs room for those of one layer, not for those of all layers at once."""
+    channels = 256
+    x = jax.ShapeDtypeStruct((channels, 8, pixels, pixels), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), jnp.float32)
+    assert conv_cpu._make_plan(x, kernel, 1, 1).pairs == pairs
+
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = jnp.tanh(conv(x, kernel))
+        return x.sum()
+
+    def temporaries(layers):
+        compiled = jit(jax.grad(loss)).lower([kernel] * layers, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one = kernel.size * 4 * (4 / 3 if pairs else 1)
+    assert (temporaries(8) - temporaries(4)) / 4 < one / 2
 
 
 def test_conv_is_the_form_of_the_platform_that_it_is_lowered_for():

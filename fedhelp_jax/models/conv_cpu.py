@@ -29,6 +29,9 @@ from fedhelp_jax.typing import PyTree
 _TOGETHER_BYTES, _TILE_BYTES = 2**21, 2**20
 # A single image that takes more than this is computed one offset of the kernel at a time.
 _MOST_BYTES = 2**28
+# The matrix of a kernel of more bytes is made when it is needed, and again for the gradients. XLA
+# would otherwise make those of all layers at the start, from the parameters, and keep them.
+_KEPT_BYTES = 2**20
 
 
 class _Plan(NamedTuple):
@@ -67,18 +70,28 @@ def _make_plan(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> _P
     """Returns the plan that reads and writes the fewest numbers."""
     size, spatial = kernel.shape[0], x.shape[2:]
     out = tuple((n + 2 * padding - size) // stride + 1 for n in spatial)
-    pairs = size == 3 and stride == 1 and out[0] > 1
-    plans = [
-        _Plan(size, stride, padding, spatial, out, pairs, before)
-        for before in range(1, len(out) + 1)
-    ]
-    return min(plans, key=lambda plan: plan.numbers(*kernel.shape[-2:]))
+
+    def best(pairs: bool) -> _Plan:
+        plans = [
+            _Plan(size, stride, padding, spatial, out, pairs, before)
+            for before in range(1, len(out) + 1)
+        ]
+        return min(plans, key=lambda plan: plan.numbers(*kernel.shape[-2:]))
+
+    if size != 3 or stride != 1 or out[0] == 1:
+        return best(pairs=False)
+    paired = best(pairs=True)
+    # Bringing the kernel into the form of pairs costs more than they save if it is the larger.
+    larger = kernel.size > x.shape[1] * paired.numbers(*kernel.shape[-2:])
+    return best(pairs=False) if larger else paired
 
 
 def value(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     """Returns what `fedhelp_jax.models.conv.conv` returns."""
     dtype = x.dtype
     x, kernel = _widened(x, kernel.astype(dtype))
+    if kernel.nbytes > _KEPT_BYTES:
+        x, kernel = lax.optimization_barrier((x, kernel))
     plan = _make_plan(x, kernel, stride, padding)
     compute = _value if _fits(plan, kernel) else _value_by_offset
     out, _ = _over_images(plan, kernel, lambda x: (compute(plan, x, kernel), ()), x)
@@ -91,6 +104,8 @@ def gradients(
     """Returns the gradients with respect to x, of its dtype, and to the kernel, not narrowed."""
     dtype = x.dtype
     x, kernel, out_grad = _widened(x, kernel.astype(dtype), out_grad)
+    if kernel.nbytes > _KEPT_BYTES:
+        kernel, out_grad = lax.optimization_barrier((kernel, out_grad))
     plan = _make_plan(x, kernel, stride, padding)
     compute = _gradients if _fits(plan, kernel) else _gradients_by_offset
     x_grad, kernel_grad = _over_images(
