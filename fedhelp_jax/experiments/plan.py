@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
+from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.experiments.experiment import Experiment
 from fedhelp_jax.models.model import multiplied_in
 from fedhelp_jax.report.console import amount, marked_synthetic
@@ -23,8 +24,9 @@ def plan_lines(experiment: Experiment, done: int) -> list[str]:
     config, dataset = experiment.config, experiment.dataset
     name = marked_synthetic(dataset.name, dataset.synthetic)
     after = f", from round {done + 1}" if done else ""
+    rounds = f"{config.rounds} round{'s' if config.rounds > 1 else ''}"
     rows = [
-        ("method", f"{config.algorithm.name}, {config.rounds} rounds{after}, seed {config.seed}"),
+        ("method", f"{config.algorithm.name}, {rounds}{after}, seed {config.seed}"),
         ("data", f"{name}: {_images(experiment)}"),
         ("clients", ", ".join(_clients(experiment))),
     ]
@@ -69,7 +71,8 @@ def _clients(experiment: Experiment) -> Iterator[str]:
         model = next(iter(simulation.phases.algorithm.clients[group.role].models.values()))
         variables = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), shape))
         size = amount(sum(leaf.size for leaf in jax.tree.leaves(variables["params"])), "")
-        network = getattr(config.model, group.role)
+        one_network = ALGORITHMS[config.algorithm.name].ignores("model.large")
+        network = config.model.small if one_network else getattr(config.model, group.role)
         yield f"{len(group.names)} {group.role} ({network}, {size} parameters)"
 
 
