@@ -169,7 +169,8 @@ def config_of(method: str, **changes: Any) -> RunConfig:
     """Returns the settings of a run of a method.
 
     After its name, ``-masks`` is segmentation with small U-Nets, ``-cnn`` two small CNNs instead of
-    ResNet-20 and ResNet-110, and ``-sweep`` a ResNet-32 instead of the latter.
+    ResNet-20 and ResNet-110, ``-sweep`` a ResNet-32 instead of the latter, and ``-bf16`` networks
+    that compute in bfloat16.
     """
     name, _, kind = method.partition("-")
     config = default_config()
@@ -185,6 +186,8 @@ def config_of(method: str, **changes: Any) -> RunConfig:
         config.model.small = config.model.large = "cnn_large"
     elif kind == "sweep":
         config.model.large = "resnet32"
+    elif kind == "bf16":
+        config.model.compute_dtype = "bfloat16"
     config.update(changes)
     return validate(config)
 

@@ -71,6 +71,7 @@ REST = (
     *("h100/fedhelp-masks/train_large", "h100/fedhelp-masks/evaluate_small"),
     *("v5e/fedhelp/aggregate", "v5e/fedhelp/evaluate_small", "v5e/fedhelp-masks/train_small"),
     *("v5e-4/fedhelp/train_small", "v5e-4/fedavg-cnn/rounds"),
+    *("h100/fedhelp-bf16/train_small", "v5e/fedavg-bf16/train_small"),
 )
 
 
