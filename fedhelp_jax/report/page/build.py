@@ -46,7 +46,7 @@ def write_report(
     else:
         root = folders[0].resolve() if len(folders) == 1 else None
         runs = labelled([read_run(run, details=False) for run in found], root)
-        page = page_of_runs(runs, files)
+        page = page_of_runs(runs, files, out)
     # Imported here because only this needs it.
     from jinja2 import Environment, StrictUndefined
 

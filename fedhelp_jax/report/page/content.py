@@ -7,19 +7,33 @@ from typing import Any, NamedTuple
 from fedhelp_jax.report.page.run_data import RunData
 from fedhelp_jax.typing import Record
 
-_ABOUT = {
-    "balanced_accuracy": (
-        "Balanced accuracy is the share of a class's images that are recognised, averaged over the "
-        "classes. 1 is perfect; guessing gives 1 divided by the number of classes."
+_WORDS = (
+    ("client", "A hospital: its images, which it shows nobody, and its networks."),
+    ("large, small", "Large clients have much data and large networks, small ones little of both."),
+    (
+        "round",
+        "The clients train. Under most methods, they then send weights or other numbers, but no "
+        "images, to a server, which sends back what it makes of them.",
     ),
-    "dice": (
-        "Dice is the overlap of the predicted and the true mask, twice what both share divided by "
-        "the sum of their sizes. 1 is perfect, and 0 is no overlap."
+    ("personal model", "A client's model after training on its own images."),
+    ("global model", "What the server sends: under most methods, the mean of small networks."),
+    ("large model", "A large client's own network, which it never sends."),
+    ("gap", "Large clients' mean minus small clients' mean; below 0, the small ones are better."),
+    (
+        "balanced accuracy",
+        "The share of a class's images that are recognised, averaged over the classes. 1 is "
+        "perfect; guessing gives 1 divided by the number of classes.",
     ),
-}
-_ROLES = (
-    "Large clients have much data and a large network; small clients have little data and a small "
-    "network."
+    (
+        "Dice, IoU",
+        "The overlap of the predicted and the true mask: twice what both share divided by the sum "
+        "of their sizes, or what they share divided by what either covers. 1 is perfect.",
+    ),
+    ("HD95", "How far apart the borders of both masks are, but for the farthest 5 %."),
+    ("AUROC", "How well scores rank the images of a class above the others. 0.5 is guessing."),
+    ("calibration error", "How far the stated confidence is from the share of right answers."),
+    ("macro f1", "The mean over classes of F1, which falls with missed and with wrong findings."),
+    ("loss", "The mean cross-entropy in nats; lower is better."),
 )
 
 ON_VALIDATION = "These are results on validation images; no test image was used."
@@ -33,11 +47,12 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, the value it is sorted by, and its background."""
+    """A cell of a table: its text, the value to sort by, its background, and where it leads."""
 
     text: str
     sort: float | None = None
     shade: str = ""
+    link: str = ""
 
 
 class Table(NamedTuple):
@@ -57,13 +72,14 @@ class Drawn(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A section of the page."""
+    """A section of the page, which may be folded until a reader opens it."""
 
     title: str
     texts: Sequence[str] = ()
     figures: Sequence[Drawn] = ()
     tables: Sequence[Table] = ()
     code: str = ""
+    folded: bool = False
 
 
 class Card(NamedTuple):
@@ -102,9 +118,9 @@ def notes_of(runs: Sequence[RunData]) -> list[str]:
     return notes
 
 
-def explained(metric: str) -> list[str]:
-    """Returns what a reader has to know of the headline metric and the roles of clients."""
-    return [" ".join(filter(None, (_ABOUT.get(metric), _ROLES)))]
+def glossary() -> Section:
+    """Returns the section that explains the words of the page."""
+    return Section("What the words mean", (), (), [table_of_pairs(_WORDS)], folded=True)
 
 
 def metrics_of(client: Record) -> Record:

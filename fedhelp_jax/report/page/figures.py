@@ -180,7 +180,7 @@ def confusions(run: RunData, counts: Mapping[str, np.ndarray]) -> Figure | None:
             for (i, j), number in np.ndenumerate(shown):
                 ink = "white" if share[i, j] > 0.5 else "black"
                 axis.text(j, i, str(number), ha="center", va="center", fontsize=7, color=ink)
-        short = _shortened(run.classes)
+        short = shortened(run.classes)
         axis.set_yticks(range(size), short)
         names = [*short, "none"][:columns]
         axis.set_xticks(range(columns), names, rotation=45, ha="right", rotation_mode="anchor")
@@ -247,7 +247,7 @@ def shares(run: RunData) -> Figure | None:
     stacked = np.allclose(counts.sum(1), total)
     parts = [("", total[order])]
     if stacked:
-        parts = list(zip(_shortened(names), counts[order].T, strict=True))
+        parts = list(zip(shortened(names), counts[order].T, strict=True))
     for number, (name, count) in enumerate(parts):
         colour, hatch = _SHADES[number % len(_SHADES)], "" if number < len(_SHADES) else "///"
         bars = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
@@ -295,10 +295,9 @@ def learning_of_methods(runs: Sequence[RunData]) -> Figure | None:
     _labels(axis, "round", f"small clients, validation {words(runs[0].metric)}")
     _legend(axis)
     left = len(series) - MOST_SERIES
-    caption = (
-        "Mean of the small clients on validation images by round. Bands reach from the lowest to "
-        "the highest seed."
-    )
+    caption = "Mean of the small clients on validation images by round."
+    if len({run.seed for run in runs}) > 1:
+        caption += " Bands reach from the lowest to the highest seed."
     return Figure(
         "methods", caption + (f" {left} methods are not drawn." if left > 0 else ""), canvas, rows
     )
@@ -307,18 +306,27 @@ def learning_of_methods(runs: Sequence[RunData]) -> Figure | None:
 def clients_of_methods(runs: Sequence[RunData]) -> Figure | None:
     """Draws each client's metric under each method, the worst client of the first method first."""
     values: dict[str, dict[str, list[float]]] = {}
+    kinds: dict[str, str] = {}
     for run in runs:
         for client in run.worst_first():
             own = values.setdefault(client["name"], {})
             own.setdefault(run.label, []).append(client["metrics"][run.metric])
+            kinds.setdefault(client["name"], f"{client['role']}, {client.get('n_test')} images")
     methods = list(dict.fromkeys(run.label for run in runs))
     if not values or len(methods) < 2:
         return None
     worst = sorted(values, key=lambda name: np.mean(values[name].get(methods[0], [np.inf])))
     shown = worst[:_MOST_NAMED]
     canvas, axis = _new(1.4 + 0.2 * max(4, len(shown)))
-    for method, (colour, mark, _) in zip(methods, SERIES, strict=False):
-        own = [(np.mean(values[c][method]), i) for i, c in enumerate(shown) if method in values[c]]
+    drawn = min(len(methods), len(SERIES))
+    for number, (method, (colour, mark, _)) in enumerate(zip(methods, SERIES, strict=False)):
+        # Beside each other, so that equal values do not hide each other.
+        aside = 0.5 * (number - (drawn - 1) / 2) / drawn
+        own = [
+            (np.mean(values[c][method]), i + aside)
+            for i, c in enumerate(shown)
+            if method in values[c]
+        ]
         if own:
             axis.plot(
                 *zip(*own, strict=True),
@@ -329,7 +337,7 @@ def clients_of_methods(runs: Sequence[RunData]) -> Figure | None:
                 alpha=0.85,
                 label=method,
             )
-    axis.set_yticks(range(len(shown)), shown)
+    axis.set_yticks(range(len(shown)), [f"{c} ({kinds[c]})" for c in shown])
     axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.grid(color="#dddddd", linewidth=0.6)
     _labels(axis, f"{runs[0].summary.get('split', 'test')} {words(runs[0].metric)}", "")
@@ -425,7 +433,7 @@ def _short(name: str, most: int = 18) -> str:
     return name if len(name) <= most else f"{name[:half]}…{name[len(name) - half + 1 :]}"
 
 
-def _shortened(names: Sequence[str]) -> list[str]:
+def shortened(names: Sequence[str]) -> list[str]:
     """Returns names without the words that all of them begin with, and not too long."""
     common = os.path.commonprefix(list(names)) if len(names) > 1 else ""
     cut = max(common.rfind(mark) + 1 for mark in " _-")

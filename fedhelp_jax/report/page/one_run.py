@@ -19,7 +19,7 @@ from fedhelp_jax.report.page.content import (
     Section,
     Table,
     count_cell,
-    explained,
+    glossary,
     metrics_of,
     notes_of,
     number_cell,
@@ -48,8 +48,8 @@ def page_of_run(run: RunData, changed: Sequence[tuple[str, str, str]], files: Fi
     intervals |= {d.client: numbers.interval_of_mean(d.dice) for d in run.dice}
     sections = [
         Section(
-            "Who gained, who lost",
-            explained(run.metric),
+            "Each client's result",
+            (),
             files.drawn([figures.clients(run, intervals)]),
             _client_tables(run, intervals),
         ),
@@ -60,6 +60,7 @@ def page_of_run(run: RunData, changed: Sequence[tuple[str, str, str]], files: Fi
         _foundation(run),
         _cost(run),
         _trouble(run),
+        glossary(),
         _settings(run, changed),
     ]
     return Page(
@@ -77,12 +78,17 @@ def _cards(run: RunData) -> list[Card]:
     summary = run.summary
     if not summary:
         return []
-    first = next((row for row in run.history if row.get("small_mean") is not None), {})
-    since = f"validation after round {first['round']}: " if first else ""
+    measured = [row for row in run.history if row.get("small_mean") is not None]
     worst = next((c for c in run.worst_first() if c["role"] == "small"), None)
 
     def before(key: str) -> str:
-        return f"{since}{number_text(first.get(key))}" if since else ""
+        if not measured:
+            return ""
+        first, last = measured[0], measured[-1]
+        return (
+            f"on validation {number_text(first.get(key))} after round {first['round']}, "
+            f"{number_text(last.get(key))} after {last['round']}"
+        )
 
     return [
         Card("Small clients, mean", number_text(summary.get("small_mean")), before("small_mean")),
@@ -133,7 +139,7 @@ def _client_tables(run: RunData, intervals: Mapping[str, tuple[float, float]]) -
         row += [number_cell(by_model.get((c["name"], model))) for model in others]
         row += [number_cell(metrics.get(name)) for name in rest]
         rows.append(row)
-    note = "The worst client comes first; a click on a heading sorts by that column."
+    note = "The worst client comes first; click a heading to sort by that column."
     if others:
         kinds = ", ".join(others)
         note += f" The columns of models ({kinds}) have the same metric for each deployed model."
@@ -164,7 +170,8 @@ def _recalls(run: RunData, own: Sequence[Predictions]) -> Table | None:
     """Returns the recall of each class for each client, shaded by its value."""
     if not own:
         return None
-    columns = [Column("client"), Column("role"), *(Column(name, True) for name in run.classes)]
+    short = figures.shortened(run.classes)
+    columns = [Column("client"), Column("role"), *(Column(name, True) for name in short)]
     rows = []
     for p in own:
         table = numbers.confusion(p.logits, p.labels)
@@ -314,7 +321,8 @@ def _settings(run: RunData, changed: Sequence[tuple[str, str, str]]) -> Section:
         f"config = fh.load_run({str(run.folder)!r}).config\n"
         'fh.run(config, "again")'
     )
-    return Section("How to reproduce it", (), (), tables, code if run.config else "")
+    code = code if run.config else ""
+    return Section("How to reproduce it", (), (), tables, code, folded=True)
 
 
 def _sortable(value: Any, missing: float) -> float:

@@ -1,7 +1,9 @@
 """The pages about several runs and about sweeps."""
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from fedhelp_jax.report.page.content import (
     Section,
     Table,
     count_cell,
-    explained,
+    glossary,
     notes_of,
     number_cell,
     number_text,
@@ -25,8 +27,8 @@ from fedhelp_jax.report.page.files import Files
 from fedhelp_jax.report.page.run_data import RunData, SweepData
 
 
-def page_of_runs(runs: Sequence[RunData], files: Files) -> Page:
-    """Returns the page that compares runs, by data set."""
+def page_of_runs(runs: Sequence[RunData], files: Files, out: Path) -> Page:
+    """Returns the page in a folder that compares runs, by data set."""
     sections = []
     datasets = list(dict.fromkeys(run.dataset for run in runs))
     places = list(dict.fromkeys((run.dataset, run.place) for run in runs))
@@ -39,9 +41,8 @@ def page_of_runs(runs: Sequence[RunData], files: Files) -> Page:
         if len(places) > len(datasets):  # a study has several versions of one data set
             title = f"{place}: {title}"
         tables = [_methods(own), *_clients(own)]
-        texts = explained(own[0].metric)
-        sections.append(Section(title, texts, files.drawn(drawn, prefix), tables))
-    sections.append(Section("The runs", (), (), [_runs(runs)]))
+        sections.append(Section(title, _in_words(own), files.drawn(drawn, prefix), tables))
+    sections += [Section("The runs", (), (), [_runs(runs, out)]), glossary()]
     finished = [run for run in runs if run.summary]
     return Page(
         f"{len(dict.fromkeys(r.label for r in runs))} methods on {', '.join(datasets)}"
@@ -52,6 +53,32 @@ def page_of_runs(runs: Sequence[RunData], files: Files) -> Page:
         (),
         sections,
     )
+
+
+def _in_words(runs: Sequence[RunData]) -> list[str]:
+    """Returns what the small clients have under each method, and on how many images."""
+    by_label: dict[str, list[float]] = {}
+    for run in runs:
+        if run.summary.get("small_mean") is not None:
+            by_label.setdefault(run.label, []).append(run.summary["small_mean"])
+    if not by_label:
+        return []
+    means = sorted(((float(np.mean(v)), label) for label, v in by_label.items()), reverse=True)
+    listed = ", ".join(f"{mean:.2f} with {label}" for mean, label in means)
+    images = {
+        c["name"]: c.get("n_test") or 0
+        for run in runs
+        for c in run.worst_first()
+        if c["role"] == "small"
+    }
+    few, many = min(images.values(), default=0), max(images.values(), default=0)
+    seeds = len({run.seed for run in runs})
+    return [
+        f"The {len(images)} small clients have a mean {words(runs[0].metric)} of {listed}. Their "
+        f"test splits have {few:,} to {many:,} images, and there "
+        f"{'are' if seeds > 1 else 'is'} {seeds} seed{'s' if seeds > 1 else ''}: "
+        "a difference may be chance."
+    ]
 
 
 def _methods(runs: Sequence[RunData]) -> Table:
@@ -124,15 +151,16 @@ def _clients(runs: Sequence[RunData]) -> list[Table]:
     if not entries:
         return []
     columns = [Column("client"), Column("role"), Column("training images", True)]
-    columns += [Column(label, True) for label in labels]
+    columns += [Column("test images", True), *(Column(label, True) for label in labels)]
     rows = []
     for name, client in entries.items():
         cells = [
             number_cell(numbers.mean_and_spread(values.get((name, label), ()))[0])
             for label in labels
         ]
-        rows.append([Cell(name), Cell(client["role"]), count_cell(client.get("n_train")), *cells])
-    rows.sort(key=lambda row: min((c.sort for c in row[3:] if c.sort is not None), default=2.0))
+        counts = [count_cell(client.get("n_train")), count_cell(client.get("n_test"))]
+        rows.append([Cell(name), Cell(client["role"]), *counts, *cells])
+    rows.sort(key=lambda row: min((c.sort for c in row[4:] if c.sort is not None), default=2.0))
     note = (
         f"{words(runs[0].metric)} of the model that each client deploys, means over seeds. The "
         "client with the lowest value comes first."
@@ -145,14 +173,18 @@ def _small(run: RunData) -> dict[str, float]:
     return {c["name"]: c["metrics"][run.metric] for c in small}
 
 
-def _runs(runs: Sequence[RunData]) -> Table:
+def _runs(runs: Sequence[RunData], out: Path) -> Table:
+    """Returns a row per run, which leads to the run's own page if there is one."""
     columns = [Column("folder"), Column("method"), Column("data"), Column("seed", True)]
     columns += [Column("rounds", True), Column("small mean", True), Column("worst small", True)]
     columns += [Column("large mean", True), Column("gap", True)]
     rows = []
     for run in runs:
         s, done = run.summary, run.history[-1]["round"] if run.history else 0
-        row = [Cell(str(run.folder)), Cell(run.label), Cell(run.dataset), count_cell(run.seed)]
+        page = run.folder / "report.html"
+        link = Path(os.path.relpath(page, out)).as_posix() if page.exists() else ""
+        row = [Cell(str(run.folder), link=link), Cell(run.label), Cell(run.dataset)]
+        row.append(count_cell(run.seed))
         row.append(count_cell(done))
         keys = ("small_mean", "worst_small", "large_mean", "gap")
         rows.append([*row, *(number_cell(s.get(key)) for key in keys)])
@@ -176,7 +208,7 @@ def page_of_sweep(sweep: SweepData, files: Files) -> Page:
         (),
         [
             Section("What each setting does", (), drawn),
-            Section("The runs", (), (), [Table(columns, rows, "A click on a heading sorts.")]),
+            Section("The runs", (), (), [Table(columns, rows, "Click a heading to sort.")]),
         ],
     )
 
