@@ -164,7 +164,7 @@ def test_a_run_goes_on_without_its_terminal(finished, tmp_path, kept_programs):
 def test_a_full_disk_ends_a_study_at_once(tmp_path, capsys, monkeypatch):
     calls = []
 
-    def train_on_a_full_disk(config, folder, *, split):
+    def train_on_a_full_disk(config, folder, *, split, tells_plan):
         calls.append(folder)
         full()
 

@@ -105,10 +105,11 @@ def prepare_jax(config: "RunConfig", run: Path | None = None) -> "RunConfig":
     """
     import jax
 
-    from fedhelp_jax.core.compilation import keep_programs, protect_process
+    from fedhelp_jax.core.compilation import compile_totals, keep_programs, protect_process
     from fedhelp_jax.data.cache import cache_folder
 
     protect_process()
+    compile_totals()  # counts, and tells with --verbose, from here on
     keep_programs(cache_folder(None) / "compiled")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = min(cores or 1, 8)

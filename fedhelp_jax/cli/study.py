@@ -60,6 +60,9 @@ def _with_study(given: Given, do: Callable[["Study", Path], None]) -> int:
     except runner.Interrupted as stop:
         complain(str(stop))
         return 130
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on with the runs that are missing")
+        return 130
     return 0
 
 

@@ -15,6 +15,7 @@ from fedhelp_jax.cli.process import (
 )
 from fedhelp_jax.cli.report import NO_REPORT, write_at_the_end
 from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.terminal import tell
 
 _MOST_RUNS = 100_000
 
@@ -52,7 +53,7 @@ def _sweep(given: Given) -> int:
                 folder,
                 split=given["split"],
                 runs_at_once=given["runs_at_once"],
-                say=print if distributed.is_coordinator() else lambda text: None,
+                say=tell if distributed.is_coordinator() else lambda text: None,
             )
         except AnswersMissing as error:
             raise teach_first(error, f"--config={given['config']}", *given.rest) from None

@@ -35,6 +35,11 @@ def dispensable_terminal() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def tell(text: str) -> None:
+    """Prints a line at once, also where the output is a file or a pipe."""
+    print(text, flush=True)
+
+
 def is_output_lost() -> bool:
     """Returns whether some output was lost, other than because nobody reads it."""
     with contextlib.suppress(OSError):

@@ -88,6 +88,7 @@ def train(
     *,
     split: str = "test",
     callbacks: Sequence[Callback] = (),
+    tells_plan: bool = True,
 ) -> JsonObject:
     """Starts or resumes a run in a folder.
 
@@ -98,6 +99,7 @@ def train(
       split: The split that the final models are evaluated on; "validation" uses no test image.
       callbacks: Called after every round with its number, its row of ``metrics.jsonl`` and the
         state; if one returns True, the run ends there and is evaluated.
+      tells_plan: Whether to print what the run will do before its first round.
 
     Returns:
       The content of ``summary.json`` in the first process; an empty dict in the others.
@@ -110,11 +112,16 @@ def train(
     """
     _check_together(config, workdir)
     with folder_lock(workdir):
-        return _train(config, workdir, overwrite, split, callbacks)
+        return _train(config, workdir, overwrite, split, callbacks, tells_plan)
 
 
 def _train(
-    config: RunConfig, workdir: Path, overwrite: bool, split: str, callbacks: Sequence[Callback]
+    config: RunConfig,
+    workdir: Path,
+    overwrite: bool,
+    split: str,
+    callbacks: Sequence[Callback],
+    tells_plan: bool,
 ) -> JsonObject:
     settings = dict(configs.flat(configs.to_dict(config)))
     tracking = distributed.run_on_all(lambda: Tracking(config.tracking, workdir, settings))
@@ -153,7 +160,7 @@ def _train(
         nothing = contextlib.nullcontext()
         with _StopRequest() as stop, shown or nothing, tracking if trains else nothing:
             start = done
-            experiment = _compiled(experiment, done, trains, shown)
+            experiment = _compiled(experiment, done, trains, shown, tells_plan)
             at = experiment, checkpointer, workdir, state, done
             done, state = _run_rounds(*at, stop, health, callbacks, shown, tracking)
         before = experiment.compile_s if done == start else 0.0  # else it is in the first round
@@ -323,15 +330,15 @@ def _run_rounds(
 
 
 def _compiled(
-    experiment: Experiment, done: int, training: bool, shown: Progress | None
+    experiment: Experiment, done: int, training: bool, shown: Progress | None, tells_plan: bool
 ) -> Experiment:
     """Says what the run will do, and returns it with its programs compiled."""
     if shown is None:
         return compiled_ahead(experiment, training=training)
-    for line in plan_lines(experiment, done):
+    for line in plan_lines(experiment, done) if tells_plan else ():
         shown.note(line)
     experiment = compiled_ahead(experiment, training=training, told=shown.compiling)
-    if jax.process_count() == 1:  # what was compiled has been traced
+    if tells_plan and jax.process_count() == 1:  # what was compiled has been traced
         shown.note(payload_line(experiment))
     return experiment
 

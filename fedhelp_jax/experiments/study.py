@@ -25,6 +25,7 @@ from ml_collections import config_dict
 from fedhelp_jax.core.errors import UserError, suggest
 from fedhelp_jax.core.locks import folder_lock
 from fedhelp_jax.core.storage import StorageError, storage_errors
+from fedhelp_jax.core.terminal import tell
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments import identity, runner
 from fedhelp_jax.experiments.config import RunConfig
@@ -409,7 +410,7 @@ def _is_done(cell: Cell) -> bool:
     )
 
 
-def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> Failures:
+def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = tell) -> Failures:
     """Makes the unfinished runs; returns those that failed, with their errors."""
     missing = [cell for cell in cells if not _is_done(cell)]
     if len(missing) < len(cells):
@@ -426,7 +427,7 @@ def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = print) -> F
         try:
             split = "test" if cell.trial is None else "validation"
             with storage_errors():
-                runner.train(cell.config, cell.folder, split=split)
+                runner.train(cell.config, cell.folder, split=split, tells_plan=False)
         except StorageError:
             raise  # the next run would fail in the same way after its first rounds
         except UserError as error:

@@ -145,9 +145,8 @@ def _made(
     if runs:
         compiled = compile_totals()
         say(
-            f"{len(runs)} runs in {duration(time.monotonic() - started)}; compiled "
-            f"{compiled.programs - before.programs} programs in "
-            f"{compiled.seconds - before.seconds:.1f} s"
+            f"{len(runs)} runs in {duration(time.monotonic() - started)}, of which compiling took "
+            f"{duration(compiled.seconds - before.seconds)}"
         )
 
 

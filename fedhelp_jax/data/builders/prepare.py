@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from fedhelp_jax.core.errors import UserError, suggest
 from fedhelp_jax.core.locks import exclusive_lock
 from fedhelp_jax.core.storage import StorageError, storage_fault
+from fedhelp_jax.core.terminal import tell
 from fedhelp_jax.data.builders import BUILDERS, catalogue
 from fedhelp_jax.data.builders.base import QUARANTINE, Builder
 from fedhelp_jax.data.builders.fetch import fetch
@@ -72,7 +73,7 @@ def prepare(
     name: str,
     manual_dir: str | None,
     data_dir: str | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tell,
     *,
     allow_repacked: bool = False,
     on_bad_example: str = "refuse",
