@@ -12,7 +12,7 @@ DEMO := runs/demo
 RUN := $(BIN)/fedhelp train --config=configs/quickstart.py --config.mapping.cpu_devices=1
 demo: .venv/.core
 	@mkdir -p $(DEMO)
-	$(RUN) --workdir=$(DEMO)/local --config.algorithm.name=local > $(DEMO)/local.log 2>&1 & \
+	@$(RUN) --workdir=$(DEMO)/local --config.algorithm.name=local > $(DEMO)/local.log 2>&1 & \
 	local=$$!; trap "kill $$local 2>/dev/null" EXIT; \
 	$(RUN) --workdir=$(DEMO)/fedhelp && wait $$local || { cat $(DEMO)/local.log; exit 1; }
 	$(BIN)/fedhelp show $(DEMO)/fedhelp $(DEMO)/local

@@ -28,6 +28,7 @@ def main(folder: Path, count: int = 400) -> None:
             Image.fromarray(pixels).save(folder / name, quality=95)
             diagnosis = data.label_names[int(data.labels[i])]
             table.writerow([name, diagnosis, site[i], f"{site[i]}-{i // 2}"])
+    print(f"written: {count} synthetic pictures and {folder / 'findings.csv'}")
 
 
 if __name__ == "__main__":

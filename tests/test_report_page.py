@@ -164,7 +164,7 @@ def test_several_folders_need_a_place_for_the_page(study, tmp_path):
     folders = [study / "data" / method / "seed0" for method in ("fedhelp", "local")]
     assert "--out" in refusal(lambda: report(folders))
     assert report(folders, tmp_path) == tmp_path / "report.html"
-    assert "no run is there" in refusal(lambda: report([tmp_path / "empty"]))
+    assert "holds no run" in refusal(lambda: report([tmp_path / "empty"]))
 
 
 @pytest.fixture(scope="module")

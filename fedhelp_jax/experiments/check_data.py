@@ -41,7 +41,9 @@ def check_data(config: RunConfig, folder: Path | None, say: Callable[[str], None
         for line in _public(public):
             say(line)
     bad = [*dataset.left_out, *(() if public is None else public.left_out)]
-    if bad:
+    if not bad:
+        say("\nunusable: none")
+    else:
         say(f"\nunusable: {len(bad)} (data.on_bad_example = {config.data.on_bad_example})")
         for example in bad[:_MOST_REASONS]:
             say(f"  {example.reason}")

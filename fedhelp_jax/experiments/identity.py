@@ -65,6 +65,8 @@ def changes(before: Record, after: Record) -> tuple[str, ...]:
     """Returns the same as `differences`, given two dicts that `identity` returned."""
     old, new = dict(configs.flat(before)), dict(configs.flat(after))
     keys = [*old, *(key for key in new if key not in old)]
+    if old.get("algorithm.name") != new.get("algorithm.name"):  # another method has other settings
+        keys = [key for key in keys if not key.startswith("algorithm.settings.")]
     return tuple(
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in keys

@@ -12,6 +12,7 @@ from fedhelp_jax.report.console import amount, marked_synthetic
 
 _WIDTH = 80
 _INDENT = 10
+_GLUE = "\0"
 
 
 def plan_lines(experiment: Experiment, done: int) -> list[str]:
@@ -50,7 +51,7 @@ def plan_lines(experiment: Experiment, done: int) -> list[str]:
 def payload_line(experiment: Experiment) -> str:
     """Returns the bytes that a client of each role exchanges in a round."""
     parts = [
-        f"a {role} client sends {amount(up)} and receives {amount(down)}"
+        f"a {role} client sends {_whole(amount(up))} and receives {_whole(amount(down))}"
         for role, (up, down) in experiment.simulation.payload_bytes().items()
     ]
     return "\n".join(_wrapped("a round", ", ".join(parts)))
@@ -70,12 +71,17 @@ def _clients(experiment: Experiment) -> Iterator[str]:
     for group in simulation.groups:
         model = next(iter(simulation.phases.algorithm.clients[group.role].models.values()))
         variables = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), shape))
-        size = amount(sum(leaf.size for leaf in jax.tree.leaves(variables["params"])), "")
+        size = _whole(amount(sum(x.size for x in jax.tree.leaves(variables["params"])), ""))
         one_network = ALGORITHMS[config.algorithm.name].ignores("model.large")
         network = config.model.small if one_network else getattr(config.model, group.role)
-        yield f"{len(group.names)} {group.role} ({network}, {size} parameters)"
+        yield f"{len(group.names)} {group.role} ({network}, {size}{_GLUE}parameters)"
+
+
+def _whole(text: str) -> str:
+    """Returns a text that no line break may divide; `_wrapped` gives it its spaces back."""
+    return text.replace(" ", _GLUE)
 
 
 def _wrapped(head: str, text: str) -> list[str]:
-    lines = textwrap.wrap(text, _WIDTH - _INDENT) or [""]
+    lines = [line.replace(_GLUE, " ") for line in textwrap.wrap(text, _WIDTH - _INDENT)] or [""]
     return [f"{head if i == 0 else '':<{_INDENT}}{line}" for i, line in enumerate(lines)]

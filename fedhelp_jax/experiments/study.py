@@ -366,7 +366,10 @@ def _check(study: Study) -> None:
         _checked_name("methods", label)
     if study.reference not in study.methods:
         known = suggest(study.reference, study.methods)
-        raise UserError(f"reference = {study.reference!r} must be one of methods{known}")
+        raise UserError(
+            f"reference = {study.reference!r} is the method that others are tested against, and "
+            f"must be one of methods ({', '.join(study.methods)}){known}"
+        )
     if study.grids:
         uneven = set(study.grids) ^ set(study.methods)
         if uneven:

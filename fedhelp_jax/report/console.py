@@ -179,7 +179,7 @@ def print_summary(summary: Record, console: Console | None = None) -> None:
     console.print(with_metrics(names[:fitting]))
     if fitting < len(names):
         left_out = ", ".join(name.replace("_", " ") for name in names[fitting:])
-        console.print(f"Too wide for this terminal, see clients.csv: {left_out}")
+        console.print(f"Too wide for this terminal, see clients.csv: {left_out}\n")
     groups = Table(title=_metric(summary), box=box.SIMPLE_HEAD, title_justify="left")
     groups.add_column("group", no_wrap=True)
     groups.add_column("", justify="right")

@@ -37,7 +37,9 @@ def write_report(
     sweep = read_sweep(folders[0]) if len(folders) == 1 and not found else None
     if not found and sweep is None:
         named = ", ".join(map(str, folders))
-        raise UserError(f"{named}: no run is there (config.json, metrics.jsonl or summary.json)")
+        raise UserError(
+            f"{named}: holds no run, which has a config.json, metrics.jsonl or summary.json"
+        )
     files = Files(out / FOLDER)
     if sweep is not None:
         page = page_of_sweep(sweep, files)

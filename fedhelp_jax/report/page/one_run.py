@@ -163,7 +163,19 @@ def _answers(run: RunData, own: Sequence[Predictions], files: Files) -> Section:
     }
     drawn = files.drawn([figures.confusions(run, counts), figures.calibration(bins)])
     tables = [_recalls(run, own), _thresholds(run, own)]
-    return Section("What was confused", (), drawn, [t for t in tables if t is not None])
+    texts = [_predicted(role, found, run.classes) for role, found in counts.items()]
+    return Section("What was confused", texts, drawn, [t for t in tables if t is not None])
+
+
+def _predicted(role: str, counts: np.ndarray, classes: Sequence[str]) -> str:
+    """Returns which class the models of a role name most often, and how many they never name."""
+    named = counts[:, : len(classes)].sum(0)
+    often, never = int(named.argmax()), int((named == 0).sum())
+    return (
+        f"The models of {role} clients call {named[often]:,} of {counts.sum():,} images "
+        f"{classes[often]!r}, as {counts[often].sum():,} are."
+        + (f" They never name {never} of the {len(classes)} classes." if never else "")
+    )
 
 
 def _recalls(run: RunData, own: Sequence[Predictions]) -> Table | None:
