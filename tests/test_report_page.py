@@ -65,6 +65,19 @@ def test_it_says_what_the_summary_says_the_worst_client_first(run, page):
     assert "Synthetic data" in text and "The foundation model is simulated." in text
 
 
+def test_it_says_what_the_models_mostly_answer(run, page):
+    found, classes = read_predictions(run / PREDICTIONS)
+    small = [p for p in found if (p.role, p.model, p.split) == ("small", "personal", "test")]
+    answers = np.concatenate([p.logits.argmax(-1) for p in small])
+    labels = np.concatenate([p.labels for p in small])
+    often = np.bincount(answers).argmax()
+    words = (
+        f"The models of small clients answer {classes[often]} for {(answers == often).sum()} of "
+        f"{len(answers)} images; {(labels == often).sum()} images are of that class."
+    )
+    assert words in text_of(page)
+
+
 def test_it_needs_nothing_but_itself(page):
     text = text_of(page)
     for word in ("http://", "https://"):

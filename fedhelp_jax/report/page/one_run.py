@@ -172,8 +172,8 @@ def _predicted(role: str, counts: np.ndarray, classes: Sequence[str]) -> str:
     named = counts[:, : len(classes)].sum(0)
     often, never = int(named.argmax()), int((named == 0).sum())
     return (
-        f"The models of {role} clients call {named[often]:,} of {counts.sum():,} images "
-        f"{classes[often]!r}, as {counts[often].sum():,} are."
+        f"The models of {role} clients answer {classes[often]} for {named[often]:,} of "
+        f"{counts.sum():,} images; {counts[often].sum():,} images are of that class."
         + (f" They never name {never} of the {len(classes)} classes." if never else "")
     )
 
