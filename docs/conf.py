@@ -10,7 +10,6 @@ html_title = f"{project} {version}"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -24,11 +23,9 @@ default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autosummary_generate = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 # Notebooks are run when the site is built, and an error in one of them ends the build.

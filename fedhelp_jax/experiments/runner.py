@@ -47,7 +47,7 @@ from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write
 from fedhelp_jax.report.console import Progress
 from fedhelp_jax.report.dice import DICE
 from fedhelp_jax.report.masks import PICTURES, final_masks, merged
-from fedhelp_jax.report.page import build as page
+from fedhelp_jax.report.page import files as page
 from fedhelp_jax.report.predictions import PREDICTIONS
 from fedhelp_jax.report.summary import (
     client_rows,

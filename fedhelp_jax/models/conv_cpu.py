@@ -90,8 +90,7 @@ def value(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Arr
     """Returns what `fedhelp_jax.models.conv.conv` returns."""
     dtype = x.dtype
     x, kernel = _widened(x, kernel.astype(dtype))
-    if kernel.nbytes > _KEPT_BYTES:
-        x, kernel = lax.optimization_barrier((x, kernel))
+    x, kernel = _made_when_needed(x, kernel)
     plan = _make_plan(x, kernel, stride, padding)
     compute = _value if _fits(plan, kernel) else _value_by_offset
     out, _ = _over_images(plan, kernel, lambda x: (compute(plan, x, kernel), ()), x)
@@ -104,14 +103,18 @@ def gradients(
     """Returns the gradients with respect to x, of its dtype, and to the kernel, not narrowed."""
     dtype = x.dtype
     x, kernel, out_grad = _widened(x, kernel.astype(dtype), out_grad)
-    if kernel.nbytes > _KEPT_BYTES:
-        kernel, out_grad = lax.optimization_barrier((kernel, out_grad))
+    out_grad, kernel = _made_when_needed(out_grad, kernel)
     plan = _make_plan(x, kernel, stride, padding)
     compute = _gradients if _fits(plan, kernel) else _gradients_by_offset
     x_grad, kernel_grad = _over_images(
         plan, kernel, lambda x, grad: compute(plan, x, kernel, grad), x, out_grad
     )
     return x_grad.astype(dtype), kernel_grad
+
+
+def _made_when_needed(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns both; what is made from a large kernel is not made before x is there."""
+    return lax.optimization_barrier((x, kernel)) if kernel.nbytes > _KEPT_BYTES else (x, kernel)
 
 
 def _widened(*arrays: jax.Array) -> list[jax.Array]:

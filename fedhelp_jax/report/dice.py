@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.core.storage import replaced
+from fedhelp_jax.report import run_files
 
 DICE = "dice.csv"
 
@@ -57,13 +57,12 @@ def dice_of_examples(predicted: np.ndarray, truth: np.ndarray, classes: int) -> 
 
 def write_dice(path: Path, found: Sequence[ExampleDice]) -> None:
     """Writes one row per client and test image: ``client, role, example, dice``."""
-    with replaced(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_KEYS)
-        for own in found:
-            for example, dice in zip(own.examples.tolist(), own.dice.tolist(), strict=True):
-                value = "" if np.isnan(dice) else f"{dice:.6g}"
-                writer.writerow((own.client, own.role, example, value))
+    rows = [
+        (own.client, own.role, example, None if np.isnan(dice) else f"{dice:.6g}")
+        for own in found
+        for example, dice in zip(own.examples.tolist(), own.dice.tolist(), strict=True)
+    ]
+    run_files.write_csv(path, _KEYS, [dict(zip(_KEYS, row, strict=True)) for row in rows])
 
 
 def read_dice(path: Path) -> list[ExampleDice]:

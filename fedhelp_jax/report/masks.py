@@ -57,7 +57,8 @@ def final_masks(
             by_example.append(ExampleDice(client, group.role, examples, values))
             if folder is not None and number < _SHOWN_CLIENTS:
                 predicted = np.where(predicted == NO_CLASS, 0, predicted)
-                dice = np.where(unanswered, 0, _dice(predicted > 0, truth > 0))
+                dice = np.nan_to_num(dice_of_examples(predicted > 0, truth > 0, 1), nan=1.0)
+                dice = np.where(unanswered, 0, dice)
                 order = np.argsort(dice, kind="stable")
                 for place, word in ((order[len(order) // 2], "middle"), (order[0], "worst")):
                     name = f"{client}, {word} of {len(order)}"
@@ -88,13 +89,6 @@ def _pixels(image: np.ndarray) -> np.ndarray:
         return image
     low, high = np.percentile(image, (1, 99))
     return np.rint(255 * ((image - low) / ((high - low) or 1)).clip(0, 1)).astype(np.uint8)
-
-
-def _dice(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Returns the Dice ``[n]`` of the whole foreground; 1 if neither mask has any."""
-    axes = tuple(range(1, truth.ndim))
-    both, either = (predicted & truth).sum(axes), predicted.sum(axes) + truth.sum(axes)
-    return np.where(either > 0, 2 * both / np.maximum(either, 1), 1.0)
 
 
 def merged(results: Any, found: dict[str, dict[str, np.ndarray]]) -> Any:

@@ -6,12 +6,10 @@ from pathlib import Path
 
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.report import run_files
-from fedhelp_jax.report.page.files import Files
+from fedhelp_jax.report.page.files import FOLDER, PAGE, Files
 from fedhelp_jax.report.page.one_run import page_of_run
 from fedhelp_jax.report.page.run_data import find_runs, labelled, read_run, read_sweep
 from fedhelp_jax.report.page.several_runs import page_of_runs, page_of_sweep
-
-PAGE, FOLDER = "report.html", "report"
 
 
 def write_report(

@@ -9,6 +9,8 @@ from fedhelp_jax.report import run_files
 from fedhelp_jax.report.page.content import Drawn
 from fedhelp_jax.report.page.figures import Figure
 
+PAGE, FOLDER = "report.html", "report"
+
 
 class Files:
     """Writes each figure as SVG and PNG and its numbers as CSV, and returns its markup."""

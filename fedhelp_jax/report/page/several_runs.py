@@ -23,7 +23,7 @@ from fedhelp_jax.report.page.content import (
     number_text,
 )
 from fedhelp_jax.report.page.figures import words
-from fedhelp_jax.report.page.files import Files
+from fedhelp_jax.report.page.files import PAGE, Files
 from fedhelp_jax.report.page.run_data import RunData, SweepData
 
 
@@ -181,7 +181,7 @@ def _runs(runs: Sequence[RunData], out: Path) -> Table:
     rows = []
     for run in runs:
         s, done = run.summary, run.history[-1]["round"] if run.history else 0
-        page = run.folder / "report.html"
+        page = run.folder / PAGE
         link = Path(os.path.relpath(page, out)).as_posix() if page.exists() else ""
         row = [Cell(str(run.folder), link=link), Cell(run.label), Cell(run.dataset)]
         row.append(count_cell(run.seed))
