@@ -198,7 +198,7 @@ def _underscored(command: Command, arguments: Sequence[str]) -> list[str]:
     for word in arguments:
         name, equals, value = word.partition("=")
         spelt = name.lstrip("-").replace("-", "_")
-        if name.startswith("--") and spelt.removeprefix("no") in known | {spelt} & known:
+        if name.startswith("--") and {spelt, spelt.removeprefix("no")} & known:
             word = f"--{spelt}{equals}{value}"
         changed.append(word)
     return changed
