@@ -451,6 +451,22 @@ def test_a_quiet_run_prints_nothing_but_warnings(tmp_path, runner, capfd, caplog
     assert "the progress" in capfd.readouterr().out
 
 
+def test_a_warning_is_printed_once_though_a_library_sets_up_logging(
+    tmp_path, runner, capfd, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those of pytest, as in a shell
+
+    def warns(config, workdir, *, overwrite):
+        logging.basicConfig()
+        logging.getLogger("fedhelp_jax.data").warning("a client diverged")
+        return types.SimpleNamespace(summary={"algorithm": "fedhelp", "per_client": []})
+
+    runner.becomes(warns)
+    assert train(tmp_path) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if "diverged" in line] == ["a client diverged"]
+
+
 @pytest.mark.parametrize("flag", ["--verbose", "-v"])
 def test_a_verbose_run_tells_what_it_reads_and_where_an_error_arose(tmp_path, runner, capfd, flag):
     def fails(config, workdir, *, overwrite):
@@ -465,6 +481,12 @@ def test_a_verbose_run_tells_what_it_reads_and_where_an_error_arose(tmp_path, ru
     assert err.endswith("\nfedhelp: data.path: is empty\n")
     assert train(tmp_path) == 2
     assert capfd.readouterr().err == "fedhelp: data.path: is empty\n"
+
+
+@pytest.mark.parametrize("flag", ["--no_report", "--no-report"])
+def test_a_flag_may_be_written_with_hyphens(tmp_path, runner, capfd, flag):
+    assert train(tmp_path, flag) == 0
+    assert "report" not in capfd.readouterr().out
 
 
 def test_quiet_and_verbose_together_are_refused(tmp_path, runner, capsys):

@@ -38,8 +38,8 @@ def as_loud_as_asked(given: Given) -> Iterator[None]:
         if quiet:
             null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(null))
-        if verbose:
-            stack.enter_context(_details())
+        if verbose or not logging.getLogger().handlers:  # else the calling program shows warnings
+            stack.enter_context(_printed_log(verbose=bool(verbose)))
         try:
             yield
         except (UserError, Failure, OSError):
@@ -49,13 +49,18 @@ def as_loud_as_asked(given: Given) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _details() -> Iterator[None]:
-    """Prints what the package logs, with the time of day, and not only its warnings."""
+def _printed_log(verbose: bool) -> Iterator[None]:
+    """Prints the package's warnings, and with ``verbose`` all that it logs with the time of day.
+
+    The log is not passed on, since a library that is imported later may set up logging and would
+    print each warning again, in its own form.
+    """
     log, handler = logging.getLogger("fedhelp_jax"), _Printed()
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     before, log.propagate = (log.level, log.propagate), False
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    if verbose:
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        log.setLevel(logging.INFO)
     try:
         yield
     finally:
