@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fedhelp_jax.report.page.run_data import RunData
+from fedhelp_jax.report.run_data import RunData
 from fedhelp_jax.typing import JsonObject, Record
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Colours of Okabe and Ito, which colour-blind readers can distinguish; marks serve print.
 COLOURS = {"small": "#0072B2", "large": "#D55E00"}
 MARKS = {"small": "o", "large": "s"}
+_MOST_TICKS = 20
 SERIES = (
     ("#0072B2", "o", "-"),
     ("#D55E00", "s", "--"),
@@ -371,8 +372,11 @@ def swept(name: str, rows: Sequence[Record]) -> Figure | None:
             axis.plot([place] * len(known), known, mark, color=colour, alpha=0.3, ms=3)
             means.append(float(np.mean(known)) if known else np.nan)
             points += [{name: value, "score": key, "value": v} for v in known]
-        axis.plot(means, color=colour, marker=mark, linestyle=line, ms=5, label=label)
-    axis.set_xticks(range(len(values)), [_short(str(v)) for v in values])
+        # A line would suggest that there is something between two seeds.
+        joined = "" if name == "seed" else line
+        axis.plot(means, color=colour, marker=mark, linestyle=joined, ms=5, label=label)
+    shown = range(0, len(values), -(-len(values) // _MOST_TICKS))
+    axis.set_xticks(shown, [_short(str(values[place])) for place in shown])
     _labels(axis, name, words(str(rows[0].get("metric", ""))))
     _legend(axis)
     caption = f"Small dots are single runs, large marks their means for each value of {name}."
