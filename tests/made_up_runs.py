@@ -1,11 +1,11 @@
 """Makes run folders with random numbers, in which no network was trained."""
 
+import itertools
 import json
 
 import numpy as np
 
-from fedhelp_jax.report import run_files
-from fedhelp_jax.report.page import numbers
+from fedhelp_jax.report import numbers, run_files
 from fedhelp_jax.report.predictions import PREDICTIONS, Predictions, write_predictions
 
 METRIC = "balanced_accuracy"
@@ -16,6 +16,7 @@ def make_run(
 ):
     """Writes the files of a finished run; ``lift`` makes its models better."""
     rng = np.random.default_rng((seed, sum(map(ord, method))))
+    truth = np.random.default_rng(seed)  # the labels are the same under every method
     folder.mkdir(parents=True, exist_ok=True)
     label_names = [f"class {i} of a long name" for i in range(classes)]
     names = {
@@ -23,16 +24,17 @@ def make_run(
         "large": [f"centre_{i:03d}" for i in range(large)],
     }
     predictions, clients, entries, shares = [], [], [], []
+    numbered = itertools.count(1_000_000 * seed)  # each seed tests on other patients
     for role, own in names.items():
         for name in own:
             for split, count in (("validation", images // 2), ("test", images)):
-                labels = rng.integers(0, classes, count)
+                examples = np.array(list(itertools.islice(numbered, count)))
+                labels = truth.integers(0, classes, count)
                 logits = rng.normal(size=(count, classes))
                 strength = (1.5 if role == "large" else 0.8) + lift
                 logits[np.arange(count), labels] += strength * rng.uniform(0.5, 1.5)
                 for model, noise in (("personal", 0.0), ("global", 0.5)):
                     noisy = logits + noise * rng.normal(size=logits.shape)
-                    examples = np.arange(count)
                     predictions.append(
                         Predictions(name, role, model, split, examples, labels, noisy)
                     )

@@ -18,8 +18,7 @@ from made_up_runs import METRIC, make_run
 from PIL import Image
 
 from fedhelp_jax.experiments.reporting import report, report_at_the_end
-from fedhelp_jax.report import run_files
-from fedhelp_jax.report.page import numbers
+from fedhelp_jax.report import numbers, run_files
 from fedhelp_jax.report.predictions import PREDICTIONS, read_predictions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -169,7 +168,8 @@ def test_a_study_shows_each_client_under_each_method(study):
             for c in s["per_client"]
             if c["name"] == client["name"]
         ]
-        (row,) = [row for row in rows if f">{client['name']}<" in row]
+        row, verdict = [row for row in rows if f">{client['name']}<" in row]
+        assert re.search(r"(gains|loses|cannot be told): [+-]0\.\d+", verdict)
         assert f">{np.mean(values):.3f}<" in row
 
 

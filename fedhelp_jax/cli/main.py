@@ -21,12 +21,13 @@ from fedhelp_jax.cli.study import COMPARE, TUNE
 from fedhelp_jax.cli.sweep import SWEEP
 from fedhelp_jax.cli.teach import TEACH
 from fedhelp_jax.cli.train import EVALUATE, TRAIN
+from fedhelp_jax.cli.verdict import VERDICT
 from fedhelp_jax.core.errors import Failure, UserError, suggest
 from fedhelp_jax.core.storage import StorageError, storage_errors
 from fedhelp_jax.core.terminal import dispensable_terminal
 
 COMMANDS: tuple[Command, ...] = (
-    *(TRAIN, TEACH, EVALUATE, SHOW, REPORT, COMPARE, TUNE, SWEEP),
+    *(TRAIN, TEACH, EVALUATE, SHOW, REPORT, VERDICT, COMPARE, TUNE, SWEEP),
     *(LIST, DATA_LIST, DESCRIBE, PREPARE, CHECK),
 )
 _HELP = ("--help", "-h", "-help")

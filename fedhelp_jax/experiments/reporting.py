@@ -1,14 +1,19 @@
-"""Writes the report of runs, studies and sweeps (`fedhelp_jax.report.page`)."""
+"""Reports on runs, studies and sweeps (`fedhelp_jax.report`): the page, and the verdict."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.errors import UserError, suggest
 from fedhelp_jax.core.storage import StorageError
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.report.page.build import write_report
+from fedhelp_jax.report.run_data import read_runs
+from fedhelp_jax.report.tables import print_grid
+from fedhelp_jax.report.verdict import told
+from fedhelp_jax.report.verdict.judge import judge
+from fedhelp_jax.report.verdict.rules import ALONE
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +35,46 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     if out is None and len(folders) != 1:
         raise UserError("several folders are given: name the folder for the report by --out")
     return write_report(folders, out or folders[0], changed=_changed)
+
+
+def verdict(
+    folders: Sequence[Path], against: str | None, rule: str, out: Path | None = None
+) -> Path:
+    """Prints which hospitals gain over an alternative and which lose, and writes ``verdict.csv``.
+
+    Args:
+      folders: Folders of runs or studies.
+      against: Label of the alternative; None takes `ALONE`.
+      rule: What a hospital deploys, one of `fedhelp_jax.report.verdict.rules.RULES`.
+      out: The folder to write to; None takes the folder itself if there is only one.
+
+    Returns:
+      The path of the table.
+
+    Raises:
+      UserError: If there are no two finished runs to compare, or several folders but no ``out``.
+    """
+    against = against or ALONE
+    if out is None and len(folders) != 1:
+        raise UserError("several folders are given: name the folder for verdict.csv by --out")
+    runs = read_runs(folders)
+    labels = list(dict.fromkeys(run.label for run in runs))
+    if against not in labels:
+        raise UserError(
+            f"--against={against}: no run is of that method; there are {', '.join(labels)}"
+            f"{suggest(against, labels)}"
+        )
+    verdicts = judge(runs, against, rule)
+    if not verdicts:
+        raise UserError(
+            f"no method has a finished run with predictions on the data and seed of a run of "
+            f"{against}"
+        )
+    for grid in told.grids(verdicts, against):
+        print_grid(grid)
+    path = (out or folders[0]) / told.VERDICT
+    told.write_verdicts(path, verdicts, against, rule)
+    return path
 
 
 def report_at_the_end(folder: Path) -> Path | None:

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
-from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.report import run_files
 from fedhelp_jax.report.page.files import FOLDER, PAGE, Files
 from fedhelp_jax.report.page.one_run import page_of_run
-from fedhelp_jax.report.page.run_data import find_runs, labelled, read_run, read_sweep
 from fedhelp_jax.report.page.several_runs import page_of_runs, page_of_sweep
+from fedhelp_jax.report.run_data import find_runs, read_run, read_runs, read_sweep
 
 
 def write_report(
@@ -33,20 +32,13 @@ def write_report(
     """
     found = list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
     sweep = read_sweep(folders[0]) if len(folders) == 1 and not found else None
-    if not found and sweep is None:
-        named = ", ".join(map(str, folders))
-        raise UserError(
-            f"{named}: holds no run, which has a config.json, metrics.jsonl or summary.json"
-        )
     files = Files(out / FOLDER)
     if sweep is not None:
         page = page_of_sweep(sweep, files)
     elif len(found) == 1:
         page = page_of_run(read_run(found[0]), changed(found[0]), files)
     else:
-        root = folders[0].resolve() if len(folders) == 1 else None
-        runs = labelled([read_run(run, details=False) for run in found], root)
-        page = page_of_runs(runs, files, out)
+        page = page_of_runs(read_runs(folders), files, out)
     # Imported here because only this needs it.
     from jinja2 import Environment, StrictUndefined
 

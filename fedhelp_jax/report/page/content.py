@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fedhelp_jax.report.page.run_data import RunData
+import numpy as np
+
+from fedhelp_jax.report.run_data import RunData
 from fedhelp_jax.typing import Record
 
 _WORDS = (
@@ -35,6 +37,8 @@ _WORDS = (
     ("macro f1", "The mean over classes of F1, which falls with missed and with wrong findings."),
     ("loss", "The mean cross-entropy in nats; lower is better."),
 )
+
+_WORSE, _BETTER = (213, 94, 0), (0, 114, 178)
 
 ON_VALIDATION = "These are results on validation images; no test image was used."
 
@@ -151,3 +155,11 @@ def number_cell(value: Any, *, sign: bool = False) -> Cell:
 def count_cell(value: Any) -> Cell:
     """Returns the cell of a whole number, which may be unknown."""
     return Cell("-") if value is None else Cell(f"{value:,}", float(value))
+
+
+def shade(share: float) -> str:
+    """Returns a pale background between orange (0) and blue (1)."""
+    low, high = np.array(_WORSE), np.array(_BETTER)
+    strong = abs(share - 0.5) * 2
+    colour = 255 - (255 - (low if share < 0.5 else high)) * 0.35 * strong
+    return "rgb({:.0f},{:.0f},{:.0f})".format(*colour)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fedhelp_jax.report import numbers
 from fedhelp_jax.report.console import amount, duration, marked_synthetic
 from fedhelp_jax.report.dice import DICE
-from fedhelp_jax.report.page import figures, numbers
+from fedhelp_jax.report.page import figures
 from fedhelp_jax.report.page.content import (
     Card,
     Cell,
@@ -24,18 +25,18 @@ from fedhelp_jax.report.page.content import (
     notes_of,
     number_cell,
     number_text,
+    shade,
     table_of_pairs,
 )
 from fedhelp_jax.report.page.figures import words
 from fedhelp_jax.report.page.files import Files
-from fedhelp_jax.report.page.run_data import RunData
 from fedhelp_jax.report.predictions import Predictions
+from fedhelp_jax.report.run_data import RunData
 from fedhelp_jax.simulation.divergence import NON_FINITE
 
 _MOST_PICTURES = 6
 _MOST_IMAGES = 10
 _LARGEST_PICTURE = 1_000_000  # bytes
-_WORSE, _BETTER = (213, 94, 0), (0, 114, 178)
 
 
 def page_of_run(run: RunData, changed: Sequence[tuple[str, str, str]], files: Files) -> Page:
@@ -190,7 +191,7 @@ def _recalls(run: RunData, own: Sequence[Predictions]) -> Table | None:
         cells = [
             Cell("-")
             if math.isnan(recall)
-            else Cell(f"{recall:.2f} of {total}", recall, _shade(recall))
+            else Cell(f"{recall:.2f} of {total}", recall, shade(recall))
             for recall, total in zip(numbers.recalls(table), table.sum(1), strict=True)
         ]
         rows.append([Cell(p.client), Cell(p.role), *cells])
@@ -339,11 +340,3 @@ def _settings(run: RunData, changed: Sequence[tuple[str, str, str]]) -> Section:
 
 def _sortable(value: Any, missing: float) -> float:
     return missing if value is None or not math.isfinite(value) else float(value)
-
-
-def _shade(share: float) -> str:
-    """Returns a pale background between orange (0) and blue (1)."""
-    low, high = np.array(_WORSE), np.array(_BETTER)
-    strong = abs(share - 0.5) * 2
-    colour = 255 - (255 - (low if share < 0.5 else high)) * 0.35 * strong
-    return "rgb({:.0f},{:.0f},{:.0f})".format(*colour)

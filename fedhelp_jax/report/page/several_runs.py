@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fedhelp_jax.report import numbers
 from fedhelp_jax.report.console import amount, duration, marked_synthetic
-from fedhelp_jax.report.page import figures, numbers
+from fedhelp_jax.report.page import figures
 from fedhelp_jax.report.page.content import (
     ON_VALIDATION,
     Cell,
@@ -21,10 +22,13 @@ from fedhelp_jax.report.page.content import (
     notes_of,
     number_cell,
     number_text,
+    shade,
 )
 from fedhelp_jax.report.page.figures import words
 from fedhelp_jax.report.page.files import PAGE, Files
-from fedhelp_jax.report.page.run_data import RunData, SweepData
+from fedhelp_jax.report.run_data import RunData, SweepData
+from fedhelp_jax.report.verdict.judge import ALL, judge
+from fedhelp_jax.report.verdict.rules import ALONE
 
 
 def page_of_runs(runs: Sequence[RunData], files: Files, out: Path) -> Page:
@@ -40,7 +44,7 @@ def page_of_runs(runs: Sequence[RunData], files: Files, out: Path) -> Page:
         title = marked_synthetic(dataset, synthetic)
         if len(places) > len(datasets):  # a study has several versions of one data set
             title = f"{place}: {title}"
-        tables = [_methods(own), *_clients(own)]
+        tables = [_methods(own), *_clients(own), *_verdicts(own)]
         sections.append(Section(title, _in_words(own), files.drawn(drawn, prefix), tables))
     sections += [Section("The runs", (), (), [_runs(runs, out)]), glossary()]
     finished = [run for run in runs if run.summary]
@@ -166,6 +170,42 @@ def _clients(runs: Sequence[RunData]) -> list[Table]:
         "client with the lowest value comes first."
     )
     return [Table(columns, rows, note[0].upper() + note[1:])]
+
+
+def _verdicts(runs: Sequence[RunData]) -> list[Table]:
+    """Returns a row per hospital and a column per method: whether it gains over staying alone."""
+    verdicts = judge(runs, ALONE)
+    verdicts = [v for v in verdicts if v.metric == runs[0].metric]
+    methods = list(dict.fromkeys(v.method for v in verdicts))
+    if not methods:
+        return []
+    found = {(v.hospital, v.method): v for v in verdicts}
+    hospitals = sorted(
+        {v.hospital: v for v in verdicts}.values(),
+        key=lambda v: (v.hospital in ALL.values(), v.role != "small", v.hospital),
+    )
+    rows = []
+    for first in hospitals:
+        cells = []
+        for method in methods:
+            v = found.get((first.hospital, method))
+            if v is None:
+                cells.append(Cell("-"))
+                continue
+            g, word = v.gain, v.gain.verdict
+            text = f"{word}: {g.value:+.3f} ({g.low:+.3f} to {g.high:+.3f})"
+            colour = {"gains": shade(1.0), "loses": shade(0.0)}.get(word, "")
+            cells.append(Cell(text, g.value, colour))
+        rows.append([Cell(first.hospital), Cell(first.role), *cells])
+    columns = [Column("client"), Column("role"), *(Column(m, True) for m in methods)]
+    chance = 0.05 * sum(v.hospital not in ALL.values() for v in verdicts)
+    note = (
+        f"Should this hospital join? The gain in {words(runs[0].metric)} over staying alone "
+        f"({ALONE}), on the same test images and seeds, with its 95 % interval. Of all these "
+        f"verdicts on single clients, about {chance:.1f} would be wrong by chance if nobody gained "
+        "or lost anything."
+    )
+    return [Table(columns, rows, note)]
 
 
 def _small(run: RunData) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,6 +146,20 @@ def read_run(folder: Path, *, details: bool = True) -> RunData:
         read(DICE, read_dice, [], optional=not has_dice) if details else [],
         missing,
     )
+
+
+def read_runs(folders: Sequence[Path], *, details: bool = True) -> list[RunData]:
+    """Returns the runs in folders of runs or studies, with labels that tell them apart.
+
+    Raises:
+      UserError: If there is none.
+    """
+    found = list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
+    if not found:
+        named = ", ".join(map(str, folders))
+        raise UserError(f"{named}: holds no run, which has {', '.join(_MARKS)}")
+    root = folders[0].resolve() if len(folders) == 1 else None
+    return labelled([read_run(run, details=details) for run in found], root)
 
 
 class SweepData(NamedTuple):

@@ -1,0 +1,137 @@
+"""Tells verdicts in words, tables and ``verdict.csv``."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedhelp_jax.report import run_files
+from fedhelp_jax.report.tables import Cell, Grid
+from fedhelp_jax.report.verdict.hospitals import OWN_THRESHOLD
+from fedhelp_jax.report.verdict.judge import ALL, Verdict
+
+VERDICT = "verdict.csv"
+
+
+def in_words(verdict: Verdict) -> str:
+    """Returns what a director would want to know.
+
+    Example: ``gains``, ``loses`` or ``cannot be told with 88 test images; about 1,900 would tell``.
+    """
+    g = verdict.gain
+    if g.verdict != "cannot be told":
+        return g.verdict
+    told = f"cannot be told with {g.examples:,} test images"
+    if math.isinf(g.needed):
+        return f"{told} and {g.seeds} seed{'s' if g.seeds > 1 else ''}; more seeds are needed"
+    return f"{told}; about {_rounded(g.needed):,} would tell"
+
+
+def of_hospitals(verdicts: Sequence[Verdict], against: str) -> Grid:
+    """Returns the table of one method and metric on one data set, a row per hospital."""
+    first = verdicts[0]
+    heads = ["hospital", against, first.method, "gain", "95 % interval", "verdict"]
+    rows = [
+        [
+            Cell(v.hospital),
+            Cell(f"{v.theirs:.3f}"),
+            Cell(f"{v.ours:.3f}"),
+            *_gain_cells(v),
+            Cell(in_words(v)),
+        ]
+        for v in _worst_first(verdicts)
+    ]
+    title = f"{first.place}: {_words(first.metric)} of {first.method} against {against}"
+    return Grid(title, heads, rows, _notes(verdicts))
+
+
+def of_methods(verdicts: Sequence[Verdict], against: str) -> Grid:
+    """Returns the table of one metric on one data set, with a row for each method and role."""
+    heads = ["method", "hospitals", "gain", "95 % interval", "gain", "lose", "cannot be told"]
+    rows = []
+    for method, role in dict.fromkeys((v.method, v.role) for v in verdicts):
+        own = [v for v in verdicts if (v.method, v.role) == (method, role)]
+        each = [v.gain.verdict for v in own if v.hospital not in ALL.values()]
+        counts = [each.count(word) for word in ("gains", "loses", "cannot be told")]
+        whole = next((v for v in own if v.hospital in ALL.values()), own[0])
+        rows.append([Cell(method), Cell(f"{len(each)} {role}"), *_gain_cells(whole)])
+        rows[-1] += [Cell(str(count)) for count in counts]
+    first = verdicts[0]
+    title = f"{first.place}: {_words(first.metric)} against {against}"
+    return Grid(title, heads, rows, _notes(verdicts))
+
+
+def grids(verdicts: Sequence[Verdict], against: str) -> list[Grid]:
+    """Returns a table for each data set and metric: of hospitals, or of methods if many."""
+    tables = []
+    for place, metric in dict.fromkeys((v.place, v.metric) for v in verdicts):
+        own = [v for v in verdicts if (v.place, v.metric) == (place, metric)]
+        one = len({v.method for v in own}) == 1
+        tables.append(of_hospitals(own, against) if one else of_methods(own, against))
+    return tables
+
+
+def _gain_cells(verdict: Verdict) -> list[Cell]:
+    g = verdict.gain
+    return [Cell(f"{g.value:+.3f}"), Cell(f"{g.low:+.3f} to {g.high:+.3f}")]
+
+
+def _words(metric: str) -> str:
+    """Returns the name of a metric as it is spoken."""
+    return {"auroc": "AUROC", OWN_THRESHOLD: "balanced accuracy at the own threshold"}.get(
+        metric, metric.replace("_", " ")
+    )
+
+
+def write_verdicts(path: Path, verdicts: Sequence[Verdict], against: str, rule: str) -> None:
+    """Writes a row for each data set, method, metric and hospital."""
+    rows = [
+        {
+            "data": v.place,
+            "method": v.method,
+            "against": against,
+            "deployed": rule,
+            "metric": v.metric,
+            "hospital": v.hospital,
+            "role": v.role,
+            "seeds": v.gain.seeds,
+            "test_images": v.gain.examples,
+            "value": v.ours,
+            "value_against": v.theirs,
+            "gain": v.gain.value,
+            "low": v.gain.low,
+            "high": v.gain.high,
+            "probability": v.gain.probability,
+            "verdict": v.gain.verdict,
+            "images_needed": v.gain.needed,
+        }
+        for v in verdicts
+    ]
+    run_files.write_csv(path, list(rows[0]), rows)
+
+
+def _worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Returns the hospitals by their gain, the smallest first, and the groups after them."""
+    return sorted(verdicts, key=lambda v: (v.hospital in ALL.values(), v.gain.value))
+
+
+def _notes(verdicts: Sequence[Verdict]) -> list[str]:
+    """Returns how the table is to be read."""
+    hospitals = [v for v in verdicts if v.hospital not in ALL.values()]
+    seeds = {v.gain.seeds for v in verdicts}
+    notes = [
+        "The interval covers the choice of test images"
+        + (" and of seeds." if max(seeds) > 1 else "; with one seed, it cannot cover training.")
+    ]
+    by_chance = 0.05 * len(hospitals)
+    if by_chance >= 0.5:
+        notes.append(
+            f"Among {len(hospitals)} hospitals without any gain, about {by_chance:.0f} would be "
+            "told to gain or lose by chance."
+        )
+    return notes
+
+
+def _rounded(count: float) -> int:
+    """Returns a count with two significant digits."""
+    digits = max(0, int(math.log10(max(count, 1))) - 1)
+    return int(round(count, -digits))

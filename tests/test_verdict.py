@@ -1,0 +1,358 @@
+"""Tests the verdict: influences, the coverage of its intervals, what is deployed, and its words."""
+
+import csv
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedhelp_jax.cli.main import main
+from fedhelp_jax.metrics import classification_metrics
+from fedhelp_jax.report.dice import DICE, ExampleDice, write_dice
+from fedhelp_jax.report.predictions import Predictions
+from fedhelp_jax.report.run_data import read_runs
+from fedhelp_jax.report.verdict.gain import Gain, gain
+from fedhelp_jax.report.verdict.hospitals import (
+    OWN_THRESHOLD,
+    Hospital,
+    deployed_model,
+    estimate,
+)
+from fedhelp_jax.report.verdict.influence import (
+    auroc,
+    balanced_accuracy,
+)
+from fedhelp_jax.report.verdict.judge import ALL, Verdict, judge
+from fedhelp_jax.report.verdict.rules import RULES
+from fedhelp_jax.report.verdict.told import VERDICT, grids, in_words
+from tests.made_up_runs import make_run
+
+
+def answers(rng, n=60, classes=3, strength=1.0):
+    """Random labels and logits, of which some are equal."""
+    labels = rng.integers(0, classes, n)
+    logits = rng.normal(size=(n, classes))
+    if classes == 2:
+        logits = logits.round()  # with ties
+    logits[np.arange(n), labels] += strength
+    return np.arange(n), labels, logits
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_the_values_are_those_of_the_metrics(classes):
+    examples, labels, logits = answers(np.random.default_rng(classes), classes=classes)
+    theirs = classification_metrics(logits, labels, np.ones(len(labels), bool))
+    for name, metric in (("auroc", auroc), ("balanced_accuracy", balanced_accuracy)):
+        own = metric(examples, labels, logits)
+        np.testing.assert_allclose(own.value, theirs[name], atol=1e-6)
+        for c in range(classes):
+            np.testing.assert_allclose(own.influence[labels == c].sum(), 0, atol=1e-12)
+
+
+def test_the_influences_on_the_area_are_those_of_delong():
+    examples, labels, logits = answers(np.random.default_rng(0), classes=2)
+    scores = logits[:, 1] - logits[:, 0]
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
+    expected = np.zeros(len(labels))
+    expected[labels == 1] = (wins.mean(1) - wins.mean()) / len(positive)
+    expected[labels == 0] = (wins.mean(0) - wins.mean()) / len(negative)
+    np.testing.assert_allclose(auroc(examples, labels, logits).influence, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", [auroc, balanced_accuracy])
+def test_the_standard_error_is_that_of_a_bootstrap(metric):
+    rng = np.random.default_rng(1)
+    examples, labels, logits = answers(rng, n=400, classes=3)
+    other = logits + rng.normal(size=logits.shape)
+    drawn = []
+    for _ in range(500):
+        own = [rng.choice(np.flatnonzero(labels == c), np.sum(labels == c)) for c in range(3)]
+        rows = np.concatenate(own)
+        pair = [metric(examples, labels[rows], of[rows]).value for of in (logits, other)]
+        drawn.append(pair[0] - pair[1])
+    difference = metric(examples, labels, logits).minus(metric(examples, labels, other))
+    error = math.sqrt(np.sum(difference.influence**2))
+    np.testing.assert_allclose(error, np.std(drawn), rtol=0.1)
+
+
+def test_different_examples_are_not_compared():
+    rng = np.random.default_rng(0)
+    examples, labels, logits = answers(rng)
+    ours = auroc(examples, labels, logits)
+    order = rng.permutation(len(labels))
+    shuffled = auroc(examples[order], labels[order], logits[order])
+    np.testing.assert_allclose(ours.minus(shuffled).influence, 0, atol=1e-12)
+    with pytest.raises(ValueError, match="same examples"):
+        ours.minus(auroc(examples + 1, labels, logits))
+    with pytest.raises(ValueError, match="same examples"):
+        ours.minus(auroc(examples, (labels + 1) % 3, logits))
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+def planted(rng, *, metric, n, seeds, shared, lift, spread, hospitals=1):
+    """Draws two models' scores for hospitals of n test images, a third of them positive.
+
+    The models of each seed are better or worse by a normal draw of ``spread``.
+    """
+
+    def patients():
+        labels = (np.arange(n) < max(1, n // 3)).astype(int)
+        return labels, rng.normal(size=n)
+
+    fixed = [patients() for _ in range(hospitals)]
+    by_seed = []
+    for seed in range(seeds):
+        differences = {}
+        skill = 1.0 + rng.normal(0, spread, 2) + (lift, 0)
+        for h in range(hospitals):
+            labels, common = fixed[h] if shared else patients()
+            examples = np.arange(n) + 10_000 * h + (0 if shared else 1_000_000 * seed)
+            found = []
+            for own in skill:
+                scores = 0.8 * common + 0.6 * rng.normal(size=n) + own * (labels - 0.5)
+                logits = np.stack([np.zeros(n), scores], 1)
+                found.append(metric(examples, labels, logits))
+            differences[f"h{h}"] = found[0].minus(found[1])
+        by_seed.append(differences)
+    return by_seed
+
+
+def true_gain(metric, lift, spread):
+    """The expected difference of the planted models."""
+    skill = 1.0 + np.random.default_rng(0).normal(0, spread, (200_000, 2)) + (lift, 0)
+    scale = math.sqrt(2) if metric is auroc else 2
+    value = stats.norm.cdf(skill / scale).mean(0)
+    return float(value[0] - value[1])
+
+
+CASES = [
+    (metric, n, seeds, shared, lift, hospitals)
+    for metric, (n, seeds, shared, hospitals), lift in itertools.product(
+        (auroc, balanced_accuracy),
+        (
+            *((15, 1, True, 1), (88, 1, True, 1), (30, 3, True, 1), (30, 5, False, 1)),
+            (88, 3, False, 1),
+            (30, 3, True, 4),
+        ),
+        (0.0, 0.5),
+    )
+]
+
+
+@pytest.mark.parametrize(("metric", "n", "seeds", "shared", "lift", "hospitals"), CASES)
+def test_intervals_cover_planted_gains_as_often_as_they_say(
+    metric, n, seeds, shared, lift, hospitals
+):
+    rng = np.random.default_rng((n, seeds, hospitals, int(10 * lift)))
+    spread = 0.1 if seeds > 1 else 0.0  # what one seed cannot show, its interval leaves out
+    truth = true_gain(metric, lift, spread)
+    trials = 200
+    hits = 0
+    for _ in range(trials):
+        g = gain(
+            planted(
+                rng,
+                metric=metric,
+                n=n,
+                seeds=seeds,
+                shared=shared,
+                lift=lift,
+                spread=spread,
+                hospitals=hospitals,
+            )
+        )
+        hits += g.low <= truth <= g.high
+    assert hits / trials >= 0.91  # 0.95 less 2.6 standard errors of this count
+
+
+def estimate_of(examples, labels, right):
+    """The balanced accuracy of a model that is right where ``right`` says so."""
+    logits = np.zeros((len(labels), 2))
+    logits[np.arange(len(labels)), np.where(right, labels, 1 - labels)] = 1
+    return balanced_accuracy(examples, labels, logits)
+
+
+def test_agreement_on_few_images_is_no_proof_of_equality():
+    labels = np.array([0, 0, 1])
+    perfect = estimate_of(np.arange(3), labels, np.ones(3, bool))
+    g = gain([{"a": perfect.minus(perfect)}])
+    assert g.value == 0 and g.low < -0.3 and g.high > 0.3 and g.probability == 0.5
+    assert g.verdict == "cannot be told" and g.needed == math.inf
+
+
+def test_the_number_of_images_needed_is_enough_four_times_out_of_five():
+    rng = np.random.default_rng(0)
+    options = {"metric": auroc, "seeds": 1, "shared": True, "lift": 0.5, "spread": 0.0}
+    needed = np.median([gain(planted(rng, n=200, **options)).needed for _ in range(200)])
+    # The median over noisy gains is near the number that the true gain needs.
+    told = [gain(planted(rng, n=int(needed), **options)).low > 0 for _ in range(300)]
+    assert 0.6 < np.mean(told) < 0.95
+
+
+def test_seeds_that_differ_need_more_seeds_not_more_images():
+    examples, labels = np.arange(400), np.arange(400) % 2
+    rng = np.random.default_rng(0)
+
+    def difference(lift):
+        ours = estimate_of(examples, labels, rng.random(400) < 0.8 + lift)
+        return {"a": ours.minus(estimate_of(examples, labels, rng.random(400) < 0.8))}
+
+    g = gain([difference(lift) for lift in (0.15, -0.15, 0.1)])
+    assert g.verdict == "cannot be told" and math.isinf(g.needed)
+    assert gain([difference(0.15) for _ in range(3)]).verdict == "gains"
+    assert gain([difference(-0.15) for _ in range(3)]).verdict == "loses"
+
+
+def test_nothing_defined_is_no_verdict():
+    one_class = auroc(np.arange(3), np.zeros(3, int), np.zeros((3, 2)))
+    assert math.isnan(one_class.value)
+    assert math.isnan(gain([{"a": one_class.minus(one_class)}]).value)
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def study_of(tmp_path, **lifts):
+    """Made-up runs of methods, of which some are better, in the folders of a study."""
+    for method, lift in lifts.items():
+        for seed in range(3):
+            folder = tmp_path / "made" / method / f"seed{seed}"
+            make_run(folder, method=method, seed=seed, lift=lift, images=300)
+    return tmp_path
+
+
+def test_a_method_that_is_better_gains_and_a_worse_one_loses(tmp_path):
+    runs = read_runs([study_of(tmp_path, local=0.0, better=3.0, worse=-3.0)])
+    found = {(v.method, v.metric, v.hospital): v.gain.verdict for v in judge(runs, "local")}
+    for metric in ("auroc", "balanced_accuracy"):
+        assert found["better", metric, ALL["small"]] == "gains"
+        assert found["worse", metric, ALL["small"]] == "loses"
+        assert found["worse", metric, ALL["large"]] == "loses"
+    turned = {(v.method, v.hospital): v.gain.verdict for v in judge(runs, "better")}
+    assert turned["local", "all small"] == "loses"
+
+
+def test_verdict_prints_and_writes_a_row_for_each_hospital(tmp_path, capsys):
+    study_of(tmp_path, local=0.0, fedhelp=3.0)
+    assert main(["fedhelp", "verdict", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "AUROC of fedhelp against local" in out
+    assert f"written: {tmp_path / VERDICT}" in out
+    with (tmp_path / VERDICT).open() as file:
+        rows = list(csv.DictReader(file))
+    own = [row for row in rows if row["metric"] == "auroc"]
+    assert [row["hospital"] for row in own].count("clinic_000") == 1
+    assert len(own) == 6 + len(ALL)
+    for row in own:
+        assert float(row["low"]) <= float(row["gain"]) <= float(row["high"])
+        difference = float(row["value"]) - float(row["value_against"])
+        np.testing.assert_allclose(float(row["gain"]), difference, atol=1e-6)
+        assert row["seeds"] == "3"
+
+
+def test_many_methods_are_summed_up_in_a_row_each(tmp_path, capsys):
+    study_of(tmp_path, local=0.0, fedhelp=3.0, fedavg=-3.0)
+    assert main(["fedhelp", "verdict", str(tmp_path), "--deploys=global"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.split()[:2] == ["fedhelp", "4"])
+    assert row.split()[-3:] == ["4", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "no folder"),
+        (["{}", "--against=locl"], "did you mean local"),
+        (["{}/made/local"], "no method has a finished run"),
+        (["{}/none"], "holds no run"),
+        (["{}", "{}"], "--out"),
+        (["{}", "--deploys=mine"], "deploys"),
+    ],
+)
+def test_verdict_refuses_by_name(tmp_path, capsys, arguments, word):
+    study_of(tmp_path, local=0.0, fedhelp=1.0)
+    assert main(["fedhelp", "verdict", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_the_dice_of_images_is_judged_too(tmp_path):
+    rng = np.random.default_rng(0)
+    for method, lift in (("local", 0.0), ("fedhelp", 0.1)):
+        folder = make_run(tmp_path / method, method=method)
+        dice = [
+            ExampleDice(name, role, np.arange(50) + 100 * number, 0.5 + lift + rng.random(50) / 10)
+            for number, (name, role) in enumerate((("clinic_000", "small"), ("c", "large")))
+        ]
+        dice[0].dice[0] = np.nan
+        write_dice(folder / DICE, dice)
+        summary = folder / "summary.json"
+        summary.write_text(summary.read_text().replace('"balanced_accuracy"', '"dice"'))
+    (verdict,) = (v for v in judge(read_runs([tmp_path]), "local") if v.hospital == "clinic_000")
+    assert verdict.metric == "dice" and verdict.gain.verdict == "gains"
+    assert abs(verdict.gain.value - 0.1) < 0.03
+
+
+def hospital(**scores):
+    """A hospital whose models have the given accuracies on validation, and the reverse on test."""
+    labels = np.arange(40) % 2
+
+    def predictions(model, split, accuracy):
+        right = np.arange(40) // 2 < 20 * accuracy
+        logits = np.eye(2)[np.where(right, labels, 1 - labels)]
+        return Predictions("h", "small", model, split, np.arange(40), labels, logits)
+
+    return Hospital(
+        "h",
+        "small",
+        next(iter(scores)),
+        {model: predictions(model, "test", 1 - score) for model, score in scores.items()},
+        {model: predictions(model, "validation", score) for model, score in scores.items()},
+    )
+
+
+def test_what_is_deployed_is_chosen_on_validation_images():
+    own = hospital(personal=0.5, **{"global": 0.75})
+    metric = "balanced_accuracy"
+    chosen = {rule: deployed_model(own, rule, metric) for rule in RULES}
+    assert chosen == {
+        "as_run": "personal",
+        "own": "personal",
+        "global": "global",
+        "best_on_validation": "global",
+    }
+    equal = hospital(personal=0.5, **{"global": 0.5})
+    assert deployed_model(equal, "best_on_validation", metric) == "personal"
+    blind = own._replace(validation={})
+    assert deployed_model(blind, "best_on_validation", metric) == "personal"
+    large = hospital(large=0.5)
+    assert {deployed_model(large, rule, metric) for rule in RULES} == {"large"}
+
+
+def test_the_own_threshold_is_chosen_on_validation_images():
+    labels = np.arange(40) % 2
+    scores = np.where(labels == 1, 3.0, 2.0)  # right order, but all above the usual threshold
+    logits = np.stack([np.zeros(40), scores], 1)
+    test = Predictions("h", "small", "personal", "test", np.arange(40), labels, logits)
+    own = Hospital("h", "small", "personal", {"personal": test}, {"personal": test})
+    assert estimate("balanced_accuracy", own, "personal").value == 0.5
+    assert estimate(OWN_THRESHOLD, own, "personal").value == 1.0
+    assert estimate("auroc", own, "personal").value == 1.0
+
+
+def test_words():
+    def verdict(value, low, high, needed, seeds=1):
+        g = Gain(value, low, high, 0.5, seeds, 88, needed)
+        return Verdict("xray", "fedhelp", "auroc", "h", "small", 0.9, 0.9 - value, g)
+
+    assert in_words(verdict(0.1, 0.05, 0.15, 10)) == "gains"
+    assert in_words(verdict(-0.1, -0.15, -0.05, 10)) == "loses"
+    unclear = "cannot be told with 88 test images; about 1,900 would tell"
+    assert in_words(verdict(0.01, -0.05, 0.07, 1873)) == unclear
+    assert "more seeds" in in_words(verdict(0.01, -0.05, 0.07, math.inf, 3))
+    (grid,) = grids([verdict(0.1, 0.05, 0.15, 10)], "local")
+    assert "one seed" in " ".join(grid.notes)
