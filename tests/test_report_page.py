@@ -169,7 +169,7 @@ def test_a_study_shows_each_client_under_each_method(study):
             if c["name"] == client["name"]
         ]
         row, verdict = [row for row in rows if f">{client['name']}<" in row]
-        assert re.search(r"(gains|loses|cannot be told): [+-]0\.\d+", verdict)
+        assert re.search(r"(gains|loses|unclear): [+-]0\.\d+", verdict)
         assert f">{np.mean(values):.3f}<" in row
 
 

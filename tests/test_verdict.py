@@ -13,7 +13,7 @@ from fedhelp_jax.metrics import classification_metrics
 from fedhelp_jax.report.dice import DICE, ExampleDice, write_dice
 from fedhelp_jax.report.predictions import Predictions
 from fedhelp_jax.report.run_data import read_runs
-from fedhelp_jax.report.verdict.gain import Gain, gain
+from fedhelp_jax.report.verdict.gain import UNCLEAR, Gain, gain
 from fedhelp_jax.report.verdict.hospitals import (
     OWN_THRESHOLD,
     Hospital,
@@ -26,7 +26,7 @@ from fedhelp_jax.report.verdict.influence import (
 )
 from fedhelp_jax.report.verdict.judge import ALL, Verdict, judge
 from fedhelp_jax.report.verdict.rules import RULES
-from fedhelp_jax.report.verdict.told import VERDICT, grids, in_words
+from fedhelp_jax.report.verdict.told import VERDICT, grids
 from tests.made_up_runs import make_run
 
 
@@ -182,7 +182,7 @@ def test_agreement_on_few_images_is_no_proof_of_equality():
     perfect = estimate_of(np.arange(3), labels, np.ones(3, bool))
     g = gain([{"a": perfect.minus(perfect)}])
     assert g.value == 0 and g.low < -0.3 and g.high > 0.3 and g.probability == 0.5
-    assert g.verdict == "cannot be told" and g.needed == math.inf
+    assert g.verdict == UNCLEAR and g.needed == math.inf
 
 
 def test_the_number_of_images_needed_is_enough_four_times_out_of_five():
@@ -203,7 +203,7 @@ def test_seeds_that_differ_need_more_seeds_not_more_images():
         return {"a": ours.minus(estimate_of(examples, labels, rng.random(400) < 0.8))}
 
     g = gain([difference(lift) for lift in (0.15, -0.15, 0.1)])
-    assert g.verdict == "cannot be told" and math.isinf(g.needed)
+    assert g.verdict == UNCLEAR and math.isinf(g.needed)
     assert gain([difference(0.15) for _ in range(3)]).verdict == "gains"
     assert gain([difference(-0.15) for _ in range(3)]).verdict == "loses"
 
@@ -344,15 +344,29 @@ def test_the_own_threshold_is_chosen_on_validation_images():
     assert estimate("auroc", own, "personal").value == 1.0
 
 
-def test_words():
+def test_the_table_says_how_many_images_would_tell():
     def verdict(value, low, high, needed, seeds=1):
         g = Gain(value, low, high, 0.5, seeds, 88, needed)
         return Verdict("xray", "fedhelp", "auroc", "h", "small", 0.9, 0.9 - value, g)
 
-    assert in_words(verdict(0.1, 0.05, 0.15, 10)) == "gains"
-    assert in_words(verdict(-0.1, -0.15, -0.05, 10)) == "loses"
-    unclear = "cannot be told with 88 test images; about 1,900 would tell"
-    assert in_words(verdict(0.01, -0.05, 0.07, 1873)) == unclear
-    assert "more seeds" in in_words(verdict(0.01, -0.05, 0.07, math.inf, 3))
-    (grid,) = grids([verdict(0.1, 0.05, 0.15, 10)], "local")
-    assert "one seed" in " ".join(grid.notes)
+    (grid,) = grids(
+        [
+            verdict(-0.1, -0.15, -0.05, 10),
+            verdict(0.0, -0.05, 0.05, math.inf),
+            verdict(0.01, -0.05, 0.07, 1873),
+            verdict(0.02, -0.05, 0.09, 1e9),
+            verdict(0.03, -0.05, 0.11, math.inf, 3),
+            verdict(0.1, 0.05, 0.15, 10),
+        ],
+        "local",
+    )
+    assert [(row[-2].text, row[-1].text) for row in grid.rows] == [
+        ("loses", "88"),
+        (UNCLEAR, "88"),
+        (UNCLEAR, "88 of 1,900"),
+        (UNCLEAR, "88 of >100,000"),
+        (UNCLEAR, "88; more seeds"),
+        ("gains", "88"),
+    ]
+    (alone,) = grids([verdict(0.1, 0.05, 0.15, 10)], "local")
+    assert "one seed" in " ".join(alone.notes)

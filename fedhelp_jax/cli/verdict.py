@@ -21,7 +21,7 @@ def _verdict(given: Given) -> int:
 
 VERDICT = Command(
     "verdict",
-    "tell which hospitals gain over staying alone, which lose, and which cannot be told",
+    "tell which hospitals gain over staying alone, which lose, and for which it is unclear",
     (
         "fedhelp verdict runs/miniature",
         "fedhelp verdict runs/demo/fedhelp runs/demo/local --out=runs/demo",

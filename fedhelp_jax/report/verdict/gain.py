@@ -9,6 +9,8 @@ from scipy import stats
 
 from fedhelp_jax.report.verdict.influence import Estimate
 
+# The verdict if the interval contains 0.
+UNCLEAR = "unclear"
 # How many examples are added to each class, on which the two models disagree.
 _ADDED = 0.5
 # The power at which "how many images it would take" is answered.
@@ -39,10 +41,10 @@ class Gain(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Returns "gains", "loses" or "cannot be told"."""
+        """Returns "gains", "loses" or `UNCLEAR`."""
         if self.low > 0:
             return "gains"
-        return "loses" if self.high < 0 else "cannot be told"
+        return "loses" if self.high < 0 else UNCLEAR
 
 
 def gain(differences: Sequence[Mapping[str, Estimate]], level: float = 0.95) -> Gain:

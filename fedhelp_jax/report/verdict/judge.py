@@ -11,6 +11,7 @@ from fedhelp_jax.report.run_data import RunData
 from fedhelp_jax.report.verdict.gain import Gain, gain
 from fedhelp_jax.report.verdict.hospitals import (
     METRICS,
+    OWN_THRESHOLD,
     Hospital,
     deployed_model,
     estimate,
@@ -80,9 +81,10 @@ def _measured(run: RunData, rule: str) -> dict[str, dict[str, Estimate]]:
     if run.dice:
         return {"dice": {own.client: _of_dice(own) for own in run.dice}}
     found = hospitals_of(run)
+    metrics = METRICS if len(run.classes) == 2 else [m for m in METRICS if m != OWN_THRESHOLD]
     return {
         metric: {name: _of(metric, hospital, rule) for name, hospital in found.items()}
-        for metric in METRICS
+        for metric in metrics
     }
 
 

@@ -1,4 +1,4 @@
-"""Tells verdicts in words, tables and ``verdict.csv``."""
+"""Tells verdicts in tables and ``verdict.csv``."""
 
 import math
 from collections.abc import Sequence
@@ -6,52 +6,61 @@ from pathlib import Path
 
 from fedhelp_jax.report import run_files
 from fedhelp_jax.report.tables import Cell, Grid
+from fedhelp_jax.report.verdict.gain import UNCLEAR
 from fedhelp_jax.report.verdict.hospitals import OWN_THRESHOLD
 from fedhelp_jax.report.verdict.judge import ALL, Verdict
 
 VERDICT = "verdict.csv"
 
 
-def in_words(verdict: Verdict) -> str:
-    """Returns what a director would want to know.
-
-    Example: ``gains``, ``loses`` or ``cannot be told with 88 test images; about 1,900 would tell``.
-    """
-    g = verdict.gain
-    if g.verdict != "cannot be told":
-        return g.verdict
-    told = f"cannot be told with {g.examples:,} test images"
-    if math.isinf(g.needed):
-        return f"{told} and {g.seeds} seed{'s' if g.seeds > 1 else ''}; more seeds are needed"
-    return f"{told}; about {_rounded(g.needed):,} would tell"
+# More test images than any hospital will have.
+_MANY = 100_000
 
 
 def of_hospitals(verdicts: Sequence[Verdict], against: str) -> Grid:
     """Returns the table of one method and metric on one data set, a row per hospital."""
     first = verdicts[0]
-    heads = ["hospital", against, first.method, "gain", "95 % interval", "verdict"]
+    heads = ["hospital", against, first.method, "gain", "95 % interval", "verdict", "images"]
     rows = [
         [
             Cell(v.hospital),
             Cell(f"{v.theirs:.3f}"),
             Cell(f"{v.ours:.3f}"),
             *_gain_cells(v),
-            Cell(in_words(v)),
+            Cell(v.gain.verdict),
+            Cell(_images(v)),
         ]
         for v in _worst_first(verdicts)
     ]
     title = f"{first.place}: {_words(first.metric)} of {first.method} against {against}"
-    return Grid(title, heads, rows, _notes(verdicts))
+    notes = _notes(verdicts)
+    if any(v.gain.verdict == UNCLEAR for v in verdicts):
+        notes.append(
+            "images: how many test images there are, and, where the verdict is unclear, how many "
+            "would tell a gain of this size in four cases out of five."
+        )
+    return Grid(title, heads, rows, notes)
+
+
+def _images(verdict: Verdict) -> str:
+    """Returns how many test images there are, and how many there should be."""
+    g = verdict.gain
+    if g.verdict != UNCLEAR or g.value == 0:
+        return f"{g.examples:,}"
+    if math.isinf(g.needed):
+        return f"{g.examples:,}; more seeds"
+    wanted = f">{_MANY:,}" if g.needed > _MANY else f"{_rounded(g.needed):,}"
+    return f"{g.examples:,} of {wanted}"
 
 
 def of_methods(verdicts: Sequence[Verdict], against: str) -> Grid:
     """Returns the table of one metric on one data set, with a row for each method and role."""
-    heads = ["method", "hospitals", "gain", "95 % interval", "gain", "lose", "cannot be told"]
+    heads = ["method", "hospitals", "gain", "95 % interval", "gain", "lose", UNCLEAR]
     rows = []
     for method, role in dict.fromkeys((v.method, v.role) for v in verdicts):
         own = [v for v in verdicts if (v.method, v.role) == (method, role)]
         each = [v.gain.verdict for v in own if v.hospital not in ALL.values()]
-        counts = [each.count(word) for word in ("gains", "loses", "cannot be told")]
+        counts = [each.count(word) for word in ("gains", "loses", UNCLEAR)]
         whole = next((v for v in own if v.hospital in ALL.values()), own[0])
         rows.append([Cell(method), Cell(f"{len(each)} {role}"), *_gain_cells(whole)])
         rows[-1] += [Cell(str(count)) for count in counts]
@@ -120,7 +129,8 @@ def _notes(verdicts: Sequence[Verdict]) -> list[str]:
     seeds = {v.gain.seeds for v in verdicts}
     notes = [
         "The interval covers the choice of test images"
-        + (" and of seeds." if max(seeds) > 1 else "; with one seed, it cannot cover training.")
+        + (" and of seeds." if max(seeds) > 1 else "; with one seed, it cannot cover training."),
+        f"{UNCLEAR}: the interval holds 0, so it cannot be told from these images and seeds.",
     ]
     by_chance = 0.05 * len(hospitals)
     if by_chance >= 0.5:
