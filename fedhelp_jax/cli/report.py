@@ -9,13 +9,27 @@ from fedhelp_jax.core.errors import UserError
 NO_REPORT = Flag("no_report", "write no report.html at the end", "switch")
 
 
-def _report(given: Given) -> int:
+def folders_and_out(given: Given, example: str) -> tuple[list[Path], Path | None]:
+    """Returns the folders to read and, if ``--out`` is given, the one to write to.
+
+    Raises:
+      UserError: If no folder is given; the message has a command as an example.
+    """
     if not given.rest:
-        raise UserError("no folder is given; e.g. fedhelp report runs/demo/fedhelp")
+        raise UserError(f"no folder is given; e.g. {example}")
+    return [Path(folder) for folder in given.rest], Path(given["out"]) if given["out"] else None
+
+
+def out_flag(what: str) -> Flag:
+    """Returns the flag for the folder to write ``what`` to."""
+    about = f"the folder for {what}; the folder itself if only one is given"
+    return Flag("out", about, "folder", "FOLDER")
+
+
+def _report(given: Given) -> int:
+    folders, out = folders_and_out(given, "fedhelp report runs/demo/fedhelp")
     from fedhelp_jax.experiments.reporting import report
 
-    folders = [Path(folder) for folder in given.rest]
-    out = Path(given["out"]) if given["out"] else None
     print(report(folders, out))
     return printed()
 
@@ -39,13 +53,6 @@ REPORT = Command(
         "fedhelp report runs/demo/fedhelp runs/demo/local --out=runs/demo",
     ),
     _report,
-    (
-        Flag(
-            "out",
-            "the folder for report.html and its figures; the folder itself if only one is given",
-            "folder",
-            "FOLDER",
-        ),
-    ),
+    (out_flag("report.html and its figures"),),
     arguments="FOLDER...",
 )

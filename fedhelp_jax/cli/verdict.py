@@ -1,20 +1,15 @@
 """``fedhelp verdict``."""
 
-from pathlib import Path
-
 from fedhelp_jax.cli.command import OUTPUT, Command, Flag, Given
 from fedhelp_jax.cli.process import printed
-from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.cli.report import folders_and_out, out_flag
 from fedhelp_jax.report.verdict.rules import RULES
 
 
 def _verdict(given: Given) -> int:
-    if not given.rest:
-        raise UserError("no folder is given; e.g. fedhelp verdict runs/study")
+    folders, out = folders_and_out(given, "fedhelp verdict runs/study")
     from fedhelp_jax.experiments.reporting import verdict
 
-    folders = [Path(folder) for folder in given.rest]
-    out = Path(given["out"]) if given["out"] else None
     print(f"written: {verdict(folders, given['against'], given['deploys'], out)}")
     return printed()
 
@@ -36,12 +31,7 @@ VERDICT = Command(
             value="METHOD",
         ),
         Flag("deploys", "what a hospital deploys after the federation", choices=RULES),
-        Flag(
-            "out",
-            "the folder for verdict.csv; the folder itself if only one is given",
-            "folder",
-            "FOLDER",
-        ),
+        out_flag("verdict.csv"),
         *OUTPUT,
     ),
     arguments="FOLDER...",

@@ -9,7 +9,7 @@ from fedhelp_jax.core.storage import StorageError
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.report.page.build import write_report
-from fedhelp_jax.report.run_data import read_runs
+from fedhelp_jax.report.run_data import find_runs, read_runs
 from fedhelp_jax.report.tables import print_grid
 from fedhelp_jax.report.verdict import told
 from fedhelp_jax.report.verdict.judge import judge
@@ -32,9 +32,7 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
       UserError: If there is no run in the folders, or several folders but no ``out``.
     """
-    if out is None and len(folders) != 1:
-        raise UserError("several folders are given: name the folder for the report by --out")
-    return write_report(folders, out or folders[0], changed=_changed)
+    return write_report(folders, _target(folders, out, "the report"), changed=_changed)
 
 
 def verdict(
@@ -55,9 +53,8 @@ def verdict(
       UserError: If there are no two finished runs to compare, or several folders but no ``out``.
     """
     against = against or ALONE
-    if out is None and len(folders) != 1:
-        raise UserError("several folders are given: name the folder for verdict.csv by --out")
-    runs = read_runs(folders)
+    path = _target(folders, out, told.VERDICT) / told.VERDICT
+    runs = read_runs(find_runs(folders), folders)
     labels = list(dict.fromkeys(run.label for run in runs))
     if against not in labels:
         raise UserError(
@@ -72,9 +69,19 @@ def verdict(
         )
     for grid in told.grids(verdicts, against):
         print_grid(grid)
-    path = (out or folders[0]) / told.VERDICT
     told.write_verdicts(path, verdicts, against, rule)
     return path
+
+
+def _target(folders: Sequence[Path], out: Path | None, what: str) -> Path:
+    """Returns the folder to write to.
+
+    Raises:
+      UserError: If there are several folders but no ``out``.
+    """
+    if out is None and len(folders) != 1:
+        raise UserError(f"several folders are given: name the folder for {what} by --out")
+    return out or folders[0]
 
 
 def report_at_the_end(folder: Path) -> Path | None:

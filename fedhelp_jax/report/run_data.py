@@ -82,24 +82,23 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in _MARKS)
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """Returns the run folders in a folder, at any depth; the folder itself if it is one.
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """Returns the run folders in folders, at any depth; a folder itself if it is one.
 
     The trials by which a study tunes are left out.
     """
+    return list(dict.fromkeys(run for folder in folders for run in _runs_in(folder)))
+
+
+def _runs_in(folder: Path) -> list[Path]:
     if is_run(folder):
         return [folder]
     found = {path.parent for name in _MARKS for path in folder.rglob(name)}
     return sorted(run for run in found if not re.fullmatch(r"trial\d+", run.name))
 
 
-def read_run(folder: Path, *, details: bool = True) -> RunData:
-    """Returns what a run folder holds.
-
-    Args:
-      folder: The folder.
-      details: Whether to read the predictions too, which takes longest.
-    """
+def read_run(folder: Path) -> RunData:
+    """Returns what a run folder holds."""
     missing: list[str] = []
 
     def read(name: str, parse: Callable[[Path], Any], default: Any, optional: bool = False) -> Any:
@@ -126,10 +125,7 @@ def read_run(folder: Path, *, details: bool = True) -> RunData:
     masks = str(summary.get("metric", "")).startswith("dice")
     keeps = finished and not masks
     has_dice = finished and masks and summary.get("split") == "test"
-    predictions, classes = [], []
-    if details:
-        found = read(PREDICTIONS, read_predictions, ([], []), optional=not keeps)
-        predictions, classes = found
+    predictions, classes = read(PREDICTIONS, read_predictions, ([], []), optional=not keeps)
     method = summary.get("algorithm") or (config.get("algorithm") or {}).get("name") or "?"
     return RunData(
         folder,
@@ -143,23 +139,22 @@ def read_run(folder: Path, *, details: bool = True) -> RunData:
         read("provenance.json", _json, {}, optional=not finished),
         predictions,
         classes,
-        read(DICE, read_dice, [], optional=not has_dice) if details else [],
+        read(DICE, read_dice, [], optional=not has_dice),
         missing,
     )
 
 
-def read_runs(folders: Sequence[Path], *, details: bool = True) -> list[RunData]:
-    """Returns the runs in folders of runs or studies, with labels that tell them apart.
+def read_runs(found: Sequence[Path], folders: Sequence[Path]) -> list[RunData]:
+    """Returns the runs that `find_runs` found in folders, with labels that tell them apart.
 
     Raises:
       UserError: If there is none.
     """
-    found = list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
     if not found:
         named = ", ".join(map(str, folders))
-        raise UserError(f"{named}: holds no run, which has {', '.join(_MARKS)}")
+        raise UserError(f"{named}: holds no run, which has a {' or '.join(_MARKS)}")
     root = folders[0].resolve() if len(folders) == 1 else None
-    return labelled([read_run(run, details=details) for run in found], root)
+    return labelled([read_run(run) for run in found], root)
 
 
 class SweepData(NamedTuple):

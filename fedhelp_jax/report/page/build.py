@@ -30,7 +30,7 @@ def write_report(
     Raises:
       UserError: If there is no run in the folders.
     """
-    found = list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
+    found = find_runs(folders)
     sweep = read_sweep(folders[0]) if len(folders) == 1 and not found else None
     files = Files(out / FOLDER)
     if sweep is not None:
@@ -38,7 +38,7 @@ def write_report(
     elif len(found) == 1:
         page = page_of_run(read_run(found[0]), changed(found[0]), files)
     else:
-        page = page_of_runs(read_runs(folders), files, out)
+        page = page_of_runs(read_runs(found, folders), files, out)
     # Imported here because only this needs it.
     from jinja2 import Environment, StrictUndefined
 
