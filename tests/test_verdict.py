@@ -6,13 +6,20 @@ import math
 
 import numpy as np
 import pytest
+from made_up_runs import make_run
 from scipy import stats
 
 from fedhelp_jax.cli.main import main
+from fedhelp_jax.experiments.reporting import report
 from fedhelp_jax.metrics import classification_metrics
 from fedhelp_jax.report.dice import DICE, ExampleDice, write_dice
-from fedhelp_jax.report.predictions import Predictions
-from fedhelp_jax.report.run_data import read_runs
+from fedhelp_jax.report.predictions import (
+    PREDICTIONS,
+    Predictions,
+    read_predictions,
+    write_predictions,
+)
+from fedhelp_jax.report.run_data import find_runs, read_runs
 from fedhelp_jax.report.verdict.gain import UNCLEAR, Gain, gain
 from fedhelp_jax.report.verdict.hospitals import (
     OWN_THRESHOLD,
@@ -27,7 +34,6 @@ from fedhelp_jax.report.verdict.influence import (
 from fedhelp_jax.report.verdict.judge import ALL, Verdict, judge
 from fedhelp_jax.report.verdict.rules import RULES
 from fedhelp_jax.report.verdict.told import VERDICT, grids
-from tests.made_up_runs import make_run
 
 
 def answers(rng, n=60, classes=3, strength=1.0):
@@ -76,6 +82,15 @@ def test_the_standard_error_is_that_of_a_bootstrap(metric):
     difference = metric(examples, labels, logits).minus(metric(examples, labels, other))
     error = math.sqrt(np.sum(difference.influence**2))
     np.testing.assert_allclose(error, np.std(drawn), rtol=0.1)
+
+
+def test_logits_that_are_not_finite_count_as_in_the_metrics():
+    examples, labels, logits = answers(np.random.default_rng(0))
+    logits[3, labels[3]] = np.nan
+    theirs = classification_metrics(logits, labels, np.ones(len(labels), bool))
+    own = balanced_accuracy(examples, labels, logits).value
+    np.testing.assert_allclose(own, theirs["balanced_accuracy"], atol=1e-6)
+    assert math.isnan(theirs["auroc"]) and math.isnan(auroc(examples, labels, logits).value)
 
 
 def test_different_examples_are_not_compared():
@@ -217,6 +232,10 @@ def test_nothing_defined_is_no_verdict():
 # --- runs -----------------------------------------------------------------------------------------
 
 
+def runs_in(folder):
+    return read_runs(find_runs([folder]), [folder])
+
+
 def study_of(tmp_path, **lifts):
     """Made-up runs of methods, of which some are better, in the folders of a study."""
     for method, lift in lifts.items():
@@ -227,7 +246,7 @@ def study_of(tmp_path, **lifts):
 
 
 def test_a_method_that_is_better_gains_and_a_worse_one_loses(tmp_path):
-    runs = read_runs([study_of(tmp_path, local=0.0, better=3.0, worse=-3.0)])
+    runs = runs_in(study_of(tmp_path, local=0.0, better=3.0, worse=-3.0))
     found = {(v.method, v.metric, v.hospital): v.gain.verdict for v in judge(runs, "local")}
     for metric in ("auroc", "balanced_accuracy"):
         assert found["better", metric, ALL["small"]] == "gains"
@@ -292,9 +311,44 @@ def test_the_dice_of_images_is_judged_too(tmp_path):
         write_dice(folder / DICE, dice)
         summary = folder / "summary.json"
         summary.write_text(summary.read_text().replace('"balanced_accuracy"', '"dice"'))
-    (verdict,) = (v for v in judge(read_runs([tmp_path]), "local") if v.hospital == "clinic_000")
+    (verdict,) = (v for v in judge(runs_in(tmp_path), "local") if v.hospital == "clinic_000")
     assert verdict.metric == "dice" and verdict.gain.verdict == "gains"
     assert abs(verdict.gain.value - 0.1) < 0.03
+
+
+def test_hospitals_that_were_tested_on_other_images_are_left_out_and_named(tmp_path, caplog):
+    study_of(tmp_path, local=0.0, fedhelp=3.0)
+    for seed in range(3):
+        path = tmp_path / "made" / "fedhelp" / f"seed{seed}" / PREDICTIONS
+        found, classes = read_predictions(path)
+        moved = [
+            p._replace(examples=p.examples + 7) if p.client == "clinic_001" else p for p in found
+        ]
+        write_predictions(path, moved, classes)
+    left = {v.hospital for v in judge(runs_in(tmp_path), "local")}
+    assert "clinic_001" not in left and {"clinic_000", "all small"} <= left
+    assert len(caplog.messages) == 3
+    assert all(message.endswith("compared with: clinic_001") for message in caplog.messages)
+    assert "clinic_001" in report([tmp_path]).read_text()  # it has the other tables of them all
+
+
+def test_hospitals_are_grouped_by_their_role_under_each_seed(tmp_path):
+    runs = runs_in(study_of(tmp_path, local=0.0, fedhelp=3.0))
+
+    def swapped(run):
+        clients = run.summary["per_client"]
+        own = [{**c, "role": {"small": "large", "large": "small"}[c["role"]]} for c in clients]
+        return run._replace(summary={**run.summary, "per_client": own})
+
+    def mean(runs):
+        (found,) = (v for v in judge(runs, "local", metric="auroc") if v.hospital == ALL["small"])
+        return found.ours
+
+    once = [[run for run in runs if run.seed == seed] for seed in range(2)]
+    both = [*once[0], *map(swapped, once[1])]
+    np.testing.assert_allclose(
+        mean(both), (mean(once[0]) + mean([swapped(run) for run in once[1]])) / 2
+    )
 
 
 def hospital(**scores):

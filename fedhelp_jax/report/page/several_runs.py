@@ -27,7 +27,7 @@ from fedhelp_jax.report.page.content import (
 from fedhelp_jax.report.page.figures import words
 from fedhelp_jax.report.page.files import PAGE, Files
 from fedhelp_jax.report.run_data import RunData, SweepData
-from fedhelp_jax.report.verdict.judge import ALL, judge
+from fedhelp_jax.report.verdict.judge import judge, wrong_by_chance
 from fedhelp_jax.report.verdict.rules import ALONE
 
 
@@ -174,15 +174,14 @@ def _clients(runs: Sequence[RunData]) -> list[Table]:
 
 def _verdicts(runs: Sequence[RunData]) -> list[Table]:
     """Returns a row per hospital and a column per method: whether it gains over staying alone."""
-    verdicts = judge(runs, ALONE)
-    verdicts = [v for v in verdicts if v.metric == runs[0].metric]
+    verdicts = judge(runs, ALONE, metric=runs[0].metric)
     methods = list(dict.fromkeys(v.method for v in verdicts))
     if not methods:
         return []
     found = {(v.hospital, v.method): v for v in verdicts}
     hospitals = sorted(
         {v.hospital: v for v in verdicts}.values(),
-        key=lambda v: (v.hospital in ALL.values(), v.role != "small", v.hospital),
+        key=lambda v: (v.is_of_all, v.role != "small", v.hospital),
     )
     rows = []
     for first in hospitals:
@@ -198,12 +197,11 @@ def _verdicts(runs: Sequence[RunData]) -> list[Table]:
             cells.append(Cell(text, g.value, colour))
         rows.append([Cell(first.hospital), Cell(first.role), *cells])
     columns = [Column("client"), Column("role"), *(Column(m, True) for m in methods)]
-    chance = 0.05 * sum(v.hospital not in ALL.values() for v in verdicts)
     note = (
         f"Should this hospital join? The gain in {words(runs[0].metric)} over staying alone "
         f"({ALONE}), on the same test images and seeds, with its 95 % interval. Of all these "
-        f"verdicts on single clients, about {chance:.1f} would be wrong by chance if nobody gained "
-        "or lost anything."
+        f"verdicts on single clients, about {wrong_by_chance(verdicts):.1f} would be wrong by "
+        "chance if nobody gained or lost anything."
     )
     return [Table(columns, rows, note)]
 

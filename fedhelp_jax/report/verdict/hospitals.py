@@ -10,7 +10,7 @@ from fedhelp_jax.report.predictions import Predictions
 from fedhelp_jax.report.run_data import RunData
 from fedhelp_jax.report.verdict.influence import Estimate, auroc, balanced_accuracy, of_answers
 
-OWN_THRESHOLD = "balanced_accuracy_own_threshold"
+OWN_THRESHOLD = "balanced_accuracy_at_own_threshold"
 METRICS = ("auroc", "balanced_accuracy", OWN_THRESHOLD)  # the last for two classes
 
 

@@ -8,7 +8,7 @@ are those of DeLong, DeLong and Clarke-Pearson, "Comparing the Areas under Two o
 Receiver Operating Characteristic Curves", Biometrics 44, 1988.
 """
 
-from collections.abc import Callable, Mapping
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -34,17 +34,26 @@ class Estimate(NamedTuple):
     influence: np.ndarray
     reach: np.ndarray
 
+    def has_examples_of(self, other: "Estimate") -> bool:
+        """Returns whether another estimate is of the same examples with the same classes."""
+        return all(
+            np.array_equal(getattr(self, name)[self._order], getattr(other, name)[other._order])
+            for name in ("examples", "strata")
+        )
+
+    @property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.examples)
+
     def minus(self, other: "Estimate") -> "Estimate":
         """Returns the difference of two models' metrics on the same examples.
 
         Raises:
           ValueError: If the examples or their classes differ.
         """
-        ours, theirs = np.argsort(self.examples), np.argsort(other.examples)
-        same = len(ours) == len(theirs)
-        same = same and np.array_equal(self.examples[ours], other.examples[theirs])
-        if not same or not np.array_equal(self.strata[ours], other.strata[theirs]):
+        if not self.has_examples_of(other):
             raise ValueError("the two models were not tested on the same examples")
+        ours, theirs = self._order, other._order
         return Estimate(
             self.value - other.value,
             self.examples[ours],
@@ -55,8 +64,12 @@ class Estimate(NamedTuple):
 
 
 def balanced_accuracy(examples: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> Estimate:
-    """Returns the mean recall over the classes that occur, given ``[n, C]`` logits."""
-    return of_answers(examples, labels, np.argmax(logits, axis=-1))
+    """Returns the mean recall over the classes that occur, given ``[n, C]`` logits.
+
+    An example with a logit that is not finite is answered wrongly.
+    """
+    finite = np.isfinite(logits).all(axis=-1)
+    return of_answers(examples, labels, np.where(finite, np.argmax(logits, axis=-1), -1))
 
 
 def of_answers(examples: np.ndarray, labels: np.ndarray, answers: np.ndarray) -> Estimate:
@@ -65,18 +78,19 @@ def of_answers(examples: np.ndarray, labels: np.ndarray, answers: np.ndarray) ->
     right = (answers == labels).astype(float)
     recall = np.bincount(index, right) / counts
     weight = 1 / (len(classes) * counts[index])
-    return Estimate(
-        float(np.mean(recall)), examples, labels, (right - recall[index]) * weight, weight
-    )
+    value = float(np.mean(recall))
+    return Estimate(value, examples, labels, _centred(right * weight, labels), weight)
 
 
 def auroc(examples: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> Estimate:
     """Returns the area under the ROC curve, one class against the rest.
 
     As in `fedhelp_jax.metrics.classification_metrics`, it is the mean over the classes that have
-    both positives and negatives.
+    both positives and negatives, and undefined if a logit is not finite.
     """
     n, num_classes = logits.shape
+    if not np.isfinite(logits).all():
+        return Estimate(math.nan, examples, labels, np.zeros(n), np.zeros(n))
     present = [c for c in range(num_classes) if 0 < np.sum(labels == c) < n]
     influence, reach, areas = np.zeros(n), np.zeros(n), []
     for c in present:
@@ -88,29 +102,35 @@ def auroc(examples: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> Estim
         for side in (positive, ~positive):
             influence[side] += own[side] / (side.sum() * len(present))
             reach[side] += 0.5 / (side.sum() * len(present))
-    classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    del classes
-    influence -= (np.bincount(index, influence) / counts)[index]
-    value = float(np.mean(areas)) if areas else float("nan")
-    return Estimate(value, examples, labels, influence, reach)
+    value = float(np.mean(areas)) if areas else math.nan
+    return Estimate(value, examples, labels, _centred(influence, labels), reach)
 
 
 def _placements(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """Returns, for each example, the share of the other side that it is ranked rightly against."""
     found = np.zeros(len(scores))
-    for side, sign in ((positive, 1), (~positive, -1)):
-        others = np.sort(scores[~side])
-        below = np.searchsorted(others, scores[side], "left")
-        not_above = np.searchsorted(others, scores[side], "right")
-        share = (below + not_above) / (2 * len(others))
-        found[side] = share if sign > 0 else 1 - share
+    found[positive] = _share_below(scores[positive], scores[~positive])
+    found[~positive] = 1 - _share_below(scores[~positive], scores[positive])
     return found
+
+
+def _share_below(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Returns the share of others that are below each score; equal ones count half."""
+    others = np.sort(others)
+    below = np.searchsorted(others, scores, "left")
+    return (below + np.searchsorted(others, scores, "right")) / (2 * len(others))
+
+
+def _centred(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns values less the mean of their class."""
+    _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return values - (np.bincount(index, values) / counts)[index]
 
 
 def mean_of_examples(examples: np.ndarray, values: np.ndarray) -> Estimate:
     """Returns the mean of a score in [0, 1] that each example has, such as an image's Dice."""
     n = len(values)
-    mean = float(np.mean(values)) if n else float("nan")
+    mean = float(np.mean(values)) if n else math.nan
     return Estimate(
         mean,
         examples,
@@ -118,9 +138,3 @@ def mean_of_examples(examples: np.ndarray, values: np.ndarray) -> Estimate:
         (values - mean) / max(n, 1),
         np.full(n, 1 / max(n, 1)),
     )
-
-
-METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray, np.ndarray], Estimate]] = {
-    "auroc": auroc,
-    "balanced_accuracy": balanced_accuracy,
-}

@@ -1,5 +1,6 @@
 """Judges methods against an alternative: for each hospital, and for all small or large ones."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from fedhelp_jax.report.verdict.hospitals import (
     hospitals_of,
 )
 from fedhelp_jax.report.verdict.influence import Estimate, mean_of_examples
+
+_log = logging.getLogger(__name__)
 
 ALL = {"small": "all small", "large": "all large"}
 
@@ -48,11 +51,27 @@ class Verdict(NamedTuple):
     theirs: float
     gain: Gain
 
+    @property
+    def is_of_all(self) -> bool:
+        """Whether it is on all hospitals of a role."""
+        return self.hospital in ALL.values()
 
-def judge(runs: Sequence[RunData], against: str, rule: str = "as_run") -> list[Verdict]:
-    """Returns the verdicts on every method but the alternative, the same for every seed.
 
-    Only seeds that both have run with count, and hospitals that have not diverged in either.
+class _Pair(NamedTuple):
+    """What was measured under one seed: the role of each hospital, ours, and the alternative."""
+
+    roles: Mapping[str, str]
+    ours: Measured
+    theirs: Measured
+
+
+def judge(
+    runs: Sequence[RunData], against: str, rule: str = "as_run", metric: str | None = None
+) -> list[Verdict]:
+    """Returns the verdicts on every method but the alternative.
+
+    Only seeds that both have run with count, and hospitals that have not diverged in either and
+    were tested on the same images; a warning names those that were not.
 
     Args:
       runs: Runs with their predictions, or the Dice of their test images.
@@ -60,6 +79,7 @@ def judge(runs: Sequence[RunData], against: str, rule: str = "as_run") -> list[V
       rule: What a hospital deploys; see
         `fedhelp_jax.report.verdict.hospitals.deployed_model`. The alternative deploys what its
         run did.
+      metric: The only metric to judge by; None takes all.
     """
     verdicts = []
     by_place: dict[str, list[RunData]] = {}
@@ -67,24 +87,49 @@ def judge(runs: Sequence[RunData], against: str, rule: str = "as_run") -> list[V
         if run.summary and run.summary.get("split") == "test":
             by_place.setdefault(run.place or run.dataset, []).append(run)
     for place, own in by_place.items():
-        theirs = {run.seed: _measured(run, "as_run") for run in own if run.label == against}
+        theirs = {run.seed: _measured(run, "as_run", metric) for run in own if run.label == against}
         for method in dict.fromkeys(run.label for run in own if run.label != against):
             matched = [run for run in own if run.label == method and run.seed in theirs]
-            pairs = [(_measured(run, rule), theirs[run.seed]) for run in matched]
-            roles = {c["name"]: c["role"] for run in matched for c in run.summary["per_client"]}
-            verdicts += _of_method(place, method, roles, pairs)
+            pairs = [_pair(run, theirs[run.seed], rule, metric) for run in matched]
+            verdicts += _of_method(place, method, pairs)
     return verdicts
 
 
-def _measured(run: RunData, rule: str) -> dict[str, dict[str, Estimate]]:
+def wrong_by_chance(verdicts: Sequence[Verdict]) -> float:
+    """Returns how many verdicts on single hospitals would be wrong if nobody gained or lost."""
+    return 0.05 * sum(not v.is_of_all for v in verdicts)
+
+
+def _pair(run: RunData, theirs: Measured, rule: str, metric: str | None) -> _Pair:
+    """Returns what was measured in a run, without hospitals that were tested on other images."""
+    ours = _measured(run, rule, metric)
+    apart = {
+        name
+        for key, own in ours.items()
+        for name, found in own.items()
+        if name in theirs.get(key, {}) and not found.has_examples_of(theirs[key][name])
+    }
+    if apart:
+        _log.warning(
+            "verdict: left out, as not tested on the same images as in the run that %s is "
+            "compared with: %s",
+            run.folder,
+            ", ".join(sorted(apart)),
+        )
+    roles = {c["name"]: c["role"] for c in run.summary["per_client"] if c["name"] not in apart}
+    return _Pair(roles, ours, theirs)
+
+
+def _measured(run: RunData, rule: str, metric: str | None) -> dict[str, dict[str, Estimate]]:
     """Returns the metrics of the model that each hospital deploys, on its test images."""
     if run.dice:
         return {"dice": {own.client: _of_dice(own) for own in run.dice}}
     found = hospitals_of(run)
-    metrics = METRICS if len(run.classes) == 2 else [m for m in METRICS if m != OWN_THRESHOLD]
+    defined = METRICS if len(run.classes) == 2 else [m for m in METRICS if m != OWN_THRESHOLD]
     return {
-        metric: {name: _of(metric, hospital, rule) for name, hospital in found.items()}
-        for metric in metrics
+        name: {hospital.name: _of(name, hospital, rule) for hospital in found.values()}
+        for name in defined
+        if metric in (None, name)
     }
 
 
@@ -97,32 +142,34 @@ def _of_dice(own: ExampleDice) -> Estimate:
     return mean_of_examples(own.examples[known], own.dice[known])
 
 
-def _of_method(
-    place: str, method: str, roles: Mapping[str, str], pairs: Sequence[tuple[Measured, Measured]]
-) -> list[Verdict]:
+def _of_method(place: str, method: str, pairs: Sequence[_Pair]) -> list[Verdict]:
     """Returns a method's verdicts on each hospital, then on all of each role."""
+    roles = {name: role for pair in pairs for name, role in pair.roles.items()}
+    groups = roles | {t: r for r, t in ALL.items() if list(roles.values()).count(r) > 1}
     verdicts = []
-    groups = {name: (role, [name]) for name, role in roles.items()}
-    for role, title in ALL.items():
-        members = [name for name in roles if roles[name] == role]
-        if len(members) > 1:
-            groups[title] = role, members
-    for metric in dict.fromkeys(metric for ours, _ in pairs for metric in ours):
-        for title, (role, members) in groups.items():
-            differences, ours, theirs = [], [], []
-            for mine, other in pairs:
-                both = [n for n in members if n in mine[metric] and n in other.get(metric, {})]
-                both = [n for n in both if _defined(mine[metric][n], other[metric][n])]
-                differences.append({n: mine[metric][n].minus(other[metric][n]) for n in both})
-                ours += [np.mean([mine[metric][n].value for n in both])] if both else []
-                theirs += [np.mean([other[metric][n].value for n in both])] if both else []
-            if ours:
-                means = float(np.mean(ours)), float(np.mean(theirs))
-                verdicts.append(
-                    Verdict(place, method, metric, title, role, *means, gain(differences))
-                )
+    for metric in dict.fromkeys(metric for pair in pairs for metric in pair.ours):
+        for title, role in groups.items():
+            found = []
+            for pair in pairs:
+                named = [n for n, r in pair.roles.items() if n == title or ALL[r] == title]
+                differences = _differences(pair, metric, named)
+                if differences:
+                    found.append((pair, differences))
+            if found:
+                ours = _mean([(pair.ours[metric], by_name) for pair, by_name in found])
+                theirs = _mean([(pair.theirs[metric], by_name) for pair, by_name in found])
+                total = gain([by_name for _, by_name in found])
+                verdicts.append(Verdict(place, method, metric, title, role, ours, theirs, total))
     return verdicts
 
 
-def _defined(ours: Estimate, theirs: Estimate) -> bool:
-    return math.isfinite(ours.value) and math.isfinite(theirs.value)
+def _differences(pair: _Pair, metric: str, names: Sequence[str]) -> dict[str, Estimate]:
+    """Returns the differences that are defined, by hospital."""
+    ours, theirs = pair.ours[metric], pair.theirs.get(metric, {})
+    found = {n: ours[n].minus(theirs[n]) for n in names if n in ours and n in theirs}
+    return {n: difference for n, difference in found.items() if math.isfinite(difference.value)}
+
+
+def _mean(seeds: Sequence[tuple[Mapping[str, Estimate], Mapping[str, Estimate]]]) -> float:
+    """Returns the mean over seeds of the mean over the hospitals that have a difference."""
+    return float(np.mean([np.mean([own[n].value for n in by_name]) for own, by_name in seeds]))

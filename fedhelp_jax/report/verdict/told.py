@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedhelp_jax.report import run_files
+from fedhelp_jax.report.page.figures import words
 from fedhelp_jax.report.tables import Cell, Grid
 from fedhelp_jax.report.verdict.gain import UNCLEAR
-from fedhelp_jax.report.verdict.hospitals import OWN_THRESHOLD
-from fedhelp_jax.report.verdict.judge import ALL, Verdict
+from fedhelp_jax.report.verdict.judge import Verdict, wrong_by_chance
 
 VERDICT = "verdict.csv"
-
 
 # More test images than any hospital will have.
 _MANY = 100_000
@@ -32,7 +31,7 @@ def of_hospitals(verdicts: Sequence[Verdict], against: str) -> Grid:
         ]
         for v in _worst_first(verdicts)
     ]
-    title = f"{first.place}: {_words(first.metric)} of {first.method} against {against}"
+    title = f"{first.place}: {words(first.metric)} of {first.method} against {against}"
     notes = _notes(verdicts)
     if any(v.gain.verdict == UNCLEAR for v in verdicts):
         notes.append(
@@ -59,13 +58,13 @@ def of_methods(verdicts: Sequence[Verdict], against: str) -> Grid:
     rows = []
     for method, role in dict.fromkeys((v.method, v.role) for v in verdicts):
         own = [v for v in verdicts if (v.method, v.role) == (method, role)]
-        each = [v.gain.verdict for v in own if v.hospital not in ALL.values()]
+        each = [v.gain.verdict for v in own if not v.is_of_all]
         counts = [each.count(word) for word in ("gains", "loses", UNCLEAR)]
-        whole = next((v for v in own if v.hospital in ALL.values()), own[0])
+        whole = next((v for v in own if v.is_of_all), own[0])
         rows.append([Cell(method), Cell(f"{len(each)} {role}"), *_gain_cells(whole)])
         rows[-1] += [Cell(str(count)) for count in counts]
     first = verdicts[0]
-    title = f"{first.place}: {_words(first.metric)} against {against}"
+    title = f"{first.place}: {words(first.metric)} against {against}"
     return Grid(title, heads, rows, _notes(verdicts))
 
 
@@ -82,13 +81,6 @@ def grids(verdicts: Sequence[Verdict], against: str) -> list[Grid]:
 def _gain_cells(verdict: Verdict) -> list[Cell]:
     g = verdict.gain
     return [Cell(f"{g.value:+.3f}"), Cell(f"{g.low:+.3f} to {g.high:+.3f}")]
-
-
-def _words(metric: str) -> str:
-    """Returns the name of a metric as it is spoken."""
-    return {"auroc": "AUROC", OWN_THRESHOLD: "balanced accuracy at the own threshold"}.get(
-        metric, metric.replace("_", " ")
-    )
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict], against: str, rule: str) -> None:
@@ -120,19 +112,19 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict], against: str, rule: 
 
 def _worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """Returns the hospitals by their gain, the smallest first, and the groups after them."""
-    return sorted(verdicts, key=lambda v: (v.hospital in ALL.values(), v.gain.value))
+    return sorted(verdicts, key=lambda v: (v.is_of_all, v.gain.value))
 
 
 def _notes(verdicts: Sequence[Verdict]) -> list[str]:
     """Returns how the table is to be read."""
-    hospitals = [v for v in verdicts if v.hospital not in ALL.values()]
+    hospitals = [v for v in verdicts if not v.is_of_all]
     seeds = {v.gain.seeds for v in verdicts}
     notes = [
         "The interval covers the choice of test images"
         + (" and of seeds." if max(seeds) > 1 else "; with one seed, it cannot cover training."),
         f"{UNCLEAR}: the interval holds 0, so it cannot be told from these images and seeds.",
     ]
-    by_chance = 0.05 * len(hospitals)
+    by_chance = wrong_by_chance(verdicts)
     if by_chance >= 0.5:
         notes.append(
             f"Among {len(hospitals)} hospitals without any gain, about {by_chance:.0f} would be "
