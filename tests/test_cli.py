@@ -183,7 +183,10 @@ def test_each_config_is_valid(tmp_path, runner, monkeypatch, config, name, large
 
 @pytest.mark.parametrize("config", ["fed_isic2019.py", "pneumonia.py"])
 def test_configs_without_a_data_folder_say_what_to_set(tmp_path, runner, capsys, config):
-    assert "--config.data.path" in refusal(capsys, train(tmp_path, config=config))
+    message = refusal(capsys, train(tmp_path, config=config))
+    for key in ("data.path", "public.path", "teacher.path", "teacher.labels"):
+        assert f"config.{key} is not set" in message and f"--config.{key}=" in message
+    assert "set FEDHELP_DATA_DIR" in message
     assert not runner.calls
 
 

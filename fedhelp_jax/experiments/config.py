@@ -11,6 +11,7 @@ to override a missing key. Settings that the chosen method does not have must no
 
 import dataclasses
 import json
+import os
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ from fedhelp_jax.settings.schema import (
     TeacherConfig,
 )
 from fedhelp_jax.settings.values import as_dict, refuse_unknown, value_as
-from fedhelp_jax.teachers.settings import check_teacher
+from fedhelp_jax.teachers.settings import check_teacher, missing_settings
 from fedhelp_jax.typing import JsonObject, Record
 
 
@@ -125,6 +126,9 @@ class RunConfig:
     server: ServerConfig = part(ServerConfig)
     mapping: MappingConfig = part(MappingConfig)
     algorithm: AlgorithmConfig = part(AlgorithmConfig)
+
+
+_FOLDER = ", or set FEDHELP_DATA_DIR to the folder of the files if the config uses it"
 
 
 # --- config files and their values --------------------------------------------------------------
@@ -400,6 +404,7 @@ def _build_settings(method: str, values: Any, path: str) -> Any:
 
 def _check_together(config: RunConfig) -> None:
     """Refuses settings that are each valid by themselves but incompatible with each other."""
+    missing = []
     for section, registry in (("data", DATA), ("public", PUBLIC)):
         given = getattr(config, section)
         if section == "public" and given.name == "none":
@@ -412,12 +417,11 @@ def _check_together(config: RunConfig) -> None:
                 f"config.{section}.name = {given.name!r} has no {lacking} for config.task = "
                 f"{config.task!r}; it is for {other}"
             )
-        for key, what in found.needs:
-            if not getattr(given, key):
-                raise UserError(
-                    f"config.{section}.{key} is not set, but {section} {given.name} needs {what}: "
-                    f"give --config.{section}.{key}=..."
-                )
+        missing += [
+            (f"config.{section}.{key}", f"{section} {given.name} needs {what}")
+            for key, what in found.needs
+            if not getattr(given, key)
+        ]
         by = config.data.split_by if section == "data" else None
         if by is not None and found.split_by is not None and by not in found.split_by:
             raise UserError(
@@ -432,6 +436,12 @@ def _check_together(config: RunConfig) -> None:
         raise UserError(
             "config.data.harmonize: z_score must be the last, since it leaves no pixels"
         )
+    missing += missing_settings(config.teacher)
+    if missing:
+        said = "; ".join(f"{key} is not set, but {why}" for key, why in missing)
+        flags = " ".join(f"--{key}=..." for key, _ in missing)
+        folder = "" if "FEDHELP_DATA_DIR" in os.environ else _FOLDER
+        raise UserError(f"{said}: give {flags}{folder}")
     _check_task(config)
     check_teacher(config.teacher)
 

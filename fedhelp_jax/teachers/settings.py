@@ -7,12 +7,27 @@ from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.settings.schema import FoundationConfig, TeacherConfig
 from fedhelp_jax.teachers.resolve import teacher
 
+_URL = ("url", "its address")
+_SERVED = ("model", "the name of the model there")
+_FILE = ("path", "the model file")
+_LABELS = (
+    "labels",
+    "a text file of the model's classes, one a line, or {path}.head if it gives embeddings",
+)
+_NEEDS = {
+    "stored": (("path", "the file of its answers"),),
+    "open_inference": (_URL, _SERVED, _LABELS),
+    "hf_zero_shot": (_URL, _SERVED),
+    "litert": (_FILE, _LABELS),
+    "onnx": (_FILE, _LABELS),
+}
+
 
 def check_teacher(config: TeacherConfig) -> None:
     """Checks the settings of a teacher, including those of an ensemble's members.
 
     Raises:
-        UserError: A required setting is missing, or two settings exclude each other.
+        UserError: Two settings exclude each other.
     """
     ensemble = config.name == "ensemble"
     if ensemble != bool(config.members):
@@ -35,28 +50,24 @@ def check_teacher(config: TeacherConfig) -> None:
         _check_foundation(member, f"config.teacher.members[{i}]")
 
 
+def missing_settings(config: TeacherConfig) -> list[tuple[str, str]]:
+    """Returns the settings that a teacher or its members need and that have no value.
+
+    Returns:
+        Keys, such as "config.teacher.path", and what each must name.
+    """
+    models: list[tuple[str, FoundationConfig]] = [("config.teacher", config)]
+    models += [(f"config.teacher.members[{i}]", one) for i, one in enumerate(config.members)]
+    return [
+        (f"{path}.{key}", f"teacher {one.name} needs {what.format(path=path)}")
+        for path, one in models
+        for key, what in _NEEDS.get(one.name, ())
+        if not (getattr(one, key) or (key == "labels" and one.head))
+    ]
+
+
 def _check_foundation(config: FoundationConfig, path: str) -> None:
     teacher(config.name, f"{path}.name")
-    endpoint = [("url", "its address"), ("model", "the name of the model there")]
-    needed = {
-        "stored": [("path", "the file of its answers")],
-        "open_inference": endpoint,
-        "hf_zero_shot": endpoint,
-        "litert": [("path", "the model file")],
-        "onnx": [("path", "the model file")],
-    }
-    for key, what in needed.get(config.name, []):
-        if not getattr(config, key):
-            raise UserError(
-                f"{path}.{key} is not set, but teacher {config.name} needs {what}: give "
-                f"--{path}.{key}=..."
-            )
-    asked_for_logits = config.name in ("open_inference", "litert", "onnx")
-    if asked_for_logits and config.labels is None and config.head is None:
-        raise UserError(
-            f"{path}.labels is not set: give a text file of the model's classes, one a line; or, "
-            f"if it gives embeddings, {path}.head"
-        )
     if config.head is not None and config.top_k is not None:
         raise UserError(f"{path}.top_k is for logits; with {path}.head the store keeps embeddings")
     if config.name == "open_inference" and re.search(r"/v2(/|$)", urlsplit(str(config.url)).path):
