@@ -7,6 +7,7 @@ import numpy as np
 
 from fedhelp_jax.report import numbers, run_files
 from fedhelp_jax.report.predictions import PREDICTIONS, Predictions, write_predictions
+from fedhelp_jax.report.verdict.hospitals import Hospital
 
 METRIC = "balanced_accuracy"
 
@@ -126,3 +127,21 @@ def _groups(values):
         "worst_small": float(np.min(values["small"])),
         "gap": float(large - small),
     }
+
+
+def hospital(**scores):
+    """A hospital whose models have the given accuracies on validation, and the reverse on test."""
+    labels = np.arange(40) % 2
+
+    def predictions(model, split, accuracy):
+        right = np.arange(40) // 2 < 20 * accuracy
+        logits = np.eye(2)[np.where(right, labels, 1 - labels)]
+        return Predictions("h", "small", model, split, np.arange(40), labels, logits)
+
+    return Hospital(
+        "h",
+        "small",
+        next(iter(scores)),
+        {model: predictions(model, "test", 1 - score) for model, score in scores.items()},
+        {model: predictions(model, "validation", score) for model, score in scores.items()},
+    )

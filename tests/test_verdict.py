@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from made_up_runs import make_run
+from helpers import refusal
+from made_up_runs import hospital, make_run
 from scipy import stats
 
 from fedhelp_jax.cli.main import main
@@ -32,7 +33,7 @@ from fedhelp_jax.report.verdict.influence import (
     balanced_accuracy,
 )
 from fedhelp_jax.report.verdict.judge import ALL, Verdict, judge
-from fedhelp_jax.report.verdict.rules import RULES
+from fedhelp_jax.report.verdict.rules import GUARDED, RULES
 from fedhelp_jax.report.verdict.told import VERDICT, grids
 
 
@@ -314,6 +315,7 @@ def test_the_dice_of_images_is_judged_too(tmp_path):
     (verdict,) = (v for v in judge(runs_in(tmp_path), "local") if v.hospital == "clinic_000")
     assert verdict.metric == "dice" and verdict.gain.verdict == "gains"
     assert abs(verdict.gain.value - 0.1) < 0.03
+    assert "--deploys=guarded is for" in refusal(lambda: judge(runs_in(tmp_path), "local", GUARDED))
 
 
 def test_hospitals_that_were_tested_on_other_images_are_left_out_and_named(tmp_path, caplog):
@@ -351,28 +353,10 @@ def test_hospitals_are_grouped_by_their_role_under_each_seed(tmp_path):
     )
 
 
-def hospital(**scores):
-    """A hospital whose models have the given accuracies on validation, and the reverse on test."""
-    labels = np.arange(40) % 2
-
-    def predictions(model, split, accuracy):
-        right = np.arange(40) // 2 < 20 * accuracy
-        logits = np.eye(2)[np.where(right, labels, 1 - labels)]
-        return Predictions("h", "small", model, split, np.arange(40), labels, logits)
-
-    return Hospital(
-        "h",
-        "small",
-        next(iter(scores)),
-        {model: predictions(model, "test", 1 - score) for model, score in scores.items()},
-        {model: predictions(model, "validation", score) for model, score in scores.items()},
-    )
-
-
 def test_what_is_deployed_is_chosen_on_validation_images():
     own = hospital(personal=0.5, **{"global": 0.75})
     metric = "balanced_accuracy"
-    chosen = {rule: deployed_model(own, rule, metric) for rule in RULES}
+    chosen = {rule: deployed_model(own, rule, metric) for rule in RULES if rule != GUARDED}
     assert chosen == {
         "as_run": "personal",
         "own": "personal",

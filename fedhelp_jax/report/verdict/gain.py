@@ -106,6 +106,12 @@ def gain(differences: Sequence[Mapping[str, Estimate]], level: float = 0.95) -> 
     )
 
 
+def variance(difference: Estimate) -> float:
+    """Returns the variance of one difference that comes from its examples; see `gain`."""
+    covariance, _, _ = _covariance([{"": difference}])
+    return float(covariance[0, 0])
+
+
 def _covariance(
     differences: Sequence[Mapping[str, Estimate]],
 ) -> tuple[np.ndarray, float, int]:

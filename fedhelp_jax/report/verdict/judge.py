@@ -3,13 +3,16 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
+from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.report.dice import ExampleDice
 from fedhelp_jax.report.run_data import RunData
 from fedhelp_jax.report.verdict.gain import Gain, gain
+from fedhelp_jax.report.verdict.guard import guarded
 from fedhelp_jax.report.verdict.hospitals import (
     METRICS,
     OWN_THRESHOLD,
@@ -19,6 +22,7 @@ from fedhelp_jax.report.verdict.hospitals import (
     hospitals_of,
 )
 from fedhelp_jax.report.verdict.influence import Estimate, mean_of_examples
+from fedhelp_jax.report.verdict.rules import AS_RUN, GUARDED
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +70,7 @@ class _Pair(NamedTuple):
 
 
 def judge(
-    runs: Sequence[RunData], against: str, rule: str = "as_run", metric: str | None = None
+    runs: Sequence[RunData], against: str, rule: str = AS_RUN, metric: str | None = None
 ) -> list[Verdict]:
     """Returns the verdicts on every method but the alternative.
 
@@ -77,9 +81,12 @@ def judge(
       runs: Runs with their predictions, or the Dice of their test images.
       against: Label of the alternative, such as "local": staying alone.
       rule: What a hospital deploys; see
-        `fedhelp_jax.report.verdict.hospitals.deployed_model`. The alternative deploys what its
-        run did.
+        `fedhelp_jax.report.verdict.hospitals.deployed_model`, or "guarded", for which see
+        `fedhelp_jax.report.verdict.guard`. The alternative deploys what its run did.
       metric: The only metric to judge by; None takes all.
+
+    Raises:
+      UserError: If the rule chooses among models, but a run is about masks.
     """
     verdicts = []
     by_place: dict[str, list[RunData]] = {}
@@ -87,7 +94,7 @@ def judge(
         if run.summary and run.summary.get("split") == "test":
             by_place.setdefault(run.place or run.dataset, []).append(run)
     for place, own in by_place.items():
-        theirs = {run.seed: _measured(run, "as_run", metric) for run in own if run.label == against}
+        theirs = {run.seed: run for run in own if run.label == against}
         for method in dict.fromkeys(run.label for run in own if run.label != against):
             matched = [run for run in own if run.label == method and run.seed in theirs]
             pairs = [_pair(run, theirs[run.seed], rule, metric) for run in matched]
@@ -100,9 +107,10 @@ def wrong_by_chance(verdicts: Sequence[Verdict]) -> float:
     return 0.05 * sum(not v.is_of_all for v in verdicts)
 
 
-def _pair(run: RunData, theirs: Measured, rule: str, metric: str | None) -> _Pair:
+def _pair(run: RunData, other: RunData, rule: str, metric: str | None) -> _Pair:
     """Returns what was measured in a run, without hospitals that were tested on other images."""
-    ours = _measured(run, rule, metric)
+    theirs = _measured(other, rule=None, metric=metric)
+    ours = _measured(run, rule, metric, hospitals_of(other) if rule == GUARDED else {})
     apart = {
         name
         for key, own in ours.items()
@@ -120,21 +128,48 @@ def _pair(run: RunData, theirs: Measured, rule: str, metric: str | None) -> _Pai
     return _Pair(roles, ours, theirs)
 
 
-def _measured(run: RunData, rule: str, metric: str | None) -> dict[str, dict[str, Estimate]]:
-    """Returns the metrics of the model that each hospital deploys, on its test images."""
+def _measured(
+    run: RunData,
+    rule: str | None,
+    metric: str | None,
+    alone: Mapping[str, Hospital] = MappingProxyType({}),
+) -> dict[str, dict[str, Estimate]]:
+    """Returns the metrics of the model that each hospital deploys, on its test images.
+
+    Raises:
+      UserError: If the rule chooses among models, but the run is about masks.
+    """
     if run.dice:
+        if rule not in (None, AS_RUN):
+            raise UserError(
+                f"{run.folder}: --deploys={rule} is for classification; of masks, a run saves the "
+                "Dice of the deployed model only"
+            )
         return {"dice": {own.client: _of_dice(own) for own in run.dice}}
     found = hospitals_of(run)
     defined = METRICS if len(run.classes) == 2 else [m for m in METRICS if m != OWN_THRESHOLD]
     return {
-        name: {hospital.name: _of(name, hospital, rule) for hospital in found.values()}
+        name: _deployed(found, alone, rule or AS_RUN, name)
         for name in defined
         if metric in (None, name)
     }
 
 
-def _of(metric: str, hospital: Hospital, rule: str) -> Estimate:
-    return estimate(metric, hospital, deployed_model(hospital, rule, metric))
+def _deployed(
+    found: Mapping[str, Hospital], alone: Mapping[str, Hospital], rule: str, metric: str
+) -> dict[str, Estimate]:
+    """Returns the metric of what each hospital deploys by a rule."""
+    if rule != GUARDED:
+        return {
+            name: estimate(metric, own, deployed_model(own, rule, metric))
+            for name, own in found.items()
+        }
+    return {
+        name: estimate(metric, found[name], model)
+        if model is not None
+        else estimate(metric, alone[name], alone[name].deployed)
+        for name, model in guarded(found, alone, metric).items()
+    }
 
 
 def _of_dice(own: ExampleDice) -> Estimate:

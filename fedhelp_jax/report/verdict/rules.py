@@ -3,5 +3,7 @@
 # The method to compare with unless another is named: training alone.
 ALONE = "local"
 
-# What a hospital may deploy after a federation; the first is what its run deployed.
-RULES = ("as_run", "own", "global", "best_on_validation")
+# What a hospital may deploy after a federation: what its run deployed, the network that it trained
+# itself, the broadcast one, whichever is best on its validation images, or none if those say so.
+AS_RUN, GUARDED = "as_run", "guarded"
+RULES = (AS_RUN, "own", "global", "best_on_validation", GUARDED)
