@@ -151,6 +151,10 @@ def tiny_setup(**changes: Any) -> Setup:
 PUBLIC = PublicSpec(num_images=10, num_labels=PUBLIC_CLASSES, num_answers=ANSWERS, shared=False)
 
 
+# The methods that can run with a simulated teacher: the others need a model at the clients.
+FROM_IMAGES = [name for name, method in ALGORITHMS.items() if not method.reads_answers]
+
+
 def build(name: str, setup: Setup, **settings: Any) -> FederatedAlgorithm:
     """Builds a method by name."""
     method = ALGORITHMS[name]

@@ -138,7 +138,9 @@ def test_states_are_finite_and_change(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "centralized"])
+@pytest.mark.parametrize(
+    "name", [n for n, m in ALGORITHMS.items() if not (m.pools_data or m.ignores("batch_size"))]
+)
 def test_clients_train_on_the_same_batches_whatever_the_method(name):
     trains = [split.train.tolist() for split in tiny_dataset().clients]
     for batches, others in zip(run_of(name).batches, run_of("local").batches, strict=True):
@@ -160,7 +162,9 @@ def test_every_client_reports_its_loss(name):
             loss = info.info[group.role]["loss"]
             present = info.participants[group.role] < len(group.names)
             assert present.sum() == len(group.names)
-            assert np.isfinite(loss).all() and (loss[present] > 0).all()
+            assert np.isfinite(loss).all()
+            # Class means of all training images may answer each of them without any doubt.
+            assert (loss[present] > 0).all() or (name == "fedncm" and (loss[present] >= 0).all())
 
 
 @every_method
@@ -183,10 +187,10 @@ def test_what_is_deployed_are_the_models_with_the_headline_first(name):
         headlines[group.role] = next(iter(run.results[-1]["test"][group.role]))
     private = {"small": "personal", "large": "large"}
     expected = {
-        **dict.fromkeys(
-            ("fedhelp", "local", "fml", "fedmd", "fedproto", "fedgh", "fedkd", "fedtype"), private
-        ),
+        **dict.fromkeys(("fedhelp", "fml", "fedmd", "fedproto", "fedgh", "fedkd"), private),
+        **dict.fromkeys(("local", "fedtype", "pixel_probe", "foundation_probe"), private),
         **dict.fromkeys(("fedavg", "fedprox", "scaffold", "centralized", "feddf"), "global"),
+        **dict.fromkeys(("federated_probe", "fedncm"), "global"),
         **dict.fromkeys(("fedbn", "ditto", "per_fedavg", "pfedme"), "personal"),
     }[name]
     assert headlines == (
@@ -267,6 +271,7 @@ def test_only_what_a_method_shares_travels(name):
     logits = 4 * PUBLIC.num_images * CLASSES
     prototypes = 4 * CLASSES * (4 + 1)  # means of four features, and counts
     head = num_bytes(variables["small"]["params"]["head"])
+    linear = 4 * CLASSES * (8 * 8 * 3 + 1)
     expected = {
         **dict.fromkeys(
             ("fedavg", "fedprox", "ditto", "per_fedavg", "pfedme", "fml", "fedtype"),
@@ -276,7 +281,9 @@ def test_only_what_a_method_shares_travels(name):
         "fedkd": {"small": (w, w + 8)},  # at most: it says itself what its factors come to
         "fedbn": {"small": (params, params)},  # its normalisation has statistics only
         "scaffold": {"small": (w + params, w + params)},  # the control variates come with it
-        "local": {"small": (0, 0)},
+        **dict.fromkeys(("local", "pixel_probe", "foundation_probe"), {"small": (0, 0)}),
+        "federated_probe": {"small": (linear, linear)},
+        "fedncm": {"small": (linear, linear)},  # means of pixels, and counts
         "fedmd": {"small": (logits, logits + 1)},  # and whether there are any
         "feddf": {role: (num_bytes(variables[role]),) * 2 for role in variables},
         "fedproto": {"small": (prototypes, prototypes)},

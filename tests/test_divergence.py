@@ -30,7 +30,7 @@ from fedhelp_jax.simulation.round import server_part
 
 NAMES = {"small": ("village", "coast", "north"), "large": ("big", "town")}
 # Who sends nothing, so that nothing can be left out.
-SILENT = ("centralized", "local")
+SILENT = ("centralized", "local", "pixel_probe", "foundation_probe")
 
 
 @functools.cache

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import fedhelp, read, refusal, train, train_command
-from helpers import assert_trees_close, assert_trees_equal, on_host, use_tiny_networks
+from helpers import (
+    FROM_IMAGES,
+    assert_trees_close,
+    assert_trees_equal,
+    on_host,
+    use_tiny_networks,
+)
 from tiny_config import get_config
 
 from fedhelp_jax.algorithms import ALGORITHMS
@@ -463,7 +469,7 @@ def test_other_rounds_are_refused_where_a_schedule_depends_on_them(settings, wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", FROM_IMAGES)
 def test_each_method_says_whether_it_has_a_schedule_over_rounds(name, monkeypatch):
     """By the program of a round: two numbers of rounds make two only where there is one."""
     config = get_config()

@@ -358,12 +358,12 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
 @pytest.mark.parametrize(
     ("source", "runs", "trials"),
     [
-        ("miniature.py", 34, 0),
-        ("two_layers.py", 102, 0),
+        ("miniature.py", 36, 0),
+        ("two_layers.py", 126, 0),
         ("ablations.py", 30, 0),
         ("ablations.py:fed_isic2019.py:cpu", 30, 0),
-        ("baselines.py", 51, 68),
-        ("baselines.py:pneumonia.py", 51, 68),
+        ("baselines.py", 54, 72),
+        ("baselines.py:pneumonia.py", 54, 72),
     ],
 )
 def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monkeypatch):

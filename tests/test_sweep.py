@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import CONFIG, fedhelp, refusal
-from helpers import use_tiny_networks
+from helpers import FROM_IMAGES, use_tiny_networks
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from fedhelp_jax.algorithms import ALGORITHMS, settings_of
@@ -169,7 +169,7 @@ def phases_of(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", FROM_IMAGES)
 @pytest.mark.parametrize("server", ["none", "adam", "sgd"])
 def test_every_number_of_every_method_can_be_traced(name, server):
     """So that a sweep over it is one program; and each that has an effect is read, no other."""
@@ -199,7 +199,7 @@ def test_every_number_of_every_method_can_be_traced(name, server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"fedproto", "fedgh"}))
+@pytest.mark.parametrize("name", sorted(set(FROM_IMAGES) - {"fedproto", "fedgh"}))
 def test_a_method_that_ignores_the_large_network_does_not_use_it(name):
     """The other two need features of one width, so use both."""
 
@@ -218,7 +218,7 @@ def test_a_method_that_ignores_the_large_network_does_not_use_it(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", FROM_IMAGES)
 def test_a_method_that_ignores_the_clients_weights_does_not_use_them(name):
     own = {"algorithm.server_steps": 1} if name == "feddf" else {}
     config = config_of(**{"algorithm.name": name, "model.large": "resnet20", **own})

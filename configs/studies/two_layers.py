@@ -1,8 +1,7 @@
 """Compares all methods on two real data sets, with two-layer networks, in minutes on two cores.
 
     export FEDHELP_DATA_DIR=/path/to/data
-    fedhelp teach --config=configs/fed_isic2019.py:cpu
-    fedhelp teach --config=configs/pneumonia.py:cpu
+    fedhelp teach --study=configs/studies/two_layers.py
     fedhelp compare --study=configs/studies/two_layers.py --workdir=runs/two_layers
 
 The data are skin lesions of four centres and chest X-rays of six simulated ones, as in

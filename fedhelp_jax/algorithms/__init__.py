@@ -14,18 +14,22 @@ from fedhelp_jax.algorithms.ditto import ditto
 from fedhelp_jax.algorithms.fedavg import fedavg
 from fedhelp_jax.algorithms.fedbn import fedbn
 from fedhelp_jax.algorithms.feddf import feddf
+from fedhelp_jax.algorithms.federated_probe import federated_probe
 from fedhelp_jax.algorithms.fedgh import fedgh
 from fedhelp_jax.algorithms.fedhelp import fedhelp
 from fedhelp_jax.algorithms.fedkd import fedkd
 from fedhelp_jax.algorithms.fedmd import fedmd
+from fedhelp_jax.algorithms.fedncm import fedncm
 from fedhelp_jax.algorithms.fedproto import fedproto
 from fedhelp_jax.algorithms.fedprox import fedprox
 from fedhelp_jax.algorithms.fedtype import fedtype
 from fedhelp_jax.algorithms.fml import fml
+from fedhelp_jax.algorithms.foundation_probe import foundation_probe
 from fedhelp_jax.algorithms.local import local
 from fedhelp_jax.algorithms.method import Method, method, settings_of
 from fedhelp_jax.algorithms.per_fedavg import per_fedavg
 from fedhelp_jax.algorithms.pfedme import pfedme
+from fedhelp_jax.algorithms.pixel_probe import pixel_probe
 from fedhelp_jax.algorithms.scaffold import scaffold
 from fedhelp_jax.core.registry import Registry
 
@@ -35,8 +39,9 @@ def _lacks(found: Any) -> str:
 
 
 _OURS = (
-    *(fedhelp, local, centralized, fedavg, fedprox, fedbn, scaffold, ditto, per_fedavg, pfedme),
-    *(fml, fedmd, feddf, fedproto, fedgh, fedkd, fedtype),
+    *(fedhelp, local, pixel_probe, foundation_probe, federated_probe, fedncm, centralized),
+    *(fedavg, fedprox, fedbn, scaffold, ditto),
+    *(per_fedavg, pfedme, fml, fedmd, feddf, fedproto, fedgh, fedkd, fedtype),
 )
 ALGORITHMS = Registry("algorithms", {found.name: found for found in _OURS}, _lacks)
 
@@ -54,19 +59,23 @@ __all__ = [
     "fedavg",
     "fedbn",
     "feddf",
+    "federated_probe",
     "fedgh",
     "fedhelp",
     "fedkd",
     "fedmd",
+    "fedncm",
     "fedproto",
     "fedprox",
     "fedtype",
     "fml",
+    "foundation_probe",
     "local",
     "make_settings",
     "method",
     "per_fedavg",
     "pfedme",
+    "pixel_probe",
     "scaffold",
     "settings_of",
 ]

@@ -24,6 +24,9 @@ class Method:
         `fedhelp_jax.settings.setting`.
       uses_public: Whether it learns from the public images.
       uses_teacher: Whether it learns from the foundation model's answers about them.
+      reads_answers: Whether its clients learn from the foundation model's answers about their own
+        images instead of from the images. That needs a model that runs at the clients: through an
+        API it would be sent private images.
       pools_data: Whether it needs all clients' data in one place, which no federated method does.
       plain_sgd: Whether its rule requires plain SGD and allows no other optimizer.
       unused: Settings of a run, or sections of them, that have no effect on it, besides those that
@@ -36,6 +39,7 @@ class Method:
     settings: type[Any]
     uses_public: bool = False
     uses_teacher: bool = False
+    reads_answers: bool = False
     pools_data: bool = False
     plain_sgd: bool = False
     unused: tuple[str, ...] = ()
@@ -71,7 +75,7 @@ class Method:
         unused = self.unused
         if not self.uses_public:
             unused += ("public", "public_batch_size")
-        if not self.uses_teacher:
+        if not self.uses_teacher and not self.reads_answers:
             unused += ("teacher",)
         return any(key == name or key.startswith(f"{name}.") for name in unused)
 

@@ -31,7 +31,7 @@ from fedhelp_jax.simulation.streaming import StreamedRounds
 from fedhelp_jax.simulation.vectorize import Mapping, make_mapping
 from fedhelp_jax.tasks import Task
 from fedhelp_jax.teachers.answers import Answers
-from fedhelp_jax.teachers.resolve import resolve_answers
+from fedhelp_jax.teachers.resolve import own_answers, resolve_answers
 from fedhelp_jax.transforms import harmonize
 
 MOST_ROUNDS = 1000
@@ -183,6 +183,9 @@ def load_sources(
     method = ALGORITHMS[config.algorithm.name]
     with_public = method.uses_public and config.public.name != "none"
     dataset, public = load_data(config, with_public=with_public)
+    if method.reads_answers:
+        answers = own_answers(config.teacher, dataset)
+        return dataset._replace(images=answers.logits), None, answers
     if public is None or not method.uses_teacher:
         return dataset, public, None
     answers = resolve_answers(config.teacher, public)

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
+from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.core.errors import UserError, suggest
 from fedhelp_jax.core.locks import folder_lock
 from fedhelp_jax.core.storage import StorageError, storage_errors
@@ -212,14 +213,20 @@ def teach(study: Study, *, dry_run: bool = False) -> None:
     """
     # These settings alone determine which images are asked about, and which must not be sent.
     asked = {
-        repr((config.data, config.public, config.teacher, config.seed)): config
+        repr((config.data, config.public, config.teacher, config.seed, _reads(config))): config
         for config in _all_configs(study)
-        if config.public.name != "none" and any(map(is_asked, members(config.teacher)))
+        if (config.public.name != "none" or _reads(config))
+        and any(map(is_asked, members(config.teacher)))
     }
     if not asked:
         raise UserError("no run of the study has a foundation model that must be asked")
     for config in asked.values():
         teach_run(config, dry_run=dry_run)
+
+
+def _reads(config: RunConfig) -> bool:
+    """Returns whether a run's method learns from answers about the clients' own images."""
+    return ALGORITHMS[config.algorithm.name].reads_answers
 
 
 def _all_configs(study: Study) -> Iterator[RunConfig]:

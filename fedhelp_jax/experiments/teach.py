@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import jax.numpy as jnp
 import numpy as np
 
+from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.core.compilation import jit
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.types import PublicDataset
@@ -15,13 +16,20 @@ from fedhelp_jax.report.teaching import AskingProgress, print_agreement, print_p
 from fedhelp_jax.settings.schema import FoundationConfig, TeacherConfig
 from fedhelp_jax.tasks import segmentation
 from fedhelp_jax.teachers.answers import Answers
-from fedhelp_jax.teachers.base import PublicImages, clear_public
+from fedhelp_jax.teachers.base import (
+    FoundationModel,
+    OwnImages,
+    PublicImages,
+    clear_public,
+    own_images,
+)
 from fedhelp_jax.teachers.heads import linear_probe_logits
 from fedhelp_jax.teachers.query import Plan, QueryLimits, execute, make_plan
 from fedhelp_jax.teachers.resolve import (
     foundation_model,
     is_asked,
     members,
+    model_at_the_client,
     open_store,
     resolve_answers,
 )
@@ -36,6 +44,8 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
     """Stores the teacher's answers about all public images, and reports how good they are.
 
     Every public image is first compared with all private images; nothing is sent if any is equal.
+    For a method that reads the answers about the clients' own images, the model, which must run
+    here, is asked about those instead.
 
     Args:
       config: The settings of the run that will train on the answers.
@@ -47,6 +57,8 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
     Raises:
       UserError: If a client has a public image, a budget is too small, or a model does not answer.
     """
+    if ALGORITHMS[config.algorithm.name].reads_answers:
+        return _teach_own(config, dry_run)
     if config.public.name == "none" or config.teacher.name == "none":
         raise UserError(
             "teach needs public images and a teacher: config.public.name and config.teacher.name "
@@ -69,6 +81,15 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
     found = agreement(answers, public)
     print_agreement(answers.fingerprint, public.name, found)
     return found
+
+
+def _teach_own(config: RunConfig, dry_run: bool) -> JsonObject:
+    """Stores the answers about the clients' own images, of a model that runs here."""
+    model = model_at_the_client(config.teacher)
+    private, _ = read_data(config, with_public=False)
+    images = own_images(private)
+    _ask(config.teacher, model, images, len(private.images), dry_run)
+    return {}
 
 
 def agreement(answers: Answers, public: PublicDataset) -> JsonObject:
@@ -141,14 +162,24 @@ def _mask_agreement(
 def _ask_one(
     config: FoundationConfig, public: PublicDataset, images: PublicImages, dry_run: bool
 ) -> None:
+    _ask(config, foundation_model(config, public), images, len(public.sha256), dry_run)
+
+
+def _ask(
+    config: FoundationConfig,
+    model: FoundationModel,
+    images: PublicImages | OwnImages,
+    count: int,
+    dry_run: bool,
+) -> None:
+    """Asks a model about the images that have no stored answer; ``count`` includes equal ones."""
     if find_spec("tenacity") is None or find_spec("filelock") is None:
         raise UserError("fedhelp teach needs pip install 'fedhelp_jax[teach]'")
-    fields = {field: getattr(config, field) for field in QueryLimits._fields}
-    model, pace = foundation_model(config, public), QueryLimits(**fields)
+    pace = QueryLimits(**{field: getattr(config, field) for field in QueryLimits._fields})
     try:
         with open_store(config, model, write=False) as store:
             plan = make_plan(model, images, store, pace)
-        print_plan(model.fingerprint, config, plan, len(public.sha256))
+        print_plan(model.fingerprint, config, plan, count)
         if plan.batches:
             _check_budget(plan, pace)
             model.open()

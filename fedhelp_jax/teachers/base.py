@@ -1,7 +1,8 @@
-"""The interface of foundation models, which may see public images and nothing else.
+"""The interface of foundation models, and the images that they may see.
 
-Everything that is sent to a foundation model is a `PublicImages`. Only `clear_public` makes one,
-from a data set that is declared public and shares no image with any client.
+Everything that is sent to a foundation model elsewhere is a `PublicImages`. Only `clear_public`
+makes one, from a data set that is declared public and shares no image with any client. A model that
+runs at the hospitals may also see their own images, as `OwnImages`, which no other model takes.
 """
 
 import hashlib
@@ -124,8 +125,33 @@ class PublicImages:
         return stacked if stacked.ndim == 4 else stacked[..., None]
 
 
+class OwnImages:
+    """Private images, for a model that runs where they are.
+
+    A model that sends its images anywhere refuses them, since they are no `PublicImages`.
+    """
+
+    def __init__(self, images: np.ndarray, sha256: tuple[str, ...]):
+        """Holds uint8 images ``[N, H, W, C]`` and their `image_sha256`."""
+        self.pixels, self.sha256 = images, sha256
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.sha256)
+
+    def take(self, places: Sequence[int]) -> "OwnImages":
+        """Returns the images at ``places``, in that order."""
+        rows = list(places)
+        return OwnImages(self.pixels[rows], tuple(self.sha256[row] for row in rows))
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each image, ``(H, W, C)``."""
+        return [image.shape for image in self.pixels]
+
+
 class FoundationModel(Protocol):
-    """A model that answers about public images.
+    """A model that answers about images.
 
     Constructing one needs neither the network nor a heavy library.
 
@@ -145,22 +171,51 @@ class FoundationModel(Protocol):
         """
         ...
 
-    def answer(self, images: PublicImages) -> np.ndarray:
+    def answer(self, images: "PublicImages | OwnImages") -> np.ndarray:
         """Returns float32 ``[B, P]`` logits or embeddings, or ``[B, *spatial, P]`` for masks.
 
         Raises:
           TransientError: If asking again may help.
           UserError: If asking again will not help.
+          TypeError: If it does not run here and is given `OwnImages`.
         """
         ...
 
-    def request_bytes(self, images: PublicImages) -> int:
+    def request_bytes(self, images: "PublicImages | OwnImages") -> int:
         """Returns how many bytes must be sent from this machine to get answers about ``images``."""
         ...
 
     def close(self) -> None:
         """Closes connections and files."""
         ...
+
+
+def check_public(images: object) -> None:
+    """Checks that images may leave this machine.
+
+    Raises:
+      TypeError: If they are no `PublicImages`.
+    """
+    if not isinstance(images, PublicImages):
+        raise TypeError(f"only PublicImages may be sent, got {type(images).__name__}")
+
+
+def own_images(private: FederatedDataset) -> OwnImages:
+    """Returns the distinct images of all clients, at the size of the run.
+
+    Raises:
+      UserError: If they are no 8-bit images in two dimensions.
+    """
+    images = private.images
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(
+            f"data: a foundation model takes 8-bit images in two dimensions, but {private.name} "
+            f"holds {images.dtype} {list(images.shape[1:])}; leave data.harmonize out"
+        )
+    firsts = {image_sha256(image): row for row, image in reversed(list(enumerate(images)))}
+    rows = sorted(firsts.values())
+    sha256 = {row: sha for sha, row in firsts.items()}
+    return OwnImages(images[rows], tuple(sha256[row] for row in rows))
 
 
 def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImages:

@@ -10,7 +10,7 @@ import numpy as np
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.registry import Registry
 from fedhelp_jax.data.readers.npz import read_npz
-from fedhelp_jax.data.types import PublicDataset, content_sha256
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset, content_sha256, image_sha256
 from fedhelp_jax.settings.schema import FoundationConfig, TeacherConfig
 from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers, log_probabilities
 from fedhelp_jax.teachers.backends.hf_zero_shot import HuggingFaceZeroShot
@@ -19,7 +19,7 @@ from fedhelp_jax.teachers.backends.onnx import OnnxModel
 from fedhelp_jax.teachers.backends.open_inference import OpenInferenceModel
 from fedhelp_jax.teachers.backends.self_trained import SelfTrained
 from fedhelp_jax.teachers.backends.simulated import simulated
-from fedhelp_jax.teachers.base import FoundationModel
+from fedhelp_jax.teachers.base import FoundationModel, own_images
 from fedhelp_jax.teachers.heads import class_vector_logits, linear_probe_logits
 from fedhelp_jax.teachers.http import Transport
 from fedhelp_jax.teachers.preprocessing import Preprocessing
@@ -40,17 +40,20 @@ class Teacher:
     """A registered kind of teacher: a foundation model or a stand-in for one.
 
     Attributes:
-      make: A function of ``(config, public)``, where ``config`` holds the settings of ``teacher``.
+      make: A function of ``(config, public)``, where ``config`` holds the settings of ``teacher``
+        and ``public`` is None for a model that answers about the clients' own images.
         If the teacher is asked, it returns the `FoundationModel` that ``fedhelp teach`` asks;
         otherwise it returns `Answers`, or None for no teacher.
       about: A one-line description.
       asked: Whether ``fedhelp teach`` asks it and stores its answers, rather than ``make``
         returning them directly.
+      at_the_client: Whether it runs where the images are, so that it may see private ones too.
     """
 
-    make: Callable[[FoundationConfig, PublicDataset], Any]
+    make: Callable[[FoundationConfig, Any], Any]
     about: str
     asked: bool = False
+    at_the_client: bool = False
 
 
 def teacher(name: str, key: str = "config.teacher.name") -> Teacher:
@@ -70,6 +73,44 @@ def teacher(name: str, key: str = "config.teacher.name") -> Teacher:
 def is_asked(config: FoundationConfig) -> bool:
     """Returns whether ``fedhelp teach`` must get the model's answers."""
     return teacher(config.name).asked
+
+
+def model_at_the_client(config: TeacherConfig) -> FoundationModel:
+    """Returns the teacher's model, which may see private images.
+
+    Raises:
+      UserError: If the model does not run where the images are.
+    """
+    if not teacher(config.name).at_the_client:
+        able = ", ".join(name for name, found in TEACHERS.items() if found.at_the_client)
+        raise UserError(
+            f"teacher.name = {config.name!r}, but the method asks the foundation model about "
+            f"private images, which must not be sent: it needs a model that runs here ({able})"
+        )
+    return teacher(config.name).make(config, None)
+
+
+def own_answers(config: TeacherConfig, private: FederatedDataset) -> Answers:
+    """Returns a model's stored answers about all clients' own images, in the order of the data.
+
+    Raises:
+      AnswersMissing: If ``fedhelp teach`` has not been run.
+      UserError: If the model does not run where the images are.
+    """
+    model, images = model_at_the_client(config), own_images(private)
+    with open_store(config, model, write=False) as store:
+        stored = store.read(sorted(images.sha256))
+    lacking = len(images) - len(stored)
+    if lacking:
+        raise AnswersMissing(
+            f"teacher.store: {Path(config.store).resolve()} lacks {lacking} of the {len(images)} "
+            f"answers of {model.fingerprint} about {private.name}; fedhelp teach gets them, and "
+            "sends nothing anywhere"
+        )
+    sha256 = tuple(map(image_sha256, private.images))
+    logits = np.stack([stored[sha].answer for sha in sha256])
+    names, said = model.fingerprint.label_names, f"{model.fingerprint}, at the clients"
+    return _with_sha256(Answers(logits, sha256, names, said))
 
 
 def foundation_model(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
@@ -324,8 +365,8 @@ TEACHERS = Registry(
         "hf_zero_shot": Teacher(
             _hf_zero_shot, "a zero-shot image classification endpoint of Hugging Face", True
         ),
-        "litert": Teacher(_litert, "a LiteRT (TensorFlow Lite) file, run here", True),
-        "onnx": Teacher(_onnx, "an ONNX file, run here", True),
+        "litert": Teacher(_litert, "a LiteRT (TensorFlow Lite) file, run here", True, True),
+        "onnx": Teacher(_onnx, "an ONNX file, run here", True, True),
         "self_trained": Teacher(
             _self_trained, "a stand-in: a network trained on the public labels", True
         ),

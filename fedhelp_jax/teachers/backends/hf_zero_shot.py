@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.teachers.base import Fingerprint, PublicImages
+from fedhelp_jax.teachers.base import Fingerprint, OwnImages, PublicImages, check_public
 from fedhelp_jax.teachers.http import Endpoint, Transport, version_name
 
 # Stands for a score that was rounded to 0.
@@ -57,15 +57,16 @@ class HuggingFaceZeroShot(Endpoint):
             how += f", {scores} scores"
         self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
 
-    def answer(self, images: PublicImages) -> np.ndarray:
+    def answer(self, images: PublicImages | OwnImages) -> np.ndarray:
         """See `FoundationModel`."""
         return np.stack([self._scores(body) for body in self._bodies(images)])
 
-    def request_bytes(self, images: PublicImages) -> int:
+    def request_bytes(self, images: PublicImages | OwnImages) -> int:
         """See `FoundationModel`."""
         return sum(len(body) for body in self._bodies(images))
 
-    def _bodies(self, images: PublicImages) -> list[bytes]:
+    def _bodies(self, images: PublicImages | OwnImages) -> list[bytes]:
+        check_public(images)
         parameters: dict[str, object] = {"candidate_labels": list(self._labels)}
         if self._template:
             parameters["hypothesis_template"] = self._template

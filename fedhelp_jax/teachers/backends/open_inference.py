@@ -15,7 +15,7 @@ from urllib.parse import quote
 import numpy as np
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.teachers.base import Fingerprint, PublicImages
+from fedhelp_jax.teachers.base import Fingerprint, OwnImages, PublicImages, check_public
 from fedhelp_jax.teachers.http import Endpoint, Transport, version_name
 from fedhelp_jax.teachers.preprocessing import Preprocessing
 
@@ -65,7 +65,7 @@ class OpenInferenceModel(Endpoint):
         how = f"{preprocessing}, {f'output {output}' if output else 'first output'}"
         self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
 
-    def answer(self, images: PublicImages) -> np.ndarray:
+    def answer(self, images: PublicImages | OwnImages) -> np.ndarray:
         """See `FoundationModel`."""
         from tritonclient.http import InferenceServerClient, InferenceServerException
 
@@ -100,7 +100,7 @@ class OpenInferenceModel(Endpoint):
             raise UserError(f"teacher.output: {name} came without its data")
         return self._preprocessing.answer_of(answer) if answer.ndim > 1 else answer
 
-    def request_bytes(self, images: PublicImages) -> int:
+    def request_bytes(self, images: PublicImages | OwnImages) -> int:
         """See `FoundationModel`; counts raw bytes, of which JSON may need four times as many."""
         return len(self._body(images, binary=True)[0])
 
@@ -115,10 +115,11 @@ class OpenInferenceModel(Endpoint):
                     self._binary = False  # the server does not describe itself
             return self._binary
 
-    def _body(self, images: PublicImages, binary: bool) -> tuple[bytes, int | None]:
+    def _body(self, images: PublicImages | OwnImages, binary: bool) -> tuple[bytes, int | None]:
         """Returns a request's body, and the length of its JSON part if raw bytes follow it."""
         from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
+        check_public(images)
         pixels = self._preprocessing(images.pixels)
         datatype = "UINT8" if pixels.dtype == np.uint8 else "FP32"
         tensor = InferInput(self._input, list(pixels.shape), datatype)

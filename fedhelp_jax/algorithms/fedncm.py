@@ -1,0 +1,97 @@
+"""FedNCM.
+
+Legate et al., "Guiding The Last Layer in Federated Learning with Pre-Trained Models", NeurIPS 2023,
+arXiv:2306.03937, sec. 3. Nothing is trained. On the answers x of a foundation model about the
+clients' own images, with n_ic the number of images of class c at client i:
+
+    client:  mu_ic = mean of x over its images of class c
+    server:  mu_c = sum_i n_ic mu_ic / sum_i n_ic
+    class of an image: the c with the nearest mu_c
+
+Logits are ``mu_c x - |mu_c|^2 / 2``, which differ from ``-|x - mu_c|^2 / 2`` by a constant.
+
+Notes: one round is enough, and further ones repeat it. x is standardised over its own values. A
+class of which no client has an image is never answered. As `foundation_probe`, it needs a model
+that runs at the clients.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, ServerData, Setup
+from fedhelp_jax.algorithms.client import Batch, Info, Updated
+from fedhelp_jax.algorithms.linear_probe import (
+    NO_NETWORK,
+    NO_STEPS,
+    check_classification,
+    shared_linear_model,
+)
+from fedhelp_jax.algorithms.local_training import one_pass
+from fedhelp_jax.algorithms.method import method
+from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
+from fedhelp_jax.data.federation import ROLES, ClientData
+from fedhelp_jax.losses import masked_mean
+from fedhelp_jax.models.model import Variables, apply_model
+
+# Far below all logits, but finite.
+_NEVER = -1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class FedNCMSettings:
+    """FedNCM has no settings of its own."""
+
+
+@method(FedNCMSettings, reads_answers=True, unused=(*NO_NETWORK, *NO_STEPS))
+def fedncm(setup: Setup, settings: FedNCMSettings) -> FederatedAlgorithm:
+    """FedNCM: nearest class mean of a foundation model that runs at the clients.
+
+    Raises:
+      UserError: If the run is about masks.
+    """
+    del settings
+    check_classification(setup, "fedncm")
+    model = shared_linear_model(setup.num_classes)
+    setup = setup._replace(models=dict.fromkeys(ROLES, model), augment=())
+
+    def update(key: jax.Array, download: Variables, state: tuple, data: ClientData) -> Updated:
+        del key, state
+
+        def step(carry: None, batch: Batch, _: jax.Array) -> tuple[None, Info]:
+            logits, _stats = apply_model(model, download, batch.images)
+            loss = setup.task.loss(logits, batch.targets, where=batch.mask)
+            return carry, {"loss": masked_mean(loss, batch.mask)}
+
+        _, info = one_pass(setup, step, None, data)
+        return (), class_means(setup, model, download, data), info
+
+    def aggregate(
+        state: Variables,
+        uploads: Mapping[str, Prototypes],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> Variables:
+        del data
+        sent = gathered(uploads, weights)
+        counts = sent.counts.sum(0)
+        sums = jnp.sum(sent.counts[..., None] * sent.means, axis=0)
+        means = sums / jnp.maximum(counts, 1)[:, None]
+        bias = jnp.where(counts > 0, -0.5 * jnp.sum(means**2, axis=-1), _NEVER)
+        head = {"kernel": means.T, "bias": bias}
+        return {**state, "params": {**state["params"], "head": head}}
+
+    client = ClientAlgorithm(
+        models={"global": model},
+        init=lambda run_key, client_id: (),
+        update=update,
+        deploy=lambda download, state, data: {"global": download},
+    )
+    return FederatedAlgorithm(
+        init=lambda run_key: model.init(run_key, setup.sample_shape),
+        download=lambda state, role: state,
+        clients=dict.fromkeys(ROLES, client),
+        aggregate=aggregate,
+    )

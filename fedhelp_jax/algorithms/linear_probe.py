@@ -1,0 +1,196 @@
+"""Linear probes: logistic regressions on pixels, or on what a foundation model answers."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fedhelp_jax.algorithms.base import PRIVATE, ClientAlgorithm, FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.client import Updated
+from fedhelp_jax.algorithms.method import AVERAGING
+from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.federation import ROLES, ClientData, normalize_images
+from fedhelp_jax.losses import cross_entropy_loss, masked_mean
+from fedhelp_jax.models import layers
+from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.settings import at_least, setting, whole
+from fedhelp_jax.typing import Params
+
+# Below this, the gradient counts as 0.
+_FLAT = 1e-5
+
+# What a probe does not use: networks, and how they are trained.
+NO_NETWORK = (*AVERAGING, "model", "data.augment")
+NO_STEPS = (
+    *("optimizer", "learning_rate", "learning_rate_schedule", "weight_decay"),
+    *("batch_size", "local_epochs"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProbeSettings:
+    """Settings of a linear probe."""
+
+    l2: float = setting(0.01, "weight of the squared weights in its loss", at_least(0))
+    steps: int = setting(100, "most L-BFGS steps a round", whole(1))
+
+
+def linear_probe(setup: Setup, settings: LinearProbeSettings) -> FederatedAlgorithm:
+    """Returns the method by which every client fits a probe on its own examples, alone.
+
+    Each round takes at most ``steps`` steps of L-BFGS from where the last round ended; once the
+    gradient vanishes, it takes none.
+    """
+    model = linear_model(setup.num_classes)
+
+    def update(key: jax.Array, download: None, state: Variables, data: ClientData) -> Updated:
+        del key, download
+        mask = jnp.arange(data.index.shape[0]) < data.size
+        examples = _flattened(normalize_images(data.pool.images[data.index]))
+        stats = _moments(examples, mask)
+        head, loss = fit(
+            state["params"]["head"],
+            (examples - stats["mean"]) / stats["deviation"],
+            data.pool.targets[data.index],
+            mask,
+            l2=settings.l2,
+            steps=settings.steps,
+        )
+        fitted = {"params": {"features": {}, "head": head}, "batch_stats": stats}
+        return fitted, None, {"loss": loss}
+
+    def client(role: str) -> ClientAlgorithm:
+        name = PRIVATE[role]
+        return ClientAlgorithm(
+            models={name: model},
+            init=lambda run_key, client_id: model.init(run_key, setup.sample_shape),
+            update=update,
+            deploy=lambda download, state, data: {name: state},
+        )
+
+    return FederatedAlgorithm(
+        init=lambda run_key: None,
+        download=lambda server_state, role: None,
+        clients={role: client(role) for role in ROLES},
+        aggregate=lambda server_state, uploads, weights, data: None,
+    )
+
+
+def check_classification(setup: Setup, name: str) -> None:
+    """Checks that a run is not about masks, which have no linear probe.
+
+    Raises:
+      UserError: If it is.
+    """
+    if setup.task.name != "classification":
+        raise UserError(f"algorithm.name: {name} is for classification, not for masks")
+
+
+def linear_model(num_classes: int) -> Model:
+    """Returns a network without hidden layers; its features are the standardised values.
+
+    The mean and the deviation of each value are its ``batch_stats``. The weights start at zero.
+    """
+
+    def init(key: jax.Array, sample_shape: tuple[int, ...]) -> Variables:
+        width = math.prod(sample_shape)
+        stats = {"mean": jnp.zeros(width), "deviation": jnp.ones(width)}
+        return {**_untrained(width, num_classes), "batch_stats": stats}
+
+    def features(
+        variables: Variables, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, Variables]:
+        stats = variables["batch_stats"]
+        return (_flattened(x) - stats["mean"]) / stats["deviation"], stats
+
+    return Model(init, features, layers.linear)
+
+
+def shared_linear_model(num_classes: int) -> Model:
+    """Returns the same without statistics, so that clients can share it.
+
+    Each example is standardised by the mean and deviation of its own values.
+    """
+
+    def init(key: jax.Array, sample_shape: tuple[int, ...]) -> Variables:
+        return {**_untrained(math.prod(sample_shape), num_classes), "batch_stats": {}}
+
+    def features(
+        variables: Variables, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, Variables]:
+        values = _flattened(x)
+        mean = jnp.mean(values, axis=-1, keepdims=True)
+        deviation = jnp.std(values, axis=-1, keepdims=True)
+        return (values - mean) / jnp.maximum(deviation, 1e-6), {}
+
+    return Model(init, features, layers.linear)
+
+
+def fit(
+    head: Params,
+    features: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    *,
+    l2: float | jax.Array,
+    steps: int,
+) -> tuple[Params, jax.Array]:
+    """Fits a multinomial logistic regression by L-BFGS.
+
+    It minimises ``mean CE + l2/2 |W|^2`` over the examples where ``mask`` is true; the bias is not
+    regularised. The problem is convex, so where it starts does not matter.
+
+    Args:
+      head: Where to start: ``kernel`` ``[D, C]`` and ``bias`` ``[C]``.
+      features: ``[n, D]``.
+      labels: ``[n]``.
+      mask: ``[n]`` boolean.
+      l2: Weight of the squared weights.
+      steps: The most steps.
+
+    Returns:
+      The head, and its loss.
+    """
+
+    def loss(head: Params) -> jax.Array:
+        values = cross_entropy_loss(layers.linear(head, features), labels, where=mask)
+        return masked_mean(values, mask) + l2 / 2 * jnp.sum(head["kernel"] ** 2)
+
+    tx = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry: tuple) -> tuple:
+        number, head, state, *_ = carry
+        value, gradient = value_and_grad(head, state=state)
+        updates, state = tx.update(gradient, state, head, value=value, grad=gradient, value_fn=loss)
+        head = optax.apply_updates(head, updates)
+        slope = optax.tree.norm(optax.tree.get(state, "grad"))
+        return number + 1, head, state, slope
+
+    def goes_on(carry: tuple) -> jax.Array:
+        number, _, _, slope = carry
+        return (number < steps) & (slope > _FLAT)
+
+    slope = optax.tree.norm(jax.grad(loss)(head))
+    _, head, _, _ = lax.while_loop(goes_on, step, (jnp.int32(0), head, tx.init(head), slope))
+    return head, loss(head)
+
+
+def _untrained(width: int, num_classes: int) -> Variables:
+    head = {"kernel": jnp.zeros((width, num_classes)), "bias": jnp.zeros(num_classes)}
+    return {"params": {"features": {}, "head": head}}
+
+
+def _flattened(images: jax.Array) -> jax.Array:
+    return images.reshape(images.shape[0], -1)
+
+
+def _moments(values: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Returns mean and standard deviation of each value; 1 where all examples are equal."""
+    count = jnp.maximum(jnp.sum(mask), 1)
+    mean = jnp.sum(jnp.where(mask[:, None], values, 0), 0) / count
+    variance = jnp.sum(jnp.where(mask[:, None], (values - mean) ** 2, 0), 0) / count
+    return {"mean": mean, "deviation": jnp.where(variance > 1e-12, jnp.sqrt(variance), 1.0)}
