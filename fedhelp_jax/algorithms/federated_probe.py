@@ -14,7 +14,7 @@ import functools
 
 from fedhelp_jax.algorithms.aggregation import averaging
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
-from fedhelp_jax.algorithms.linear_probe import check_classification, shared_linear_model
+from fedhelp_jax.algorithms.linear_probe import shared_linear_model, with_model
 from fedhelp_jax.algorithms.local_training import train_locally, training_client
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.data.federation import ROLES
@@ -33,8 +33,7 @@ def federated_probe(setup: Setup, settings: FederatedProbeSettings) -> Federated
       UserError: If the run is about masks.
     """
     del settings
-    check_classification(setup, "federated_probe")
     model = shared_linear_model(setup.num_classes)
-    setup = setup._replace(models=dict.fromkeys(ROLES, model), augment=())
+    setup = with_model(setup, model, "federated_probe")
     client = training_client(setup, functools.partial(train_locally, setup, model))
     return averaging(setup, dict.fromkeys(ROLES, client))

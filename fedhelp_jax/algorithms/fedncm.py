@@ -26,12 +26,17 @@ from fedhelp_jax.algorithms.client import Batch, Info, Updated
 from fedhelp_jax.algorithms.linear_probe import (
     NO_NETWORK,
     NO_STEPS,
-    check_classification,
     shared_linear_model,
+    with_model,
 )
 from fedhelp_jax.algorithms.local_training import one_pass
 from fedhelp_jax.algorithms.method import method
-from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
+from fedhelp_jax.algorithms.prototypes import (
+    Prototypes,
+    class_means,
+    gathered,
+    mean_prototypes,
+)
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.losses import masked_mean
 from fedhelp_jax.models.model import Variables, apply_model
@@ -53,9 +58,8 @@ def fedncm(setup: Setup, settings: FedNCMSettings) -> FederatedAlgorithm:
       UserError: If the run is about masks.
     """
     del settings
-    check_classification(setup, "fedncm")
     model = shared_linear_model(setup.num_classes)
-    setup = setup._replace(models=dict.fromkeys(ROLES, model), augment=())
+    setup = with_model(setup, model, "fedncm")
 
     def update(key: jax.Array, download: Variables, state: tuple, data: ClientData) -> Updated:
         del key, state
@@ -75,10 +79,7 @@ def fedncm(setup: Setup, settings: FedNCMSettings) -> FederatedAlgorithm:
         data: ServerData,
     ) -> Variables:
         del data
-        sent = gathered(uploads, weights)
-        counts = sent.counts.sum(0)
-        sums = jnp.sum(sent.counts[..., None] * sent.means, axis=0)
-        means = sums / jnp.maximum(counts, 1)[:, None]
+        means, counts = mean_prototypes(gathered(uploads, weights))
         bias = jnp.where(counts > 0, -0.5 * jnp.sum(means**2, axis=-1), _NEVER)
         head = {"kernel": means.T, "bias": bias}
         return {**state, "params": {**state["params"], "head": head}}

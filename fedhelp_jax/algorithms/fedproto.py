@@ -43,6 +43,7 @@ from fedhelp_jax.algorithms.prototypes import (
     Prototypes,
     class_means,
     gathered,
+    mean_prototypes,
     members_of,
     no_prototypes,
 )
@@ -89,10 +90,7 @@ def fedproto(setup: Setup, settings: FedProtoSettings) -> FederatedAlgorithm:
         data: ServerData,
     ) -> Prototypes:
         del data
-        sent = gathered(uploads, weights)
-        counts = jnp.sum(sent.counts, axis=0)
-        shares = sent.counts / jnp.where(counts > 0, counts, 1)
-        means = jnp.einsum("kc,kcd->cd", shares, sent.means)
+        means, counts = mean_prototypes(gathered(uploads, weights))
         known = counts > 0
         return Prototypes(
             jnp.where(known[:, None], means, state.means), jnp.where(known, counts, state.counts)

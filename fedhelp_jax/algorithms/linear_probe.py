@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from fedhelp_jax.algorithms.base import PRIVATE, ClientAlgorithm, FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
 from fedhelp_jax.algorithms.client import Updated
+from fedhelp_jax.algorithms.local_training import private_client
 from fedhelp_jax.algorithms.method import AVERAGING
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.federation import ROLES, ClientData, normalize_images
@@ -38,13 +39,16 @@ class LinearProbeSettings:
     steps: int = setting(100, "most L-BFGS steps a round", whole(1))
 
 
-def linear_probe(setup: Setup, settings: LinearProbeSettings) -> FederatedAlgorithm:
+def linear_probe(setup: Setup, settings: LinearProbeSettings, name: str) -> FederatedAlgorithm:
     """Returns the method by which every client fits a probe on its own examples, alone.
 
     Each round takes at most ``steps`` steps of L-BFGS from where the last round ended; once the
     gradient vanishes, it takes none.
+
+    Raises:
+      UserError: If the run is about masks.
     """
-    model = linear_model(setup.num_classes)
+    setup = with_model(setup, linear_model(setup.num_classes), name)
 
     def update(key: jax.Array, download: None, state: Variables, data: ClientData) -> Updated:
         del key, download
@@ -62,31 +66,23 @@ def linear_probe(setup: Setup, settings: LinearProbeSettings) -> FederatedAlgori
         fitted = {"params": {"features": {}, "head": head}, "batch_stats": stats}
         return fitted, None, {"loss": loss}
 
-    def client(role: str) -> ClientAlgorithm:
-        name = PRIVATE[role]
-        return ClientAlgorithm(
-            models={name: model},
-            init=lambda run_key, client_id: model.init(run_key, setup.sample_shape),
-            update=update,
-            deploy=lambda download, state, data: {name: state},
-        )
-
     return FederatedAlgorithm(
         init=lambda run_key: None,
         download=lambda server_state, role: None,
-        clients={role: client(role) for role in ROLES},
+        clients={role: private_client(setup, role, update) for role in ROLES},
         aggregate=lambda server_state, uploads, weights, data: None,
     )
 
 
-def check_classification(setup: Setup, name: str) -> None:
-    """Checks that a run is not about masks, which have no linear probe.
+def with_model(setup: Setup, model: Model, name: str) -> Setup:
+    """Returns a setup in which all clients have a linear model, and images are not augmented.
 
     Raises:
-      UserError: If it is.
+      UserError: If the run is about masks, for which there is no linear probe.
     """
     if setup.task.name != "classification":
         raise UserError(f"algorithm.name: {name} is for classification, not for masks")
+    return setup._replace(models=dict.fromkeys(ROLES, model), augment=())
 
 
 def linear_model(num_classes: int) -> Model:

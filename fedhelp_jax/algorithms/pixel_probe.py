@@ -13,7 +13,6 @@ from fedhelp_jax.algorithms.linear_probe import (
     NO_NETWORK,
     NO_STEPS,
     LinearProbeSettings,
-    check_classification,
     linear_probe,
 )
 from fedhelp_jax.algorithms.method import method
@@ -26,5 +25,4 @@ def pixel_probe(setup: Setup, settings: LinearProbeSettings) -> FederatedAlgorit
     Raises:
       UserError: If the run is about masks.
     """
-    check_classification(setup, "pixel_probe")
-    return linear_probe(setup, settings)
+    return linear_probe(setup, settings, "pixel_probe")

@@ -58,6 +58,13 @@ def gathered(uploads: Mapping[str, Prototypes], weights: Mapping[str, jax.Array]
     )
 
 
+def mean_prototypes(sent: Prototypes) -> Prototypes:
+    """Returns the means of clients' class means ``[K, C, D]`` by their counts, and the sums."""
+    counts = jnp.sum(sent.counts, axis=0)
+    shares = sent.counts / jnp.where(counts > 0, counts, 1)
+    return Prototypes(jnp.einsum("kc,kcd->cd", shares, sent.means), counts)
+
+
 def members_of(setup: Setup, batch: Batch, features: jax.Array) -> jax.Array:
     """Returns the class shares of each feature position, ``[B, *spatial, C]``; 0 where masked."""
     classes = setup.task.num_ranked(setup.num_classes)
