@@ -18,7 +18,7 @@ from fedhelp_jax.tasks import segmentation
 from fedhelp_jax.teachers.answers import Answers
 from fedhelp_jax.teachers.base import (
     FoundationModel,
-    OwnImages,
+    Images,
     PublicImages,
     clear_public,
     own_images,
@@ -168,7 +168,7 @@ def _ask_one(
 def _ask(
     config: FoundationConfig,
     model: FoundationModel,
-    images: PublicImages | OwnImages,
+    images: Images,
     count: int,
     dry_run: bool,
 ) -> None:

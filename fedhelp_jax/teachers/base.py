@@ -150,6 +150,9 @@ class OwnImages:
         return [image.shape for image in self.pixels]
 
 
+Images = PublicImages | OwnImages
+
+
 class FoundationModel(Protocol):
     """A model that answers about images.
 
@@ -171,7 +174,7 @@ class FoundationModel(Protocol):
         """
         ...
 
-    def answer(self, images: "PublicImages | OwnImages") -> np.ndarray:
+    def answer(self, images: Images) -> np.ndarray:
         """Returns float32 ``[B, P]`` logits or embeddings, or ``[B, *spatial, P]`` for masks.
 
         Raises:
@@ -181,7 +184,7 @@ class FoundationModel(Protocol):
         """
         ...
 
-    def request_bytes(self, images: "PublicImages | OwnImages") -> int:
+    def request_bytes(self, images: Images) -> int:
         """Returns how many bytes must be sent from this machine to get answers about ``images``."""
         ...
 
@@ -200,8 +203,8 @@ def check_public(images: object) -> None:
         raise TypeError(f"only PublicImages may be sent, got {type(images).__name__}")
 
 
-def own_images(private: FederatedDataset) -> OwnImages:
-    """Returns the distinct images of all clients, at the size of the run.
+def own_sha256(private: FederatedDataset) -> tuple[str, ...]:
+    """Returns the `image_sha256` of each client's images, in the order of the data.
 
     Raises:
       UserError: If they are no 8-bit images in two dimensions.
@@ -212,10 +215,23 @@ def own_images(private: FederatedDataset) -> OwnImages:
             f"data: a foundation model takes 8-bit images in two dimensions, but {private.name} "
             f"holds {images.dtype} {list(images.shape[1:])}; leave data.harmonize out"
         )
-    firsts = {image_sha256(image): row for row, image in reversed(list(enumerate(images)))}
-    rows = sorted(firsts.values())
-    sha256 = {row: sha for sha, row in firsts.items()}
-    return OwnImages(images[rows], tuple(sha256[row] for row in rows))
+    return tuple(map(image_sha256, images))
+
+
+def own_images(private: FederatedDataset) -> OwnImages:
+    """Returns the distinct images of all clients, at the size of the run.
+
+    Raises:
+      UserError: If they are no 8-bit images in two dimensions.
+    """
+    sha256 = own_sha256(private)
+    return OwnImages(private.images, sha256).take(_distinct(sha256))
+
+
+def _distinct(sha256: Sequence[str]) -> list[int]:
+    """Returns the places of distinct images; of identical ones, only the first is kept."""
+    firsts = {sha: place for place, sha in reversed(list(enumerate(sha256)))}
+    return sorted(firsts.values())
 
 
 def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImages:
@@ -255,9 +271,7 @@ def clear_public(public: PublicDataset, private: FederatedDataset) -> PublicImag
             f"public image {number} of {public.name} (sha256 {public.sha256[number]}) is "
             f"{_whose(private, row)}{more}; nothing was sent. Take it out of the public data"
         )
-    # Of identical images, only the first is kept.
-    firsts = {sha: number for number, sha in reversed(list(enumerate(public.sha256)))}
-    rows = sorted(firsts.values())
+    rows = _distinct(public.sha256)
     distinct = tuple(public.sha256[row] for row in rows)
     return PublicImages(public.originals, rows, distinct, public.images.ndim == 5, _CLEARED)
 

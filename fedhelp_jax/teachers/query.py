@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.teachers.base import FoundationModel, OwnImages, PublicImages, TransientError
+from fedhelp_jax.teachers.base import FoundationModel, Images, TransientError
 from fedhelp_jax.teachers.store import AnswerStore
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    model: FoundationModel, images: PublicImages | OwnImages, store: AnswerStore, pace: QueryLimits
+    model: FoundationModel, images: Images, store: AnswerStore, pace: QueryLimits
 ) -> Plan:
     """Returns the queries that remain to be made; asks nothing."""
     known = store.known(images.sha256)
@@ -88,7 +88,7 @@ def make_plan(
 def execute(
     plan: Plan,
     model: FoundationModel,
-    images: PublicImages | OwnImages,
+    images: Images,
     store: AnswerStore,
     pace: QueryLimits,
     on_answers: Callable[[int], None],

@@ -1,7 +1,7 @@
 """Turns settings into a foundation model, or into its answers, which are all training needs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.registry import Registry
 from fedhelp_jax.data.readers.npz import read_npz
-from fedhelp_jax.data.types import FederatedDataset, PublicDataset, content_sha256, image_sha256
+from fedhelp_jax.data.types import FederatedDataset, PublicDataset, content_sha256
 from fedhelp_jax.settings.schema import FoundationConfig, TeacherConfig
 from fedhelp_jax.teachers.answers import Answers, join_answers, load_answers, log_probabilities
 from fedhelp_jax.teachers.backends.hf_zero_shot import HuggingFaceZeroShot
@@ -19,7 +19,7 @@ from fedhelp_jax.teachers.backends.onnx import OnnxModel
 from fedhelp_jax.teachers.backends.open_inference import OpenInferenceModel
 from fedhelp_jax.teachers.backends.self_trained import SelfTrained
 from fedhelp_jax.teachers.backends.simulated import simulated
-from fedhelp_jax.teachers.base import FoundationModel, own_images
+from fedhelp_jax.teachers.base import FoundationModel, own_sha256
 from fedhelp_jax.teachers.heads import class_vector_logits, linear_probe_logits
 from fedhelp_jax.teachers.http import Transport
 from fedhelp_jax.teachers.preprocessing import Preprocessing
@@ -97,20 +97,11 @@ def own_answers(config: TeacherConfig, private: FederatedDataset) -> Answers:
       AnswersMissing: If ``fedhelp teach`` has not been run.
       UserError: If the model does not run where the images are.
     """
-    model, images = model_at_the_client(config), own_images(private)
-    with open_store(config, model, write=False) as store:
-        stored = store.read(sorted(images.sha256))
-    lacking = len(images) - len(stored)
-    if lacking:
-        raise AnswersMissing(
-            f"teacher.store: {Path(config.store).resolve()} lacks {lacking} of the {len(images)} "
-            f"answers of {model.fingerprint} about {private.name}; fedhelp teach gets them, and "
-            "sends nothing anywhere"
-        )
-    sha256 = tuple(map(image_sha256, private.images))
-    logits = np.stack([stored[sha].answer for sha in sha256])
-    names, said = model.fingerprint.label_names, f"{model.fingerprint}, at the clients"
-    return _with_sha256(Answers(logits, sha256, names, said))
+    model = model_at_the_client(config)
+    answers = _read_store(
+        config, model, own_sha256(private), private.name, ", and sends nothing anywhere"
+    )
+    return _with_sha256(answers._replace(fingerprint=f"{answers.fingerprint}, at the clients"))
 
 
 def foundation_model(config: FoundationConfig, public: PublicDataset) -> FoundationModel:
@@ -188,23 +179,33 @@ def _with_sha256(answers: Answers) -> Answers:
 
 
 def _from_store(config: FoundationConfig, public: PublicDataset) -> Answers:
-    model = foundation_model(config, public)
-    wanted = set(public.sha256)
+    return _read_store(config, foundation_model(config, public), public.sha256, public.name)
+
+
+def _read_store(
+    config: FoundationConfig,
+    model: FoundationModel,
+    sha256: Sequence[str],
+    name: str,
+    note: str = "",
+) -> Answers:
+    """Returns a model's stored answers about the images of these hashes, in their order."""
+    wanted = set(sha256)
     with open_store(config, model, write=False) as store:
         stored = store.read(sorted(wanted))
     if len(stored) < len(wanted):
         folder, lacking = Path(config.store).resolve(), len(wanted) - len(stored)
         raise AnswersMissing(
             f"teacher.store: {folder} lacks {lacking} of the {len(wanted)} answers of "
-            f"{model.fingerprint} about {public.name}; fedhelp teach gets them"
+            f"{model.fingerprint} about {name}; fedhelp teach gets them{note}"
         )
-    logits = np.stack([stored[sha].answer for sha in public.sha256])
+    logits = np.stack([stored[sha].answer for sha in sha256])
     fingerprint = model.fingerprint
     kept = Precision(config.dtype, config.top_k)
-    note = "" if kept == Precision() else f", kept as {kept.dtype}"
+    how = "" if kept == Precision() else f", kept as {kept.dtype}"
     if kept.top_k is not None:
-        note += f", top {kept.top_k}"
-    return Answers(logits, tuple(public.sha256), fingerprint.label_names, f"{fingerprint}{note}")
+        how += f", top {kept.top_k}"
+    return Answers(logits, tuple(sha256), fingerprint.label_names, f"{fingerprint}{how}")
 
 
 def _with_head(config: FoundationConfig, answers: Answers, public: PublicDataset) -> Answers:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.teachers.base import Fingerprint, OwnImages, PublicImages, check_public
+from fedhelp_jax.teachers.base import Fingerprint, Images, check_public
 from fedhelp_jax.teachers.http import Endpoint, Transport, version_name
 
 # Stands for a score that was rounded to 0.
@@ -57,15 +57,15 @@ class HuggingFaceZeroShot(Endpoint):
             how += f", {scores} scores"
         self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
 
-    def answer(self, images: PublicImages | OwnImages) -> np.ndarray:
+    def answer(self, images: Images) -> np.ndarray:
         """See `FoundationModel`."""
         return np.stack([self._scores(body) for body in self._bodies(images)])
 
-    def request_bytes(self, images: PublicImages | OwnImages) -> int:
+    def request_bytes(self, images: Images) -> int:
         """See `FoundationModel`."""
         return sum(len(body) for body in self._bodies(images))
 
-    def _bodies(self, images: PublicImages | OwnImages) -> list[bytes]:
+    def _bodies(self, images: Images) -> list[bytes]:
         check_public(images)
         parameters: dict[str, object] = {"candidate_labels": list(self._labels)}
         if self._template:

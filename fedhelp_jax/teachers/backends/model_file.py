@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.teachers.base import Fingerprint, OwnImages, PublicImages
+from fedhelp_jax.teachers.base import Fingerprint, Images
 from fedhelp_jax.teachers.preprocessing import Preprocessing
 
 # Suffixes of the files for weights that ONNX exporters cannot fit into the model file.
@@ -67,7 +67,7 @@ class ModelFile:
             if self._network is None:
                 self._network, self._input_shape = self._load()
 
-    def answer(self, images: PublicImages | OwnImages) -> np.ndarray:
+    def answer(self, images: Images) -> np.ndarray:
         """Returns the model's answers; see `FoundationModel` and `Preprocessing.answer_of`.
 
         Raises:
@@ -85,7 +85,7 @@ class ModelFile:
                 parts.append(self._checked(self._run(part[rows]), step)[: len(part)])
         return np.concatenate(parts)
 
-    def request_bytes(self, images: PublicImages | OwnImages) -> int:
+    def request_bytes(self, images: Images) -> int:
         """Returns 0, since nothing leaves this machine."""
         return 0
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import numpy as np
 
 from fedhelp_jax.core.errors import UserError
-from fedhelp_jax.teachers.base import Fingerprint, OwnImages, PublicImages, check_public
+from fedhelp_jax.teachers.base import Fingerprint, Images, check_public
 from fedhelp_jax.teachers.http import Endpoint, Transport, version_name
 from fedhelp_jax.teachers.preprocessing import Preprocessing
 
@@ -65,7 +65,7 @@ class OpenInferenceModel(Endpoint):
         how = f"{preprocessing}, {f'output {output}' if output else 'first output'}"
         self.fingerprint = Fingerprint(model, version_name(version), how, label_names)
 
-    def answer(self, images: PublicImages | OwnImages) -> np.ndarray:
+    def answer(self, images: Images) -> np.ndarray:
         """See `FoundationModel`."""
         from tritonclient.http import InferenceServerClient, InferenceServerException
 
@@ -100,7 +100,7 @@ class OpenInferenceModel(Endpoint):
             raise UserError(f"teacher.output: {name} came without its data")
         return self._preprocessing.answer_of(answer) if answer.ndim > 1 else answer
 
-    def request_bytes(self, images: PublicImages | OwnImages) -> int:
+    def request_bytes(self, images: Images) -> int:
         """See `FoundationModel`; counts raw bytes, of which JSON may need four times as many."""
         return len(self._body(images, binary=True)[0])
 
@@ -115,7 +115,7 @@ class OpenInferenceModel(Endpoint):
                     self._binary = False  # the server does not describe itself
             return self._binary
 
-    def _body(self, images: PublicImages | OwnImages, binary: bool) -> tuple[bytes, int | None]:
+    def _body(self, images: Images, binary: bool) -> tuple[bytes, int | None]:
         """Returns a request's body, and the length of its JSON part if raw bytes follow it."""
         from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 

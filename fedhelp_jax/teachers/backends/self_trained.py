@@ -23,7 +23,7 @@ from fedhelp_jax.models.resnet import resnet
 from fedhelp_jax.models.unet import UNETS, unet
 from fedhelp_jax.simulation.vectorize import make_mapping, over_clients
 from fedhelp_jax.tasks import classification, segmentation
-from fedhelp_jax.teachers.base import Fingerprint, OwnImages, PublicImages
+from fedhelp_jax.teachers.base import Fingerprint, Images
 from fedhelp_jax.typing import PyTree
 
 _UNET = "unet_small_cpu"
@@ -87,7 +87,7 @@ class SelfTrained:
     def open(self) -> None:
         """Does nothing; training starts at the first call of `answer`."""
 
-    def answer(self, images: PublicImages | OwnImages) -> np.ndarray:
+    def answer(self, images: Images) -> np.ndarray:
         """Returns logits over the public labels, from the network not trained on the image.
 
         The first call trains both networks.
@@ -111,7 +111,7 @@ class SelfTrained:
                 self._answers = dict(zip(self._public.sha256, logits, strict=True))
         return np.stack([self._answers[sha] for sha in images.sha256])
 
-    def request_bytes(self, images: PublicImages | OwnImages) -> int:
+    def request_bytes(self, images: Images) -> int:
         """Returns 0, since nothing leaves this machine."""
         return 0
 
