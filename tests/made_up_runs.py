@@ -145,3 +145,12 @@ def hospital(**scores):
         {model: predictions(model, "test", 1 - score) for model, score in scores.items()},
         {model: predictions(model, "validation", score) for model, score in scores.items()},
     )
+
+
+def study_of(tmp_path, seeds=3, **lifts):
+    """Made-up runs of methods, of which some are better, in the folders of a study."""
+    for method, lift in lifts.items():
+        for seed in range(seeds):
+            folder = tmp_path / "made" / method / f"seed{seed}"
+            make_run(folder, method=method, seed=seed, lift=lift, images=300)
+    return tmp_path

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from made_up_runs import hospital, make_run
+from made_up_runs import hospital, study_of
 
 from fedhelp_jax.cli.main import main
 from fedhelp_jax.report.verdict.guard import guarded, shrunken
@@ -104,11 +104,7 @@ def test_a_hospital_takes_the_best_of_what_it_has_or_stays_alone():
 
 
 def test_the_verdict_under_the_guard_is_between_alone_and_joined(tmp_path, capsys):
-    lifts = {"local": 0.0, "better": 3.0, "worse": -3.0}
-    for method, lift in lifts.items():
-        for seed in range(2):
-            folder = tmp_path / "made" / method / f"seed{seed}"
-            make_run(folder, method=method, seed=seed, lift=lift, images=300)
+    study_of(tmp_path, seeds=2, local=0.0, better=3.0, worse=-3.0)
     gains = {}
     for rule in ("as_run", "guarded"):
         assert main(["fedhelp", "verdict", str(tmp_path), f"--deploys={rule}"]) == 0

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from helpers import refusal
-from made_up_runs import hospital, make_run
+from made_up_runs import hospital, make_run, study_of
 from scipy import stats
 
 from fedhelp_jax.cli.main import main
@@ -235,15 +235,6 @@ def test_nothing_defined_is_no_verdict():
 
 def runs_in(folder):
     return read_runs(find_runs([folder]), [folder])
-
-
-def study_of(tmp_path, **lifts):
-    """Made-up runs of methods, of which some are better, in the folders of a study."""
-    for method, lift in lifts.items():
-        for seed in range(3):
-            folder = tmp_path / "made" / method / f"seed{seed}"
-            make_run(folder, method=method, seed=seed, lift=lift, images=300)
-    return tmp_path
 
 
 def test_a_method_that_is_better_gains_and_a_worse_one_loses(tmp_path):

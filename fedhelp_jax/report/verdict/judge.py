@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +60,13 @@ class Verdict(NamedTuple):
         return self.hospital in ALL.values()
 
 
+class _Alternative(NamedTuple):
+    """The alternative under one seed: its hospitals, and what was measured on them."""
+
+    hospitals: Mapping[str, Hospital]
+    measured: Measured
+
+
 class _Pair(NamedTuple):
     """What was measured under one seed: the role of each hospital, ours, and the alternative."""
 
@@ -94,7 +100,7 @@ def judge(
         if run.summary and run.summary.get("split") == "test":
             by_place.setdefault(run.place or run.dataset, []).append(run)
     for place, own in by_place.items():
-        theirs = {run.seed: run for run in own if run.label == against}
+        theirs = {run.seed: _alternative(run, metric) for run in own if run.label == against}
         for method in dict.fromkeys(run.label for run in own if run.label != against):
             matched = [run for run in own if run.label == method and run.seed in theirs]
             pairs = [_pair(run, theirs[run.seed], rule, metric) for run in matched]
@@ -107,10 +113,15 @@ def wrong_by_chance(verdicts: Sequence[Verdict]) -> float:
     return 0.05 * sum(not v.is_of_all for v in verdicts)
 
 
-def _pair(run: RunData, other: RunData, rule: str, metric: str | None) -> _Pair:
+def _alternative(run: RunData, metric: str | None) -> _Alternative:
+    hospitals = hospitals_of(run)
+    return _Alternative(hospitals, _measured(run, hospitals, AS_RUN, metric, {}))
+
+
+def _pair(run: RunData, other: _Alternative, rule: str, metric: str | None) -> _Pair:
     """Returns what was measured in a run, without hospitals that were tested on other images."""
-    theirs = _measured(other, rule=None, metric=metric)
-    ours = _measured(run, rule, metric, hospitals_of(other) if rule == GUARDED else {})
+    theirs = other.measured
+    ours = _measured(run, hospitals_of(run), rule, metric, other.hospitals)
     apart = {
         name
         for key, own in ours.items()
@@ -130,9 +141,10 @@ def _pair(run: RunData, other: RunData, rule: str, metric: str | None) -> _Pair:
 
 def _measured(
     run: RunData,
-    rule: str | None,
+    found: Mapping[str, Hospital],
+    rule: str,
     metric: str | None,
-    alone: Mapping[str, Hospital] = MappingProxyType({}),
+    alone: Mapping[str, Hospital],
 ) -> dict[str, dict[str, Estimate]]:
     """Returns the metrics of the model that each hospital deploys, on its test images.
 
@@ -140,19 +152,14 @@ def _measured(
       UserError: If the rule chooses among models, but the run is about masks.
     """
     if run.dice:
-        if rule not in (None, AS_RUN):
+        if rule != AS_RUN:
             raise UserError(
                 f"{run.folder}: --deploys={rule} is for classification; of masks, a run saves the "
                 "Dice of the deployed model only"
             )
         return {"dice": {own.client: _of_dice(own) for own in run.dice}}
-    found = hospitals_of(run)
     defined = METRICS if len(run.classes) == 2 else [m for m in METRICS if m != OWN_THRESHOLD]
-    return {
-        name: _deployed(found, alone, rule or AS_RUN, name)
-        for name in defined
-        if metric in (None, name)
-    }
+    return {name: _deployed(found, alone, rule, name) for name in defined if metric in (None, name)}
 
 
 def _deployed(
