@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-all setup format lint aot docs clean
+.PHONY: demo test test-all setup format lint aot results docs clean
 
 # The two runs share the cores, one device each.
 RUN := $(BIN)/fedhelp train --config=configs/quickstart.py --config.mapping.cpu_devices=1
@@ -41,6 +41,10 @@ lint: setup
 # Compiles for an H100 and TPU v5e chips, neither of which has to be there.
 aot: .aot/.installed
 	.aot/bin/python -m benchmarks.aot
+
+# The tables of docs/results.md, from the summaries of studies in docs/results.
+results: setup
+	$(BIN)/python -m benchmarks.results
 
 # The documentation site. A broken link or a block of code that fails is an error.
 docs: .venv/.docs

@@ -114,7 +114,19 @@ def load_federated(config: DataConfig, seed: int, *, masks: bool = False) -> Fed
     gone = {bad.client for bad in dataset.left_out if bad.client}
     if gone := sorted(gone - {client.name for client in dataset.clients}):
         logger.warning("data %s: no example is left of %s", dataset.name, ", ".join(gone))
-    return check_federated(dataset)
+    dataset = check_federated(dataset)
+    return _tested_on_all(dataset) if config.test_on == "all" else dataset
+
+
+def _tested_on_all(dataset: FederatedDataset) -> FederatedDataset:
+    """Returns the data with every client's test images for each client.
+
+    None of them is a training image of anybody: splits are disjoint, and no group is with two
+    clients, unless ``data.split = "official"`` allows it.
+    """
+    tests = np.unique(np.concatenate([client.test for client in dataset.clients]))
+    clients = tuple(client._replace(test=tests) for client in dataset.clients)
+    return dataset._replace(clients=clients)
 
 
 def load_public(

@@ -191,6 +191,12 @@ class DataConfig:
         within(0, 1, closed=False),
         only=unless("data.name", "medmnist"),
     )
+    test_on: str = setting(
+        "own",
+        "test images of each client: its own, or those of all clients, which tell small "
+        "differences better",
+        one_of("own", "all"),
+    )
     harmonize: tuple[str, ...] = setting(
         (),
         "what is done to every image, private and public: colour_constancy, percentile_clip, "

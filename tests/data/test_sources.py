@@ -18,6 +18,16 @@ def test_phantoms_are_the_default():
     assert public.images.shape == (20, 8, 8, 3)
 
 
+def test_clients_can_be_tested_on_the_images_of_all():
+    own = load_federated(DataConfig(num_examples=120, image_size=8), seed=0)
+    data = load_federated(DataConfig(num_examples=120, image_size=8, test_on="all"), seed=0)
+    tests = sorted(i for client in own.clients for i in client.test.tolist())
+    for client, before in zip(data.clients, own.clients, strict=True):
+        assert client.test.tolist() == tests
+        np.testing.assert_array_equal(client.train, before.train)
+        np.testing.assert_array_equal(client.validation, before.validation)
+
+
 def test_unknown_names():
     with pytest.raises(
         UserError, match="data.name = 'mnist' must be one of phantoms, .*package.module:object"

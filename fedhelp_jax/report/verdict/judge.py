@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -76,7 +77,11 @@ class _Pair(NamedTuple):
 
 
 def judge(
-    runs: Sequence[RunData], against: str, rule: str = AS_RUN, metric: str | None = None
+    runs: Sequence[RunData],
+    against: str,
+    rule: str = AS_RUN,
+    metric: str | None = None,
+    groups: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> list[Verdict]:
     """Returns the verdicts on every method but the alternative.
 
@@ -90,6 +95,8 @@ def judge(
         `fedhelp_jax.report.verdict.hospitals.deployed_model`, or "guarded", for which see
         `fedhelp_jax.report.verdict.guard`. The alternative deploys what its run did.
       metric: The only metric to judge by; None takes all.
+      groups: Names of hospitals by the title of a group, which gets a verdict too. All hospitals of
+        a group have the same role.
 
     Raises:
       UserError: If the rule chooses among models, but a run is about masks.
@@ -104,7 +111,7 @@ def judge(
         for method in dict.fromkeys(run.label for run in own if run.label != against):
             matched = [run for run in own if run.label == method and run.seed in theirs]
             pairs = [_pair(run, theirs[run.seed], rule, metric) for run in matched]
-            verdicts += _of_method(place, method, pairs)
+            verdicts += _of_method(place, method, pairs, groups)
     return verdicts
 
 
@@ -184,16 +191,23 @@ def _of_dice(own: ExampleDice) -> Estimate:
     return mean_of_examples(own.examples[known], own.dice[known])
 
 
-def _of_method(place: str, method: str, pairs: Sequence[_Pair]) -> list[Verdict]:
-    """Returns a method's verdicts on each hospital, then on all of each role."""
+def _of_method(
+    place: str, method: str, pairs: Sequence[_Pair], groups: Mapping[str, Collection[str]]
+) -> list[Verdict]:
+    """Returns a method's verdicts on each hospital, then on all of each role and group."""
     roles = {name: role for pair in pairs for name, role in pair.roles.items()}
-    groups = roles | {t: r for r, t in ALL.items() if list(roles.values()).count(r) > 1}
+    titles = roles | {t: r for r, t in ALL.items() if list(roles.values()).count(r) > 1}
+    titles |= {t: roles[n] for t, names in groups.items() for n in names if n in roles}
     verdicts = []
     for metric in dict.fromkeys(metric for pair in pairs for metric in pair.ours):
-        for title, role in groups.items():
+        for title, role in titles.items():
             found = []
             for pair in pairs:
-                named = [n for n, r in pair.roles.items() if n == title or ALL[r] == title]
+                named = [
+                    n
+                    for n, r in pair.roles.items()
+                    if title in (n, ALL[r]) or n in groups.get(title, ())
+                ]
                 differences = _differences(pair, metric, named)
                 if differences:
                     found.append((pair, differences))

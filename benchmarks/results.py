@@ -1,0 +1,168 @@
+"""The tables of docs/results.md, from summaries of studies in docs/results.
+
+    python -m benchmarks.results --collect=runs/scarcity \
+        --study=configs/studies/scarcity.py --processor='2 cores of an AMD EPYC'
+    make results
+
+The first command reads the predictions of a study's runs and writes `docs/results/scarcity.json`.
+The second writes the tables of all such files between the marks in docs/results.md, so that no
+number is copied by hand; a test compares the page with the files.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from fedhelp_jax.report.run_data import RunData, find_runs, read_runs
+from fedhelp_jax.report.verdict.judge import ALL, judge
+from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, GUARDED, RULES
+from fedhelp_jax.typing import JsonObject
+
+_COLLECT = flags.DEFINE_string("collect", None, "the folder of a study's runs")
+_STUDY = flags.DEFINE_string("study", None, "the study's file, as compare was given it")
+_PROCESSOR = flags.DEFINE_string("processor", None, "what the runs were made on")
+
+DOCS = Path(__file__).parents[1] / "docs"
+METRICS = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
+# Hospitals whose numbers of training images are within this factor are of one size.
+_ALIKE = 1.25
+
+
+def of_one_size(runs: Sequence[RunData]) -> dict[str, list[str]]:
+    """Returns the names of the hospitals by role and size, the largest first."""
+    sizes = {
+        client["name"]: (client["role"], client["n_train"])
+        for run in runs
+        for client in run.summary.get("per_client") or []
+    }
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, (role, size) in sorted(sizes.items(), key=lambda item: (item[1][0], -item[1][1])):
+        last = list(groups)[-1] if groups else ("", 0)
+        same = last[0] == role and size * _ALIKE >= last[1]
+        groups.setdefault(last if same else (role, size), []).append(name)
+    return {f"{role}, {size:,}": names for (role, size), names in groups.items()}
+
+
+def collect(folder: Path, command: str, processor: str) -> JsonObject:
+    """Returns the summary of a study: the gains over staying alone, under each rule."""
+    runs = read_runs(find_runs([folder]), [folder])
+    done = [run for run in runs if run.summary.get("split") == "test"]
+    groups = of_one_size(done)
+    titles = [*groups, *ALL.values()]
+    rows = []
+    for rule in RULES:
+        for v in judge(done, ALONE, rule, groups=groups):
+            if v.metric in METRICS and v.hospital in titles:
+                gain = {k: round(getattr(v.gain, k), 5) for k in ("value", "low", "high")}
+                row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
+                row |= {"group": v.hospital, "ours": round(v.ours, 5), "alone": round(v.theirs, 5)}
+                rows.append(row | gain | {"seeds": v.gain.seeds, "images": v.gain.examples})
+    versions = done[0].summary.get("versions") or {}
+    return {
+        "command": command,
+        "processor": processor,
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: versions[name] for name in ("jax", "fedhelp_jax") if name in versions},
+        "runs": len(done),
+        "groups": {title: len(names) for title, names in groups.items()},
+        "rows": rows,
+    }
+
+
+def tables(found: JsonObject) -> str:
+    """Returns the tables of a summary in Markdown."""
+    parts = [
+        f"`{found['command']}`: {found['runs']} runs on {found['processor']}, {found['date']}, "
+        f"{', '.join(f'{name} {version}' for name, version in found['versions'].items())}."
+    ]
+    cells = {
+        (row["data"], row["method"], row["rule"], row["metric"], row["group"]): row
+        for row in found["rows"]
+    }
+    for data, metric in dict.fromkeys((r["data"], r["metric"]) for r in found["rows"]):
+        own = [r for r in found["rows"] if (r["data"], r["metric"]) == (data, metric)]
+        methods = list(dict.fromkeys(row["method"] for row in own))
+        about = f"{METRICS[metric]} on {data}, {max(row['seeds'] for row in own)} seeds"
+        groups = [*found["groups"], ALL["small"]]
+        heads = ["method", *(_head(group, found["groups"]) for group in groups)]
+        by_size = [
+            [method, *(_gain(cells, (data, method, AS_RUN, metric, group)) for group in groups)]
+            for method in methods
+        ]
+        parts.append(f"Gain over staying alone in {about}, by role and training images:")
+        parts.append(_table(heads, [_alone(own, groups), *by_size]))
+        by_rule = [
+            [method, *(_gain(cells, (data, method, rule, metric, ALL["small"])) for rule in RULES)]
+            for method in methods
+        ]
+        parts.append(f"The same of all small hospitals, by what they deploy ({GUARDED}: or none):")
+        parts.append(_table(["method", *(f"`{rule}`" for rule in RULES)], by_rule))
+    return "\n\n".join(parts)
+
+
+def _head(group: str, counts: Mapping[str, int]) -> str:
+    return f"{group} ({counts[group]})" if group in counts else group
+
+
+def _alone(rows: Sequence[JsonObject], groups: Sequence[str]) -> list[str]:
+    """Returns the row of what hospitals have alone."""
+    alone = {row["group"]: row["alone"] for row in rows}
+    return [f"{ALONE}, itself", *(f"{alone[g]:.3f}" if g in alone else "-" for g in groups)]
+
+
+def _gain(cells: Mapping[tuple[str, ...], JsonObject], key: tuple[str, ...]) -> str:
+    row = cells.get(key)
+    if row is None:
+        return "-"
+    text = f"{row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+    return f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["--", *["-:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def render(page: str, folder: Path) -> str:
+    """Returns a page whose marked parts hold the tables of the summaries in a folder.
+
+    Raises:
+      ValueError: If a mark has no summary, or a summary no mark.
+    """
+
+    def filled(found: re.Match[str]) -> str:
+        path = folder / f"{found[1]}.json"
+        if not path.exists():
+            raise ValueError(f"{path} is missing, but the page has a place for it")
+        return f"<!-- {found[1]} -->\n\n{tables(json.loads(path.read_text()))}\n\n<!-- end -->"
+
+    marks = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+    lacking = {path.stem for path in folder.glob("*.json")} - set(marks.findall(page))
+    if lacking:
+        raise ValueError(f"the page has no place for {', '.join(sorted(lacking))}")
+    return marks.sub(filled, page)
+
+
+def main(_: Sequence[str]) -> None:
+    """Collects a study, or writes the page."""
+    if _COLLECT.value:
+        folder, command = Path(_COLLECT.value), f"fedhelp compare --study={_STUDY.value}"
+        found = collect(folder, command, _PROCESSOR.value or "an unnamed processor")
+        path = DOCS / "results" / f"{folder.name}.json"
+        path.parent.mkdir(exist_ok=True)
+        rows = ",\n  ".join(json.dumps(row) for row in found.pop("rows"))
+        head = json.dumps(found, indent=1)[:-2]
+        path.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n')
+        print(f"written: {path}")
+        return
+    page = DOCS / "results.md"
+    page.write_text(render(page.read_text(), DOCS / "results"))
+    print(f"written: {page}")
+
+
+if __name__ == "__main__":
+    app.run(main)
