@@ -353,7 +353,11 @@ def test_what_is_deployed_is_chosen_on_validation_images():
         "own": "personal",
         "global": "global",
         "best_on_validation": "global",
+        "interpolated": "global",
     }
+    between = hospital(personal=0.5, between_half=0.9, **{"global": 0.75})
+    assert deployed_model(between, "best_on_validation", metric) == "global"
+    assert deployed_model(between, "interpolated", metric) == "between_half"
     equal = hospital(personal=0.5, **{"global": 0.5})
     assert deployed_model(equal, "best_on_validation", metric) == "personal"
     blind = own._replace(validation={})

@@ -11,6 +11,7 @@ import optax
 
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, PublicSpec, Setup
 from fedhelp_jax.algorithms.client import adam_l2, sgd_l2
+from fedhelp_jax.algorithms.interpolation import with_interpolated
 from fedhelp_jax.core.errors import UserError, suggest
 from fedhelp_jax.models.model import Model
 from fedhelp_jax.settings.values import value_as
@@ -51,6 +52,8 @@ class Algorithm:
       schedule: ``round -> factor`` of the learning rates, which are constant if None.
       server_optimizer: The server's optimizer, for every method that averages parameters; None
         takes the mean.
+      interpolate: Parts of the broadcast model in further models that clients could deploy; see
+        `fedhelp_jax.algorithms.interpolation`.
     """
 
     method: "Method"
@@ -61,6 +64,7 @@ class Algorithm:
     weight_decay: float = 0.0
     schedule: Callable[[jax.Array], Rate] | None = None
     server_optimizer: optax.GradientTransformation | None = None
+    interpolate: tuple[float, ...] = ()
 
     def build(self, given: Given, factor: Rate = 1.0) -> FederatedAlgorithm:
         """Returns the method's pure functions, with every learning rate scaled by ``factor``."""
@@ -74,7 +78,7 @@ class Algorithm:
             schedule=factor,
             server_tx=self.server_optimizer,
         )
-        return self.method.build(setup, self.settings)
+        return with_interpolated(self.method.build(setup, self.settings), self.interpolate)
 
     def at(self, given: Given) -> Callable[[jax.Array], FederatedAlgorithm] | None:
         """Returns a function from a round's number to its pure functions; None if all are equal."""

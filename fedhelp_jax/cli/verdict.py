@@ -38,7 +38,8 @@ VERDICT = Command(
     more=(
         "A hospital that has trained a model of its own (own) may also deploy the one that the "
         "server broadcasts (global), or the better of both on its validation images "
-        "(best_on_validation); as_run is the one that the method reports. With guarded, it stays "
+        "(best_on_validation), also among models between both if the run had config.interpolate "
+        "(interpolated); as_run is the one that the method reports. With guarded, it stays "
         "alone unless its validation images, read beside those of all others, speak for joining."
     ),
 )

@@ -28,6 +28,7 @@ from fedhelp_jax.settings import (
     COUNT,
     FRACTION,
     SEED,
+    Check,
     at_least,
     more_than,
     one_of,
@@ -101,6 +102,15 @@ class RunConfig:
     )
     participation_rate: float = setting(
         1.0, "part of each group that takes part in a round", FRACTION
+    )
+    interpolate: tuple[float, ...] = setting(
+        (),
+        "parts of the broadcast model in further models that a client could deploy, between its "
+        "own and that one",
+        Check(
+            lambda parts: all(0 < part < 1 for part in parts) and len(set(parts)) == len(parts),
+            "different numbers between 0 and 1",
+        ),
     )
     evaluate_every: int = setting(1, "rounds from one evaluation to the next", COUNT)
     checkpoint_every: int = setting(5, "rounds from one checkpoint to the next", COUNT)

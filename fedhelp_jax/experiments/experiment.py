@@ -267,6 +267,7 @@ def algorithm_of(config: RunConfig, num_classes: int) -> Algorithm:
         weight_decay=config.weight_decay,
         schedule=cosine if config.learning_rate_schedule == "cosine" else None,
         server_optimizer=_server_optimizer(config.server),
+        interpolate=config.interpolate,
     )
 
 

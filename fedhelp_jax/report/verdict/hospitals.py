@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedhelp_jax.core.names import BETWEEN
 from fedhelp_jax.report.numbers import best_threshold, softmax
 from fedhelp_jax.report.predictions import Predictions
 from fedhelp_jax.report.run_data import RunData
 from fedhelp_jax.report.verdict.influence import Estimate, auroc, balanced_accuracy, of_answers
+from fedhelp_jax.report.verdict.rules import BEST, INTERPOLATED
 
 OWN_THRESHOLD = "balanced_accuracy_at_own_threshold"
 METRICS = ("auroc", "balanced_accuracy", OWN_THRESHOLD)  # the last for two classes
@@ -56,16 +58,17 @@ def deployed_model(hospital: Hospital, rule: str, metric: str) -> str:
       hospital: The hospital.
       rule: One of `fedhelp_jax.report.verdict.rules.RULES`. "as_run" takes the model that the run
         deployed, "own" the one that the hospital has trained itself, "global" the one that the
-        server broadcast, and "best_on_validation" the one with the highest metric on its validation
-        images. Where a hospital has no such model or no validation images, it is the one that the
-        run deployed.
+        server broadcast, and "best_on_validation" the one of these with the highest metric on its
+        validation images; "interpolated" also considers the models between both. Where a hospital
+        has no such model or no validation images, it is the one that the run deployed.
       metric: One of `METRICS`.
     """
-    if rule == "best_on_validation":
+    if rule in (BEST, INTERPOLATED):
         scores = {
             model: estimate(metric, hospital, model, "validation").value
             for model in hospital.test
             if model in hospital.validation
+            and (rule == INTERPOLATED or not model.startswith(BETWEEN))
         }
         known = {model: value for model, value in scores.items() if np.isfinite(value)}
         best = max(known, key=lambda model: known[model], default=hospital.deployed)

@@ -4,6 +4,7 @@
 ALONE = "local"
 
 # What a hospital may deploy after a federation: what its run deployed, the network that it trained
-# itself, the broadcast one, whichever is best on its validation images, or none if those say so.
-AS_RUN, GUARDED = "as_run", "guarded"
-RULES = (AS_RUN, "own", "global", "best_on_validation", GUARDED)
+# itself, the broadcast one, the better of these on its validation images, the best of these and of
+# the models between them (``interpolate``), or none if its validation images say so.
+AS_RUN, BEST, INTERPOLATED, GUARDED = "as_run", "best_on_validation", "interpolated", "guarded"
+RULES = (AS_RUN, "own", "global", BEST, INTERPOLATED, GUARDED)
