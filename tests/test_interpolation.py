@@ -3,10 +3,22 @@
 import jax
 import numpy as np
 import pytest
-from helpers import CLASSES, PUBLIC, build, row, simulate, tiny_federation, tiny_public, tiny_setup
+from helpers import (
+    CLASSES,
+    PUBLIC,
+    build,
+    refusal,
+    row,
+    simulate,
+    tiny_federation,
+    tiny_model,
+    tiny_public,
+    tiny_setup,
+)
 
 from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.algorithms.interpolation import with_interpolated
+from fedhelp_jax.experiments import config as config_lib
 from fedhelp_jax.models.model import apply_model
 
 PARTS = (0.25, 0.5)
@@ -53,3 +65,15 @@ def test_training_is_as_without():
     plain, more = simulation_of("fedavg", ()), simulation_of("fedavg", PARTS)
     states = [simulation.round(simulation.init(), 0)[0] for simulation in (plain, more)]
     jax.tree.map(np.testing.assert_array_equal, *(state.server for state in states))
+
+
+def test_parts_are_refused_outside_of_0_and_1():
+    fedavg = ALGORITHMS["fedavg"]
+    assert fedavg(small=tiny_model(CLASSES), interpolate=[0.5]).interpolate == (0.5,)
+    assert "interpolate" in refusal(
+        lambda: fedavg(small=tiny_model(CLASSES), interpolate=[0.5, 1.0])
+    )
+    config = config_lib.default_config()
+    for wrong in ((0.0,), (0.5, 0.5)):
+        config.interpolate = wrong
+        assert "config.interpolate" in refusal(lambda: config_lib.validate(config))

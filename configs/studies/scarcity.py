@@ -25,6 +25,8 @@ _FEDERATION = {
     "data.max_train": None,
     "roles.large": ("client_0", "client_1"),
     "rounds": 25,
+    "evaluate_every": 5,
+    "interpolate": (0.25, 0.5, 0.75),
     "batch_size": 16,
     "public_batch_size": 16,
     "learning_rate": 3e-3,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -94,6 +94,7 @@ def configure(
     learning_rate: float | Callable[[Any], Any] | None = None,
     weight_decay: float = 0.0,
     server_optimizer: optax.GradientTransformation | None = None,
+    interpolate: Sequence[float] = (),
     **settings: Any,
 ) -> Algorithm:
     """Returns a method with its networks, optimizer and settings.
@@ -109,6 +110,8 @@ def configure(
       weight_decay: L2 regularisation, added to the gradient, if ``optimizer`` is None.
       server_optimizer: Takes the averaged update as a gradient (arXiv:2003.00295), in every method
         that averages parameters; None takes the mean itself.
+      interpolate: Parts of the broadcast model, within (0, 1), in further models between a client's
+        own and that one, which are evaluated too.
       **settings: The method's own settings.
 
     Returns:
@@ -126,6 +129,8 @@ def configure(
             f"{method.name}: learning_rate is in the optimizer already; give a function of the "
             "rate, such as optax.adam, if you want to give both"
         )
+    if not all(0 < part < 1 for part in interpolate):
+        raise UserError(f"{method.name}: interpolate must be between 0 and 1, got {interpolate}")
     default = sgd_l2 if method.plain_sgd else adam_l2
     if learning_rate is None:
         learning_rate = 1e-2 if method.plain_sgd else 1e-3
@@ -146,6 +151,7 @@ def configure(
         weight_decay=weight_decay,
         schedule=schedule,
         server_optimizer=server_optimizer,
+        interpolate=tuple(interpolate),
     )
 
 

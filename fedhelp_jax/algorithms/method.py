@@ -51,8 +51,8 @@ class Method:
         Args:
           small: The network of small clients, and of the proxies of large ones.
           large: The network of large clients; the small one if None.
-          **options: ``optimizer``, ``learning_rate``, ``weight_decay`` and ``server_optimizer`` as
-            in `configure`, and the method's own settings.
+          **options: ``optimizer``, ``learning_rate``, ``weight_decay``, ``server_optimizer`` and
+            ``interpolate`` as in `configure`, and the method's own settings.
 
         Raises:
           UserError: If the method has no such option, or a value is invalid.
