@@ -268,7 +268,9 @@ def test_verdict_prints_and_writes_a_row_for_each_hospital(tmp_path, capsys):
 
 def test_many_methods_are_summed_up_in_a_row_each(tmp_path, capsys):
     study_of(tmp_path, local=0.0, fedhelp=3.0, fedavg=-3.0)
-    assert main(["fedhelp", "verdict", str(tmp_path), "--deploys=global"]) == 0
+    out = tmp_path / "new" / "folder"
+    assert main(["fedhelp", "verdict", str(tmp_path), "--deploys=global", f"--out={out}"]) == 0
+    assert (out / VERDICT).exists()
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.split()[:2] == ["fedhelp", "4"])
     assert row.split()[-3:] == ["4", "0", "0"]

@@ -33,10 +33,16 @@ class Grid(NamedTuple):
 def print_grid(grid: Grid, console: Console | None = None) -> None:
     """Prints a table; the best of a column is bold with ``*``, the second underlined with ``+``."""
     console = console or consoles.stdout_console()
-    table = Table(title=Text(grid.title), box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=Text(grid.title),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for i, head in enumerate(grid.heads):
         table.add_column(Text(head), justify="right" if i else "left", no_wrap=not i)
-    styles = {BEST: ("bold", "*"), SECOND: ("underline", "+"), "": ("", " ")}
+    styles = {BEST: ("bold", "*"), SECOND: ("underline", "+"), "": ("", " " * _marked(grid))}
     for row in grid.rows:
         cells = []
         for i, cell in enumerate(row):
@@ -46,7 +52,10 @@ def print_grid(grid: Grid, console: Console | None = None) -> None:
     console.print(table)
     legend = ["* best, + second best of the column."] if _marked(grid) else []
     for note in [*legend, *grid.notes]:
-        consoles.print_line(console, note)
+        if console.is_terminal:
+            console.print(Text(note))  # wrapped between words
+        else:
+            consoles.print_line(console, note)
 
 
 def markdown(grid: Grid) -> str:

@@ -107,6 +107,7 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict], against: str, rule: 
         }
         for v in verdicts
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     run_files.write_csv(path, list(rows[0]), rows)
 
 
