@@ -1,11 +1,14 @@
 """A lost terminal, a reader that is gone or a full log stop nothing, in processes of their own."""
 
+import io
 import os
 import pty
 import subprocess
 import sys
 
 import pytest
+
+from fedhelp_jax.core.terminal import wrapped
 
 # Prints before and after something happens to its terminal, and writes a file as a run does.
 _SCRIPT = """
@@ -107,3 +110,18 @@ def test_a_command_that_only_prints(redirection, code, lines):
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == lines, done.stderr
+
+
+class Screen(io.StringIO):
+    """A file that says that it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_lines_break_between_words_in_a_terminal_only(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "teacher  a model-of-a-long-name said\nthis"
+    assert wrapped(text, io.StringIO(), indent=9) == text
+    found = wrapped(text, Screen(), indent=9)
+    assert found == "teacher  a\n         model-of-a-long-name\n         said\nthis"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedhelp_jax.cli.command import Given
 from fedhelp_jax.core.errors import Failure, UserError
-from fedhelp_jax.core.terminal import is_output_lost
+from fedhelp_jax.core.terminal import is_output_lost, wrapped
 
 if TYPE_CHECKING:  # these import JAX
     from fedhelp_jax.core.distributed import Address
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # these import JAX
 
 def complain(message: str) -> None:
     """Prints one line on stderr."""
-    print("fedhelp:", " ".join(message.split()), file=sys.stderr)
+    print(wrapped(f"fedhelp: {' '.join(message.split())}", sys.stderr), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ class _Printed(logging.Handler):
     """Prints to what stderr is at the time; a live line on the screen takes its place meanwhile."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print(wrapped(self.format(record), sys.stderr), file=sys.stderr)
 
 
 def printed() -> int:

@@ -6,9 +6,12 @@ disk of a log may be full. None of this should stop hours of computing.
 
 import contextlib
 import errno
+import functools
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
@@ -118,3 +121,23 @@ def _hangup_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL if before is None else before)
+
+
+def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
+    """Returns a text in lines between whose words a terminal breaks; unchanged elsewhere.
+
+    Args:
+      text: The text.
+      stream: Where it will be printed.
+      indent: Number of spaces before further lines.
+    """
+    if not stream.isatty():
+        return text
+    fill = functools.partial(
+        textwrap.fill,
+        width=shutil.get_terminal_size().columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(map(fill, text.splitlines()))

@@ -6,6 +6,7 @@ import time
 from rich import progress
 from rich.console import Console
 
+from fedhelp_jax.core.terminal import wrapped
 from fedhelp_jax.report.console import duration
 from fedhelp_jax.settings.schema import FoundationConfig
 from fedhelp_jax.teachers.base import Fingerprint
@@ -13,6 +14,7 @@ from fedhelp_jax.teachers.query import Plan
 from fedhelp_jax.typing import Record
 
 _SECONDS_A_LINE = 5.0
+_INDENT = 11
 
 
 def print_plan(
@@ -115,4 +117,4 @@ class AskingProgress:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(wrapped(text, sys.stdout, indent=_INDENT), flush=True)
