@@ -16,7 +16,7 @@ from fedhelp_jax.experiments.config import (
     validate,
 )
 from fedhelp_jax.experiments.identity import differences
-from fedhelp_jax.experiments.unused import warn_unused
+from fedhelp_jax.experiments.unused import needed_for, warn_unused
 
 
 def changed(**changes):
@@ -292,6 +292,18 @@ def test_a_config_file_may_set_what_a_run_does_not_use_and_is_told(caplog):
         "config.data.shards_per_client changes nothing",
         "config.server.beta2 changes nothing",
     ]
+
+
+def test_what_own_code_reads_is_not_known(caplog):
+    own = changed(
+        public__name="benchmarks.public_images:noise", public__path="x.npz", data__path="x"
+    )
+    warn_unused(validate(own))
+    assert [record.getMessage().split(" in this run")[0] for record in caplog.records] == [
+        "config.data.path changes nothing"
+    ]
+    prepared = validate(changed(public__name="tfds:x"))
+    assert needed_for(prepared, "public.table") == "public.name = folder"
 
 
 @pytest.mark.parametrize("use", all_uses(), ids=str)

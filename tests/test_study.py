@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tiny_config
 from commands import fedhelp, read, refusal
@@ -305,10 +306,25 @@ def test_what_is_missing_for_many_runs_is_said_once_with_the_command_that_gets_i
     assert said.endswith(f"fedhelp teach --study={path}")
     asked = []
     monkeypatch.setattr(
-        "fedhelp_jax.experiments.study.teach_run", lambda config, dry_run: asked.append(config)
+        "fedhelp_jax.experiments.study.teach_run",
+        lambda config, dry_run, done: asked.append(config),
     )
     assert fedhelp(f"teach --study={path} --dry-run") == 0
     assert sorted(config.seed for config in asked) == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_study_asks_about_the_same_images_only_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    np.savez("public.npz", images=images, labels=np.arange(12) % 3)
+    tiny = load_study(str(TESTS / "self_taught_study.py"))
+    public = {"public.name": "npz", "public.path": "public.npz", "public.num_examples": None}
+    tiny = dataclasses.replace(tiny, budgets={"": {**tiny.budgets[""], **public}})
+    studies.teach(tiny)
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if line.startswith("to ask")]) == 1
 
 
 @pytest.mark.slow
@@ -360,8 +376,10 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
     [
         ("miniature.py", 36, 0),
         ("two_layers.py", 126, 0),
-        ("ablations.py", 30, 0),
-        ("ablations.py:fed_isic2019.py:cpu", 30, 0),
+        ("ablations.py", 75, 0),
+        ("ablations.py:pneumonia.py:sixteen", 75, 0),
+        ("scarcity.py", 130, 0),
+        ("relevance.py", 85, 0),
         ("baselines.py", 54, 72),
         ("baselines.py:pneumonia.py", 54, 72),
     ],

@@ -1,11 +1,11 @@
-"""Compares FedHelp without one part at a time, on the data of any config, over three seeds.
+"""Compares FedHelp without one part at a time, or with another, on the data of any config.
 
     fedhelp compare --study=configs/studies/ablations.py --workdir=runs/ablations
-    fedhelp compare --study=configs/studies/ablations.py:fed_isic2019.py:cpu --workdir=runs/isic
+    fedhelp compare --study=configs/studies/ablations.py:pneumonia.py:sixteen --workdir=runs/parts
 
 The argument after the first colon is a config file in `configs`; the default is the quickstart with
-its synthetic images. Nothing is tuned: all rows have FedHelp's settings. See docs/method.md,
-sec. 12.
+its synthetic images. Each row has five seeds. Nothing is tuned: all rows have FedHelp's settings.
+See docs/method.md, sec. 12, and docs/results.md.
 """
 
 from pathlib import Path
@@ -20,6 +20,7 @@ def get_study(config: str = "quickstart.py") -> Study:
     return Study(
         datasets={Path(config.split(":")[0]).stem: f"../{config}"},
         methods={
+            "local": {},
             "fedhelp": {},
             "nothing public": {**_FEDHELP, "public.name": "none"},
             "public labels only": {**_FEDHELP, "teacher.name": "none"},
@@ -27,9 +28,13 @@ def get_study(config: str = "quickstart.py") -> Study:
             "no forward": {**_FEDHELP, "algorithm.lambda_f": 0.0},
             "no backward": {**_FEDHELP, "algorithm.lambda_b": 0.0},
             "backward as KL": {**_FEDHELP, "algorithm.backward": "kl"},
+            "no warm-up": {**_FEDHELP, "algorithm.kd_warmup_rounds": 0},
+            "temperature 4": {**_FEDHELP, "algorithm.temperature": 4.0},
+            "one step of both": {**_FEDHELP, "algorithm.joint": True},
+            "weighted by examples": {**_FEDHELP, "client_weights": "examples"},
             "all small": {**_FEDHELP, "roles.top_n": 0, "roles.large": ()},
             "shared public statistics": {**_FEDHELP, "algorithm.public_batch_stats": "shared"},
             "released code": {**_FEDHELP, "algorithm.released_code": ("all",)},
         },
-        seeds=(0, 1, 2),
+        seeds=range(5),
     )

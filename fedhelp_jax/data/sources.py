@@ -25,7 +25,8 @@ from fedhelp_jax.data.synthetic.phantom_volumes import (
 )
 from fedhelp_jax.data.synthetic.phantoms import load_phantoms
 from fedhelp_jax.data.types import FederatedDataset, PublicDataset, check_federated, check_public
-from fedhelp_jax.settings.schema import PREPARED, SHARINGS, DataConfig, PublicConfig
+from fedhelp_jax.settings.checks import PREPARED
+from fedhelp_jax.settings.schema import SHARINGS, DataConfig, PublicConfig
 
 logger = logging.getLogger(__name__)
 

@@ -220,8 +220,9 @@ def teach(study: Study, *, dry_run: bool = False) -> None:
     }
     if not asked:
         raise UserError("no run of the study has a foundation model that must be asked")
+    done: set[Any] = set()
     for config in asked.values():
-        teach_run(config, dry_run=dry_run)
+        teach_run(config, dry_run=dry_run, done=done)
 
 
 def _reads(config: RunConfig) -> bool:

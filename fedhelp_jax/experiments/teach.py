@@ -1,6 +1,7 @@
 """``fedhelp teach``: asks the foundation model about each public image once."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ _MOST_PROBED = 1000  # images
 _PROBE_ITERATIONS = 30
 
 
-def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
+def teach(config: RunConfig, *, dry_run: bool = False, done: set[Any] | None = None) -> JsonObject:
     """Stores the teacher's answers about all public images, and reports how good they are.
 
     Every public image is first compared with all private images; nothing is sent if any is equal.
@@ -50,15 +51,17 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
     Args:
       config: The settings of the run that will train on the answers.
       dry_run: Whether to only print what would be asked.
+      done: What earlier calls have asked which model about. It is not asked again, and this call is
+        added.
 
     Returns:
-      The result of `agreement`; empty for a dry run.
+      The result of `agreement`; empty for a dry run, or if this was done before.
 
     Raises:
       UserError: If a client has a public image, a budget is too small, or a model does not answer.
     """
     if ALGORITHMS[config.algorithm.name].reads_answers:
-        return _teach_own(config, dry_run)
+        return _teach_own(config, dry_run, done)
     if config.public.name == "none" or config.teacher.name == "none":
         raise UserError(
             "teach needs public images and a teacher: config.public.name and config.teacher.name "
@@ -67,6 +70,8 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
     private, public = read_data(config, with_public=True)
     assert public is not None
     images = clear_public(public, private)
+    if _is_done(config, images, done):
+        return {}
     public = harmonized(public, config.data.harmonize)
     _check_same_classes(config.teacher, public)
     for member in members(config.teacher):
@@ -83,13 +88,24 @@ def teach(config: RunConfig, *, dry_run: bool = False) -> JsonObject:
     return found
 
 
-def _teach_own(config: RunConfig, dry_run: bool) -> JsonObject:
+def _teach_own(config: RunConfig, dry_run: bool, done: set[Any] | None) -> JsonObject:
     """Stores the answers about the clients' own images, of a model that runs here."""
     model = model_at_the_client(config.teacher)
     private, _ = read_data(config, with_public=False)
     images = own_images(private)
-    _ask(config.teacher, model, images, len(private.images), dry_run)
+    if not _is_done(config, images, done):
+        _ask(config.teacher, model, images, len(private.images), dry_run)
     return {}
+
+
+def _is_done(config: RunConfig, images: Images, done: set[Any] | None) -> bool:
+    """Returns whether `done` holds these images with this model, and adds them."""
+    if done is None:
+        return False
+    key = (config.public.name, config.teacher, tuple(images.sha256))
+    known = key in done
+    done.add(key)
+    return known
 
 
 def agreement(answers: Answers, public: PublicDataset) -> JsonObject:

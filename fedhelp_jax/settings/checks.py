@@ -68,6 +68,7 @@ LOCAL = Check(
     lambda value: "://" not in value,
     "a path of this machine; mount what lies in a bucket as a folder, or copy it",
 )
+PREPARED = "tfds:"  # prefix of the name of a data set prepared by TFDS
 COUNT = whole(1)
 FRACTION = within(0, 1, closed=True)
 SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
@@ -75,6 +76,9 @@ SEED = Check(lambda value: 0 <= value < 2**32, "at least 0 and less than 2**32")
 
 class Use(NamedTuple):
     """A condition on another setting, without which a setting has no effect.
+
+    What a user's own code (a name ``package.module:object``) reads is not known, so the condition
+    holds for it.
 
     Attributes:
         key: The other setting.
@@ -90,6 +94,8 @@ class Use(NamedTuple):
     def holds(self, config: Any) -> bool:
         """Returns whether the condition holds in a `fedhelp_jax.experiments.config.RunConfig`."""
         value = attrgetter(self.key)(config)
+        if self.key.endswith(".name") and _is_own(value):
+            return True
         prefixes = tuple(v for v in self.values if isinstance(v, str) and v.endswith(":"))
         found = value in self.values or (isinstance(value, str) and value.startswith(prefixes))
         return found != self.other
@@ -100,6 +106,10 @@ class Use(NamedTuple):
         return (
             f"{self.key.replace('.settings.', '.')} {'other than' if self.other else '='} {values}"
         )
+
+
+def _is_own(name: str) -> bool:
+    return ":" in name and not name.startswith(PREPARED)
 
 
 class Either(NamedTuple):

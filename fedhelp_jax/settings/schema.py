@@ -11,6 +11,7 @@ from fedhelp_jax.settings.checks import (
     COUNT,
     FRACTION,
     LOCAL,
+    PREPARED,
     Check,
     Use,
     at_least,
@@ -39,7 +40,6 @@ _ASKED = ("open_inference", "hf_zero_shot", "litert", "onnx", "self_trained")
 HARMONIZATIONS = ("colour_constancy", "percentile_clip", "z_score")
 AUGMENTATIONS = ("flip", "flip_all", "affine", "brightness")
 ON_BAD_EXAMPLE = ("refuse", "skip")
-PREPARED = "tfds:"  # prefix of the name of a data set prepared by TFDS
 COLUMN = "column:"  # prefix of the name of a column whose values become the clients
 SHARINGS = ("fractions", "iid", "quantity", "dirichlet", "shards", "clusters")
 PIXEL_SCALES = ("uint8", "unit", "signed", "imagenet", "clip")

@@ -93,7 +93,8 @@ def judge(
       against: Label of the alternative, such as "local": staying alone.
       rule: What a hospital deploys; see
         `fedhelp_jax.report.verdict.hospitals.deployed_model`, or "guarded", for which see
-        `fedhelp_jax.report.verdict.guard`. The alternative deploys what its run did.
+        `fedhelp_jax.report.verdict.guard`. The alternative deploys by the same rule, or what its
+        run did if the rule is "guarded".
       metric: The only metric to judge by; None takes all.
       groups: Names of hospitals by the title of a group, which gets a verdict too. All hospitals of
         a group have the same role.
@@ -107,7 +108,7 @@ def judge(
         if run.summary and run.summary.get("split") == "test":
             by_place.setdefault(run.place or run.dataset, []).append(run)
     for place, own in by_place.items():
-        theirs = {run.seed: _alternative(run, metric) for run in own if run.label == against}
+        theirs = {run.seed: _alternative(run, rule, metric) for run in own if run.label == against}
         for method in dict.fromkeys(run.label for run in own if run.label != against):
             matched = [run for run in own if run.label == method and run.seed in theirs]
             pairs = [_pair(run, theirs[run.seed], rule, metric) for run in matched]
@@ -120,9 +121,9 @@ def wrong_by_chance(verdicts: Sequence[Verdict]) -> float:
     return 0.05 * sum(not v.is_of_all for v in verdicts)
 
 
-def _alternative(run: RunData, metric: str | None) -> _Alternative:
-    hospitals = hospitals_of(run)
-    return _Alternative(hospitals, _measured(run, hospitals, AS_RUN, metric, {}))
+def _alternative(run: RunData, rule: str, metric: str | None) -> _Alternative:
+    hospitals, rule = hospitals_of(run), AS_RUN if rule == GUARDED else rule
+    return _Alternative(hospitals, _measured(run, hospitals, rule, metric, {}))
 
 
 def _pair(run: RunData, other: _Alternative, rule: str, metric: str | None) -> _Pair:
