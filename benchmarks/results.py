@@ -15,19 +15,26 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
 
 from fedhelp_jax.report.run_data import RunData, find_runs, read_runs
+from fedhelp_jax.report.verdict.hospitals import OWN_THRESHOLD
 from fedhelp_jax.report.verdict.judge import ALL, judge
 from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, GUARDED, RULES
 from fedhelp_jax.typing import JsonObject
 
 _COLLECT = flags.DEFINE_string("collect", None, "the folder of a study's runs")
 _STUDY = flags.DEFINE_string("study", None, "the study's file, as compare was given it")
+_AGAINST = flags.DEFINE_string("against", ALONE, "the method that the others are compared with")
 _PROCESSOR = flags.DEFINE_string("processor", None, "what the runs were made on")
 
 DOCS = Path(__file__).parents[1] / "docs"
-METRICS = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
+METRICS = {
+    "auroc": "AUROC",
+    "balanced_accuracy": "balanced accuracy",
+    OWN_THRESHOLD: "balanced accuracy at each hospital's own threshold",
+}
 # Hospitals whose numbers of training images are within this factor are of one size.
 _ALIKE = 1.25
 
@@ -47,19 +54,19 @@ def of_one_size(runs: Sequence[RunData]) -> dict[str, list[str]]:
     return {f"{role}, {size:,}": names for (role, size), names in groups.items()}
 
 
-def collect(folder: Path, command: str, processor: str) -> JsonObject:
-    """Returns the summary of a study: the gains over staying alone, under each rule."""
+def collect(folder: Path, command: str, processor: str, against: str = ALONE) -> JsonObject:
+    """Returns the summary of a study: the gains over a method, under each rule, and the course."""
     runs = read_runs(find_runs([folder]), [folder])
     done = [run for run in runs if run.summary.get("split") == "test"]
     groups = of_one_size(done)
     titles = [*groups, *ALL.values()]
     rows = []
     for rule in RULES:
-        for v in judge(done, ALONE, rule, groups=groups):
+        for v in judge(done, against, rule, groups=groups):
             if v.metric in METRICS and v.hospital in titles:
                 gain = {k: round(getattr(v.gain, k), 5) for k in ("value", "low", "high")}
                 row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
-                row |= {"group": v.hospital, "ours": round(v.ours, 5), "alone": round(v.theirs, 5)}
+                row |= {"group": v.hospital, "ours": round(v.ours, 5), "theirs": round(v.theirs, 5)}
                 rows.append(row | gain | {"seeds": v.gain.seeds, "images": v.gain.examples})
     versions = done[0].summary.get("versions") or {}
     return {
@@ -68,9 +75,40 @@ def collect(folder: Path, command: str, processor: str) -> JsonObject:
         "date": datetime.date.today().isoformat(),
         "versions": {name: versions[name] for name in ("jax", "fedhelp_jax") if name in versions},
         "runs": len(done),
+        "against": against,
         "groups": {title: len(names) for title, names in groups.items()},
+        "course": _course(done),
         "rows": rows,
     }
+
+
+def _course(runs: Sequence[RunData]) -> list[JsonObject]:
+    """Returns, by data and method, means over seeds and small hospitals.
+
+    ``ece`` is the calibration error of what they deploy on test images, and ``validation`` the
+    headline metric on validation images in each evaluated round.
+    """
+    own: dict[tuple[str, str], list[RunData]] = {}
+    for run in runs:
+        own.setdefault((run.place or run.dataset, run.label), []).append(run)
+    rows = []
+    for (data, method), of_seeds in own.items():
+        errors = [
+            client["metrics"]["ece"]
+            for run in of_seeds
+            for client in run.summary["per_client"]
+            if client["role"] == "small" and "ece" in client["metrics"]
+        ]
+        by_round: dict[str, list[float]] = {}
+        for row in (row for run in of_seeds for row in run.history if "small_mean" in row):
+            by_round.setdefault(str(row["round"]), []).append(row["small_mean"])
+        row = {"data": data, "method": method, "ece": _mean(errors)}
+        rows.append(row | {"validation": {at: _mean(values) for at, values in by_round.items()}})
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(float(np.mean(values)), 5) if values else None
 
 
 def tables(found: JsonObject) -> str:
@@ -89,18 +127,39 @@ def tables(found: JsonObject) -> str:
         about = f"{METRICS[metric]} on {data}, {max(row['seeds'] for row in own)} seeds"
         groups = [*found["groups"], ALL["small"]]
         heads = ["method", *(_head(group, found["groups"]) for group in groups)]
+        over = "staying alone" if found["against"] == ALONE else f"`{found['against']}`"
         by_size = [
             [method, *(_gain(cells, (data, method, AS_RUN, metric, group)) for group in groups)]
             for method in methods
         ]
-        parts.append(f"Gain over staying alone in {about}, by role and training images:")
-        parts.append(_table(heads, [_alone(own, groups), *by_size]))
+        parts.append(f"Gain over {over} in {about}, by role and training images:")
+        parts.append(_table(heads, [_alternative(own, found["against"], groups), *by_size]))
         by_rule = [
             [method, *(_gain(cells, (data, method, rule, metric, ALL["small"])) for rule in RULES)]
             for method in methods
         ]
         parts.append(f"The same of all small hospitals, by what they deploy ({GUARDED}: or none):")
         parts.append(_table(["method", *(f"`{rule}`" for rule in RULES)], by_rule))
+    for data in dict.fromkeys(row["data"] for row in found["course"]):
+        course = [row for row in found["course"] if row["data"] == data]
+        rounds = list(course[0]["validation"])
+        parts.append(
+            f"Small hospitals on {data}: calibration error on test images, and the headline metric "
+            "on validation images by round:"
+        )
+        parts.append(
+            _table(
+                ["method", "calibration error", *(f"round {number}" for number in rounds)],
+                [
+                    [
+                        row["method"],
+                        _number(row["ece"]),
+                        *(_number(row["validation"].get(number)) for number in rounds),
+                    ]
+                    for row in course
+                ],
+            )
+        )
     return "\n\n".join(parts)
 
 
@@ -108,10 +167,14 @@ def _head(group: str, counts: Mapping[str, int]) -> str:
     return f"{group} ({counts[group]})" if group in counts else group
 
 
-def _alone(rows: Sequence[JsonObject], groups: Sequence[str]) -> list[str]:
-    """Returns the row of what hospitals have alone."""
-    alone = {row["group"]: row["alone"] for row in rows}
-    return [f"{ALONE}, itself", *(f"{alone[g]:.3f}" if g in alone else "-" for g in groups)]
+def _alternative(rows: Sequence[JsonObject], against: str, groups: Sequence[str]) -> list[str]:
+    """Returns the row of the method that the others are compared with."""
+    theirs = {row["group"]: row["theirs"] for row in rows if row["rule"] == AS_RUN}
+    return [f"{against}, itself", *(_number(theirs.get(group)) for group in groups)]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _gain(cells: Mapping[tuple[str, ...], JsonObject], key: tuple[str, ...]) -> str:
@@ -151,12 +214,17 @@ def main(_: Sequence[str]) -> None:
     """Collects a study, or writes the page."""
     if _COLLECT.value:
         folder, command = Path(_COLLECT.value), f"fedhelp compare --study={_STUDY.value}"
-        found = collect(folder, command, _PROCESSOR.value or "an unnamed processor")
+        processor = _PROCESSOR.value or "an unnamed processor"
+        found = collect(folder, command, processor, _AGAINST.value)
         path = DOCS / "results" / f"{folder.name}.json"
         path.parent.mkdir(exist_ok=True)
-        rows = ",\n  ".join(json.dumps(row) for row in found.pop("rows"))
-        head = json.dumps(found, indent=1)[:-2]
-        path.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n')
+        lists = {
+            name: ",\n  ".join(json.dumps(row) for row in found.pop(name))
+            for name in ("course", "rows")
+        }
+        parts = [json.dumps(found, indent=1)[:-2]]
+        parts += [f' "{name}": [\n  {rows}\n ]' for name, rows in lists.items()]
+        path.write_text(",\n".join(parts) + "\n}\n")
         print(f"written: {path}")
         return
     page = DOCS / "results.md"

@@ -51,7 +51,20 @@ def test_the_summary_has_the_gains_of_the_verdict(study):
                 )
                 assert row["value"] == pytest.approx(v.gain.value, abs=1e-5)
                 assert row["low"] == pytest.approx(v.gain.low, abs=1e-5)
-                assert row["alone"] == pytest.approx(v.theirs, abs=1e-5)
+                assert row["theirs"] == pytest.approx(v.theirs, abs=1e-5)
+
+
+def test_the_course_is_that_of_the_small_hospitals(study):
+    found = collect(study, "fedhelp compare", "a processor", against="better")
+    assert found["against"] == "better" and {row["method"] for row in found["rows"]} == {
+        "local",
+        "worse",
+    }
+    (row,) = (row for row in found["course"] if row["method"] == "worse")
+    runs = [run for run in read_runs(find_runs([study]), [study]) if run.label == "worse"]
+    last = [run.history[-1]["small_mean"] for run in runs]
+    assert len(last) == 2 and row["validation"]["10"] == pytest.approx(sum(last) / 2, abs=1e-5)
+    assert "Gain over `better`" in tables(found) and "| round 10 |" in tables(found)
 
 
 def test_a_table_marks_what_can_be_told(study):
