@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import refusal
 from made_up_runs import hospital, make_run, study_of
-from scipy import stats
+from scipy import special, stats
 
 from fedhelp_jax.cli.main import main
 from fedhelp_jax.experiments.reporting import report
@@ -28,18 +28,15 @@ from fedhelp_jax.report.verdict.hospitals import (
     deployed_model,
     estimate,
 )
-from fedhelp_jax.report.verdict.influence import (
-    auroc,
-    balanced_accuracy,
-)
+from fedhelp_jax.report.verdict.influence import auroc, average_precision, balanced_accuracy
 from fedhelp_jax.report.verdict.judge import ALL, Verdict, judge
 from fedhelp_jax.report.verdict.rules import GUARDED, RULES
 from fedhelp_jax.report.verdict.told import VERDICT, grids
 
 
-def answers(rng, n=60, classes=3, strength=1.0):
+def answers(rng, n=60, classes=3, strength=1.0, shares=None):
     """Random labels and logits, of which some are equal."""
-    labels = rng.integers(0, classes, n)
+    labels = rng.choice(classes, n, p=shares)
     logits = rng.normal(size=(n, classes))
     if classes == 2:
         logits = logits.round()  # with ties
@@ -69,10 +66,47 @@ def test_the_influences_on_the_area_are_those_of_delong():
     np.testing.assert_allclose(auroc(examples, labels, logits).influence, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("metric", [auroc, balanced_accuracy])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_average_precision_of_rare_classes_is_that_of_scikit_learn(classes):
+    metrics = pytest.importorskip("sklearn.metrics")
+    shares = [0.9, 0.1] if classes == 2 else [0.8, 0.1, 0.1]
+    examples, labels, logits = answers(
+        np.random.default_rng(0), n=200, classes=classes, shares=shares
+    )
+    # The scores of a class against the rest, as the area under the curve has them.
+    others = [special.logsumexp(np.delete(logits, c, 1), axis=1) for c in range(classes)]
+    scores = logits - np.stack(others, 1)
+
+    def expected(weights):
+        return np.mean(
+            [
+                metrics.average_precision_score(labels == c, scores[:, c], sample_weight=weights)
+                for c in range(1, classes)
+            ]
+        )
+
+    found = average_precision(examples, labels, logits)
+    assert found.value == pytest.approx(expected(None), abs=1e-12)
+    slopes = np.zeros(200)
+    for i in range(200):
+        change = 1e-5 * (np.arange(200) == i)
+        slopes[i] = (expected(1 + change) - expected(1 - change)) / 2e-5
+    for c in range(classes):
+        slopes[labels == c] -= slopes[labels == c].mean()
+    np.testing.assert_allclose(found.influence, slopes, atol=1e-8)
+
+
+def test_without_a_rare_class_there_is_no_average_precision():
+    examples, labels, logits = answers(np.random.default_rng(0))
+    assert math.isnan(average_precision(examples, labels, logits).value)
+    assert math.isnan(average_precision(examples[:0], labels[:0], logits[:0]).value)
+
+
+@pytest.mark.parametrize("metric", [auroc, balanced_accuracy, average_precision])
 def test_the_standard_error_is_that_of_a_bootstrap(metric):
     rng = np.random.default_rng(1)
-    examples, labels, logits = answers(rng, n=400, classes=3)
+    shares = [0.6, 0.3, 0.1] if metric is average_precision else None
+    examples, labels, logits = answers(rng, n=400, classes=3, shares=shares)
     other = logits + rng.normal(size=logits.shape)
     drawn = []
     for _ in range(500):

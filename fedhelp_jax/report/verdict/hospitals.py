@@ -9,11 +9,18 @@ from fedhelp_jax.core.names import BETWEEN
 from fedhelp_jax.report.numbers import best_threshold, softmax
 from fedhelp_jax.report.predictions import Predictions
 from fedhelp_jax.report.run_data import RunData
-from fedhelp_jax.report.verdict.influence import Estimate, auroc, balanced_accuracy, of_answers
+from fedhelp_jax.report.verdict.influence import (
+    Estimate,
+    auroc,
+    average_precision,
+    balanced_accuracy,
+    of_answers,
+)
 from fedhelp_jax.report.verdict.rules import BEST, INTERPOLATED
 
 OWN_THRESHOLD = "balanced_accuracy_at_own_threshold"
-METRICS = ("auroc", "balanced_accuracy", OWN_THRESHOLD)  # the last for two classes
+PRECISION = "average_precision_of_rare_classes"
+METRICS = ("auroc", PRECISION, "balanced_accuracy", OWN_THRESHOLD)  # the last for two classes
 
 
 class Hospital(NamedTuple):
@@ -85,6 +92,8 @@ def estimate(metric: str, hospital: Hospital, model: str, split: str = "test") -
     own = (hospital.test if split == "test" else hospital.validation)[model]
     if metric == "auroc":
         return auroc(own.examples, own.labels, own.logits)
+    if metric == PRECISION:
+        return average_precision(own.examples, own.labels, own.logits)
     if metric == OWN_THRESHOLD and own.logits.shape[-1] == 2 and model in hospital.validation:
         chosen = hospital.validation[model]
         threshold = best_threshold(softmax(chosen.logits)[:, 1], chosen.labels)

@@ -9,10 +9,14 @@ Receiver Operating Characteristic Curves", Biometrics 44, 1988.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import special
+
+# A class is rare if its share of the examples is below this.
+RARE = 0.2
 
 
 class Estimate(NamedTuple):
@@ -89,21 +93,74 @@ def auroc(examples: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> Estim
     both positives and negatives, and undefined if a logit is not finite.
     """
     n, num_classes = logits.shape
-    if not np.isfinite(logits).all():
-        return Estimate(math.nan, examples, labels, np.zeros(n), np.zeros(n))
     present = [c for c in range(num_classes) if 0 < np.sum(labels == c) < n]
-    influence, reach, areas = np.zeros(n), np.zeros(n), []
-    for c in present:
+    return _mean_over_classes(examples, labels, logits, present, _area)
+
+
+def average_precision(examples: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> Estimate:
+    """Returns the average precision of rare classes, one class against the rest.
+
+    With prec(s) the share of positives among the examples that score at least s, it is the mean of
+    prec over the positives, as in scikit-learn; then the mean over the classes that have less than
+    `RARE` of the examples. It is undefined if there are none, or if a logit is not finite.
+    """
+    n, num_classes = logits.shape
+    rare = [c for c in range(num_classes) if 0 < np.sum(labels == c) < RARE * n]
+    return _mean_over_classes(examples, labels, logits, rare, _precision)
+
+
+def _mean_over_classes(
+    examples: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    classes: Sequence[int],
+    of_class: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]],
+) -> Estimate:
+    """Returns the mean of a metric of scores and positives over classes, each against the rest."""
+    n = len(labels)
+    influence, reach, values = np.zeros(n), np.zeros(n), []
+    if not classes or not np.isfinite(logits).all():
+        return Estimate(math.nan, examples, labels, influence, reach)
+    for c in classes:
         others = np.delete(logits, c, axis=1)
         scores = logits[:, c] - special.logsumexp(others, axis=1)
         positive = labels == c
-        own = _placements(scores, positive)
-        areas.append(float(np.mean(own[positive])))
+        value, own = of_class(scores, positive)
+        values.append(value)
+        influence += own / len(classes)
         for side in (positive, ~positive):
-            influence[side] += own[side] / (side.sum() * len(present))
-            reach[side] += 0.5 / (side.sum() * len(present))
-    value = float(np.mean(areas)) if areas else math.nan
-    return Estimate(value, examples, labels, _centred(influence, labels), reach)
+            reach[side] += 0.5 / (side.sum() * len(classes))
+    return Estimate(float(np.mean(values)), examples, labels, _centred(influence, labels), reach)
+
+
+def _area(scores: np.ndarray, positive: np.ndarray) -> tuple[float, np.ndarray]:
+    """Returns the area under the ROC curve, and the influence of each example on it."""
+    own = _placements(scores, positive)
+    return float(np.mean(own[positive])), own / np.where(
+        positive, positive.sum(), (~positive).sum()
+    )
+
+
+def _precision(scores: np.ndarray, positive: np.ndarray) -> tuple[float, np.ndarray]:
+    """Returns the average precision, and its derivatives by the weights of the examples."""
+    order = np.argsort(-scores, kind="stable")
+    ranked, hit = scores[order], positive[order].astype(float)
+    # Examples with equal scores are above a threshold together.
+    last = np.searchsorted(-ranked, -ranked, "right") - 1
+    first = np.searchsorted(-ranked, -ranked, "left")
+    above = last + 1.0
+    precision = np.cumsum(hit)[last] / above
+    value = float(np.sum(hit * precision) / hit.sum())
+    # Example k counts at the thresholds of all positives that score no more than it.
+    total, weighted = (_from_here(hit * x)[first] for x in (1 / above, precision / above))
+    found = np.empty(len(scores))
+    found[order] = (hit * (precision + total - value) - weighted) / hit.sum()
+    return value, found
+
+
+def _from_here(values: np.ndarray) -> np.ndarray:
+    """Returns the sum of each value and all that follow."""
+    return np.cumsum(values[::-1])[::-1]
 
 
 def _placements(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
