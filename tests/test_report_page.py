@@ -18,6 +18,7 @@ from made_up_runs import METRIC, make_run
 from PIL import Image
 
 from fedhelp_jax.experiments.reporting import report, report_at_the_end
+from fedhelp_jax.metrics import classification_metrics
 from fedhelp_jax.report import numbers, run_files
 from fedhelp_jax.report.predictions import PREDICTIONS, read_predictions
 
@@ -306,6 +307,26 @@ def test_the_threshold_is_the_best_of_all():
         grid = [numbers.at_threshold(scores, labels, at) for at in np.linspace(0, 1.01, 400)]
         assert found >= max(grid[1:-1]) - 1e-9 or found == pytest.approx(max(grid))
     assert numbers.best_threshold(np.array([0.2, 0.9]), np.array([1, 1])) == 0.5
+
+
+def test_the_temperature_is_that_with_which_answers_were_drawn():
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=(20_000, 4))
+    labels = np.array([rng.choice(4, p=p) for p in numbers.softmax(logits / 2.5)])
+    assert numbers.best_temperature(logits, labels) == pytest.approx(2.5, rel=0.03)
+    before, after = (numbers.calibration_error(logits / t, labels) for t in (1.0, 2.5))
+    assert after < 0.02 < before
+    # Ten right answers do not make it certain, and none say nothing.
+    assert 0.2 < numbers.best_temperature(logits[:10], logits[:10].argmax(1)) < 1
+    assert numbers.best_temperature(logits[:0], labels[:0]) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_calibration_error_is_that_of_the_metrics():
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(300, 3)), rng.integers(0, 3, 300)
+    theirs = classification_metrics(logits, labels, np.ones(300, bool))["ece"]
+    assert numbers.calibration_error(logits, labels) == pytest.approx(float(theirs), abs=1e-6)
+    assert np.isnan(numbers.calibration_error(logits[:0], labels[:0]))
 
 
 def test_what_is_not_finite_is_no_answer():

@@ -1,9 +1,10 @@
 """What a report computes from predictions: intervals, confusion, calibration, thresholds."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 
 _DRAWS = 4000
 _BINS = 10
@@ -86,16 +87,50 @@ def interval_of_mean(values: np.ndarray) -> tuple[float, float]:
     return max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
 
 
-def reliability(logits: np.ndarray, labels: np.ndarray) -> list[tuple[float, float, int]]:
-    """Returns (mean confidence, accuracy, examples) of each of ten bins that is not empty."""
+def reliability(
+    logits: np.ndarray, labels: np.ndarray, bins: int = _BINS
+) -> list[tuple[float, float, int]]:
+    """Returns (mean confidence, accuracy, examples) of each bin that is not empty."""
     probs = softmax(logits)
     confidence, right = probs.max(-1), probs.argmax(-1) == labels
-    place = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     return [
         (float(confidence[place == i].mean()), float(right[place == i].mean()), int(n))
-        for i, n in enumerate(np.bincount(place, minlength=_BINS))
+        for i, n in enumerate(np.bincount(place, minlength=bins))
         if n
     ]
+
+
+def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the expected calibration error in 15 bins, as runs measure it; NaN if empty."""
+    found = reliability(logits, labels, bins=15)
+    total = sum(n for *_, n in found)
+    off = sum(n * abs(confidence - right) for confidence, right, n in found)
+    return off / total if total else float("nan")
+
+
+def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the temperature T at which logits / T fit labels best.
+
+    It minimises the sum of the cross-entropies plus ``(log T)^2 / 2``, a standard normal prior that
+    keeps T near 1 where there are few examples. Without the prior it is the temperature scaling of
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+
+    Args:
+      logits: ``[n, C]``; examples with a logit that is not finite are left out.
+      labels: ``[n]``.
+    """
+    finite = np.isfinite(logits).all(axis=-1)
+    logits, labels = logits[finite].astype(float), labels[finite]
+    rows = np.arange(len(labels))
+
+    def cost(log_t: float) -> float:
+        scaled = logits / np.exp(log_t)
+        entropy = special.logsumexp(scaled, axis=-1) - scaled[rows, labels]
+        return float(entropy.sum()) + log_t**2 / 2
+
+    found: Any = optimize.minimize_scalar(cost, bounds=(-5, 5), method="bounded")
+    return float(np.exp(found.x))
 
 
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:

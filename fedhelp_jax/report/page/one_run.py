@@ -163,7 +163,7 @@ def _answers(run: RunData, own: Sequence[Predictions], files: Files) -> Section:
         for role, found in by_role.items()
     }
     drawn = files.drawn([figures.confusions(run, counts), figures.calibration(bins)])
-    tables = [_recalls(run, own), _thresholds(run, own)]
+    tables = [_recalls(run, own), _thresholds(run, own), _temperatures(run, own)]
     texts = [_predicted(role, found, run.classes) for role, found in counts.items()]
     return Section("What was confused", texts, drawn, [t for t in tables if t is not None])
 
@@ -203,16 +203,48 @@ def _recalls(run: RunData, own: Sequence[Predictions]) -> Table | None:
     return Table(columns, rows, note)
 
 
+def _with_validation(
+    run: RunData, own: Sequence[Predictions]
+) -> list[tuple[Predictions, Predictions]]:
+    """Returns predictions on test images, each with those of the same model on validation ones."""
+    validation = {(p.client, p.model): p for p in run.predictions if p.split == "validation"}
+    return [
+        (p, validation[p.client, p.model])
+        for p in own
+        if p.split == "test" and (p.client, p.model) in validation
+    ]
+
+
+def _temperatures(run: RunData, own: Sequence[Predictions]) -> Table | None:
+    """Returns what dividing logits by the temperature chosen on validation images would change."""
+    rows = []
+    for p, chosen in _with_validation(run, own):
+        at = numbers.best_temperature(chosen.logits, chosen.labels)
+        before = numbers.calibration_error(p.logits, p.labels)
+        after = numbers.calibration_error(p.logits / at, p.labels)
+        row = [Cell(p.client), Cell(p.role), count_cell(len(chosen.labels)), number_cell(at)]
+        row += [number_cell(before), number_cell(after), number_cell(after - before, sign=True)]
+        rows.append(row)
+    if not rows:
+        return None
+    rows.sort(key=lambda row: -row[4].sort if row[4].sort is not None else 0.0)
+    columns = [Column("client"), Column("role"), Column("validation images", True)]
+    columns += [Column("temperature", True), Column("calibration error as it is", True)]
+    columns += [Column("at the temperature", True), Column("change", True)]
+    note = (
+        "Temperature that fits the client's validation images best, and what dividing logits by it "
+        "does to the calibration error on its test images. Answers stay the same; only how sure "
+        "the model is changes."
+    )
+    return Table(columns, rows, note)
+
+
 def _thresholds(run: RunData, own: Sequence[Predictions]) -> Table | None:
     """Returns, for two classes, what the threshold chosen on validation images would change."""
-    if len(run.classes) != 2 or not own:
+    if len(run.classes) != 2:
         return None
-    validation = {(p.client, p.model): p for p in run.predictions if p.split == "validation"}
     rows = []
-    for p in own:
-        chosen = validation.get((p.client, p.model))
-        if chosen is None or p.split == "validation":
-            continue
+    for p, chosen in _with_validation(run, own):
         at = numbers.best_threshold(numbers.softmax(chosen.logits)[:, 1], chosen.labels)
         scores = numbers.softmax(p.logits)[:, 1]
         half = numbers.at_threshold(scores, p.labels, 0.5)
