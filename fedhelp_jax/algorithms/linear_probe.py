@@ -165,7 +165,7 @@ def fit(
         head = optax.apply_updates(head, updates)
         slope = optax.tree.norm(optax.tree.get(state, "grad"))
         # In float32 the gradient need not get as small as `_FLAT` before rounding hides progress.
-        falls = value - optax.tree.get(state, "value") > jnp.finfo(value.dtype).eps * value
+        falls = value - optax.tree.get(state, "value") > jnp.finfo(features.dtype).eps * value
         return number + 1, head, state, (slope > _FLAT) & falls
 
     def goes_on(carry: tuple) -> jax.Array:

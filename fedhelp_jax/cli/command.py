@@ -1,5 +1,6 @@
 """Defines commands with their flags, parses command lines, and prints help."""
 
+import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from absl import flags
 from fedhelp_jax.core.errors import UserError, suggest
 from fedhelp_jax.settings.checks import LOCAL
 
-_WIDTH = 100
+_WIDEST = 100
 _SETTINGS = "--config."
 
 
@@ -158,15 +159,16 @@ def read(command: Command, arguments: Sequence[str]) -> Given:
 
 def help_of(command: Command) -> str:
     """Returns the help of a command: examples first, then its flags, then the settings."""
-    lines = [f"fedhelp {command.name}: {command.about}", "", *_usage(command), ""]
-    lines += ["examples:", *(f"  {line}" for text in command.examples for line in text.split("\n"))]
+    title = textwrap.wrap(f"fedhelp {command.name}: {command.about}", width())
+    lines = [*title, "", *_usage(command), "", "examples:"]
+    lines += [line for text in command.examples for line in example(text, 2)]
     if command.flags:
         lines += ["", "flags:"]
         for flag in command.flags:
             short = f"-{flag.short}, " if flag.short else ""
             lines += _described(short + _shown(flag), _about(flag))
     if command.more:
-        lines += ["", *textwrap.wrap(command.more, _WIDTH)]
+        lines += ["", *textwrap.wrap(command.more, width())]
     if command.settings:
         from fedhelp_jax.experiments.config import describe
 
@@ -174,6 +176,22 @@ def help_of(command: Command) -> str:
         for key, default, about in describe():
             lines += _described(f"{_SETTINGS}{key}={default}", about)
     return "\n".join(lines) + "\n"
+
+
+def width() -> int:
+    """Returns the width of the terminal, but at most 100."""
+    return min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
+
+
+def example(text: str, indent: int) -> list[str]:
+    """Returns the lines of a command, with those too long for the terminal continued in others."""
+    before, room = " " * indent, width() - indent - len(" \\")
+    lines = []
+    for line in text.split("\n"):
+        options = {"subsequent_indent": "    ", "break_long_words": False}
+        parts = textwrap.wrap(line, room, break_on_hyphens=False, **options) or [""]
+        lines += [f"{before}{part} \\" for part in parts[:-1]] + [f"{before}{parts[-1]}"]
+    return lines
 
 
 def _define(flag: Flag, values: flags.FlagValues) -> None:
@@ -229,7 +247,7 @@ def _usage(command: Command) -> list[str]:
     start = f"usage: fedhelp {command.name} "
     lines, line = [], start
     for part in parts:
-        if len(line) + len(part) > _WIDTH and line.strip():
+        if len(line) + len(part) > width() and line.strip():
             lines.append(line.rstrip())
             line = " " * len(start)
         line += f"{part} "
@@ -238,8 +256,8 @@ def _usage(command: Command) -> list[str]:
 
 def _described(name: str, about: str) -> list[str]:
     """Returns lines with a name and its help text, beside or below it."""
-    indent = 34
-    text = textwrap.wrap(about, _WIDTH - indent) or [""]
+    indent = min(34, width() // 2)
+    text = textwrap.wrap(about, width() - indent) or [""]
     first = f"  {name}"
     if len(first) < indent - 1:
         head = [f"{first:<{indent}}{text[0]}"]

@@ -1,10 +1,12 @@
 """``fedhelp data``: lists, describes, prepares and checks data sets."""
 
+import sys
 from pathlib import Path
 
 from fedhelp_jax.cli.command import CONFIG, OUTPUT, Command, Flag, Given
 from fedhelp_jax.cli.process import printed, settings_of
 from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.terminal import wrapped
 
 _ON_BAD_EXAMPLE = ("refuse", "skip")
 
@@ -40,7 +42,11 @@ def _check(given: Given) -> int:
     from fedhelp_jax.experiments.check_data import check_data
 
     folder = None if given["workdir"] is None else Path(given["workdir"])
-    return 0 if check_data(settings_of(given), folder) else 2
+    return 0 if check_data(settings_of(given), folder, _say) else 2
+
+
+def _say(line: str) -> None:
+    print(wrapped(line, sys.stdout, len(line) - len(line.lstrip()) + 4))
 
 
 def _one_name(given: Given) -> str:

@@ -9,10 +9,11 @@ CPU devices can be set before JAX starts.
 """
 
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 
-from fedhelp_jax.cli.command import Command, help_of, read
+from fedhelp_jax.cli.command import Command, example, help_of, read, width
 from fedhelp_jax.cli.data import CHECK, DATA_LIST, DESCRIBE, PREPARE
 from fedhelp_jax.cli.process import as_loud_as_asked, complain, printed
 from fedhelp_jax.cli.report import REPORT
@@ -107,9 +108,12 @@ def _command(words: list[str]) -> int:
 
 
 def _overview(commands: Sequence[Command]) -> str:
-    lines = ["usage: fedhelp COMMAND [--flag=value ...]", ""]
+    group = {command.name.partition(" ")[0] for command in commands}
+    name = f"{group.pop()} COMMAND" if len(group) == 1 else "COMMAND"
+    lines = [f"usage: fedhelp {name} [--flag=value ...]", ""]
     for command in commands:
-        lines += [f"fedhelp {command.name}: {command.about}"]
-        lines += [f"    {line}" for line in command.examples[0].split("\n")]
-    lines += ["", "fedhelp COMMAND --help shows its flags; fedhelp --version the version."]
+        title = f"fedhelp {command.name}: {command.about}"
+        lines += textwrap.wrap(title, width(), subsequent_indent="  ")
+        lines += example(command.examples[0], 4)
+    lines += ["", f"fedhelp {name} --help shows its flags; fedhelp --version the version."]
     return "\n".join(lines) + "\n"

@@ -1,10 +1,12 @@
 """``fedhelp show`` and ``fedhelp list``."""
 
+import sys
 from pathlib import Path
 
 from fedhelp_jax.cli.command import Command, Given
 from fedhelp_jax.cli.process import printed
 from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.terminal import wrapped
 
 _KINDS = ("algorithms", "models", "data", "public", "teachers", "metrics")
 
@@ -25,7 +27,8 @@ def _list(given: Given) -> int:
         raise UserError(f"fedhelp list takes one of {', '.join(_KINDS)}")
     rows = _about(given.rest[0])
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+    for name, text in rows:
+        print(wrapped(f"{name:<{width}}  {text}", sys.stdout, width + 2))
     return printed()
 
 

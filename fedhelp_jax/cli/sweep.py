@@ -44,11 +44,13 @@ def _sweep(given: Given) -> int:
     from fedhelp_jax.core import distributed
     from fedhelp_jax.experiments.sweep import sweep
     from fedhelp_jax.experiments.sweep_blocks import Run
+    from fedhelp_jax.report.sweeps import best_settings
+    from fedhelp_jax.report.tables import print_grid
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
     with distributed.joined(address(given), complain):
         try:
-            sweep(
+            table = sweep(
                 [Run(swept, config) for swept, config in found],
                 folder,
                 split=given["split"],
@@ -58,6 +60,8 @@ def _sweep(given: Given) -> int:
         except AnswersMissing as error:
             raise teach_first(error, f"--config={given['config']}", *given.rest) from None
         if distributed.is_coordinator():
+            if axes:
+                print_grid(best_settings(table, list(axes)))
             print(f"written: {folder / 'runs.csv'}")
             write_at_the_end(given, folder)
     return 0

@@ -31,6 +31,7 @@ TEACH = Command(
     "teach",
     "ask the foundation model about the public images, once; train reads the answers",
     (
+        "fedhelp teach --config=configs/quickstart.py",
         "fedhelp teach --config=configs/fed_isic2019.py --dry-run",
         "fedhelp teach --study=configs/studies/baselines.py",
     ),

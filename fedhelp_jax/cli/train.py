@@ -78,14 +78,14 @@ TRAIN = Command(
     "train",
     "train the clients of a federation, or go on where a stopped run was saved",
     (
-        "fedhelp train --config=configs/quickstart.py --workdir=runs/demo",
+        "fedhelp train --config=configs/quickstart.py --workdir=runs/quickstart",
         "fedhelp train --config=configs/quickstart.py --workdir=runs/fedavg \\\n"
         "    --config.algorithm.name=fedavg --config.seed=3",
     ),
     _train,
     (
         CONFIG,
-        workdir("the run folder; a run stopped there goes on", "runs/demo"),
+        workdir("the run folder; a run stopped there goes on", "runs/quickstart"),
         Flag("overwrite", "remove what is in the run folder and begin anew", "switch"),
         NO_REPORT,
         *OUTPUT,
@@ -97,10 +97,10 @@ EVALUATE = Command(
     "evaluate",
     "measure a trained run again, from its newest checkpoint; data may have been moved",
     (
-        "fedhelp evaluate --workdir=runs/demo",
-        "fedhelp evaluate --workdir=runs/demo --config.data.path=FOLDER",
+        "fedhelp evaluate --workdir=runs/quickstart",
+        "fedhelp evaluate --workdir=runs/quickstart --config.data.path=FOLDER",
     ),
     _evaluate,
-    (workdir("the run folder", "runs/demo"), NO_REPORT, *OUTPUT, *DISTRIBUTED),
+    (workdir("the run folder", "runs/quickstart"), NO_REPORT, *OUTPUT, *DISTRIBUTED),
     settings=True,
 )

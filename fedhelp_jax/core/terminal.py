@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from typing import Any, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 from fedhelp_jax.core.storage import storage_fault
 
@@ -123,7 +123,7 @@ def _hangup_ignored() -> Iterator[None]:
         signal.signal(signal.SIGHUP, signal.SIG_DFL if before is None else before)
 
 
-def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
+def wrapped(text: str, stream: IO[str], indent: int = 0) -> str:
     """Returns a text in lines between whose words a terminal breaks; unchanged elsewhere.
 
     Args:

@@ -133,6 +133,9 @@ def _made(
                     "split": split,
                     "sources": block.sources[run.config.seed],
                     "left_out": block.left_out[run.config.seed],
+                    "algorithm": run.config.algorithm.name,
+                    "dataset": block.loaded.dataset.name,
+                    "synthetic": block.loaded.dataset.synthetic,
                     **run.swept,
                     **row,
                 }
@@ -152,7 +155,8 @@ def _made(
 
 def _measures(line: Record) -> JsonObject:
     found = {name: line[name] for name in ("split", "metric", *group_summary({}))}
-    return found | {name: line.get(name) for name in ("diverged", "left_out")}
+    more = ("diverged", "left_out", "algorithm", "dataset", "synthetic")
+    return found | {name: line.get(name) for name in more}
 
 
 # --- the program --------------------------------------------------------------------------------

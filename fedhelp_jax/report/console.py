@@ -19,6 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.core.terminal import wrapped
 from fedhelp_jax.report import run_files
 from fedhelp_jax.simulation.divergence import NON_FINITE
 from fedhelp_jax.typing import Record
@@ -221,11 +222,11 @@ def print_comparison(
     if reference is not None and len(summaries) > 1:
         print_line(console, "In brackets: the change against local.")
     if any(s.get("synthetic") for s in summaries):
-        print_line(
-            console,
+        text = (
             "Synthetic data: made by a procedure; shows that the method runs, not what it does for "
-            "patients.",
+            "patients."
         )
+        print_line(console, wrapped(text, console.file))
 
 
 def _runs_as_columns(

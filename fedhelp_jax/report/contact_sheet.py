@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fedhelp_jax.core.storage import replaced
 from fedhelp_jax.data.types import ClientSplit, FederatedDataset
+from fedhelp_jax.report.page.figures import shortened
 
 _CELL, _GAP, _CAPTION, _COLUMNS = 112, 8, 34, 8
 _INK, _PAPER = "#222222", "#FFFFFF"
@@ -82,7 +83,7 @@ def _class_of(dataset: FederatedDataset, index: int) -> str:
     label = dataset.labels[index]
     if label.ndim:
         return f"{(label > 0).mean():.0%} foreground"
-    return dataset.label_names[int(label)]
+    return shortened(dataset.label_names)[int(label)]
 
 
 def _fitted(

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from fedhelp_jax.core.storage import replaced
-from fedhelp_jax.report import run_files
+from fedhelp_jax.report import numbers, run_files
+from fedhelp_jax.report.tables import Cell, Grid
 from fedhelp_jax.typing import Record
 
 _MEASURES = ("small_mean", "large_mean", "worst_small", "gap")
+_ROLES = ("small_mean", "large_mean")
 _MOST_TICKS = 8
+_MOST_SETTINGS = 10
 _COLOURS = ("#0072b2", "#d55e00", "#56b4e9", "#777777")
 
 
@@ -36,6 +39,42 @@ def write_sweep(folder: Path, swept: Sequence[str], table: Sequence[Record], spl
     for name in swept:
         if len({row[name] for row in table}) > 1:
             draw(folder / f"{name}.png", name, table, split)
+
+
+def best_settings(table: Sequence[Record], swept: Sequence[str]) -> Grid:
+    """Returns the table of the best settings, by the mean over the roles and then over seeds.
+
+    Args:
+      table: One row per run.
+      swept: The swept names, of which "seed" is not a setting.
+    """
+    names = [name for name in swept if name != "seed"]
+    by_point: dict[tuple, list[Record]] = {}
+    for row in table:
+        by_point.setdefault(tuple(row[name] for name in names), []).append(row)
+
+    def score(rows: Sequence[Record]) -> float:
+        means = [numbers.mean_and_spread([row[m] for row in rows])[0] for m in _ROLES]
+        known = [mean for mean in means if np.isfinite(mean)]
+        return float(np.mean(known)) if known else -np.inf
+
+    ranked = sorted(by_point.items(), key=lambda item: -score(item[1]))
+    rows = [
+        [*(Cell(str(value)) for value in point), *(_spread(own, m) for m in _MEASURES)]
+        for point, own in ranked[:_MOST_SETTINGS]
+    ]
+    metric, split = str(table[0]["metric"]).replace("_", " "), table[0]["split"]
+    notes = ["Best first, by the mean of small and large mean."]
+    if len(ranked) > len(rows):
+        notes.append(f"{len(ranked) - len(rows)} more settings are in runs.csv.")
+    heads = [*names, *(measure.replace("_", " ") for measure in _MEASURES)]
+    return Grid(f"{metric} on {split} images", heads, rows, notes)
+
+
+def _spread(rows: Sequence[Record], measure: str) -> Cell:
+    mean, spread = numbers.mean_and_spread([row[measure] for row in rows])
+    text = "-" if np.isnan(mean) else f"{mean:.3f}"
+    return Cell(text if np.isnan(spread) else f"{text} ± {spread:.3f}")
 
 
 def draw(path: Path, name: str, table: Sequence[Record], split: str) -> None:

@@ -33,6 +33,26 @@ class Grid(NamedTuple):
 def print_grid(grid: Grid, console: Console | None = None) -> None:
     """Prints a table; the best of a column is bold with ``*``, the second underlined with ``+``."""
     console = console or consoles.stdout_console()
+    columns = len(grid.heads)
+    table = _typeset(grid, columns)
+    # Cells in several lines are harder to read than a table without its last columns.
+    while console.is_terminal and columns > 2 and _is_too_wide(table, console):
+        columns -= 1
+        table = _typeset(grid, columns)
+    console.print(table)
+    notes = ["* best, + second best of the column."] if _marked(grid) else []
+    if columns < len(grid.heads):
+        left_out = ", ".join(grid.heads[columns:])
+        notes.append(f"Too wide for this terminal, and so only in the files: {left_out}.")
+    for note in [*notes, *grid.notes]:
+        if console.is_terminal:
+            console.print(Text(note))  # wrapped between words
+        else:
+            consoles.print_line(console, note)
+
+
+def _typeset(grid: Grid, columns: int) -> Table:
+    """Returns the first columns of a table."""
     table = Table(
         title=Text(grid.title),
         box=box.SIMPLE_HEAD,
@@ -40,22 +60,21 @@ def print_grid(grid: Grid, console: Console | None = None) -> None:
         collapse_padding=True,
         pad_edge=False,
     )
-    for i, head in enumerate(grid.heads):
+    for i, head in enumerate(grid.heads[:columns]):
         table.add_column(Text(head), justify="right" if i else "left", no_wrap=not i)
     styles = {BEST: ("bold", "*"), SECOND: ("underline", "+"), "": ("", " " * _marked(grid))}
     for row in grid.rows:
         cells = []
-        for i, cell in enumerate(row):
+        for i, cell in enumerate(row[:columns]):
             style, sign = styles[cell.mark]
             cells.append(Text(cell.text, style).append(sign if i else "", style="not underline"))
         table.add_row(*cells)
-    console.print(table)
-    legend = ["* best, + second best of the column."] if _marked(grid) else []
-    for note in [*legend, *grid.notes]:
-        if console.is_terminal:
-            console.print(Text(note))  # wrapped between words
-        else:
-            consoles.print_line(console, note)
+    return table
+
+
+def _is_too_wide(table: Table, console: Console) -> bool:
+    widest = console.options.update(width=1000)
+    return table.__rich_measure__(console, widest).maximum > console.width
 
 
 def markdown(grid: Grid) -> str:

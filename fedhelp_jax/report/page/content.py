@@ -104,14 +104,17 @@ class Page(NamedTuple):
     sections: Sequence[Section]
 
 
+SYNTHETIC = (
+    "Synthetic data: made by a procedure. This shows that the method runs, not what it does for "
+    "patients."
+)
+
+
 def notes_of(runs: Sequence[RunData]) -> list[str]:
     """Returns what a reader must know first: synthetic data, missing files, diverged runs."""
     notes = []
     if any(run.summary.get("synthetic") for run in runs):
-        notes.append(
-            "Synthetic data: made by a procedure. This shows that the method runs, not what it "
-            "does for patients."
-        )
+        notes.append(SYNTHETIC)
     if any(str(run.summary.get("teacher") or "").startswith("simulated") for run in runs):
         notes.append("The foundation model is simulated.")
     if any(run.summary.get("split") == "validation" for run in runs):

@@ -258,7 +258,7 @@ def shares(run: RunData) -> Figure | None:
     axis.set_ylim(len(order) - 0.5, -0.5)
     _labels(axis, "training images", "")
     if stacked and len(names) <= 2 * len(_SHADES):
-        canvas.legend(loc="outside lower center", fontsize=7, frameon=False, ncols=3)
+        _legend_below(canvas)
     more = f", the {len(order)} largest of {len(rows)}" if len(rows) > len(order) else ""
     by_class = ", by class" if stacked else ""
     return Figure("classes", f"Training images of the clients{more}{by_class}.", canvas, rows)
@@ -294,14 +294,13 @@ def learning_of_methods(runs: Sequence[RunData]) -> Figure | None:
             for r, m, a, b, v in zip(rounds, mean, low, high, values, strict=True)
         ]
     _labels(axis, "round", f"small clients, validation {words(runs[0].metric)}")
-    _legend(axis)
-    left = len(series) - MOST_SERIES
+    _legend_below(canvas)
     caption = "Mean of the small clients on validation images by round."
     if len({run.seed for run in runs}) > 1:
         caption += " Bands reach from the lowest to the highest seed."
-    return Figure(
-        "methods", caption + (f" {left} methods are not drawn." if left > 0 else ""), canvas, rows
-    )
+    if len(series) > MOST_SERIES:
+        caption += f" {len(series) - MOST_SERIES} methods with lower means are not drawn."
+    return Figure("methods", caption, canvas, rows)
 
 
 def clients_of_methods(runs: Sequence[RunData]) -> Figure | None:
@@ -342,7 +341,7 @@ def clients_of_methods(runs: Sequence[RunData]) -> Figure | None:
     axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.grid(color="#dddddd", linewidth=0.6)
     _labels(axis, f"{runs[0].summary.get('split', 'test')} {words(runs[0].metric)}", "")
-    canvas.legend(loc="outside lower center", fontsize=7, frameon=False, ncols=3)
+    _legend_below(canvas)
     rows = [
         {"client": c, "method": m, runs[0].metric: float(np.mean(v)), "runs": len(v)}
         for c, by_method in values.items()
@@ -429,6 +428,10 @@ def _labels(axis: "Axes", x: str, y: str) -> None:
 def _legend(axis: "Axes") -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+
+
+def _legend_below(canvas: "Canvas") -> None:
+    canvas.legend(loc="outside lower center", fontsize=7, frameon=False, ncols=3)
 
 
 def _short(name: str, most: int = 18) -> str:

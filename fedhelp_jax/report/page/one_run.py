@@ -366,8 +366,13 @@ def _settings(run: RunData, changed: Sequence[tuple[str, str, str]]) -> Section:
         f"config = fh.load_run({str(run.folder)!r}).config\n"
         'fh.run(config, "again")'
     )
-    code = code if run.config else ""
-    return Section("How to reproduce it", (), (), tables, code, folded=True)
+    if not run.config:
+        return Section("How to reproduce it", (), (), tables, folded=True)
+    text = (
+        "On the same processors and as many devices, the numbers are the same to the last digit. "
+        "Elsewhere sums are rounded differently, and training amplifies that."
+    )
+    return Section("How to reproduce it", [text], (), tables, code, folded=True)
 
 
 def _sortable(value: Any, missing: float) -> float:

@@ -12,6 +12,7 @@ from fedhelp_jax.report.console import amount, duration, marked_synthetic
 from fedhelp_jax.report.page import figures
 from fedhelp_jax.report.page.content import (
     ON_VALIDATION,
+    SYNTHETIC,
     Cell,
     Column,
     Page,
@@ -30,6 +31,9 @@ from fedhelp_jax.report.run_data import RunData, SweepData
 from fedhelp_jax.report.verdict.judge import judge, wrong_by_chance
 from fedhelp_jax.report.verdict.rules import ALONE
 
+# So many of the best methods are named in a sentence, beside staying alone.
+_MOST_TOLD = 3
+
 
 def page_of_runs(runs: Sequence[RunData], files: Files, out: Path) -> Page:
     """Returns the page in a folder that compares runs, by data set."""
@@ -37,7 +41,7 @@ def page_of_runs(runs: Sequence[RunData], files: Files, out: Path) -> Page:
     datasets = list(dict.fromkeys(run.dataset for run in runs))
     places = list(dict.fromkeys((run.dataset, run.place) for run in runs))
     for number, (dataset, place) in enumerate(places):
-        own = [run for run in runs if (run.dataset, run.place) == (dataset, place)]
+        own = _best_first([run for run in runs if (run.dataset, run.place) == (dataset, place)])
         synthetic = any(run.summary.get("synthetic") for run in own)
         drawn = [figures.learning_of_methods(own), figures.clients_of_methods(own)]
         prefix = f"{number + 1}_" if len(places) > 1 else ""
@@ -59,6 +63,16 @@ def page_of_runs(runs: Sequence[RunData], files: Files, out: Path) -> Page:
     )
 
 
+def _best_first(runs: Sequence[RunData]) -> list[RunData]:
+    """Returns runs by the mean of their method's small clients, after those of staying alone."""
+    by_label: dict[str, list[float]] = {}
+    for run in runs:
+        value = run.summary.get("small_mean")
+        by_label.setdefault(run.label, []).append(-math.inf if value is None else value)
+    means = {label: float(np.mean(values)) for label, values in by_label.items()}
+    return sorted(runs, key=lambda run: (run.label != ALONE, -means[run.label]))
+
+
 def _in_words(runs: Sequence[RunData]) -> list[str]:
     """Returns what the small clients have under each method, and on how many images."""
     by_label: dict[str, list[float]] = {}
@@ -68,7 +82,10 @@ def _in_words(runs: Sequence[RunData]) -> list[str]:
     if not by_label:
         return []
     means = sorted(((float(np.mean(v)), label) for label, v in by_label.items()), reverse=True)
-    listed = ", ".join(f"{mean:.2f} with {label}" for mean, label in means)
+    told = [pair for i, pair in enumerate(means) if i < _MOST_TOLD or pair[1] == ALONE]
+    listed = ", ".join(f"{mean:.2f} with {label}" for mean, label in told)
+    if len(told) < len(means):
+        listed += f" ({len(means) - len(told)} more methods stand below)"
     images = {
         c["name"]: c.get("n_test") or 0
         for run in runs
@@ -99,7 +116,7 @@ def _methods(runs: Sequence[RunData]) -> Table:
     if compared:
         columns += [
             Column("small, change against local", True),
-            Column("small clients better", True),
+            Column("small clients better, all seeds", True),
         ]
     columns += [Column("up a round", True), Column("time", True)]
     rows = []
@@ -199,9 +216,9 @@ def _verdicts(runs: Sequence[RunData]) -> list[Table]:
     columns = [Column("client"), Column("role"), *(Column(m, True) for m in methods)]
     note = (
         f"Should this hospital join? The gain in {words(runs[0].metric)} over staying alone "
-        f"({ALONE}), on the same test images and seeds, with its 95 % interval. Of all these "
-        f"verdicts on single clients, about {wrong_by_chance(verdicts):.1f} would be wrong by "
-        "chance if nobody gained or lost anything."
+        f"({ALONE}), on the same test images and seeds, with its 95 % interval. If nobody gained "
+        f"or lost, about {wrong_by_chance(verdicts):.1f} of these verdicts on single clients would "
+        "say otherwise by chance."
     )
     return [Table(columns, rows, note)]
 
@@ -229,18 +246,28 @@ def _runs(runs: Sequence[RunData], out: Path) -> Table:
     return Table(columns, rows)
 
 
+# Columns of a sweep's table that hold words.
+_WORDS = ("split", "metric", "algorithm", "dataset", "synthetic")
+
+
 def page_of_sweep(sweep: SweepData, files: Files) -> Page:
     """Returns the page about a sweep."""
     drawn = files.drawn([figures.swept(name, sweep.rows) for name in sweep.swept])
     columns = [
-        Column(name.replace("_", " "), name not in ("split", "metric")) for name in sweep.rows[0]
+        Column(name if name in sweep.swept else name.replace("_", " "), name not in _WORDS)
+        for name in sweep.rows[0]
     ]
     rows = [[Cell(_rounded(text)) for text in row.values()] for row in sweep.rows]
     metric = words(str(sweep.rows[0].get("metric", "?")))
     split = sweep.rows[0]["split"]
-    notes = [ON_VALIDATION] if split == "validation" else []
+    notes = [SYNTHETIC] if any(row.get("synthetic") == "True" for row in sweep.rows) else []
+    notes += [ON_VALIDATION] if split == "validation" else []
+    methods, data = (
+        ", ".join(dict.fromkeys(str(row[name]) for row in sweep.rows if row.get(name)))
+        for name in ("algorithm", "dataset")
+    )
     return Page(
-        f"Sweep over {', '.join(sweep.swept)}",
+        f"Sweep over {', '.join(sweep.swept)}" + (f": {methods} on {data}" if methods else ""),
         f"{len(sweep.rows)} runs; {metric} on {split} images",
         notes,
         (),
@@ -252,9 +279,9 @@ def page_of_sweep(sweep: SweepData, files: Files) -> Page:
 
 
 def _rounded(text: str) -> str:
-    """Returns a number of a CSV file with at most four decimal places; other text unchanged."""
+    """Returns a number of a CSV file with three decimal places; other text unchanged."""
     try:
         value = float(text)
     except ValueError:
         return text
-    return text if value.is_integer() or abs(value) < 1e-3 else f"{value:.4g}"
+    return text if text.isdigit() or 0 < abs(value) < 1e-3 else f"{value:.3f}"

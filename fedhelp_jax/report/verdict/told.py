@@ -80,7 +80,12 @@ def grids(verdicts: Sequence[Verdict], against: str) -> list[Grid]:
 
 def _gain_cells(verdict: Verdict) -> list[Cell]:
     g = verdict.gain
-    return [Cell(f"{g.value:+.3f}"), Cell(f"{g.low:+.3f} to {g.high:+.3f}")]
+    return [Cell(signed(g.value)), Cell(f"{signed(g.low)} to {signed(g.high)}")]
+
+
+def signed(value: float) -> str:
+    """Returns a number with its sign and three decimals, of which 0 has a plus."""
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict], against: str, rule: str) -> None:
@@ -123,13 +128,13 @@ def _notes(verdicts: Sequence[Verdict]) -> list[str]:
     notes = [
         "The interval covers the choice of test images"
         + (" and of seeds." if max(seeds) > 1 else "; with one seed, it cannot cover training."),
-        f"{UNCLEAR}: the interval holds 0, so it cannot be told from these images and seeds.",
+        f"{UNCLEAR}: the interval contains 0, so it cannot be told from these images and seeds.",
     ]
     by_chance = wrong_by_chance(verdicts)
     if by_chance >= 0.5:
         notes.append(
-            f"Among {len(hospitals)} hospitals without any gain, about {by_chance:.0f} would be "
-            "told to gain or lose by chance."
+            f"If nobody gained or lost, about {by_chance:.0f} of these {len(hospitals)} verdicts "
+            "on single hospitals would say otherwise by chance."
         )
     return notes
 
