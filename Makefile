@@ -22,7 +22,7 @@ demo: .venv/.core
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 test: setup
-	$(PYTEST) -m "not (slow or torch or multiprocess or real_data or thorough)" $(PYTEST_ARGS)
+	$(PYTEST) --long=none $(PYTEST_ARGS)
 
 test-all: setup
 	$(PYTEST) $(PYTEST_ARGS)

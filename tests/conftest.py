@@ -16,12 +16,38 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 protect_process()  # many tests compile functions of the package directly
 
 
-def pytest_collection_modifyitems(items):
-    """Marks tests that need real data or PyTorch by the fixtures that they use."""
+LONG = ("slow", "torch", "multiprocess", "real_data")
+
+
+def pytest_addoption(parser):
+    """Adds an option that chooses among the long tests."""
+    parser.addoption(
+        "--long",
+        default="all",
+        help=f"which tests marked {', '.join(LONG)} to run: all, none, or K/N for those of every "
+        "Nth file, the first of which is number K modulo N",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks tests that need real data or PyTorch by their fixtures, and chooses the long tests."""
     for item in items:
         for fixture, marker in (("real", "real_data"), ("torch", "torch")):
             if fixture in item.fixturenames:
                 item.add_marker(marker)
+    chosen = config.getoption("--long")
+    if chosen == "all":
+        return
+    long = [item for item in items if any(map(item.get_closest_marker, LONG))]
+    kept = set()
+    if chosen != "none":
+        number, parts = map(int, chosen.split("/"))
+        files = sorted({item.path for item in long})
+        kept = set(files[number % parts :: parts])
+    left_out = [item for item in long if item.path not in kept]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(scope="session", autouse=True)
