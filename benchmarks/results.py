@@ -85,8 +85,9 @@ def collect(folder: Path, command: str, processor: str, against: str = ALONE) ->
 def _course(runs: Sequence[RunData]) -> list[JsonObject]:
     """Returns, by data and method, means over seeds and small hospitals.
 
-    ``ece`` is the calibration error of what they deploy on test images, and ``validation`` the
-    headline metric on validation images in each evaluated round.
+    ``ece`` is the calibration error of what they deploy on test images, ``validation`` the headline
+    metric on validation images in each evaluated round, and ``training`` what else than losses was
+    measured in training, in the same rounds.
     """
     own: dict[tuple[str, str], list[RunData]] = {}
     for run in runs:
@@ -100,10 +101,19 @@ def _course(runs: Sequence[RunData]) -> list[JsonObject]:
             if client["role"] == "small" and "ece" in client["metrics"]
         ]
         by_round: dict[str, list[float]] = {}
+        training: dict[str, dict[str, list[float]]] = {}
         for row in (row for run in of_seeds for row in run.history if "small_mean" in row):
-            by_round.setdefault(str(row["round"]), []).append(row["small_mean"])
+            at = str(row["round"])
+            by_round.setdefault(at, []).append(row["small_mean"])
+            for name, value in row["train"].get("small", {}).items():
+                if not name.endswith("loss"):
+                    training.setdefault(name, {}).setdefault(at, []).append(value)
         row = {"data": data, "method": method, "ece": _mean(errors)}
-        rows.append(row | {"validation": {at: _mean(values) for at, values in by_round.items()}})
+        row["validation"] = {at: _mean(values) for at, values in by_round.items()}
+        for name, values in training.items():
+            of_rounds = {at: _mean(found) for at, found in values.items()}
+            row.setdefault("training", {})[name] = of_rounds
+        rows.append(row)
     return rows
 
 
@@ -113,72 +123,70 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def tables(found: JsonObject) -> str:
     """Returns the tables of a summary in Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts = [
         f"`{found['command']}`: {found['runs']} runs on {found['processor']}, {found['date']}, "
-        f"{', '.join(f'{name} {version}' for name, version in found['versions'].items())}."
+        f"{versions}."
     ]
-    cells = {
-        (row["data"], row["method"], row["rule"], row["metric"], row["group"]): row
-        for row in found["rows"]
-    }
     for data, metric in dict.fromkeys((r["data"], r["metric"]) for r in found["rows"]):
-        own = [r for r in found["rows"] if (r["data"], r["metric"]) == (data, metric)]
-        methods = list(dict.fromkeys(row["method"] for row in own))
-        about = f"{METRICS[metric]} on {data}, {max(row['seeds'] for row in own)} seeds"
-        groups = [*found["groups"], ALL["small"]]
-        heads = ["method", *(_head(group, found["groups"]) for group in groups)]
-        over = "staying alone" if found["against"] == ALONE else f"`{found['against']}`"
-        by_size = [
-            [method, *(_gain(cells, (data, method, AS_RUN, metric, group)) for group in groups)]
-            for method in methods
-        ]
-        parts.append(f"Gain over {over} in {about}, by role and training images:")
-        parts.append(_table(heads, [_alternative(own, found["against"], groups), *by_size]))
-        by_rule = [
-            [method, *(_gain(cells, (data, method, rule, metric, ALL["small"])) for rule in RULES)]
-            for method in methods
-        ]
-        parts.append(f"The same of all small hospitals, by what they deploy ({GUARDED}: or none):")
-        parts.append(_table(["method", *(f"`{rule}`" for rule in RULES)], by_rule))
+        rows = [r for r in found["rows"] if (r["data"], r["metric"]) == (data, metric)]
+        parts += _gains(rows, found, f"{METRICS[metric]} on {data}")
     for data in dict.fromkeys(row["data"] for row in found["course"]):
-        course = [row for row in found["course"] if row["data"] == data]
-        rounds = list(course[0]["validation"])
-        parts.append(
-            f"Small hospitals on {data}: calibration error on test images, and the headline metric "
-            "on validation images by round:"
-        )
-        parts.append(
-            _table(
-                ["method", "calibration error", *(f"round {number}" for number in rounds)],
-                [
-                    [
-                        row["method"],
-                        _number(row["ece"]),
-                        *(_number(row["validation"].get(number)) for number in rounds),
-                    ]
-                    for row in course
-                ],
-            )
-        )
+        parts += _courses([row for row in found["course"] if row["data"] == data], data)
     return "\n\n".join(parts)
+
+
+def _gains(rows: Sequence[JsonObject], found: JsonObject, about: str) -> list[str]:
+    """Returns the tables of the gains in one metric, by size and by what is deployed."""
+    cells = {(row["method"], row["rule"], row["group"]): row for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    groups = [*found["groups"], ALL["small"]]
+    over = "staying alone" if found["against"] == ALONE else f"`{found['against']}`"
+    theirs = {row["group"]: row["theirs"] for row in rows if row["rule"] == AS_RUN}
+    alternative = [f"{found['against']}, itself", *(_number(theirs.get(g)) for g in groups)]
+    by_size = [[m, *(_gain(cells.get((m, AS_RUN, g))) for g in groups)] for m in methods]
+    by_rule = [[m, *(_gain(cells.get((m, r, ALL["small"]))) for r in RULES)] for m in methods]
+    seeds = max(row["seeds"] for row in rows)
+    return [
+        f"Gain over {over} in {about}, {seeds} seeds, by role and training images:",
+        _table(["method", *(_head(g, found["groups"]) for g in groups)], [alternative, *by_size]),
+        f"The same of all small hospitals, by what they deploy ({GUARDED}: or none):",
+        _table(["method", *(f"`{rule}`" for rule in RULES)], by_rule),
+    ]
+
+
+def _courses(rows: Sequence[JsonObject], data: str) -> list[str]:
+    """Returns the tables of calibration, learning curves and what else was measured."""
+    rounds = list(rows[0]["validation"])
+    heads = [f"round {number}" for number in rounds]
+
+    def of(row: JsonObject, values: Mapping[str, float]) -> list[str]:
+        return [row["method"], *(_number(values.get(number)) for number in rounds)]
+
+    by_round = [of(row, row["validation"]) for row in rows]
+    for cells, row in zip(by_round, rows, strict=True):
+        cells.insert(1, _number(row["ece"]))
+    parts = [
+        f"Small hospitals on {data}: calibration error on test images, and the headline metric on "
+        "validation images by round:",
+        _table(["method", "calibration error", *heads], by_round),
+    ]
+    for name in rows[0].get("training", {}):
+        parts.append(f"`{name}` of small hospitals on {data} by round:")
+        measured = [of(row, row.get("training", {}).get(name, {})) for row in rows]
+        parts.append(_table(["method", *heads], measured))
+    return parts
 
 
 def _head(group: str, counts: Mapping[str, int]) -> str:
     return f"{group} ({counts[group]})" if group in counts else group
 
 
-def _alternative(rows: Sequence[JsonObject], against: str, groups: Sequence[str]) -> list[str]:
-    """Returns the row of the method that the others are compared with."""
-    theirs = {row["group"]: row["theirs"] for row in rows if row["rule"] == AS_RUN}
-    return [f"{against}, itself", *(_number(theirs.get(group)) for group in groups)]
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _gain(cells: Mapping[tuple[str, ...], JsonObject], key: tuple[str, ...]) -> str:
-    row = cells.get(key)
+def _gain(row: JsonObject | None) -> str:
     if row is None:
         return "-"
     text = f"{row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"

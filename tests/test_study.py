@@ -376,10 +376,11 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
     [
         ("miniature.py", 36, 0),
         ("two_layers.py", 126, 0),
-        ("ablations.py", 75, 0),
-        ("ablations.py:pneumonia.py:sixteen", 75, 0),
+        ("ablations.py", 85, 0),
+        ("ablations.py:pneumonia.py:sixteen", 85, 0),
         ("scarcity.py", 130, 0),
         ("relevance.py", 85, 0),
+        ("relevance.py:gradients", 36, 0),
         ("baselines.py", 54, 72),
         ("baselines.py:pneumonia.py", 54, 72),
     ],

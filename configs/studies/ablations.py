@@ -21,6 +21,11 @@ def get_study(config: str = "quickstart.py") -> Study:
         datasets={Path(config.split(":")[0]).stem: f"../{config}"},
         methods={
             "local": {},
+            "fedavg": {},
+            "fedavg weighted by examples": {
+                "algorithm.name": "fedavg",
+                "client_weights": "examples",
+            },
             "fedhelp": {},
             "nothing public": {**_FEDHELP, "public.name": "none"},
             "public labels only": {**_FEDHELP, "teacher.name": "none"},

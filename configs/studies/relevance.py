@@ -10,6 +10,9 @@ public labels, the answers of a MobileNetV2 trained on ImageNet, or both, since 
 hide a useless teacher. On the histology, teachers that are right by chance only and always
 (simulated), and CLIP with a linear probe on the public labels, take MobileNetV2's place. The
 hospitals are those of `scarcity.py`.
+
+`relevance.py:gradients` measures instead how the gradients of small hospitals' private and public
+losses are related (`benchmarks/gradients.py`), with three seeds and without the teachers.
 """
 
 import os
@@ -40,17 +43,28 @@ _TEACHERS = {
 }
 
 
-def get_study() -> Study:
-    """Returns the study."""
-    fedhelp = {"algorithm.name": "fedhelp", "public.num_examples": 700}
+def get_study(what: str = "gain") -> Study:
+    """Returns the study; `what` is "gain" or "gradients"."""
+    if what not in ("gain", "gradients"):
+        raise ValueError(f"{what!r} must be gain or gradients")
+    name = "fedhelp" if what == "gain" else "benchmarks.gradients:fedhelp_measured"
+    fedhelp = {"algorithm.name": name, "public.num_examples": 700}
+    compared = {
+        f"{images} {learned}": fedhelp | chosen | settings
+        for images, chosen in _PUBLIC.items()
+        for learned, settings in _LEARNED.items()
+    }
+    if what == "gradients":
+        return Study(
+            datasets={"chest": "../pneumonia.py:sixteen"},
+            methods=compared,
+            seeds=range(3),
+            reference="histology both",
+        )
     return Study(
         datasets={"chest": "../pneumonia.py:sixteen"},
         methods={"local": {}, "nothing public": {**fedhelp, "public.name": "none"}}
-        | {
-            f"{images} {learned}": fedhelp | chosen | settings
-            for images, chosen in _PUBLIC.items()
-            for learned, settings in _LEARNED.items()
-        }
+        | compared
         | {
             f"histology {teacher}": fedhelp | _UNLABELLED | settings
             for teacher, settings in _TEACHERS.items()
