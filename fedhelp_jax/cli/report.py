@@ -35,7 +35,7 @@ def _report(given: Given) -> int:
 
 
 def write_at_the_end(given: Given, folder: Path) -> None:
-    """Writes the report of what a command made, unless ``--no-report`` is given, and says so."""
+    """Writes the report of what a command made, unless ``--no_report`` is given, and says so."""
     if given["no_report"]:
         return
     from fedhelp_jax.experiments.reporting import report_at_the_end

@@ -32,7 +32,7 @@ TEACH = Command(
     "ask the foundation model about the public images, once; train reads the answers",
     (
         "fedhelp teach --config=configs/quickstart.py",
-        "fedhelp teach --config=configs/fed_isic2019.py --dry-run",
+        "fedhelp teach --config=configs/fed_isic2019.py --dry_run",
         "fedhelp teach --study=configs/studies/baselines.py",
     ),
     _teach,
