@@ -191,7 +191,7 @@ def test_what_is_deployed_are_the_models_with_the_headline_first(name):
         **dict.fromkeys(("local", "fedtype", "pixel_probe", "foundation_probe"), private),
         **dict.fromkeys(("fedavg", "fedprox", "scaffold", "centralized", "feddf"), "global"),
         **dict.fromkeys(("federated_probe", "fedncm"), "global"),
-        **dict.fromkeys(("fedbn", "ditto", "per_fedavg", "pfedme"), "personal"),
+        **dict.fromkeys(("fedbn", "ditto", "per_fedavg", "pfedme", "lp_ft"), "personal"),
     }[name]
     assert headlines == (
         dict.fromkeys(headlines, expected) if isinstance(expected, str) else expected
@@ -274,7 +274,7 @@ def test_only_what_a_method_shares_travels(name):
     linear = 4 * CLASSES * (8 * 8 * 3 + 1)
     expected = {
         **dict.fromkeys(
-            ("fedavg", "fedprox", "ditto", "per_fedavg", "pfedme", "fml", "fedtype"),
+            ("fedavg", "lp_ft", "fedprox", "ditto", "per_fedavg", "pfedme", "fml", "fedtype"),
             {"small": (w, w)},
         ),
         "fedhelp": {"small": (w, w + 4)},

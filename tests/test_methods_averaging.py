@@ -207,6 +207,35 @@ def test_per_fedavg():
         assert_trees_equal(on_host(deployed["global"]), w)
 
 
+@pytest.mark.parametrize(("head", "everything"), [(2, 3), (0, 3), (2, 0)])
+def test_lp_ft_trains_the_head_and_then_everything(head, everything):
+    """Steps w <- w - rate grad F_i(w), of the head's part alone at first, from the broadcast w."""
+    # With all examples in a batch, an epoch is one step.
+    given, data = setup(batch_size=50), tiny_federation()
+    algorithm = build("lp_ft", given, head_epochs=head, all_epochs=everything)
+    simulation = simulate(algorithm, data)
+    w = on_host(simulation.init().server.variables)
+    pool, public = simulation.federation.pool, simulation.federation.public
+    for role, i, _, index in clients_of(data):
+        train = row(simulation.federation.groups[role]["train"], i)
+        own = ClientData(pool, public, *train)
+        deployed = jax.jit(algorithm.clients[role].deploy)(w, (), own)
+        expected = w["params"]
+        for number in range(head + everything):
+            slope = gradient(expected, *examples(data, index))
+            if number < head:
+                slope = {**slope, "features": jax.tree.map(np.zeros_like, slope["features"])}
+            expected = step(expected, slope)
+        assert_trees_close(deployed["personal"]["params"], expected)
+        assert_trees_equal(on_host(deployed["global"]), w)
+
+
+@pytest.mark.slow
+def test_lp_ft_averages_as_fedavg_does():
+    for got, expected in zip(states_of("lp_ft"), states_of("fedavg"), strict=True):
+        assert_trees_equal(on_host(got.server), on_host(expected.server))
+
+
 def controlled(x, c, c_i, data, decay):
     """Gives y and c_i': y <- y - rate (grad F_i(y) + decay y - c_i + c), K times from x.
 

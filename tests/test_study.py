@@ -374,15 +374,15 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
 @pytest.mark.parametrize(
     ("source", "runs", "trials"),
     [
-        ("miniature.py", 36, 0),
-        ("two_layers.py", 126, 0),
+        ("miniature.py", 38, 0),
+        ("two_layers.py", 132, 0),
         ("ablations.py", 85, 0),
         ("ablations.py:pneumonia.py:sixteen", 85, 0),
-        ("scarcity.py", 130, 0),
+        ("scarcity.py", 140, 0),
         ("relevance.py", 85, 0),
         ("relevance.py:gradients", 36, 0),
-        ("baselines.py", 54, 72),
-        ("baselines.py:pneumonia.py", 54, 72),
+        ("baselines.py", 57, 76),
+        ("baselines.py:pneumonia.py", 57, 76),
     ],
 )
 def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monkeypatch):

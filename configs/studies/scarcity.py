@@ -23,7 +23,7 @@ def get_study(networks: str = "cnn") -> Study:
         raise ValueError(f"{networks!r} must be {' or '.join(_NETWORKS)}")
     small, large = _NETWORKS[networks]
     methods = ("local", "pixel_probe", "foundation_probe", "federated_probe", "fedncm", "fedavg")
-    methods += ("ditto", "fml", "fedmd", "fedhelp", "centralized")
+    methods += ("lp_ft", "ditto", "fml", "fedmd", "fedhelp", "centralized")
     return Study(
         datasets={"chest": "../pneumonia.py:sixteen"},
         methods={name: {} for name in methods}

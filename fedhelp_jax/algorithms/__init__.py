@@ -26,6 +26,7 @@ from fedhelp_jax.algorithms.fedtype import fedtype
 from fedhelp_jax.algorithms.fml import fml
 from fedhelp_jax.algorithms.foundation_probe import foundation_probe
 from fedhelp_jax.algorithms.local import local
+from fedhelp_jax.algorithms.lp_ft import lp_ft
 from fedhelp_jax.algorithms.method import Method, method, settings_of
 from fedhelp_jax.algorithms.per_fedavg import per_fedavg
 from fedhelp_jax.algorithms.pfedme import pfedme
@@ -40,7 +41,7 @@ def _lacks(found: Any) -> str:
 
 _OURS = (
     *(fedhelp, local, pixel_probe, foundation_probe, federated_probe, fedncm, centralized),
-    *(fedavg, fedprox, fedbn, scaffold, ditto),
+    *(fedavg, lp_ft, fedprox, fedbn, scaffold, ditto),
     *(per_fedavg, pfedme, fml, fedmd, feddf, fedproto, fedgh, fedkd, fedtype),
 )
 ALGORITHMS = Registry("algorithms", {found.name: found for found in _OURS}, _lacks)
@@ -71,6 +72,7 @@ __all__ = [
     "fml",
     "foundation_probe",
     "local",
+    "lp_ft",
     "make_settings",
     "method",
     "per_fedavg",
