@@ -146,7 +146,7 @@ def clients(run: RunData, intervals: Mapping[str, tuple[float, float]]) -> Figur
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     split = run.summary.get("split", "test")
     _labels(axis, f"{split} {words(run.metric)}", "")
-    _legend(axis)
+    _legend_below(canvas)
     left = (
         f" The other {len(found) - len(shown)} clients are better." if found[len(shown) :] else ""
     )
@@ -277,7 +277,7 @@ def learning_of_methods(runs: Sequence[RunData]) -> Figure | None:
                 by_round.setdefault(int(row["round"]), []).append(float(row["small_mean"]))
     if not series:
         return None
-    canvas, axis = _new(3.2)
+    canvas, axis = _new(3.8)
     rows: list[JsonObject] = []
     for (method, by_round), style in zip(series.items(), SERIES, strict=False):
         colour, mark, line = style
@@ -293,7 +293,7 @@ def learning_of_methods(runs: Sequence[RunData]) -> Figure | None:
             {"method": method, "round": r, "mean": m, "low": a, "high": b, "runs": len(v)}
             for r, m, a, b, v in zip(rounds, mean, low, high, values, strict=True)
         ]
-    _labels(axis, "round", f"small clients, validation {words(runs[0].metric)}")
+    _labels(axis, "round", f"validation {words(runs[0].metric)}")
     _legend_below(canvas)
     caption = "Mean of the small clients on validation images by round."
     if len({run.seed for run in runs}) > 1:

@@ -257,7 +257,10 @@ def page_of_sweep(sweep: SweepData, files: Files) -> Page:
         Column(name if name in sweep.swept else name.replace("_", " "), name not in _WORDS)
         for name in sweep.rows[0]
     ]
-    rows = [[Cell(_rounded(text)) for text in row.values()] for row in sweep.rows]
+    rows = [
+        [Cell(text if name in sweep.swept else _rounded(text)) for name, text in row.items()]
+        for row in sweep.rows
+    ]
     metric = words(str(sweep.rows[0].get("metric", "?")))
     split = sweep.rows[0]["split"]
     notes = [SYNTHETIC] if any(row.get("synthetic") == "True" for row in sweep.rows) else []
