@@ -12,6 +12,7 @@ number is copied by hand; a test compares the page with the files.
 import datetime
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -61,9 +62,11 @@ def collect(folder: Path, command: str, processor: str, against: str = ALONE) ->
     groups = of_one_size(done)
     titles = [*groups, *ALL.values()]
     rows = []
-    for rule in RULES:
+    # Under the guard, another alternative than staying alone does not deploy by the same rule.
+    for rule in RULES if against == ALONE else [r for r in RULES if r != GUARDED]:
         for v in judge(done, against, rule, groups=groups):
-            if v.metric in METRICS and v.hospital in titles:
+            shown = v.hospital in titles if rule == AS_RUN else v.hospital == ALL["small"]
+            if v.metric in METRICS and shown:
                 gain = {k: round(getattr(v.gain, k), 5) for k in ("value", "low", "high")}
                 row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
                 row |= {"group": v.hospital, "ours": round(v.ours, 5), "theirs": round(v.theirs, 5)}
@@ -133,7 +136,11 @@ def tables(found: JsonObject) -> str:
         parts += _gains(rows, found, f"{METRICS[metric]} on {data}")
     for data in dict.fromkeys(row["data"] for row in found["course"]):
         parts += _courses([row for row in found["course"] if row["data"] == data], data)
-    return "\n\n".join(parts)
+    return "\n\n".join(part if part.startswith("|") else _wrapped(part) for part in parts)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _gains(rows: Sequence[JsonObject], found: JsonObject, about: str) -> list[str]:
@@ -145,13 +152,17 @@ def _gains(rows: Sequence[JsonObject], found: JsonObject, about: str) -> list[st
     theirs = {row["group"]: row["theirs"] for row in rows if row["rule"] == AS_RUN}
     alternative = [f"{found['against']}, itself", *(_number(theirs.get(g)) for g in groups)]
     by_size = [[m, *(_gain(cells.get((m, AS_RUN, g))) for g in groups)] for m in methods]
-    by_rule = [[m, *(_gain(cells.get((m, r, ALL["small"]))) for r in RULES)] for m in methods]
+    small = [row for row in rows if row["group"] == ALL["small"]]
+    rules = {row["rule"]: row["theirs"] for row in small}
+    by_rule = [[m, *(_gain(cells.get((m, r, ALL["small"]))) for r in rules)] for m in methods]
+    by_rule.insert(0, [f"{found['against']}, itself", *map(_number, rules.values())])
     seeds = max(row["seeds"] for row in rows)
+    guard = f" (`{GUARDED}`: or none)" if GUARDED in rules else ""
     return [
         f"Gain over {over} in {about}, {seeds} seeds, by role and training images:",
         _table(["method", *(_head(g, found["groups"]) for g in groups)], [alternative, *by_size]),
-        f"The same of all small hospitals, by what they deploy ({GUARDED}: or none):",
-        _table(["method", *(f"`{rule}`" for rule in RULES)], by_rule),
+        f"The same of all small hospitals, by what they deploy{guard}:",
+        _table(["method", *(f"`{rule}`" for rule in rules)], by_rule),
     ]
 
 
@@ -218,6 +229,17 @@ def render(page: str, folder: Path) -> str:
     return marks.sub(filled, page)
 
 
+def as_lines(found: JsonObject) -> str:
+    """Returns a summary as JSON with a line for each row of a table."""
+    lists = {name: found[name] for name in ("course", "rows")}
+    head = {name: value for name, value in found.items() if name not in lists}
+    parts = [json.dumps(head, indent=1)[:-2]]
+    for name, rows in lists.items():
+        lines = ",\n  ".join(map(json.dumps, rows))
+        parts.append(f' "{name}": [\n  {lines}\n ]')
+    return ",\n".join(parts) + "\n}\n"
+
+
 def main(_: Sequence[str]) -> None:
     """Collects a study, or writes the page."""
     if _COLLECT.value:
@@ -226,13 +248,7 @@ def main(_: Sequence[str]) -> None:
         found = collect(folder, command, processor, _AGAINST.value)
         path = DOCS / "results" / f"{folder.name}.json"
         path.parent.mkdir(exist_ok=True)
-        lists = {
-            name: ",\n  ".join(json.dumps(row) for row in found.pop(name))
-            for name in ("course", "rows")
-        }
-        parts = [json.dumps(found, indent=1)[:-2]]
-        parts += [f' "{name}": [\n  {rows}\n ]' for name, rows in lists.items()]
-        path.write_text(",\n".join(parts) + "\n}\n")
+        path.write_text(as_lines(found))
         print(f"written: {path}")
         return
     page = DOCS / "results.md"
