@@ -209,25 +209,20 @@ def test_per_fedavg():
 
 @pytest.mark.parametrize(("head", "everything"), [(2, 3), (0, 3), (2, 0)])
 def test_lp_ft_trains_the_head_and_then_everything(head, everything):
-    """Steps w <- w - rate grad F_i(w), of the head's part alone at first, from the broadcast w."""
-    # With all examples in a batch, an epoch is one step.
-    given, data = setup(batch_size=50), tiny_federation()
-    algorithm = build("lp_ft", given, head_epochs=head, all_epochs=everything)
-    simulation = simulate(algorithm, data)
-    w = on_host(simulation.init().server.variables)
-    pool, public = simulation.federation.pool, simulation.federation.public
-    for role, i, _, index in clients_of(data):
-        train = row(simulation.federation.groups[role]["train"], i)
-        own = ClientData(pool, public, *train)
-        deployed = jax.jit(algorithm.clients[role].deploy)(w, (), own)
-        expected = w["params"]
+    """Steps of w_i <- w_i - rate grad F_i(w_i), of the head's part alone at first, from w."""
+
+    def update(w, own, data):
+        data = list(data)
+        own, (x, y) = w, data[0]  # with all examples in a batch, an epoch is one step
         for number in range(head + everything):
-            slope = gradient(expected, *examples(data, index))
+            slope = gradient(own, x, y)
             if number < head:
                 slope = {**slope, "features": jax.tree.map(np.zeros_like, slope["features"])}
-            expected = step(expected, slope)
-        assert_trees_close(deployed["personal"]["params"], expected)
-        assert_trees_equal(on_host(deployed["global"]), w)
+            own = step(own, slope)
+        return own, trained(w, data)
+
+    given = setup(batch_size=50)
+    compare("lp_ft", update, given, head_epochs=head, all_epochs=everything)
 
 
 @pytest.mark.slow
