@@ -19,14 +19,9 @@ import jax
 import optax
 
 from fedhelp_jax.algorithms.aggregation import averaging
-from fedhelp_jax.algorithms.base import (
-    ClientAlgorithm,
-    FederatedAlgorithm,
-    Setup,
-    init_shared,
-)
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
 from fedhelp_jax.algorithms.client import Updated
-from fedhelp_jax.algorithms.local_training import proximal, train_locally
+from fedhelp_jax.algorithms.local_training import personal_client, proximal, train_locally
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
@@ -55,10 +50,4 @@ def ditto(setup: Setup, settings: DittoSettings) -> FederatedAlgorithm:
         v, info = train_locally(setup, model, key, v, data, tx=tx)
         return v, upload, info
 
-    client = ClientAlgorithm(
-        models={"personal": model, "global": model},
-        init=lambda run_key, client_id: init_shared(setup, run_key),
-        update=update,
-        deploy=lambda w, v, data: {"personal": v, "global": w},
-    )
-    return averaging(setup, dict.fromkeys(ROLES, client))
+    return averaging(setup, dict.fromkeys(ROLES, personal_client(setup, update)))

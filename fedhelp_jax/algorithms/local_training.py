@@ -183,6 +183,27 @@ def training_client(
     )
 
 
+def personal_client(
+    setup: Setup, update: Callable[[jax.Array, Variables, Variables, ClientData], Updated]
+) -> ClientAlgorithm:
+    """Returns a client whose state is a network of its own (``personal``), which it deploys.
+
+    It is of the small architecture, as is the broadcast network, which is also reported
+    (``global``).
+
+    Args:
+      setup: What the method is given.
+      update: As in :class:`ClientAlgorithm`.
+    """
+    model = setup.models["small"]
+    return ClientAlgorithm(
+        models={"personal": model, "global": model},
+        init=lambda run_key, client_id: init_shared(setup, run_key),
+        update=update,
+        deploy=lambda download, state, data: {"personal": state, "global": download},
+    )
+
+
 def private_client(
     setup: Setup,
     role: str,

@@ -21,9 +21,9 @@ import jax
 import optax
 
 from fedhelp_jax.algorithms.aggregation import averaging
-from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, Setup, init_shared
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
 from fedhelp_jax.algorithms.client import Updated
-from fedhelp_jax.algorithms.local_training import train_locally
+from fedhelp_jax.algorithms.local_training import personal_client, train_locally
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
@@ -41,26 +41,20 @@ class LpFtSettings:
 @method(LpFtSettings, unused=LARGE_NETWORK)
 def lp_ft(setup: Setup, settings: LpFtSettings) -> FederatedAlgorithm:
     """LP-FT: FedAvg, then each client fine-tunes the head first and then the whole network."""
-    model = setup.models["small"]
 
     def update(key: jax.Array, w: Variables, state: Variables, data: ClientData) -> Updated:
         del state
-        upload, info = train_locally(setup, model, key, w, data)
+        upload, info = train_locally(setup, setup.models["small"], key, w, data)
         return fine_tuned(setup, settings, key, w, data), upload, info
 
-    client = ClientAlgorithm(
-        models={"personal": model, "global": model},
-        init=lambda run_key, client_id: init_shared(setup, run_key),
-        update=update,
-        deploy=lambda w, tuned, data: {"personal": tuned, "global": w},
-    )
-    return averaging(setup, dict.fromkeys(ROLES, client))
+    return averaging(setup, dict.fromkeys(ROLES, personal_client(setup, update)))
 
 
 def fine_tuned(
     setup: Setup, settings: LpFtSettings, key: jax.Array, variables: Variables, data: ClientData
 ) -> Variables:
     """Returns a client's network after both phases, each with a fresh optimizer."""
+    model = setup.models["small"]
     frozen = optax.masked(optax.set_to_zero(), {"features": True, "head": False})
     phases = (
         (settings.head_epochs, optax.chain(setup.tx, frozen)),
@@ -69,6 +63,5 @@ def fine_tuned(
     for number, (epochs, tx) in enumerate(phases):
         if epochs:
             given, own = setup._replace(local_epochs=epochs), jax.random.fold_in(key, number)
-            model = setup.models["small"]
             variables, _ = train_locally(given, model, own, variables, data, tx=tx)
     return variables

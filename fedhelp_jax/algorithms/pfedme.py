@@ -21,14 +21,14 @@ import jax
 import optax
 
 from fedhelp_jax.algorithms.aggregation import averaging
-from fedhelp_jax.algorithms.base import (
-    ClientAlgorithm,
-    FederatedAlgorithm,
-    Setup,
-    init_shared,
-)
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
 from fedhelp_jax.algorithms.client import Batch, Info, Updated, apply_gradient
-from fedhelp_jax.algorithms.local_training import local_epochs, proximal, supervised_loss
+from fedhelp_jax.algorithms.local_training import (
+    local_epochs,
+    personal_client,
+    proximal,
+    supervised_loss,
+)
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES, ClientData
 from fedhelp_jax.models.model import Variables
@@ -73,10 +73,4 @@ def pfedme(setup: Setup, settings: PFedMeSettings) -> FederatedAlgorithm:
         (w, theta), info = local_epochs(setup, key, step, (download["params"], download), data)
         return theta, {**theta, "params": w}, info
 
-    client = ClientAlgorithm(
-        models={"personal": model, "global": model},
-        init=lambda run_key, client_id: init_shared(setup, run_key),
-        update=update,
-        deploy=lambda w, theta, data: {"personal": theta, "global": w},
-    )
-    return averaging(setup, dict.fromkeys(ROLES, client))
+    return averaging(setup, dict.fromkeys(ROLES, personal_client(setup, update)))
