@@ -1,7 +1,9 @@
 """The table of a comparison, from results made up to have each case; its statistics."""
 
 import csv
+import io
 import math
+import re
 import shutil
 import subprocess
 
@@ -164,6 +166,24 @@ def test_signs_that_mean_something_to_typesetters_stay_what_they_are(capsys):
 
 
 # --- several data sets ---
+
+
+def test_a_table_leaves_out_its_last_columns_where_they_do_not_fit():
+    rows = [[Cell("fedhelp"), *[Cell("0.123 ± 0.456", "best")] * 4]]
+    grid = Grid("t", ["method", "one", "two", "three", "four"], rows, ["A note."])
+
+    def printed(width, terminal):
+        console = Console(width=width, force_terminal=terminal, file=io.StringIO())
+        print_grid(grid, console)
+        return re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())
+
+    assert printed(60, True).count("0.123 ± 0.456*") == 3
+    assert "only in the files: four." in " ".join(printed(60, True).split())
+    assert max(map(len, printed(60, True).splitlines())) <= 60
+    for whole in (printed(100, True), printed(100, False)):
+        assert whole.count("0.123 ± 0.456*") == 4 and "only in the files" not in whole
+    # What is written to a file is whole, whatever its width.
+    assert "only in the files" not in printed(60, False)
 
 
 def over_datasets() -> dict:

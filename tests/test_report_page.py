@@ -20,7 +20,9 @@ from PIL import Image
 from fedhelp_jax.experiments.reporting import report, report_at_the_end
 from fedhelp_jax.metrics import classification_metrics
 from fedhelp_jax.report import numbers, run_files
+from fedhelp_jax.report.page.several_runs import _best_first
 from fedhelp_jax.report.predictions import PREDICTIONS, read_predictions
+from fedhelp_jax.report.run_data import find_runs, read_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
@@ -144,6 +146,15 @@ def test_a_study_compares_its_methods_with_training_alone(study):
     assert f">{np.mean(changes):+.3f}<" in text and f"{gained} of {len(changes)}" in text
     assert "trial0" not in text and "3 methods on made up" in text
     assert (study / "report" / "methods.csv").exists()
+
+
+def test_a_method_counts_by_its_finished_runs(study):
+    runs = read_runs(find_runs([study]), [study])
+    order = list(dict.fromkeys(run.label for run in _best_first(runs)))
+    assert order[0] == "local" and len(order) > 2
+    best = next(i for i, run in enumerate(runs) if run.label == order[1])
+    runs[best] = runs[best]._replace(summary={})
+    assert list(dict.fromkeys(run.label for run in _best_first(runs))) == order
 
 
 def test_a_study_over_two_versions_of_a_data_set_has_a_section_for_each(tmp_path):

@@ -22,6 +22,7 @@ from fedhelp_jax.experiments.sweep import sweep
 from fedhelp_jax.experiments.sweep_blocks import Run, blocks, numbers, with_numbers
 from fedhelp_jax.experiments.unused import needed_for
 from fedhelp_jax.report.summary import group_summary, headline
+from fedhelp_jax.report.sweeps import best_settings
 from fedhelp_jax.simulation.round import federation_arrays
 from fedhelp_jax.simulation.vectorize import make_mapping
 
@@ -293,3 +294,22 @@ def test_the_command_sweeps(tmp_path, capsys):
 def test_bad_sweeps_are_one_line_and_exit_code_2(tmp_path, capsys, rest, words):
     code = fedhelp(f"sweep --config={CONFIG} --workdir={tmp_path} {rest}")
     assert words in refusal(capsys, code)
+
+
+def test_the_best_settings_come_first_and_seeds_are_averaged():
+    def row(rate, seed, small, large):
+        means = {"small_mean": small, "large_mean": large, "worst_small": small, "gap": None}
+        return {"learning_rate": rate, "seed": seed, "split": "test", "metric": "auroc", **means}
+
+    table = [row(0.1, 0, 0.5, 0.5), row(0.1, 1, 0.7, 0.9), row(0.2, 0, 0.9, 0.9)]
+    table += [row(0.3, 0, None, None)]
+    grid = best_settings(table, ["learning_rate", "seed"])
+    assert grid.title == "auroc on test images"
+    assert [[cell.text for cell in cells] for cells in grid.rows] == [
+        ["0.2", "0.900", "0.900", "0.900", "-"],
+        ["0.1", "0.600 ± 0.141", "0.700 ± 0.283", "0.600 ± 0.141", "-"],
+        ["0.3", "-", "-", "-", "-"],
+    ]
+    many = [row(i, 0, i / 20, 0.5) for i in range(12)]
+    grid = best_settings(many, ["learning_rate"])
+    assert grid.rows[0][0].text == "11" and "2 more settings are in runs.csv." in grid.notes

@@ -11,6 +11,7 @@ import numpy as np
 from fedhelp_jax.report import console as consoles
 from fedhelp_jax.report import run_files
 from fedhelp_jax.report.critical_difference import critical_difference_diagram
+from fedhelp_jax.report.numbers import spread_text
 from fedhelp_jax.report.statistics import (
     average_ranks,
     critical_difference,
@@ -237,7 +238,8 @@ def _count_diverged(result: Result) -> int:
 
 def _cells(row: Row) -> list[Cell]:
     scores = [
-        Cell(_score(row.mean[key], row.std[key]), row.marks.get(key, "")) for key, *_ in _SCORES
+        Cell(spread_text(row.mean[key], row.std[key]), row.marks.get(key, ""))
+        for key, *_ in _SCORES
     ]
     up, down, seconds = (row.costs[key] for key, _ in _COSTS)
     costs = [f"{up / 1e6:.2f}", f"{down / 1e6:.2f}", f"{seconds:.2f}"]
@@ -338,12 +340,6 @@ def _mean(values: Sequence[float]) -> float:
 def _std(values: Sequence[float]) -> float:
     known = [value for value in values if math.isfinite(value)]
     return statistics.stdev(known) if len(known) > 1 else math.nan
-
-
-def _score(mean: float, std: float) -> str:
-    if not math.isfinite(mean):
-        return "-"
-    return f"{mean:.3f}" + (f" ± {std:.3f}" if math.isfinite(std) else "")
 
 
 def _p(value: float) -> str:

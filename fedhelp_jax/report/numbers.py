@@ -168,3 +168,10 @@ def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float]:
     array = np.array([v for v in values if v is not None and np.isfinite(v)], float)
     mean = float(array.mean()) if len(array) else float("nan")
     return mean, float(array.std(ddof=1)) if len(array) > 1 else float("nan")
+
+
+def spread_text(mean: float, spread: float) -> str:
+    """Returns a mean and its standard deviation as text, without what is undefined."""
+    if not np.isfinite(mean):
+        return "-"
+    return f"{mean:.3f}" + (f" ± {spread:.3f}" if np.isfinite(spread) else "")

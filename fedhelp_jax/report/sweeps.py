@@ -72,9 +72,7 @@ def best_settings(table: Sequence[Record], swept: Sequence[str]) -> Grid:
 
 
 def _spread(rows: Sequence[Record], measure: str) -> Cell:
-    mean, spread = numbers.mean_and_spread([row[measure] for row in rows])
-    text = "-" if np.isnan(mean) else f"{mean:.3f}"
-    return Cell(text if np.isnan(spread) else f"{text} ± {spread:.3f}")
+    return Cell(numbers.spread_text(*numbers.mean_and_spread([row[measure] for row in rows])))
 
 
 def draw(path: Path, name: str, table: Sequence[Record], split: str) -> None:

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -203,66 +203,78 @@ def _recalls(run: RunData, own: Sequence[Predictions]) -> Table | None:
     return Table(columns, rows, note)
 
 
-def _with_validation(
-    run: RunData, own: Sequence[Predictions]
-) -> list[tuple[Predictions, Predictions]]:
-    """Returns predictions on test images, each with those of the same model on validation ones."""
-    validation = {(p.client, p.model): p for p in run.predictions if p.split == "validation"}
-    return [
-        (p, validation[p.client, p.model])
-        for p in own
-        if p.split == "test" and (p.client, p.model) in validation
-    ]
+def _thresholds(run: RunData, own: Sequence[Predictions]) -> Table | None:
+    """Returns, for two classes, what the threshold chosen on validation images would change."""
+    if len(run.classes) != 2:
+        return None
+
+    def measured(p: Predictions, chosen: Predictions) -> tuple[float, float, float]:
+        at = numbers.best_threshold(numbers.softmax(chosen.logits)[:, 1], chosen.labels)
+        scores = numbers.softmax(p.logits)[:, 1]
+        before, after = (numbers.at_threshold(scores, p.labels, x) for x in (0.5, at))
+        return at, before, after
+
+    heads = ("own threshold", "balanced accuracy at 0.5", "at its own")
+    note = (
+        f"Threshold on the probability of {run.classes[1]!r} that is best on the client's "
+        "validation images, and what it does on its test images."
+    )
+    return _changes(run, own, heads, measured, note)
 
 
 def _temperatures(run: RunData, own: Sequence[Predictions]) -> Table | None:
     """Returns what dividing logits by the temperature chosen on validation images would change."""
-    rows = []
-    for p, chosen in _with_validation(run, own):
+
+    def measured(p: Predictions, chosen: Predictions) -> tuple[float, float, float]:
         at = numbers.best_temperature(chosen.logits, chosen.labels)
-        before = numbers.calibration_error(p.logits, p.labels)
-        after = numbers.calibration_error(p.logits / at, p.labels)
-        row = [Cell(p.client), Cell(p.role), count_cell(len(chosen.labels)), number_cell(at)]
-        row += [number_cell(before), number_cell(after), number_cell(after - before, sign=True)]
-        rows.append(row)
-    if not rows:
-        return None
-    rows.sort(key=lambda row: -row[4].sort if row[4].sort is not None else 0.0)
-    columns = [Column("client"), Column("role"), Column("validation images", True)]
-    columns += [Column("temperature", True), Column("calibration error as it is", True)]
-    columns += [Column("at the temperature", True), Column("change", True)]
+        before, after = (numbers.calibration_error(p.logits / t, p.labels) for t in (1.0, at))
+        return at, before, after
+
+    heads = ("temperature", "calibration error as it is", "at the temperature")
     note = (
         "Temperature that fits the client's validation images best, and what dividing logits by it "
         "does to the calibration error on its test images. Answers stay the same; only how sure "
         "the model is changes."
     )
-    return Table(columns, rows, note)
+    return _changes(run, own, heads, measured, note, largest_first=True)
 
 
-def _thresholds(run: RunData, own: Sequence[Predictions]) -> Table | None:
-    """Returns, for two classes, what the threshold chosen on validation images would change."""
-    if len(run.classes) != 2:
-        return None
+def _changes(
+    run: RunData,
+    own: Sequence[Predictions],
+    heads: Sequence[str],
+    measured: Callable[[Predictions, Predictions], tuple[float, float, float]],
+    note: str,
+    *,
+    largest_first: bool = False,
+) -> Table | None:
+    """Returns what a number chosen on validation images would change on test images.
+
+    Args:
+      run: The run.
+      own: Predictions of the deployed models.
+      heads: What the three numbers are that ``measured`` returns.
+      measured: Given predictions on test images, and those of the same model on validation images:
+        the chosen number, and what is measured on the test images without and with it.
+      note: What the table says.
+      largest_first: Whether the largest number without it comes first, not the smallest.
+    """
+    validation = {(p.client, p.model): p for p in run.predictions if p.split == "validation"}
     rows = []
-    for p, chosen in _with_validation(run, own):
-        at = numbers.best_threshold(numbers.softmax(chosen.logits)[:, 1], chosen.labels)
-        scores = numbers.softmax(p.logits)[:, 1]
-        half = numbers.at_threshold(scores, p.labels, 0.5)
-        own_way = numbers.at_threshold(scores, p.labels, at)
+    for p in own:
+        chosen = validation.get((p.client, p.model))
+        if chosen is None or p.split == "validation":
+            continue
+        at, before, after = measured(p, chosen)
         row = [Cell(p.client), Cell(p.role), count_cell(len(chosen.labels)), number_cell(at)]
-        rows.append(
-            [*row, number_cell(half), number_cell(own_way), number_cell(own_way - half, sign=True)]
-        )
+        row += [number_cell(before), number_cell(after), number_cell(after - before, sign=True)]
+        rows.append(row)
     if not rows:
         return None
-    rows.sort(key=lambda row: row[4].sort if row[4].sort is not None else 2.0)
+    sign, last = (-1, 0.0) if largest_first else (1, 2.0)
+    rows.sort(key=lambda row: last if row[4].sort is None else sign * row[4].sort)
     columns = [Column("client"), Column("role"), Column("validation images", True)]
-    columns += [Column("own threshold", True), Column("balanced accuracy at 0.5", True)]
-    columns += [Column("at its own", True), Column("change", True)]
-    note = (
-        f"Threshold on the probability of {run.classes[1]!r} that is best on the client's "
-        "validation images, and what it does on its test images."
-    )
+    columns += [Column(head, True) for head in (*heads, "change")]
     return Table(columns, rows, note)
 
 

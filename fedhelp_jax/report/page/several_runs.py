@@ -22,7 +22,6 @@ from fedhelp_jax.report.page.content import (
     glossary,
     notes_of,
     number_cell,
-    number_text,
     shade,
 )
 from fedhelp_jax.report.page.figures import words
@@ -65,23 +64,24 @@ def page_of_runs(runs: Sequence[RunData], files: Files, out: Path) -> Page:
 
 def _best_first(runs: Sequence[RunData]) -> list[RunData]:
     """Returns runs by the mean of their method's small clients, after those of staying alone."""
-    by_label: dict[str, list[float]] = {}
-    for run in runs:
-        value = run.summary.get("small_mean")
-        by_label.setdefault(run.label, []).append(-math.inf if value is None else value)
-    means = {label: float(np.mean(values)) for label, values in by_label.items()}
-    return sorted(runs, key=lambda run: (run.label != ALONE, -means[run.label]))
+    means = _small_means(runs)
+    return sorted(runs, key=lambda r: (r.label != ALONE, -means.get(r.label, -math.inf)))
 
 
-def _in_words(runs: Sequence[RunData]) -> list[str]:
-    """Returns what the small clients have under each method, and on how many images."""
+def _small_means(runs: Sequence[RunData]) -> dict[str, float]:
+    """Returns the mean of the small clients by method, over its finished runs."""
     by_label: dict[str, list[float]] = {}
     for run in runs:
         if run.summary.get("small_mean") is not None:
             by_label.setdefault(run.label, []).append(run.summary["small_mean"])
-    if not by_label:
+    return {label: float(np.mean(values)) for label, values in by_label.items()}
+
+
+def _in_words(runs: Sequence[RunData]) -> list[str]:
+    """Returns what the small clients have under each method, and on how many images."""
+    means = sorted(((mean, label) for label, mean in _small_means(runs).items()), reverse=True)
+    if not means:
         return []
-    means = sorted(((float(np.mean(v)), label) for label, v in by_label.items()), reverse=True)
     told = [pair for i, pair in enumerate(means) if i < _MOST_TOLD or pair[1] == ALONE]
     listed = ", ".join(f"{mean:.2f} with {label}" for mean, label in told)
     if len(told) < len(means):
@@ -124,8 +124,8 @@ def _methods(runs: Sequence[RunData]) -> Table:
         row = [Cell(label), count_cell(len(own))]
         for key, _ in scores:
             mean, spread = numbers.mean_and_spread([r.summary.get(key) for r in own])
-            more = "" if math.isnan(spread) else f" ± {spread:.3f}"
-            row.append(Cell(number_text(mean) + more, None if math.isnan(mean) else mean))
+            text = numbers.spread_text(mean, spread)
+            row.append(Cell(text, None if math.isnan(mean) else mean))
         if compared:
             row += _against(own, alone) if label != "local" else [Cell(""), Cell("")]
         up, _ = numbers.mean_and_spread([r.summary.get("bytes_up_per_round") for r in own])
@@ -247,14 +247,14 @@ def _runs(runs: Sequence[RunData], out: Path) -> Table:
 
 
 # Columns of a sweep's table that hold words.
-_WORDS = ("split", "metric", "algorithm", "dataset", "synthetic")
+_TEXTS = ("split", "metric", "algorithm", "dataset", "synthetic")
 
 
 def page_of_sweep(sweep: SweepData, files: Files) -> Page:
     """Returns the page about a sweep."""
     drawn = files.drawn([figures.swept(name, sweep.rows) for name in sweep.swept])
     columns = [
-        Column(name if name in sweep.swept else name.replace("_", " "), name not in _WORDS)
+        Column(name if name in sweep.swept else name.replace("_", " "), name not in _TEXTS)
         for name in sweep.rows[0]
     ]
     rows = [

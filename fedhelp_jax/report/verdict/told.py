@@ -80,12 +80,7 @@ def grids(verdicts: Sequence[Verdict], against: str) -> list[Grid]:
 
 def _gain_cells(verdict: Verdict) -> list[Cell]:
     g = verdict.gain
-    return [Cell(signed(g.value)), Cell(f"{signed(g.low)} to {signed(g.high)}")]
-
-
-def signed(value: float) -> str:
-    """Returns a number with its sign and three decimals, of which 0 has a plus."""
-    return f"{round(value, 3) + 0.0:+.3f}"
+    return [Cell(f"{g.value:+.3f}"), Cell(f"{g.low:+.3f} to {g.high:+.3f}")]
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict], against: str, rule: str) -> None:
