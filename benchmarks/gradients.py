@@ -69,8 +69,11 @@ def gradients(
     everything = PublicBatch(
         normalize_images(data.public.images), data.public.labels, data.public.answers
     )
+
+    def loss(trained: Params) -> tuple[jax.Array, Params]:
+        return public_loss(setup, settings, trained, stats, everything)
+
     trained = {"features": params["features"], "public_heads": state.public_heads}
-    loss = lambda trained: public_loss(setup, settings, trained, stats, everything)  # noqa: E731
     public = jax.grad(loss, has_aux=True)(trained)[0]["features"]
     own = private(known)
     even = jnp.arange(known.shape[0]) % 2 == 0

@@ -60,13 +60,12 @@ def collect(folder: Path, command: str, processor: str, against: str = ALONE) ->
     runs = read_runs(find_runs([folder]), [folder])
     done = [run for run in runs if run.summary.get("split") == "test"]
     groups = of_one_size(done)
-    titles = [*groups, *ALL.values()]
     rows = []
     # Under the guard, another alternative than staying alone does not deploy by the same rule.
     for rule in RULES if against == ALONE else [r for r in RULES if r != GUARDED]:
-        for v in judge(done, against, rule, groups=groups):
-            shown = v.hospital in titles if rule == AS_RUN else v.hospital == ALL["small"]
-            if v.metric in METRICS and shown:
+        titles = [*groups, *ALL.values()] if rule == AS_RUN else [ALL["small"]]
+        for v in judge(done, against, rule, groups=groups if rule == AS_RUN else {}):
+            if v.metric in METRICS and v.hospital in titles:
                 gain = {k: round(getattr(v.gain, k), 5) for k in ("value", "low", "high")}
                 row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
                 row |= {"group": v.hospital, "ours": round(v.ours, 5), "theirs": round(v.theirs, 5)}

@@ -44,10 +44,9 @@ def pytest_collection_modifyitems(config, items):
         number, parts = map(int, chosen.split("/"))
         files = sorted({item.path for item in long})
         kept = set(files[number % parts :: parts])
-    left_out = [item for item in long if item.path not in kept]
+    left_out = {item for item in long if item.path not in kept}
     config.hook.pytest_deselected(items=left_out)
-    gone = set(left_out)
-    items[:] = [item for item in items if item not in gone]
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -495,3 +495,16 @@ def test_a_flag_may_be_written_with_hyphens(tmp_path, runner, capfd, flag):
 def test_quiet_and_verbose_together_are_refused(tmp_path, runner, capsys):
     assert "leave one out" in refusal(capsys, train(tmp_path, "-q -v"))
     assert not runner.calls
+
+
+@pytest.mark.parametrize("line", ["--help", "verdict --help", "data --help", "sweep --help"])
+def test_help_fits_the_terminal(line, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["fedhelp", *line.split()]) == 0
+    said = capsys.readouterr().out
+    # Choices of a flag are one word, and so are settings.
+    wide = [text for text in said.splitlines() if len(text) > 80 and "|" not in text]
+    assert not [text for text in wide if not text.lstrip().startswith("--config.")]
+    if line == "--help":
+        command = "fedhelp compare --study=configs/studies/miniature.py --workdir=runs/miniature"
+        assert command in " ".join(said.replace("\\\n", " ").split())

@@ -377,6 +377,7 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
         ("miniature.py", 38, 0),
         ("two_layers.py", 132, 0),
         ("ablations.py", 85, 0),
+        ("ablations.py:fed_isic2019.py:cpu", 85, 0),
         ("ablations.py:pneumonia.py:sixteen", 85, 0),
         ("scarcity.py", 140, 0),
         ("relevance.py", 85, 0),

@@ -185,13 +185,14 @@ def width() -> int:
 
 def example(text: str, indent: int) -> list[str]:
     """Returns the lines of a command, with those too long for the terminal continued in others."""
-    before, room = " " * indent, width() - indent - len(" \\")
-    lines = []
-    for line in text.split("\n"):
-        options = {"subsequent_indent": "    ", "break_long_words": False}
-        parts = textwrap.wrap(line, room, break_on_hyphens=False, **options) or [""]
-        lines += [f"{before}{part} \\" for part in parts[:-1]] + [f"{before}{parts[-1]}"]
-    return lines
+    fold = textwrap.TextWrapper(
+        width() - indent - len(" \\"),
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    folded = (" \\\n".join(fold.wrap(line)) for line in text.split("\n"))
+    return textwrap.indent("\n".join(folded), " " * indent).split("\n")
 
 
 def _define(flag: Flag, values: flags.FlagValues) -> None:

@@ -102,7 +102,7 @@ def _is_done(config: RunConfig, images: Images, done: set[Any] | None) -> bool:
     """Returns whether `done` holds these images with this model, and adds them."""
     if done is None:
         return False
-    key = (config.public.name, config.teacher, tuple(images.sha256))
+    key = (config.public.name, config.teacher, images.sha256)
     known = key in done
     done.add(key)
     return known
