@@ -38,6 +38,7 @@ from fedhelp_jax.algorithms.fedhelp import (
 from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.models.model import apply_model
+from fedhelp_jax.tasks import segmentation
 
 ROUNDS = 3
 ADAM = adam_l2(1e-2, 1e-3)
@@ -63,17 +64,22 @@ def history(name, top_n=2, **settings):
 
 
 @pytest.mark.slow
-def test_without_large_clients_and_public_images_it_is_fedavg():
-    ours, fedavg = history("fedhelp", top_n=0)[-1], history("fedavg", top_n=0)[-1]
+@pytest.mark.parametrize("priors", [False, True])
+def test_without_large_clients_and_public_images_it_is_fedavg(priors):
+    ours, fedavg = (
+        history(name, top_n=0, local_priors=priors)[-1] for name in ("fedhelp", "fedavg")
+    )
     assert_trees_close(ours.server.averaged, fedavg.server)
-    # FedAvg's clients keep what they sent.
+    # What FedAvg's clients keep is what they sent, but for their priors.
     assert_trees_close(ours.clients["small"].surrogate, fedavg.clients["small"])
 
 
 @pytest.mark.slow
-def test_without_distillation_proxies_are_fedavg_and_large_models_train_alone():
-    ours = history("fedhelp", lambda_f=0.0, lambda_b=0.0)[-1]
-    assert_trees_close(ours.server.averaged, history("fedavg")[-1].server)
+@pytest.mark.parametrize("priors", [False, True])
+def test_without_distillation_proxies_are_fedavg_and_large_models_train_alone(priors):
+    ours = history("fedhelp", lambda_f=0.0, lambda_b=0.0, local_priors=priors)[-1]
+    fedavg = history("fedavg", local_priors=priors)[-1]
+    assert_trees_close(ours.server.averaged, fedavg.server)
     assert_trees_close(ours.clients["large"], history("local")[-1].clients["large"])
 
 
@@ -104,6 +110,18 @@ def test_k_must_leave_a_class_to_outrank(k):
         UserError, match=f"algorithm.k: {k} must be less than the {CLASSES} classes"
     ):
         build("fedhelp", tiny_setup(), k=k)
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "message"),
+    [
+        ({}, {"released_code": ("fresh_heads",)}, "fresh heads"),
+        ({"task": segmentation(("lesion",)), "num_classes": 1}, {}, "one label each"),
+    ],
+)
+def test_local_priors_are_refused_where_no_head_keeps_them(given, settings, message):
+    with pytest.raises(UserError, match=f"algorithm.local_priors: .*{message}"):
+        build("fedhelp", tiny_setup(**given), local_priors=True, **settings)
 
 
 # --- one step of a small client ---

@@ -20,11 +20,13 @@ from helpers import (
 from numpy_network import (
     INPUTS,
     RATE,
+    backward,
     batches,
     clients_of,
     combine,
     d_cross_entropy,
     examples,
+    forward,
     gradient,
     mean,
     rounds_of,
@@ -103,6 +105,41 @@ def test_fedavg_and_fedprox(name, mu):
         return own, own
 
     compare(name, update, **({} if name == "fedavg" else {"mu": mu}))
+
+
+def test_fedavg_with_local_priors():
+    """w_i descends on CE(z + log pi_i) from w; client i deploys it, and w, with log pi_i added."""
+
+    def update(w, own, data):
+        data = list(data)
+        labels = np.concatenate([y for _, y in data])  # of both epochs
+        prior = prior_of(labels[: len(labels) // 2])
+
+        def adjusted(params, x, y):
+            return backward(params, x, d_cross_entropy(forward(params, x)[1] + prior, y))
+
+        upload = trained(w, data, gradient=adjusted)
+        return with_bias(upload, prior), upload
+
+    federation = tiny_federation()
+    simulation, state = compare("fedavg", update, local_priors=True)
+    data, w = simulation.federation, on_host(state.server.variables)
+    for role, i, _, index in clients_of(federation):
+        own = ClientData(data.pool, data.public, *row(data.groups[role]["train"], i))
+        deploy = simulation.phases.algorithm.clients[role].deploy
+        deployed = deploy(w, row(state.clients[role], i), own)["global"]
+        expected = with_bias(w["params"], prior_of(examples(federation, index)[1]))
+        assert_trees_close(deployed["params"], expected)
+
+
+def prior_of(labels):
+    """The log of (n_c + 1) / (n + C)."""
+    counts = np.bincount(labels, minlength=CLASSES)
+    return np.log((counts + 1) / (len(labels) + CLASSES))
+
+
+def with_bias(params, change):
+    return {**params, "head": {**params["head"], "bias": params["head"]["bias"] + change}}
 
 
 def momentum(gs):

@@ -17,6 +17,7 @@ import functools
 
 from fedhelp_jax.algorithms.aggregation import averaging
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.class_priors import LOCAL_PRIORS, with_local_priors
 from fedhelp_jax.algorithms.local_training import train_locally, training_client
 from fedhelp_jax.algorithms.method import LARGE_NETWORK, method
 from fedhelp_jax.data.federation import ROLES
@@ -30,6 +31,7 @@ class FedAvgSettings:
     personal: bool = setting(
         True, "whether a client's copy is kept, to be measured; off for thousands of clients"
     )
+    local_priors: bool = setting(False, LOCAL_PRIORS)
 
 
 @method(FedAvgSettings, unused=LARGE_NETWORK)
@@ -37,4 +39,6 @@ def fedavg(setup: Setup, settings: FedAvgSettings) -> FederatedAlgorithm:
     """FedAvg: the server averages the models that clients train locally."""
     train = functools.partial(train_locally, setup, setup.models["small"])
     client = training_client(setup, train, personal=settings.personal)
+    if settings.local_priors:
+        client = with_local_priors(setup, client)
     return averaging(setup, dict.fromkeys(ROLES, client))

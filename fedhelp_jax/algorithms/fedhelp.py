@@ -30,6 +30,7 @@ Notes, on points where this departs from the authors' released code or the paper
 * The backward ranking punishes disagreement and is averaged over pairs. In the released code, its
   sign is inverted (see ``fedhelp_jax.losses.reference_code``).
 * Optimizer states start anew each round.
+* ``local_priors`` is ours: ``class_priors`` describes it.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,6 +50,7 @@ from fedhelp_jax.algorithms.base import (
     init_own,
     init_shared,
 )
+from fedhelp_jax.algorithms.class_priors import with_local_priors
 from fedhelp_jax.algorithms.client import (
     Batch,
     Info,
@@ -86,6 +88,10 @@ class Broadcast(NamedTuple):
 
     variables: Variables
     round: jax.Array
+
+    def with_network(self, change: Callable[[Variables], Variables]) -> "Broadcast":
+        """Returns the same with a changed network."""
+        return self._replace(variables=change(self.variables))
 
 
 class SmallState(NamedTuple):
@@ -131,6 +137,8 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
         raise UserError(
             "algorithm.released_code: without a ranking (backward = kl) none is inverted"
         )
+    if settings.local_priors and "fresh_heads" in settings.released_code:
+        raise UserError("algorithm.local_priors: fresh heads (released_code) have no bias to keep")
     ranked = setup.task.num_ranked(setup.num_classes)
     if settings.k is not None and settings.k >= ranked:
         raise UserError(
@@ -149,10 +157,16 @@ def fedhelp(setup: Setup, settings: FedHelpSettings) -> FederatedAlgorithm:
     def init(run_key: jax.Array) -> Server:
         return Server(init_averaged(setup, init_shared(setup, run_key)), jnp.int32(0))
 
+    clients = {"small": small_client(setup, settings), "large": large_client(setup, settings)}
+    if settings.local_priors:
+        clients = {
+            role: with_local_priors(setup, client, Broadcast.with_network)
+            for role, client in clients.items()
+        }
     return FederatedAlgorithm(
         init=init,
         download=lambda state, role: Broadcast(state.averaged.variables, state.round),
-        clients={"small": small_client(setup, settings), "large": large_client(setup, settings)},
+        clients=clients,
         aggregate=aggregate,
         mean_only=True,
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedhelp_jax.algorithms.base import Setup
+from fedhelp_jax.algorithms.class_priors import LOCAL_PRIORS
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.losses.reference_code import (
     released_distillation_loss,
@@ -95,6 +96,7 @@ class FedHelpSettings:
         '"ranking", or "kl": the proxy teaches the large model in full too (symmetric)',
         one_of("ranking", "kl"),
     )
+    local_priors: bool = setting(False, LOCAL_PRIORS)
     released_code: tuple[str, ...] = setting(
         (),
         'oddities of the released code to reproduce, or ("all",); what each does stands in '
