@@ -9,6 +9,7 @@ The second writes the tables of all such files between the marks in docs/results
 number is copied by hand; a test compares the page with the files.
 """
 
+import csv
 import datetime
 import json
 import re
@@ -59,17 +60,11 @@ def collect(folder: Path, command: str, processor: str, against: str = ALONE) ->
     """Returns the summary of a study: the gains over a method, under each rule, and the course."""
     runs = read_runs(find_runs([folder]), [folder])
     done = [run for run in runs if run.summary.get("split") == "test"]
-    groups = of_one_size(done)
-    rows = []
-    # Under the guard, another alternative than staying alone does not deploy by the same rule.
-    for rule in RULES if against == ALONE else [r for r in RULES if r != GUARDED]:
-        titles = [*groups, *ALL.values()] if rule == AS_RUN else [ALL["small"]]
-        for v in judge(done, against, rule, groups=groups if rule == AS_RUN else {}):
-            if v.metric in METRICS and v.hospital in titles:
-                gain = {k: round(getattr(v.gain, k), 5) for k in ("value", "low", "high")}
-                row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
-                row |= {"group": v.hospital, "ours": round(v.ours, 5), "theirs": round(v.theirs, 5)}
-                rows.append(row | gain | {"seeds": v.gain.seeds, "images": v.gain.examples})
+    by_data: dict[str, list[RunData]] = {}
+    for run in done:
+        by_data.setdefault(run.place or run.dataset, []).append(run)
+    groups = {data: of_one_size(own) for data, own in by_data.items()}
+    rows = [row for data, own in by_data.items() for row in _gains_of(own, against, groups[data])]
     versions = done[0].summary.get("versions") or {}
     return {
         "command": command,
@@ -78,10 +73,41 @@ def collect(folder: Path, command: str, processor: str, against: str = ALONE) ->
         "versions": {name: versions[name] for name in ("jax", "fedhelp_jax") if name in versions},
         "runs": len(done),
         "against": against,
-        "groups": {title: len(names) for title, names in groups.items()},
+        "groups": {
+            data: {title: len(names) for title, names in own.items()}
+            for data, own in groups.items()
+        },
+        "tuned": _tuned(folder),
         "course": _course(done),
         "rows": rows,
     }
+
+
+def _gains_of(
+    runs: Sequence[RunData], against: str, groups: Mapping[str, Sequence[str]]
+) -> list[JsonObject]:
+    """Returns the gains on one data set: of all groups as run, of small hospitals by each rule."""
+    rows = []
+    # Under the guard, another alternative than staying alone does not deploy by the same rule.
+    for rule in RULES if against == ALONE else [r for r in RULES if r != GUARDED]:
+        titles = [*groups, *ALL.values()] if rule == AS_RUN else [ALL["small"]]
+        for v in judge(runs, against, rule, groups=groups if rule == AS_RUN else {}):
+            if v.metric in METRICS and v.hospital in titles:
+                gain = {k: round(getattr(v.gain, k), 5) for k in ("value", "low", "high")}
+                row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
+                row |= {"group": v.hospital, "ours": round(v.ours, 5), "theirs": round(v.theirs, 5)}
+                rows.append(row | gain | {"seeds": v.gain.seeds, "images": v.gain.examples})
+    return rows
+
+
+def _tuned(folder: Path) -> list[JsonObject]:
+    """Returns the settings that a study's trials have chosen, by data and method."""
+    path = folder / "tuning.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["chosen"] == "1"]
+    return [{name: row[name] for name in ("data", "method", "settings")} for row in rows]
 
 
 def _course(runs: Sequence[RunData]) -> list[JsonObject]:
@@ -132,9 +158,15 @@ def tables(found: JsonObject) -> str:
     ]
     for data, metric in dict.fromkeys((r["data"], r["metric"]) for r in found["rows"]):
         rows = [r for r in found["rows"] if (r["data"], r["metric"]) == (data, metric)]
-        parts += _gains(rows, found, f"{METRICS[metric]} on {data}")
+        groups, about = found["groups"][data], f"{METRICS[metric]} on {data}"
+        parts += _gains(rows, found["against"], groups, about)
     for data in dict.fromkeys(row["data"] for row in found["course"]):
         parts += _courses([row for row in found["course"] if row["data"] == data], data)
+        chosen = [row for row in found.get("tuned", ()) if row["data"] == data]
+        if chosen:
+            parts.append(f"Settings that the trials on {data} have chosen:")
+            rows = [[row["method"], f"`{row['settings']}`"] for row in chosen]
+            parts.append(_table(["method", "settings"], rows, align="--"))
     return "\n\n".join(part if part.startswith("|") else _wrapped(part) for part in parts)
 
 
@@ -142,24 +174,26 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def _gains(rows: Sequence[JsonObject], found: JsonObject, about: str) -> list[str]:
+def _gains(
+    rows: Sequence[JsonObject], against: str, counts: Mapping[str, int], about: str
+) -> list[str]:
     """Returns the tables of the gains in one metric, by size and by what is deployed."""
     cells = {(row["method"], row["rule"], row["group"]): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    groups = [*found["groups"], ALL["small"]]
-    over = "staying alone" if found["against"] == ALONE else f"`{found['against']}`"
+    groups = [*counts, ALL["small"]]
+    over = "staying alone" if against == ALONE else f"`{against}`"
     theirs = {row["group"]: row["theirs"] for row in rows if row["rule"] == AS_RUN}
-    alternative = [f"{found['against']}, itself", *(_number(theirs.get(g)) for g in groups)]
+    alternative = [f"{against}, itself", *(_number(theirs.get(g)) for g in groups)]
     by_size = [[m, *(_gain(cells.get((m, AS_RUN, g))) for g in groups)] for m in methods]
     small = [row for row in rows if row["group"] == ALL["small"]]
     rules = {row["rule"]: row["theirs"] for row in small}
     by_rule = [[m, *(_gain(cells.get((m, r, ALL["small"]))) for r in rules)] for m in methods]
-    by_rule.insert(0, [f"{found['against']}, itself", *map(_number, rules.values())])
+    by_rule.insert(0, [f"{against}, itself", *map(_number, rules.values())])
     seeds = max(row["seeds"] for row in rows)
     guard = f" (`{GUARDED}`: or none)" if GUARDED in rules else ""
     return [
         f"Gain over {over} in {about}, {seeds} seeds, by role and training images:",
-        _table(["method", *(_head(g, found["groups"]) for g in groups)], [alternative, *by_size]),
+        _table(["method", *(_head(g, counts) for g in groups)], [alternative, *by_size]),
         f"The same of all small hospitals, by what they deploy{guard}:",
         _table(["method", *(f"`{rule}`" for rule in rules)], by_rule),
     ]
@@ -203,8 +237,8 @@ def _gain(row: JsonObject | None) -> str:
     return f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["--", *["-:"] * (len(heads) - 1)], *rows]
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "-:") -> str:
+    lines = [heads, ["--", *[align] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -54,6 +54,19 @@ def test_the_summary_has_the_gains_of_the_verdict(study):
                 assert row["theirs"] == pytest.approx(v.theirs, abs=1e-5)
 
 
+def test_each_data_set_has_hospitals_of_its_own(tmp_path):
+    for data, small in {"few": 4, "many": 6}.items():
+        for method in ("local", "better"):
+            make_run(tmp_path / data / method / "seed0", method=method, small=small)
+    found = collect(tmp_path, "fedhelp compare", "a processor")
+    assert {data: sum(own.values()) for data, own in found["groups"].items()} == {
+        "few": 6,
+        "many": 8,
+    }
+    heads = [line for line in tables(found).splitlines() if line.startswith("| method | large")]
+    assert len(set(heads)) == 2
+
+
 def test_the_course_is_that_of_the_small_hospitals(study):
     found = collect(study, "fedhelp compare", "a processor", against="better")
     assert found["against"] == "better" and {row["method"] for row in found["rows"]} == {
@@ -65,6 +78,19 @@ def test_the_course_is_that_of_the_small_hospitals(study):
     last = [run.history[-1]["small_mean"] for run in runs]
     assert len(last) == 2 and row["validation"]["10"] == pytest.approx(sum(last) / 2, abs=1e-5)
     assert "Gain over `better`" in tables(found) and "| round 10 |" in tables(found)
+
+
+def test_the_settings_that_trials_have_chosen_are_named(study):
+    assert collect(study, "fedhelp compare", "a processor")["tuned"] == []
+    path = study / "tuning.csv"
+    path.write_text(
+        "data,method,trial,settings,validation,diverged,chosen\n"
+        "made,better,0,learning_rate=0.1,0.5,0,0\n"
+        "made,better,1,learning_rate=0.2 mu=1,0.6,0,1\n"
+    )
+    found = collect(study, "fedhelp compare", "a processor")
+    path.unlink()
+    assert "| better | `learning_rate=0.2 mu=1` |" in tables(found).splitlines()
 
 
 def test_a_table_marks_what_can_be_told(study):
