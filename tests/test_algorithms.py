@@ -192,7 +192,7 @@ def test_what_is_deployed_are_the_models_with_the_headline_first(name):
         **dict.fromkeys(("fedhelp", "fml", "fedmd", "fedproto", "fedgh", "fedkd"), private),
         **dict.fromkeys(("local", "fedtype", "pixel_probe", "foundation_probe"), private),
         **dict.fromkeys(("fedavg", "fedprox", "scaffold", "centralized", "feddf"), "global"),
-        **dict.fromkeys(("federated_probe", "fedncm"), "global"),
+        **dict.fromkeys(("federated_probe", "fedncm", "fedpft"), "global"),
         **dict.fromkeys(("fedbn", "ditto", "per_fedavg", "pfedme", "lp_ft"), "personal"),
     }[name]
     assert headlines == (
@@ -286,6 +286,7 @@ def test_only_what_a_method_shares_travels(name):
         **dict.fromkeys(("local", "pixel_probe", "foundation_probe"), {"small": (0, 0)}),
         "federated_probe": {"small": (linear, linear)},
         "fedncm": {"small": (linear, linear)},  # means of pixels, and counts
+        "fedpft": {"small": (2 * linear - 4 * CLASSES, linear)},  # and means of squares
         "fedmd": {"small": (logits, logits + 1)},  # and whether there are any
         "feddf": {role: (num_bytes(variables[role]),) * 2 for role in variables},
         "fedproto": {"small": (prototypes, prototypes)},

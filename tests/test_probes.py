@@ -1,13 +1,17 @@
-"""Linear probes and FedNCM against NumPy and SciPy in float64, and whose images a model may see."""
+"""Probes, FedNCM and FedPFT against NumPy and SciPy in float64, and who may see whose images."""
 
 import functools
+import sys
 
+import jax
 import numpy as np
 import pytest
-from helpers import CLASSES, refusal, tiny_dataset, tiny_federation
+from helpers import CLASSES, on_host, refusal, tiny_dataset, tiny_federation
 from numpy_network import clients_of, examples, rounds_of
 from scipy import optimize, special
 
+from fedhelp_jax.algorithms.fedpft import draw
+from fedhelp_jax.algorithms.prototypes import Prototypes
 from fedhelp_jax.data.federation import make_federation
 from fedhelp_jax.data.types import image_sha256
 from fedhelp_jax.settings.schema import TeacherConfig
@@ -58,15 +62,15 @@ def test_a_probe_is_the_logistic_regression_of_a_clients_own_images(name):
             )
 
 
+def standardised(values):
+    centred = values - values.mean(1, keepdims=True)
+    return centred / values.std(1, keepdims=True)
+
+
 def test_fedncm_answers_the_class_with_the_nearest_mean():
     data = tiny_federation()
     simulation, states = run_of("fedncm")
     x, y = examples(data, np.concatenate([index for *_, index in clients_of(data)]))
-
-    def standardised(values):
-        centred = values - values.mean(1, keepdims=True)
-        return centred / values.std(1, keepdims=True)
-
     x = standardised(x)
     means = np.stack([x[y == c].mean(0) for c in range(CLASSES)])
     head = states[-1].server["params"]["head"]
@@ -84,6 +88,50 @@ def test_a_class_that_nobody_has_is_never_answered():
     _, states = rounds_of("fedncm", 1, data)
     head = states[-1].server["params"]["head"]
     assert np.isfinite(head["bias"]).all() and head["bias"][0] < head["bias"][1:].min() - 1e5
+
+
+def test_fedpft_fits_a_head_to_draws_from_the_classes_of_each_client(monkeypatch):
+    drawn = []
+
+    def spy(key, sent, squares, count):
+        features, labels = draw(key, sent, squares, count)
+        jax.debug.callback(lambda *found: drawn.append(on_host(found)), features, labels)
+        jax.debug.callback(lambda *found: drawn.append(on_host(found)), sent, squares)
+        return features, labels
+
+    monkeypatch.setattr(sys.modules["fedhelp_jax.algorithms.fedpft"], "draw", spy)
+    data = tiny_federation()
+    _, states = rounds_of("fedpft", 1, data, l2=0.1, draws=60)
+    jax.effects_barrier()
+    (x, y), (sent, squares) = sorted(drawn, key=lambda found: isinstance(found[0], tuple))
+    clients = sorted(clients_of(data), key=lambda client: client[0])  # as in the uploads, by role
+    for i, (*_, index) in enumerate(clients):
+        own, labels = examples(data, index)
+        own = standardised(own)
+        np.testing.assert_array_equal(sent.counts[i], np.bincount(labels, minlength=CLASSES))
+        for c in np.unique(labels):
+            np.testing.assert_allclose(sent.means[i, c], own[labels == c].mean(0), atol=1e-10)
+            np.testing.assert_allclose(squares[i, c], (own[labels == c] ** 2).mean(0), atol=1e-10)
+    head = states[-1].server["params"]["head"]
+    w = fitted(x, y, 0.1).x.reshape(-1, CLASSES)
+    np.testing.assert_allclose(head["kernel"], w[:-1], atol=1e-4)
+
+
+def test_draws_have_the_shares_means_and_variances_that_were_sent():
+    rng = np.random.default_rng(0)
+    means, deviations = rng.normal(size=(3, 2, 4)), rng.uniform(0.5, 2, size=(3, 2, 4))
+    counts = np.array([[1.0, 0.0], [2.0, 3.0], [0.0, 4.0]])
+    means += 100 * np.arange(6).reshape(3, 2, 1)  # so that each draw tells where it is from
+    squares = means**2 + deviations**2
+    x, y = draw(jax.random.key(0), Prototypes(means, counts), squares, 40_000)
+    origin = np.rint(np.asarray(x).mean(1) / 100).astype(int)
+    np.testing.assert_array_equal(y, origin % 2)
+    for i, share in enumerate(counts.ravel() / counts.sum()):
+        own = np.asarray(x)[origin == i]
+        assert len(own) / len(x) == pytest.approx(share, abs=0.01)
+        if len(own):
+            np.testing.assert_allclose(own.mean(0), means.reshape(-1, 4)[i], atol=0.15)
+            np.testing.assert_allclose(own.std(0), deviations.reshape(-1, 4)[i], rtol=0.05)
 
 
 def test_the_federated_probe_is_fedavg_of_a_linear_head():

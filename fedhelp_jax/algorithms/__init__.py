@@ -20,6 +20,7 @@ from fedhelp_jax.algorithms.fedhelp import fedhelp
 from fedhelp_jax.algorithms.fedkd import fedkd
 from fedhelp_jax.algorithms.fedmd import fedmd
 from fedhelp_jax.algorithms.fedncm import fedncm
+from fedhelp_jax.algorithms.fedpft import fedpft
 from fedhelp_jax.algorithms.fedproto import fedproto
 from fedhelp_jax.algorithms.fedprox import fedprox
 from fedhelp_jax.algorithms.fedtype import fedtype
@@ -40,8 +41,8 @@ def _lacks(found: Any) -> str:
 
 
 _OURS = (
-    *(fedhelp, local, pixel_probe, foundation_probe, federated_probe, fedncm, centralized),
-    *(fedavg, lp_ft, fedprox, fedbn, scaffold, ditto),
+    *(fedhelp, local, pixel_probe, foundation_probe, federated_probe, fedncm, fedpft),
+    *(centralized, fedavg, lp_ft, fedprox, fedbn, scaffold, ditto),
     *(per_fedavg, pfedme, fml, fedmd, feddf, fedproto, fedgh, fedkd, fedtype),
 )
 ALGORITHMS = Registry("algorithms", {found.name: found for found in _OURS}, _lacks)
@@ -66,6 +67,7 @@ __all__ = [
     "fedkd",
     "fedmd",
     "fedncm",
+    "fedpft",
     "fedproto",
     "fedprox",
     "fedtype",

@@ -21,15 +21,16 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from fedhelp_jax.algorithms.base import ClientAlgorithm, FederatedAlgorithm, ServerData, Setup
-from fedhelp_jax.algorithms.client import Batch, Info, Updated
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData, Setup
+from fedhelp_jax.algorithms.client import Updated
 from fedhelp_jax.algorithms.linear_probe import (
     NO_NETWORK,
     NO_STEPS,
+    loss_only,
     shared_linear_model,
     with_model,
 )
-from fedhelp_jax.algorithms.local_training import one_pass
+from fedhelp_jax.algorithms.local_training import broadcast_client
 from fedhelp_jax.algorithms.method import method
 from fedhelp_jax.algorithms.prototypes import (
     Prototypes,
@@ -38,8 +39,7 @@ from fedhelp_jax.algorithms.prototypes import (
     mean_prototypes,
 )
 from fedhelp_jax.data.federation import ROLES, ClientData
-from fedhelp_jax.losses import masked_mean
-from fedhelp_jax.models.model import Variables, apply_model
+from fedhelp_jax.models.model import Variables
 
 # Far below all logits, but finite.
 _NEVER = -1e6
@@ -63,14 +63,8 @@ def fedncm(setup: Setup, settings: FedNCMSettings) -> FederatedAlgorithm:
 
     def update(key: jax.Array, download: Variables, state: tuple, data: ClientData) -> Updated:
         del key, state
-
-        def step(carry: None, batch: Batch, _: jax.Array) -> tuple[None, Info]:
-            logits, _stats = apply_model(model, download, batch.images)
-            loss = setup.task.loss(logits, batch.targets, where=batch.mask)
-            return carry, {"loss": masked_mean(loss, batch.mask)}
-
-        _, info = one_pass(setup, step, None, data)
-        return (), class_means(setup, model, download, data), info
+        upload = class_means(setup, model, download, data)
+        return (), upload, loss_only(setup, model, download, data)
 
     def aggregate(
         state: Variables,
@@ -84,15 +78,9 @@ def fedncm(setup: Setup, settings: FedNCMSettings) -> FederatedAlgorithm:
         head = {"kernel": means.T, "bias": bias}
         return {**state, "params": {**state["params"], "head": head}}
 
-    client = ClientAlgorithm(
-        models={"global": model},
-        init=lambda run_key, client_id: (),
-        update=update,
-        deploy=lambda download, state, data: {"global": download},
-    )
     return FederatedAlgorithm(
         init=lambda run_key: model.init(run_key, setup.sample_shape),
         download=lambda state, role: state,
-        clients=dict.fromkeys(ROLES, client),
+        clients=dict.fromkeys(ROLES, broadcast_client(model, update)),
         aggregate=aggregate,
     )

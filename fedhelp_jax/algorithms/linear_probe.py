@@ -9,14 +9,14 @@ import optax
 from jax import lax
 
 from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
-from fedhelp_jax.algorithms.client import Updated
-from fedhelp_jax.algorithms.local_training import private_client
+from fedhelp_jax.algorithms.client import Batch, Info, Updated
+from fedhelp_jax.algorithms.local_training import one_pass, private_client
 from fedhelp_jax.algorithms.method import AVERAGING
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.federation import ROLES, ClientData, normalize_images
 from fedhelp_jax.losses import cross_entropy_loss, masked_mean
 from fedhelp_jax.models import layers
-from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.models.model import Model, Variables, apply_model
 from fedhelp_jax.settings import at_least, setting, whole
 from fedhelp_jax.typing import Params
 
@@ -123,6 +123,17 @@ def shared_linear_model(num_classes: int) -> Model:
         return (values - mean) / jnp.maximum(deviation, 1e-6), {}
 
     return Model(init, features, layers.linear)
+
+
+def loss_only(setup: Setup, model: Model, variables: Variables, data: ClientData) -> Info:
+    """Returns the loss on a client's training data, for methods that do not train on it."""
+
+    def step(carry: None, batch: Batch, _: jax.Array) -> tuple[None, Info]:
+        logits, _stats = apply_model(model, variables, batch.images)
+        loss = setup.task.loss(logits, batch.targets, where=batch.mask)
+        return carry, {"loss": masked_mean(loss, batch.mask)}
+
+    return one_pass(setup, step, None, data)[1]
 
 
 def fit(

@@ -169,17 +169,29 @@ def training_client(
         return variables if personal else (), variables, info
 
     if not personal:
-        return ClientAlgorithm(
-            models={"global": model},
-            init=lambda run_key, client_id: (),
-            update=update,
-            deploy=lambda download, state, data: {"global": download},
-        )
+        return broadcast_client(model, update)
     return ClientAlgorithm(
         models={"global": model, "personal": model},
         init=lambda run_key, client_id: init_shared(setup, run_key, role),
         update=update,
         deploy=lambda download, state, data: {"global": download, "personal": state},
+    )
+
+
+def broadcast_client(
+    model: Model, update: Callable[[jax.Array, Variables, Any, ClientData], Updated]
+) -> ClientAlgorithm:
+    """Returns a client without a state, which deploys the broadcast network (``global``).
+
+    Args:
+      model: The network.
+      update: As in :class:`ClientAlgorithm`.
+    """
+    return ClientAlgorithm(
+        models={"global": model},
+        init=lambda run_key, client_id: (),
+        update=update,
+        deploy=lambda download, state, data: {"global": download},
     )
 
 

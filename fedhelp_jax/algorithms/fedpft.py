@@ -1,0 +1,135 @@
+"""FedPFT, federated parametric feature transfer.
+
+Beitollahi et al., "Parametric Feature Transfer: One-shot Federated Learning with Foundation
+Models", arXiv:2402.01862, sec. 4. On the answers x of a foundation model about the clients' own
+images, with n_ic the number of images of class c at client i:
+
+    client:  a Gaussian N(mu_ic, diag(v_ic)) of each of its classes
+    server:  draws features of class c from N(mu_ic, diag(v_ic)), in proportion to n_ic
+             min over W, b:  mean CE(W x + b, c) + l2/2 |W|^2        (L-BFGS, all draws at once)
+
+Notes: one Gaussian with a diagonal covariance is the paper's mixture with K = 1, since classes of a
+few images allow no more. x is standardised over its own values. One round is enough; further ones
+draw anew and fit from where the last one ended. As `foundation_probe`, it needs a model that runs
+at the clients.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData, Setup
+from fedhelp_jax.algorithms.client import Updated
+from fedhelp_jax.algorithms.linear_probe import (
+    NO_NETWORK,
+    NO_STEPS,
+    LinearProbeSettings,
+    fit,
+    loss_only,
+    shared_linear_model,
+    with_model,
+)
+from fedhelp_jax.algorithms.local_training import broadcast_client
+from fedhelp_jax.algorithms.method import method
+from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
+from fedhelp_jax.data.federation import ROLES, ClientData
+from fedhelp_jax.models.model import Model, Variables
+from fedhelp_jax.settings import setting, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class FedPFTSettings(LinearProbeSettings):
+    """Settings of FedPFT."""
+
+    draws: int = setting(2000, "features that the server draws in a round", whole(1))
+
+
+class Gaussians(NamedTuple):
+    """What a client sends: the means of its classes, and the means of squares."""
+
+    means: Prototypes
+    squares: jax.Array
+
+
+@method(FedPFTSettings, reads_answers=True, unused=(*NO_NETWORK, *NO_STEPS))
+def fedpft(setup: Setup, settings: FedPFTSettings) -> FederatedAlgorithm:
+    """FedPFT: a head fitted on features drawn from Gaussians of each client's classes.
+
+    Raises:
+      UserError: If the run is about masks.
+    """
+    model = shared_linear_model(setup.num_classes)
+    setup = with_model(setup, model, "fedpft")
+
+    def update(key: jax.Array, download: Variables, state: tuple, data: ClientData) -> Updated:
+        del key, state
+        squares = class_means(setup, _squared(model), download, data).means
+        upload = Gaussians(class_means(setup, model, download, data), squares)
+        return (), upload, loss_only(setup, model, download, data)
+
+    def aggregate(
+        state: Variables,
+        uploads: Mapping[str, Gaussians],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> Variables:
+        sent = gathered({role: upload.means for role, upload in uploads.items()}, weights)
+        squares = jnp.concatenate([upload.squares for upload in uploads.values()])
+        features, labels = draw(data.key, sent, squares, settings.draws)
+        head, _ = fit(
+            state["params"]["head"],
+            features,
+            labels,
+            jnp.ones(settings.draws, bool),
+            l2=settings.l2,
+            steps=settings.steps,
+        )
+        return {**state, "params": {**state["params"], "head": head}}
+
+    return FederatedAlgorithm(
+        init=lambda run_key: model.init(run_key, setup.sample_shape),
+        download=lambda state, role: state,
+        clients=dict.fromkeys(ROLES, broadcast_client(model, update)),
+        aggregate=aggregate,
+        server_trains=True,
+    )
+
+
+def draw(
+    key: jax.Array, sent: Prototypes, squares: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draws features of all clients' classes, in proportion to their numbers of images.
+
+    Args:
+      key: Random key.
+      sent: Means ``[K, C, D]`` and counts ``[K, C]`` of each client's classes.
+      squares: Means of the squared features, ``[K, C, D]``.
+      count: Number of draws.
+
+    Returns:
+      Features ``[count, D]`` and their classes, int32 ``[count]``.
+    """
+    which, noise = jax.random.split(key)
+    num_classes, width = sent.means.shape[1:]
+    # If nobody has sent anything, all are drawn from zeros.
+    shares = jnp.log(sent.counts.reshape(-1))
+    chosen = jax.random.categorical(
+        which, jnp.where(shares > -jnp.inf, shares, -1e9), shape=(count,)
+    )
+    means = sent.means.reshape(-1, width)[chosen]
+    variances = jnp.maximum(squares.reshape(-1, width)[chosen] - means**2, 0)
+    drawn = means + jnp.sqrt(variances) * jax.random.normal(noise, means.shape, means.dtype)
+    return drawn, chosen % num_classes
+
+
+def _squared(model: Model) -> Model:
+    """Returns a network whose features are the squares of another's."""
+
+    def features(*args: object, **kwargs: object) -> tuple[jax.Array, Variables]:
+        values, stats = model.features(*args, **kwargs)
+        return values**2, stats
+
+    return model._replace(features=features)
