@@ -19,7 +19,7 @@ from fedhelp_jax.report.statistics import (
     holm,
     paired_p_value,
 )
-from fedhelp_jax.report.summary import has_diverged
+from fedhelp_jax.report.summary import SYNTHETIC, has_diverged
 from fedhelp_jax.report.tables import BEST, SECOND, Cell, Grid, latex, markdown, print_grid
 from fedhelp_jax.typing import JsonObject, Record
 
@@ -209,11 +209,7 @@ def _grid(dataset: str, rows: Sequence[Row], results: Sequence[Result], referenc
                 if row.pooled
             ]
         ),
-        *(
-            ["Synthetic data: shows that methods run, not what they do for patients."]
-            if synthetic
-            else []
-        ),
+        *([SYNTHETIC] if synthetic else []),
     ]
     title = f"{consoles.marked_synthetic(dataset, synthetic)}, {metric}"
     heads = ["method", *(name for _, name, _ in _SCORES), "p", *(name for _, name in _COSTS)]

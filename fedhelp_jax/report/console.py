@@ -21,6 +21,7 @@ from rich.table import Table
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.core.terminal import wrapped
 from fedhelp_jax.report import run_files
+from fedhelp_jax.report.summary import SYNTHETIC
 from fedhelp_jax.simulation.divergence import NON_FINITE
 from fedhelp_jax.typing import Record
 
@@ -222,11 +223,7 @@ def print_comparison(
     if reference is not None and len(summaries) > 1:
         print_line(console, "In brackets: the change against local.")
     if any(s.get("synthetic") for s in summaries):
-        text = (
-            "Synthetic data: made by a procedure; shows that the method runs, not what it does for "
-            "patients."
-        )
-        print_line(console, wrapped(text, console.file))
+        print_line(console, wrapped(SYNTHETIC, console.file))
 
 
 def _runs_as_columns(

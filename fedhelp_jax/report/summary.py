@@ -9,6 +9,12 @@ from fedhelp_jax.typing import JsonObject, Record
 # {role: {model: {metric: one value per client}}}, as evaluated by a simulation; any kind of array.
 Results = Mapping[str, Mapping[str, Record]]
 
+# Said wherever results of synthetic data are shown.
+SYNTHETIC = (
+    "Synthetic data: made by a procedure. This shows that methods run, not what they do for "
+    "patients."
+)
+
 _PACKAGES = ("fedhelp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedhelp_jax.report.run_data import RunData
+from fedhelp_jax.report.summary import SYNTHETIC
 from fedhelp_jax.typing import Record
 
 _WORDS = (
@@ -102,12 +103,6 @@ class Page(NamedTuple):
     notes: Sequence[str]
     cards: Sequence[Card]
     sections: Sequence[Section]
-
-
-SYNTHETIC = (
-    "Synthetic data: made by a procedure. This shows that the method runs, not what it does for "
-    "patients."
-)
 
 
 def notes_of(runs: Sequence[RunData]) -> list[str]:

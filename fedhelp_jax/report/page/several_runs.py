@@ -12,7 +12,6 @@ from fedhelp_jax.report.console import amount, duration, marked_synthetic
 from fedhelp_jax.report.page import figures
 from fedhelp_jax.report.page.content import (
     ON_VALIDATION,
-    SYNTHETIC,
     Cell,
     Column,
     Page,
@@ -27,6 +26,7 @@ from fedhelp_jax.report.page.content import (
 from fedhelp_jax.report.page.figures import words
 from fedhelp_jax.report.page.files import PAGE, Files
 from fedhelp_jax.report.run_data import RunData, SweepData
+from fedhelp_jax.report.summary import SYNTHETIC
 from fedhelp_jax.report.verdict.judge import judge, wrong_by_chance
 from fedhelp_jax.report.verdict.rules import ALONE
 
