@@ -12,6 +12,9 @@ ImageNet. The image size, 64, is our choice.
 `:cpu` is smaller: 32x32 images, ResNet-32 as the large model, at most 600 training images per
 client, batches of 16, 25 rounds.
 
+`:two_layers` is for studies: like `:cpu`, but with networks of two layers and a fifth of the
+training images kept for validation.
+
 Files, in FEDHELP_DATA_DIR or given by --config.data.path and so on: `ham10000_200x150.zip`
 (images), `fed_isic2019_ham_split.csv` (official split), `pathmnist_1000_clip.npz` (public images),
 `models/mobilenet_v2_1.0_224_quant.tflite` and `models/imagenet_labels.txt` (foundation model).
@@ -27,9 +30,9 @@ from fedhelp_jax.experiments.config import default_config
 
 
 def get_config(scale: str = "paper") -> config_dict.ConfigDict:
-    """Returns the settings; `scale` is "paper" or "cpu". The defaults are the paper's."""
-    if scale not in ("paper", "cpu"):
-        raise ValueError(f"{scale!r} must be paper or cpu")
+    """Returns the settings; `scale` is "paper" (the defaults), "cpu" or "two_layers"."""
+    if scale not in ("paper", "cpu", "two_layers"):
+        raise ValueError(f"{scale!r} must be paper, cpu or two_layers")
     config = default_config()
     config.data.name = "folder"
     config.data.columns.update(
@@ -50,7 +53,7 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.teacher.path = os.path.join(models, "mobilenet_v2_1.0_224_quant.tflite")
         config.teacher.labels = os.path.join(models, "imagenet_labels.txt")
 
-    if scale == "cpu":
+    if scale != "paper":
         config.rounds = 25
         config.batch_size = 16
         config.public_batch_size = 16
@@ -58,4 +61,11 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.data.max_train = 600
         config.roles.large = ("center_1", "center_2")  # named, as the cap makes others as large
         config.model.large = "resnet32"
+    if scale == "two_layers":
+        config.data.validation_fraction = 0.2
+        config.model.small = "cnn_small"
+        config.model.large = "cnn_large"
+        config.evaluate_every = 5
+        config.interpolate = (0.25, 0.5, 0.75)
+        config.learning_rate = 3e-3
     return config

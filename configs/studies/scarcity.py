@@ -22,8 +22,8 @@ def get_study(networks: str = "cnn") -> Study:
     if networks not in _NETWORKS:
         raise ValueError(f"{networks!r} must be {' or '.join(_NETWORKS)}")
     small, large = _NETWORKS[networks]
-    methods = ("local", "pixel_probe", "foundation_probe", "federated_probe", "fedncm", "fedavg")
-    methods += ("lp_ft", "ditto", "fml", "fedmd", "fedhelp", "centralized")
+    methods = ("local", "pixel_probe", "foundation_probe", "federated_probe", "fedncm", "fedpft")
+    methods += ("fedavg", "lp_ft", "ditto", "fml", "fedmd", "fedhelp", "centralized")
     return Study(
         datasets={"chest": "../pneumonia.py:sixteen"},
         methods={name: {} for name in methods}

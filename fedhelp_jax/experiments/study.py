@@ -72,7 +72,8 @@ class Study:
         {"rounds": 20}}``; the name is appended to the data set's name.
       reference: Label of the method that the others are tested against.
       grids: Label -> {dotted key: values to try}. If empty, nothing is tuned. Otherwise every
-        method must have a grid, because tuning only some is not a fair comparison.
+        method must have a grid, because tuning only some is not a fair comparison; only that of a
+        method with nothing to tune may be empty.
       trials: Number of grid points that are tried for each method and data set; if the grid is
         larger, they are drawn at random.
       tuning_seed: Seed of the trials, which must not be in `seeds`.
@@ -169,6 +170,9 @@ def _tune(study: Study, workdir: Path) -> tuple[dict[tuple[str, str], Settings],
     failures = _run_missing([cell for cells in trials.values() for cell, _ in cells])
     chosen, rows = {}, []
     for (dataset, method), cells in trials.items():
+        if not cells:
+            chosen[dataset, method] = {}  # it has nothing to tune
+            continue
         if not all(_is_done(cell) for cell, _ in cells):
             continue  # without all of its trials, a method is left out on this data set
         summaries = [run_files.read_summary(cell.folder) for cell, _ in cells]
@@ -292,7 +296,8 @@ def _trials(
             )
         for method, grid in study.grids.items():
             cells = []
-            for trial, point in enumerate(grid_points(grid, study.trials, method)):
+            points = grid_points(grid, study.trials, method) if grid else []
+            for trial, point in enumerate(points):
                 settings = {**_settings(study, method, point), "seed": study.tuning_seed}
                 config = _configured(base, settings, f"{dataset}, {method}, trial {trial}")
                 folder = workdir / dataset / method / f"trial{trial}"
