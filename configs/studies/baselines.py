@@ -27,9 +27,9 @@ from fedhelp_jax.experiments.study import Study
 from fedhelp_jax.teachers.resolve import teacher
 
 _CONFIGS = Path(__file__).parents[1]
-_RATES = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2)}
+_RATES = {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)}
 _SGD_RATES = {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1)}
-_TWO_RATES = {"learning_rate": (1e-3, 3e-3)}
+_TWO_RATES = {"learning_rate": (3e-3, 1e-2)}
 _FEDHELP = {**_TWO_RATES, "algorithm.lambda_f": (0.5, 1.0)}
 _L2 = {"algorithm.l2": (1e-3, 1e-2, 1e-1, 1.0)}
 _GRIDS = {
@@ -37,7 +37,6 @@ _GRIDS = {
     "per_fedavg": _SGD_RATES,
     "pixel_probe": _L2,
     "foundation_probe": _L2,
-    "federated_probe": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)},
     "fedncm": {},
     "fedpft": _L2,
     "pfedme": {"learning_rate": (1e-2, 1e-1), "algorithm.lam": (1.0, 15.0)},
