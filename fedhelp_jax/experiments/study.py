@@ -429,15 +429,17 @@ def _is_done(cell: Cell) -> bool:
 def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = tell) -> Failures:
     """Makes the unfinished runs; returns those that failed, with their errors."""
     missing = [cell for cell in cells if not _is_done(cell)]
+    tuning = any(cell.trial is not None for cell in cells)
+    what, left_of = ("tuning run", "left for tuning") if tuning else ("run", "left")
     if len(missing) < len(cells):
-        say(f"{len(cells) - len(missing)} of {len(cells)} runs are finished")
+        say(f"{len(cells) - len(missing)} of {len(cells)} {what}s are finished")
     failures: Failures = []
     started = time.monotonic()
     for number, cell in enumerate(missing):
         left = (time.monotonic() - started) / number * (len(missing) - number) if number else None
         say(
-            f"run {number + 1} of {len(missing)}: {cell}"
-            + ("" if left is None else f"  ({duration(left)} left)")
+            f"{what} {number + 1} of {len(missing)}: {cell}"
+            + ("" if left is None else f"  ({duration(left)} {left_of})")
         )
         run_files.prepare_folder(cell.folder)
         try:
