@@ -23,7 +23,7 @@ from absl import app, flags
 from fedhelp_jax.report.run_data import RunData, find_runs, read_runs
 from fedhelp_jax.report.verdict.hospitals import OWN_THRESHOLD
 from fedhelp_jax.report.verdict.judge import ALL, judge
-from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, GUARDED, RULES
+from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, BEST, GUARDED, RULES
 from fedhelp_jax.typing import JsonObject
 
 _COLLECT = flags.DEFINE_string("collect", None, "the folder of a study's runs")
@@ -37,6 +37,8 @@ METRICS = {
     "balanced_accuracy": "balanced accuracy",
     OWN_THRESHOLD: "balanced accuracy at each hospital's own threshold",
 }
+# What the record of the guard compares, and its mark on the page.
+_JUDGED, GUARD = (AS_RUN, BEST, GUARDED), "guard"
 # Hospitals whose numbers of training images are within this factor are of one size.
 _ALIKE = 1.25
 
@@ -242,21 +244,49 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "-:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def guard_record(summaries: Mapping[str, JsonObject]) -> str:
+    """Returns a table of what small hospitals gain as run and under the guard, by study.
+
+    A method loses if the interval of its gain over staying alone is below 0.
+    """
+    lines = []
+    for study, found in summaries.items():
+        small = [row for row in found["rows"] if row["group"] == ALL["small"]]
+        for data, metric in dict.fromkeys((row["data"], row["metric"]) for row in small):
+            own = [row for row in small if (row["data"], row["metric"]) == (data, metric)]
+            by_rule = {rule: [row for row in own if row["rule"] == rule] for rule in _JUDGED}
+            if not by_rule[GUARDED]:
+                continue  # the guard chooses between a method and staying alone only
+            cells = [study, data, METRICS[metric], str(len(by_rule[GUARDED]))]
+            for rows in by_rule.values():
+                gains = [row["value"] for row in rows]
+                losing = sum(row["high"] < 0 for row in rows)
+                cells.append(f"{np.mean(gains):+.3f}, {min(gains):+.3f}, {losing}")
+            lines.append(cells)
+    heads = [f"`{rule}`: mean, worst, losing" for rule in _JUDGED]
+    return _table(["study", "data", "metric", "methods", *heads], lines)
+
+
 def render(page: str, folder: Path) -> str:
     """Returns a page whose marked parts hold the tables of the summaries in a folder.
+
+    The mark ``guard`` is filled from all of them.
 
     Raises:
       ValueError: If a mark has no summary, or a summary no mark.
     """
 
     def filled(found: re.Match[str]) -> str:
-        path = folder / f"{found[1]}.json"
-        if not path.exists():
-            raise ValueError(f"{path} is missing, but the page has a place for it")
-        return f"<!-- {found[1]} -->\n\n{tables(json.loads(path.read_text()))}\n\n<!-- end -->"
+        name = found[1]
+        if name != GUARD and name not in summaries:
+            raise ValueError(f"{name}.json is missing, but the page has a place for it")
+        filling = guard_record(summaries) if name == GUARD else tables(summaries[name])
+        return f"<!-- {name} -->\n\n{filling}\n\n<!-- end -->"
 
+    paths = sorted(folder.glob("*.json"))
+    summaries = {path.stem: json.loads(path.read_text()) for path in paths}
     marks = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-    lacking = {path.stem for path in folder.glob("*.json")} - set(marks.findall(page))
+    lacking = set(summaries) - set(marks.findall(page))
     if lacking:
         raise ValueError(f"the page has no place for {', '.join(sorted(lacking))}")
     return marks.sub(filled, page)

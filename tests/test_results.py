@@ -5,7 +5,7 @@ import json
 import pytest
 from made_up_runs import make_run
 
-from benchmarks.results import DOCS, METRICS, collect, of_one_size, render, tables
+from benchmarks.results import DOCS, METRICS, collect, guard_record, of_one_size, render, tables
 from fedhelp_jax.report.run_data import find_runs, read_runs
 from fedhelp_jax.report.verdict.judge import judge
 from fedhelp_jax.report.verdict.rules import RULES
@@ -112,6 +112,23 @@ def test_the_page_has_a_place_for_each_summary_and_no_other(study, tmp_path):
         render("nothing", tmp_path)
     with pytest.raises(ValueError, match="other.json is missing"):
         render(page + page.replace("made", "other"), tmp_path)
+
+
+def test_the_record_of_the_guard_counts_the_methods_that_lose(study):
+    found = collect(study, "fedhelp compare", "a processor")
+    against = collect(study, "fedhelp compare", "a processor", against="better")
+    lines = guard_record({"made": found, "other": against}).splitlines()
+    assert "other" not in "".join(lines)  # under the guard only staying alone is an alternative
+    (line,) = (line for line in lines if "| AUROC |" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    gains = [
+        row["value"]
+        for row in found["rows"]
+        if (row["group"], row["rule"], row["metric"]) == ("all small", "as_run", "auroc")
+    ]
+    assert cells[:4] == ["made", "made", "AUROC", "2"]
+    assert cells[4] == f"{sum(gains) / 2:+.3f}, {min(gains):+.3f}, 1"
+    assert cells[6].endswith(", 0")
 
 
 def test_the_page_holds_what_the_summaries_say():
