@@ -117,7 +117,8 @@ def _course(runs: Sequence[RunData]) -> list[JsonObject]:
 
     ``ece`` is the calibration error of what they deploy on test images, ``validation`` the headline
     metric on validation images in each evaluated round, and ``training`` what else than losses was
-    measured in training, in the same rounds.
+    measured in training, in the same rounds. ``up`` and ``down`` are the bytes that all clients
+    send and receive in a round.
     """
     own: dict[tuple[str, str], list[RunData]] = {}
     for run in runs:
@@ -139,6 +140,8 @@ def _course(runs: Sequence[RunData]) -> list[JsonObject]:
                 if not name.endswith("loss"):
                     training.setdefault(name, {}).setdefault(at, []).append(value)
         row = {"data": data, "method": method, "ece": _mean(errors)}
+        for way in ("up", "down"):
+            row[way] = _mean([run.summary[f"bytes_{way}_per_round"] for run in of_seeds])
         row["validation"] = {at: _mean(values) for at, values in by_round.items()}
         for name, values in training.items():
             of_rounds = {at: _mean(found) for at, found in values.items()}
@@ -211,11 +214,12 @@ def _courses(rows: Sequence[JsonObject], data: str) -> list[str]:
 
     by_round = [of(row, row["validation"]) for row in rows]
     for cells, row in zip(by_round, rows, strict=True):
-        cells.insert(1, _number(row["ece"]))
+        sent = [f"{row[way] / 1e6:.2f}" for way in ("up", "down")]
+        cells[1:1] = [*sent, _number(row["ece"])]
     parts = [
-        f"Small hospitals on {data}: calibration error on test images, and the headline metric on "
-        "validation images by round:",
-        _table(["method", "calibration error", *heads], by_round),
+        f"MB that all hospitals on {data} send and receive in a round, and of small hospitals the "
+        "calibration error on test images and the headline metric on validation images by round:",
+        _table(["method", "up", "down", "calibration error", *heads], by_round),
     ]
     for name in rows[0].get("training", {}):
         parts.append(f"`{name}` of small hospitals on {data} by round:")
@@ -247,11 +251,17 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "-:
 def guard_record(summaries: Mapping[str, JsonObject]) -> str:
     """Returns a table of what small hospitals gain as run and under the guard, by study.
 
-    A method loses if the interval of its gain over staying alone is below 0.
+    A method loses if the interval of its gain over staying alone is below 0. Methods in which
+    hospitals send nothing are left out, as nobody can join them.
     """
     lines = []
     for study, found in summaries.items():
-        small = [row for row in found["rows"] if row["group"] == ALL["small"]]
+        federated = {(row["data"], row["method"]) for row in found["course"] if row["up"]}
+        small = [
+            row
+            for row in found["rows"]
+            if row["group"] == ALL["small"] and (row["data"], row["method"]) in federated
+        ]
         for data, metric in dict.fromkeys((row["data"], row["metric"]) for row in small):
             own = [row for row in small if (row["data"], row["metric"]) == (data, metric)]
             by_rule = {rule: [row for row in own if row["rule"] == rule] for rule in _JUDGED}

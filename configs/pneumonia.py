@@ -12,11 +12,11 @@ and a MobileNetV2 trained on ImageNet replace the public set and the foundation 
 `:cpu` is smaller: ResNet-32 as the large model, at most 400 training images per client, batches of
 16, 8 rounds.
 
-`:sixteen` is for the studies `scarcity`, `relevance` and `parts`: the images are shared out at
-random among two large hospitals with 1,570 images each, and small ones with 523 (two), 157 (four)
-and 52 (eight), of which a fifth is kept for validation. All are tested on the same 624 test images,
-since the 6 to 62 of their own would tell nothing. The networks have two layers, for two CPU cores.
-Nothing is tuned.
+`:sixteen` is for the studies `scarcity`, `relevance`, `ablations` and `baselines`: the images are
+shared out at random among two large hospitals with 1,570 images each, and small ones with 523
+(two), 157 (four) and 52 (eight), of which a fifth is kept for validation. All are tested on the
+same 624 test images, since the 6 to 62 of their own would tell nothing. The networks have two
+layers, for two CPU cores.
 
 Files, in FEDHELP_DATA_DIR or given by --config.data.path and --config.public.path:
 `pneumoniamnist_rebuilt.npz` or MedMNIST's own `pneumoniamnist.npz`, `pathmnist_1000_clip.npz`

@@ -20,6 +20,7 @@ from helpers import (
     build,
     differs,
     on_host,
+    row,
     simulate,
     tiny_federation,
     tiny_public,
@@ -37,6 +38,7 @@ from fedhelp_jax.algorithms.fedhelp import (
 )
 from fedhelp_jax.algorithms.fedhelp_losses import FedHelpSettings
 from fedhelp_jax.core.errors import UserError
+from fedhelp_jax.data.federation import ClientData
 from fedhelp_jax.models.model import apply_model
 from fedhelp_jax.tasks import segmentation
 
@@ -110,6 +112,23 @@ def test_k_must_leave_a_class_to_outrank(k):
         UserError, match=f"algorithm.k: {k} must be less than the {CLASSES} classes"
     ):
         build("fedhelp", tiny_setup(), k=k)
+
+
+def test_hospitals_deploy_the_broadcast_network_with_their_own_priors():
+    algorithm = build("fedhelp", tiny_setup(), local_priors=True)
+    federation = tiny_federation()
+    download = algorithm.download(algorithm.init(jax.random.key(0)), "small")
+    for group in federation.groups:
+        client = algorithm.clients[group.role]
+        index, size = row(group.train, 0)
+        own = ClientData(federation.pool, None, index, size)
+        deployed = client.deploy(download, client.init(jax.random.key(0), 0), own)["global"]
+        labels = np.asarray(federation.pool.targets)[np.asarray(index)[: int(size)]]
+        shares = (np.bincount(labels, minlength=CLASSES) + 1) / (int(size) + CLASSES)
+        before = download.variables["params"]["head"]
+        after = deployed["params"]["head"]
+        np.testing.assert_allclose(after["bias"], before["bias"] + np.log(shares), atol=1e-12)
+        np.testing.assert_array_equal(after["kernel"], before["kernel"])
 
 
 @pytest.mark.parametrize(

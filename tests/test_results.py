@@ -129,6 +129,10 @@ def test_the_record_of_the_guard_counts_the_methods_that_lose(study):
     assert cells[:4] == ["made", "made", "AUROC", "2"]
     assert cells[4] == f"{sum(gains) / 2:+.3f}, {min(gains):+.3f}, 1"
     assert cells[6].endswith(", 0")
+    for row in found["course"]:
+        row["up"] = 0.0 if row["method"] == "worse" else 1.0
+    (line,) = (line for line in guard_record({"made": found}).splitlines() if "| AUROC |" in line)
+    assert "| 1 |" in line  # nobody can join a method in which nothing is sent
 
 
 def test_the_page_holds_what_the_summaries_say():

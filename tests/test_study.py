@@ -423,6 +423,19 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
         assert len(set(made[:trials])) == trials
 
 
+def test_a_rate_for_all_methods_leaves_plain_sgd_its_own_where_that_is_asked_for(tmp_path):
+    methods = {"fedavg": {}, "scaffold": {"learning_rate": None}}
+    rates = {
+        cell.method: (cell.config.optimizer, cell.config.learning_rate)
+        for cell in studies._cells(
+            study(methods=methods, reference="fedavg", budgets={"": {"learning_rate": 3e-3}}),
+            tmp_path,
+            {},
+        )
+    }
+    assert rates == {"fedavg": ("adam", 3e-3), "scaffold": ("sgd", 1e-2)}
+
+
 # --- what is refused ---
 
 
@@ -448,6 +461,10 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
             "trial 0: config.server.momentum changes nothing",
         ),
         ({"grids": {"fedhelp": {"learning_rate": (1, 2, 3)}}}, "every method and no other"),
+        (
+            {"grids": {"fedhelp": {"learning_rate": (1, 2, 3)}, "plain": {}}},
+            "grids['plain'] is empty, but fedavg can be tuned",
+        ),
         ({"grids": dict.fromkeys(("fedhelp", "plain"), {"rounds": (1, 2, 3)})}, "rounds must be"),
         (
             {"grids": dict.fromkeys(("fedhelp", "plain"), {"learning_rate": (1e-3,)})},

@@ -5,18 +5,18 @@
         --workdir=runs/skin
 
 The argument after the first colon is a config file in `configs`; the default is the quickstart with
-its synthetic images, whose simulated model needs no `fedhelp teach`. With masks, FedProto and FedGH
-are refused, because U-Nets of two sizes have heads of two widths; the table then shows the other
-methods. The methods that learn from a foundation model's answers about private images take part if
-it runs at the hospitals.
+its synthetic images, whose simulated model needs no `fedhelp teach`. The methods that learn from a
+foundation model's answers about private images take part if it runs at the hospitals. With masks,
+FedProto and FedGH are refused, because U-Nets of two sizes have heads of two widths, and so are the
+pixel probe and `local_priors`, which are for classification; the table then shows the others.
 
 Four trials per method, on validation images, choose its learning rate and, if it has one, the
-weight of what it adds to FedAvg or local training. A method without such a weight gets the finer
-grid of rates; FedNCM has nothing to tune. Then every method runs five times. FedAvg and FedHelp are
-also tuned and run with `local_priors`, and FedHelp without anything public. That makes more than
-two hundred runs per data set: with deep networks, they take hours on an accelerator and days on two
-cores. `:two_layers` and `pneumonia.py:sixteen` take an hour on two cores, and `miniature.py`
-minutes. The results are in docs/results.md.
+weight of what it adds to FedAvg or local training. A method without such a weight gets four rates
+instead of two; FedNCM has nothing to tune. Then every method runs five times. FedAvg and FedHelp
+are also tuned and run with `local_priors`, and FedHelp with both `local_priors` and nothing public.
+That makes 200 to 230 runs per data set: with deep networks, they take hours on an accelerator and
+days on two cores. `fed_isic2019.py:two_layers` and `pneumonia.py:sixteen` take two to three hours
+on two cores, and `miniature.py` minutes. The results are in docs/results.md.
 """
 
 from pathlib import Path

@@ -4,17 +4,21 @@ Hospitals see different shares of each disease, so the biases of their heads dif
 images of a disease look alike everywhere, and an average of them fits nobody. With pi_i the class
 shares of client i and b the bias of the head:
 
-    before training:      b_i <- b + log pi_i          the rest of the round is as ever
+    before training:      b_i <- b + log pi_i          the rest of the round is unchanged
     sent to the server:   b_i - log pi_i
     deployed:             b + log pi_i
 
-What is averaged is thus trained by the balanced softmax, -log softmax(z + log pi_i)_y, and
-estimates log p(x | c) up to a constant (logit adjustment: Menon et al., "Long-tail Learning via
-Logit Adjustment", ICLR 2021, arXiv:2007.07314; in federated learning: Zhang et al., "Federated
-Learning with Label Distribution Skew via Logits Calibration", ICML 2022, arXiv:2209.00189). What is
-deployed is the posterior at the client's own shares. Nothing more is sent.
+What is averaged is thus trained by the balanced softmax, -log softmax(z + log pi_i)_y (Ren et al.,
+"Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, arXiv:2007.10740), as is
+the generic head of Fed-RoD (Chen and Chao, ICLR 2022, arXiv:2107.00778). Its logits would be those
+of a hospital that sees all classes equally often (logit adjustment: Menon et al., ICLR 2021,
+arXiv:2007.07314), and what is deployed is the posterior at the client's own shares. Nothing more is
+sent.
 
-Note: pi_ic = (n_ic + 1) / (n_i + C), so that a class without images is unlikely but not impossible.
+Notes: pi_ic = (n_ic + 1) / (n_i + C), so that a class without images is unlikely but not
+impossible; training still lowers the logits of such a class, which then lower the average. Weight
+decay acts on b + log pi_i. The posterior at the client's own shares is best for accuracy; for
+balanced accuracy, logits without log pi_i would be.
 """
 
 from collections.abc import Callable

@@ -8,13 +8,15 @@ images, with n_ic the number of images of class c at client i:
     server:  draws features of class c from N(mu_ic, diag(v_ic)), in proportion to n_ic
              min over W, b:  mean CE(W x + b, c) + l2/2 |W|^2        (L-BFGS, all draws at once)
 
-Notes: one Gaussian with a diagonal covariance is the paper's mixture with K = 1, since classes of a
-few images allow no more. x is standardised over its own values. One round is enough; further ones
-draw anew and fit from where the last one ended. As `foundation_probe`, it needs a model that runs
-at the clients.
+Notes: we use one Gaussian with a diagonal covariance, the paper's mixture with K = 1, because small
+hospitals have few images of a class. The number of draws, the squared weights in the loss and
+L-BFGS are ours. x is standardised over its own values. One round is enough; further ones draw anew
+and fit from where the last one ended. As `foundation_probe`, it needs a model that runs at the
+clients.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -87,6 +89,8 @@ def fedpft(setup: Setup, settings: FedPFTSettings) -> FederatedAlgorithm:
             l2=settings.l2,
             steps=settings.steps,
         )
+        known = jnp.sum(sent.counts) > 0
+        head = jax.tree.map(functools.partial(jnp.where, known), head, state["params"]["head"])
         return {**state, "params": {**state["params"], "head": head}}
 
     return FederatedAlgorithm(
@@ -105,7 +109,8 @@ def draw(
 
     Args:
       key: Random key.
-      sent: Means ``[K, C, D]`` and counts ``[K, C]`` of each client's classes.
+      sent: Means ``[K, C, D]`` and counts ``[K, C]`` of each client's classes; the counts may not
+        all be 0.
       squares: Means of the squared features, ``[K, C, D]``.
       count: Number of draws.
 
@@ -114,11 +119,9 @@ def draw(
     """
     which, noise = jax.random.split(key)
     num_classes, width = sent.means.shape[1:]
-    # If nobody has sent anything, all are drawn from zeros.
-    shares = jnp.log(sent.counts.reshape(-1))
-    chosen = jax.random.categorical(
-        which, jnp.where(shares > -jnp.inf, shares, -1e9), shape=(count,)
-    )
+    counts = sent.counts.reshape(-1)
+    shares = counts / jnp.maximum(jnp.sum(counts), 1)
+    chosen = jax.random.choice(which, counts.size, (count,), p=shares)
     means = sent.means.reshape(-1, width)[chosen]
     variances = jnp.maximum(squares.reshape(-1, width)[chosen] - means**2, 0)
     drawn = means + jnp.sqrt(variances) * jax.random.normal(noise, means.shape, means.dtype)

@@ -72,7 +72,7 @@ class Study:
         {"rounds": 20}}``; the name is appended to the data set's name.
       reference: Label of the method that the others are tested against.
       grids: Label -> {dotted key: values to try}. If empty, nothing is tuned. Otherwise every
-        method must have a grid, because tuning only some is not a fair comparison; only that of a
+        method must have a grid, because tuning only some is not a fair comparison. The grid of a
         method with nothing to tune may be empty.
       trials: Number of grid points that are tried for each method and data set; if the grid is
         larger, they are drawn at random.
@@ -390,10 +390,22 @@ def _check(study: Study) -> None:
                 f"grids must name every method and no other, so that all get the same trials; "
                 f"see {', '.join(sorted(uneven))}"
             )
+        for label, grid in study.grids.items():
+            name = study.methods[label].get("algorithm.name", label)
+            if not grid and _can_be_tuned(name):
+                raise UserError(f"grids[{label!r}] is empty, but {name} can be tuned; add values")
         if study.tuning_seed in study.seeds:
             raise UserError(f"tuning_seed = {study.tuning_seed} must not be one of seeds")
         if study.trials < 1:
             raise UserError(f"trials = {study.trials} must be at least 1")
+
+
+def _can_be_tuned(name: str) -> bool:
+    """Returns whether a method has settings of its own, or a learning rate."""
+    if name not in ALGORITHMS:
+        return True  # the user's own, or one that is refused later
+    method = ALGORITHMS[name]
+    return bool(dataclasses.fields(method.settings)) or not method.ignores("learning_rate")
 
 
 def _checked_name(what: str, name: str) -> str:
