@@ -37,8 +37,9 @@ METRICS = {
     "balanced_accuracy": "balanced accuracy",
     OWN_THRESHOLD: "balanced accuracy at each hospital's own threshold",
 }
-# What the record of the guard compares, and its mark on the page.
-_JUDGED, GUARD = (AS_RUN, BEST, GUARDED), "guard"
+# The mark of the guard's record on the page, and the rules that it compares.
+GUARD = "guard"
+_JUDGED = (AS_RUN, BEST, GUARDED)
 # Hospitals whose numbers of training images are within this factor are of one size.
 _ALIKE = 1.25
 
@@ -167,7 +168,7 @@ def tables(found: JsonObject) -> str:
         parts += _gains(rows, found["against"], groups, about)
     for data in dict.fromkeys(row["data"] for row in found["course"]):
         parts += _courses([row for row in found["course"] if row["data"] == data], data)
-        chosen = [row for row in found.get("tuned", ()) if row["data"] == data]
+        chosen = [row for row in found["tuned"] if row["data"] == data]
         if chosen:
             parts.append(f"Settings that the trials on {data} have chosen:")
             rows = [[row["method"], f"`{row['settings']}`"] for row in chosen]

@@ -21,7 +21,11 @@ from fedhelp_jax.algorithms.base import (
     init_shared,
 )
 from fedhelp_jax.algorithms.client import Batch, Info, Updated, run_epochs
-from fedhelp_jax.algorithms.local_training import supervised_loss, train_locally
+from fedhelp_jax.algorithms.local_training import (
+    broadcast_client,
+    supervised_loss,
+    train_locally,
+)
 from fedhelp_jax.algorithms.method import AVERAGING, method
 from fedhelp_jax.core.random import Purpose, for_purpose
 from fedhelp_jax.data.federation import ROLES, ClientData
@@ -42,7 +46,7 @@ def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorit
     def client(role: str) -> ClientAlgorithm:
         model = setup.models[role]
 
-        def update(key: jax.Array, download: Variables, state: None, data: ClientData) -> Updated:
+        def update(key: jax.Array, download: Variables, state: tuple, data: ClientData) -> Updated:
             del state
 
             def step(carry: None, batch: Batch, _: jax.Array) -> tuple[None, Info]:
@@ -58,14 +62,9 @@ def centralized(setup: Setup, settings: CentralizedSettings) -> FederatedAlgorit
                 batch_size=setup.batch_size,
                 local_epochs=1,
             )
-            return None, None, info
+            return (), None, info
 
-        return ClientAlgorithm(
-            models={"global": model},
-            init=lambda run_key, client_id: None,
-            update=update,
-            deploy=lambda download, state, data: {"global": download},
-        )
+        return broadcast_client(model, update)
 
     def aggregate(
         state: dict[str, Variables],

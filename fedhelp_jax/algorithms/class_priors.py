@@ -70,15 +70,16 @@ def with_local_priors(
     if setup.task.name != "classification":
         raise UserError("algorithm.local_priors: only images with one label each have them")
 
+    def own(download: Download, priors: jax.Array) -> Download:
+        return change(download, lambda network: add_to_bias(network, priors))
+
     def update(key: jax.Array, download: Download, state: ClientState, data: ClientData) -> Updated:
         priors = log_class_priors(setup.num_classes, data)
-        given = change(download, lambda network: add_to_bias(network, priors))
-        state, upload, info = client.update(key, given, state, data)
+        state, upload, info = client.update(key, own(download, priors), state, data)
         return state, add_to_bias(upload, -priors), info
 
     def deploy(download: Download, state: ClientState, data: ClientData) -> dict[str, Variables]:
         priors = log_class_priors(setup.num_classes, data)
-        given = change(download, lambda network: add_to_bias(network, priors))
-        return client.deploy(given, state, data)
+        return client.deploy(own(download, priors), state, data)
 
     return client._replace(update=update, deploy=deploy, adapts=True)

@@ -16,30 +16,15 @@ that runs at the clients.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData, Setup
-from fedhelp_jax.algorithms.client import Updated
-from fedhelp_jax.algorithms.linear_probe import (
-    NO_NETWORK,
-    NO_STEPS,
-    loss_only,
-    shared_linear_model,
-    with_model,
-)
-from fedhelp_jax.algorithms.local_training import broadcast_client
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.linear_probe import NO_NETWORK, NO_STEPS, head_of_class_means
 from fedhelp_jax.algorithms.method import method
-from fedhelp_jax.algorithms.prototypes import (
-    Prototypes,
-    class_means,
-    gathered,
-    mean_prototypes,
-)
-from fedhelp_jax.data.federation import ROLES, ClientData
-from fedhelp_jax.models.model import Variables
+from fedhelp_jax.algorithms.prototypes import Prototypes, mean_prototypes
+from fedhelp_jax.typing import Params
 
 # Far below all logits, but finite.
 _NEVER = -1e6
@@ -58,29 +43,11 @@ def fedncm(setup: Setup, settings: FedNCMSettings) -> FederatedAlgorithm:
       UserError: If the run is about masks.
     """
     del settings
-    model = shared_linear_model(setup.num_classes)
-    setup = with_model(setup, model, "fedncm")
 
-    def update(key: jax.Array, download: Variables, state: tuple, data: ClientData) -> Updated:
-        del key, state
-        upload = class_means(setup, model, download, data)
-        return (), upload, loss_only(setup, model, download, data)
-
-    def aggregate(
-        state: Variables,
-        uploads: Mapping[str, Prototypes],
-        weights: Mapping[str, jax.Array],
-        data: ServerData,
-    ) -> Variables:
-        del data
-        means, counts = mean_prototypes(gathered(uploads, weights))
+    def make_head(head: Params, sent: Prototypes, key: jax.Array) -> Params:
+        del head, key
+        means, counts = mean_prototypes(sent)
         bias = jnp.where(counts > 0, -0.5 * jnp.sum(means**2, axis=-1), _NEVER)
-        head = {"kernel": means.T, "bias": bias}
-        return {**state, "params": {**state["params"], "head": head}}
+        return {"kernel": means.T, "bias": bias}
 
-    return FederatedAlgorithm(
-        init=lambda run_key: model.init(run_key, setup.sample_shape),
-        download=lambda state, role: state,
-        clients=dict.fromkeys(ROLES, broadcast_client(model, update)),
-        aggregate=aggregate,
-    )
+    return head_of_class_means(setup, "fedncm", make_head)

@@ -17,29 +17,23 @@ clients.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData, Setup
-from fedhelp_jax.algorithms.client import Updated
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
 from fedhelp_jax.algorithms.linear_probe import (
     NO_NETWORK,
     NO_STEPS,
     LinearProbeSettings,
     fit,
-    loss_only,
-    shared_linear_model,
-    with_model,
+    head_of_class_means,
 )
-from fedhelp_jax.algorithms.local_training import broadcast_client
 from fedhelp_jax.algorithms.method import method
-from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
-from fedhelp_jax.data.federation import ROLES, ClientData
+from fedhelp_jax.algorithms.prototypes import Prototypes
 from fedhelp_jax.models.model import Model, Variables
 from fedhelp_jax.settings import setting, whole
+from fedhelp_jax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +43,6 @@ class FedPFTSettings(LinearProbeSettings):
     draws: int = setting(2000, "features that the server draws in a round", whole(1))
 
 
-class Gaussians(NamedTuple):
-    """What a client sends: the means of its classes, and the means of squares."""
-
-    means: Prototypes
-    squares: jax.Array
-
-
 @method(FedPFTSettings, reads_answers=True, unused=(*NO_NETWORK, *NO_STEPS))
 def fedpft(setup: Setup, settings: FedPFTSettings) -> FederatedAlgorithm:
     """FedPFT: a head fitted on features drawn from Gaussians of each client's classes.
@@ -63,43 +50,15 @@ def fedpft(setup: Setup, settings: FedPFTSettings) -> FederatedAlgorithm:
     Raises:
       UserError: If the run is about masks.
     """
-    model = shared_linear_model(setup.num_classes)
-    setup = with_model(setup, model, "fedpft")
 
-    def update(key: jax.Array, download: Variables, state: tuple, data: ClientData) -> Updated:
-        del key, state
-        squares = class_means(setup, _squared(model), download, data).means
-        upload = Gaussians(class_means(setup, model, download, data), squares)
-        return (), upload, loss_only(setup, model, download, data)
+    def make_head(head: Params, sent: Prototypes, key: jax.Array) -> Params:
+        means, squares = jnp.split(sent.means, 2, axis=-1)
+        features, labels = draw(key, sent._replace(means=means), squares, settings.draws)
+        every = jnp.ones(settings.draws, bool)
+        fitted, _ = fit(head, features, labels, every, l2=settings.l2, steps=settings.steps)
+        return jax.tree.map(functools.partial(jnp.where, jnp.sum(sent.counts) > 0), fitted, head)
 
-    def aggregate(
-        state: Variables,
-        uploads: Mapping[str, Gaussians],
-        weights: Mapping[str, jax.Array],
-        data: ServerData,
-    ) -> Variables:
-        sent = gathered({role: upload.means for role, upload in uploads.items()}, weights)
-        squares = jnp.concatenate([upload.squares for upload in uploads.values()])
-        features, labels = draw(data.key, sent, squares, settings.draws)
-        head, _ = fit(
-            state["params"]["head"],
-            features,
-            labels,
-            jnp.ones(settings.draws, bool),
-            l2=settings.l2,
-            steps=settings.steps,
-        )
-        known = jnp.sum(sent.counts) > 0
-        head = jax.tree.map(functools.partial(jnp.where, known), head, state["params"]["head"])
-        return {**state, "params": {**state["params"], "head": head}}
-
-    return FederatedAlgorithm(
-        init=lambda run_key: model.init(run_key, setup.sample_shape),
-        download=lambda state, role: state,
-        clients=dict.fromkeys(ROLES, broadcast_client(model, update)),
-        aggregate=aggregate,
-        server_trains=True,
-    )
+    return head_of_class_means(setup, "fedpft", make_head, seen=_with_squares, server_trains=True)
 
 
 def draw(
@@ -128,11 +87,11 @@ def draw(
     return drawn, chosen % num_classes
 
 
-def _squared(model: Model) -> Model:
-    """Returns a network whose features are the squares of another's."""
+def _with_squares(model: Model) -> Model:
+    """Returns a network whose features are those of another, and then their squares."""
 
     def features(*args: object, **kwargs: object) -> tuple[jax.Array, Variables]:
         values, stats = model.features(*args, **kwargs)
-        return values**2, stats
+        return jnp.concatenate([values, values**2], axis=-1), stats
 
     return model._replace(features=features)

@@ -1,17 +1,19 @@
-"""Linear probes: logistic regressions on pixels, or on what a foundation model answers."""
+"""Linear probes on pixels, or on what a foundation model answers, and heads of class means."""
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from fedhelp_jax.algorithms.base import FederatedAlgorithm, Setup
+from fedhelp_jax.algorithms.base import FederatedAlgorithm, ServerData, Setup
 from fedhelp_jax.algorithms.client import Batch, Info, Updated
-from fedhelp_jax.algorithms.local_training import one_pass, private_client
+from fedhelp_jax.algorithms.local_training import broadcast_client, one_pass, private_client
 from fedhelp_jax.algorithms.method import AVERAGING
+from fedhelp_jax.algorithms.prototypes import Prototypes, class_means, gathered
 from fedhelp_jax.core.errors import UserError
 from fedhelp_jax.data.federation import ROLES, ClientData, normalize_images
 from fedhelp_jax.losses import cross_entropy_loss, masked_mean
@@ -125,15 +127,60 @@ def shared_linear_model(num_classes: int) -> Model:
     return Model(init, features, layers.linear)
 
 
-def loss_only(setup: Setup, model: Model, variables: Variables, data: ClientData) -> Info:
-    """Returns the loss on a client's training data, for methods that do not train on it."""
+def head_of_class_means(
+    setup: Setup,
+    name: str,
+    make_head: Callable[[Params, Prototypes, jax.Array], Params],
+    *,
+    seen: Callable[[Model], Model] = lambda model: model,
+    server_trains: bool = False,
+) -> FederatedAlgorithm:
+    """Returns a method whose clients send class means, of which the server makes their head.
 
-    def step(carry: None, batch: Batch, _: jax.Array) -> tuple[None, Info]:
-        logits, _stats = apply_model(model, variables, batch.images)
-        loss = setup.task.loss(logits, batch.targets, where=batch.mask)
-        return carry, {"loss": masked_mean(loss, batch.mask)}
+    Clients train nothing. They deploy the head, a linear one that all share, and report its loss.
 
-    return one_pass(setup, step, None, data)[1]
+    Args:
+      setup: What the method is given.
+      name: The method's name, for errors.
+      make_head: ``(head, sent, key) ->`` the next head; ``sent`` has the class means and counts of
+        all clients, ``[K, C, D]`` and ``[K, C]``.
+      seen: Turns the linear model into the one whose features the means are of.
+      server_trains: As in :class:`FederatedAlgorithm`.
+
+    Raises:
+      UserError: If the run is about masks.
+    """
+    model = shared_linear_model(setup.num_classes)
+    described = seen(model)
+    of_means, setup = with_model(setup, described, name), with_model(setup, model, name)
+
+    def update(key: jax.Array, download: Variables, state: tuple, data: ClientData) -> Updated:
+        del key, state
+
+        def step(carry: None, batch: Batch, _: jax.Array) -> tuple[None, Info]:
+            logits, _stats = apply_model(model, download, batch.images)
+            loss = setup.task.loss(logits, batch.targets, where=batch.mask)
+            return carry, {"loss": masked_mean(loss, batch.mask)}
+
+        _, info = one_pass(setup, step, None, data)
+        return (), class_means(of_means, described, download, data), info
+
+    def aggregate(
+        state: Variables,
+        uploads: Mapping[str, Prototypes],
+        weights: Mapping[str, jax.Array],
+        data: ServerData,
+    ) -> Variables:
+        head = make_head(state["params"]["head"], gathered(uploads, weights), data.key)
+        return {**state, "params": {**state["params"], "head": head}}
+
+    return FederatedAlgorithm(
+        init=lambda run_key: model.init(run_key, setup.sample_shape),
+        download=lambda state, role: state,
+        clients=dict.fromkeys(ROLES, broadcast_client(model, update)),
+        aggregate=aggregate,
+        server_trains=server_trains,
+    )
 
 
 def fit(
