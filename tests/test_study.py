@@ -391,7 +391,7 @@ def test_their_runs_are_all_there_and_sound(source, runs, trials, tmp_path, monk
     made = []
 
     def train(config, workdir, split="test", tells_plan=True):
-        made.append((config.algorithm, config.learning_rate, split))
+        made.append((config.algorithm, config.public.name, config.learning_rate, split))
         values = {"small_mean": 0.5, "large_mean": 0.5, "worst_small": 0.5, "gap": 0.0}
         clients = [{"name": "a", "role": "small", "metrics": {"balanced_accuracy": 0.5}}]
         (workdir / "summary.json").write_text(
