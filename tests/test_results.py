@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
-from made_up_runs import make_run
+from made_up_runs import make_run, tell_dice
 
-from benchmarks.results import DOCS, METRICS, collect, guard_record, of_one_size, render, tables
+from benchmarks.results.collect import METRICS, as_lines, collect, of_one_size
+from benchmarks.results.figures import drawn, fingerprint
+from benchmarks.results.pages import RESULTS, figure_name, generated
+from benchmarks.results.tables import guard_record, tables
 from fedhelp_jax.report.run_data import find_runs, read_runs
 from fedhelp_jax.report.verdict.judge import judge
 from fedhelp_jax.report.verdict.rules import RULES
@@ -80,17 +84,73 @@ def test_the_course_is_that_of_the_small_hospitals(study):
     assert "Gain over `better`" in tables(found) and "| round 10 |" in tables(found)
 
 
+def test_of_masks_the_dice_is_told(tmp_path):
+    for method, dice in (("local", 0.6), ("better", 0.8)):
+        make_run(folder := tmp_path / "made" / method / "seed0", method=method)
+        tell_dice(folder, dice + np.arange(8) / 1000)
+    found = collect(tmp_path, "fedhelp compare", "a processor")
+    assert {row["rule"] for row in found["rows"]} == {"as_run"}
+    text = tables(found)
+    assert "Gain over staying alone in Dice on made" in text
+    assert "+0.200" in text and "calibration" not in text and "by what they deploy" not in text
+    assert "| dice |" not in guard_record({"made": found}).lower()
+
+
+def test_learning_curves_are_told_at_few_rounds(study):
+    found = collect(study, "fedhelp compare", "a processor")
+    for row in found["course"]:
+        row["validation"] = {str(number): number / 100 for number in range(1, 19)}
+    head = next(line for line in tables(found).splitlines() if "| round " in line)
+    assert [cell.strip() for cell in head.split("|") if "round" in cell] == [
+        f"round {number}" for number in (2, 6, 10, 14, 18)
+    ]
+
+
 def test_the_settings_that_trials_have_chosen_are_named(study):
     assert collect(study, "fedhelp compare", "a processor")["tuned"] == []
     path = study / "tuning.csv"
     path.write_text(
         "data,method,trial,settings,validation,diverged,chosen\n"
-        "made,better,0,learning_rate=0.1,0.5,0,0\n"
+        "made,better,0,learning_rate=0.1 mu=1,0.5,0,0\n"
         "made,better,1,learning_rate=0.2 mu=1,0.6,0,1\n"
+        "made,better,2,learning_rate=0.3 mu=1,,1,0\n"
+        "made,worse,0,learning_rate=0.1,0.5,0,0\n"
+        "made,worse,1,learning_rate=0.2,0.4,0,0\n"
+        "made,worse,2,learning_rate=0.3,0.7,0,1\n"
     )
     found = collect(study, "fedhelp compare", "a processor")
     path.unlink()
-    assert "| better | `learning_rate=0.2 mu=1` |" in tables(found).splitlines()
+    lines = tables(found).splitlines()
+    assert "| better | `learning_rate=0.2 mu=1` | 0.600, 0.500 |  |" in lines
+    assert "| worse | `learning_rate=0.3` | 0.700, 0.500, 0.400 | `learning_rate` |" in lines
+
+
+def test_fedhelp_is_compared_with_each_other_method(tmp_path):
+    for method, lift in {"fedhelp": 1.0, "local": 0.0, "better": 3.0}.items():
+        for seed in range(2):
+            make_run(tmp_path / "made" / method / f"seed{seed}", method=method, lift=lift)
+    found = collect(tmp_path, "fedhelp compare", "a processor")
+    rows = {(r["method"], r["rule"]): r for r in found["contest"] if r["metric"] == "auroc"}
+    assert set(rows) == {(m, r) for m in ("local", "better") for r in ("as_run", "global")}
+    assert rows["local", "as_run"]["low"] > 0 > rows["better", "as_run"]["high"]
+    assert rows["local", "as_run"]["p"] < 0.05
+    (gain,) = (
+        row
+        for row in found["rows"]
+        if (row["method"], row["rule"], row["group"], row["metric"])
+        == ("fedhelp", "as_run", "all small", "auroc")
+    )
+    assert rows["local", "as_run"]["value"] == gain["value"]
+    (line,) = (line for line in tables(found).splitlines() if line.startswith("| local | **+"))
+    assert f"{gain['value']:+.3f}" in line and " p " in line
+
+
+def test_only_seeds_of_all_methods_count(tmp_path, capsys):
+    for method, seeds in {"local": 3, "better": 2}.items():
+        for seed in range(seeds):
+            make_run(tmp_path / "made" / method / f"seed{seed}", method=method, seed=seed)
+    assert collect(tmp_path, "fedhelp compare", "a processor")["runs"] == 4
+    assert "left out, as not all methods have their seeds: 1 runs" in capsys.readouterr().out
 
 
 def test_a_table_marks_what_can_be_told(study):
@@ -100,18 +160,35 @@ def test_a_table_marks_what_can_be_told(study):
     assert next(line for line in lines if line.startswith("| local")).startswith("| local, itself")
 
 
-def test_the_page_has_a_place_for_each_summary_and_no_other(study, tmp_path):
+def test_a_figure_has_a_panel_for_each_size(study):
     found = collect(study, "fedhelp compare", "a processor")
-    (tmp_path / "made.json").write_text(json.dumps(found))
-    page = "before\n\n<!-- made -->\nold\n<!-- end -->\n\nafter\n"
-    new = render(page, tmp_path)
-    assert "old" not in new and tables(found) in new
-    assert new.startswith("before\n") and new.endswith("after\n")
-    assert render(new, tmp_path) == new
-    with pytest.raises(ValueError, match="no place for made"):
-        render("nothing", tmp_path)
-    with pytest.raises(ValueError, match="other.json is missing"):
-        render(page + page.replace("made", "other"), tmp_path)
+    figure = drawn(found)["made"]
+    for text in ("better", "worse", *found["groups"]["made"], "all small", "AUROC"):
+        assert f"{text}" in figure
+    assert drawn(found)["made"] == figure  # the same bytes every time
+
+
+def test_files_are_made_from_all_summaries(study, tmp_path):
+    found = collect(study, "fedhelp compare", "a processor")
+    (tmp_path / "made_up.json").write_text(as_lines(found))
+    files = generated(tmp_path)
+    assert set(files) == {"made_up.md", "made_up_made.svg", "guard.md"}
+    assert tables(found) in files["made_up.md"]
+    assert f"]({figure_name('made_up', 'made')})" in files["made_up.md"]
+    assert guard_record({"made_up": found}) in files["guard.md"]
+
+
+def test_the_committed_files_are_those_of_the_summaries():
+    for name, text in generated().items():
+        if not name.endswith(".svg"):
+            assert (RESULTS / name).read_text() == text
+    page = (RESULTS.parent / "results.md").read_text()
+    for path in RESULTS.glob("*.json"):
+        found = json.loads(path.read_text())
+        assert f"(results/{path.stem}.md)" in page
+        for data in found["groups"]:  # other versions of matplotlib draw other bytes
+            figure = RESULTS / figure_name(path.stem, data)
+            assert fingerprint(found) in figure.read_text()
 
 
 def test_the_record_of_the_guard_counts_the_methods_that_lose(study):
@@ -127,14 +204,9 @@ def test_the_record_of_the_guard_counts_the_methods_that_lose(study):
         if (row["group"], row["rule"], row["metric"]) == ("all small", "as_run", "auroc")
     ]
     assert cells[:4] == ["made", "made", "AUROC", "2"]
-    assert cells[4] == f"{sum(gains) / 2:+.3f}, {min(gains):+.3f}, 1"
-    assert cells[6].endswith(", 0")
+    assert cells[4] == f"{sum(gains) / 2:+.3f}, {min(gains):+.3f}, 1, 1"
+    assert cells[7].endswith(", 0, 1")
     for row in found["course"]:
         row["up"] = 0.0 if row["method"] == "worse" else 1.0
     (line,) = (line for line in guard_record({"made": found}).splitlines() if "| AUROC |" in line)
     assert "| 1 |" in line  # nobody can join a method in which nothing is sent
-
-
-def test_the_page_holds_what_the_summaries_say():
-    page = (DOCS / "results.md").read_text()
-    assert render(page, DOCS / "results") == page

@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 from helpers import refusal
-from made_up_runs import hospital, make_run, study_of
+from made_up_runs import hospital, make_run, study_of, tell_dice
 from scipy import special, stats
 
 from fedhelp_jax.cli.main import main
 from fedhelp_jax.experiments.reporting import report
 from fedhelp_jax.metrics import classification_metrics
-from fedhelp_jax.report.dice import DICE, ExampleDice, write_dice
 from fedhelp_jax.report.predictions import (
     PREDICTIONS,
     Predictions,
@@ -330,15 +329,8 @@ def test_verdict_refuses_by_name(tmp_path, capsys, arguments, word):
 def test_the_dice_of_images_is_judged_too(tmp_path):
     rng = np.random.default_rng(0)
     for method, lift in (("local", 0.0), ("fedhelp", 0.1)):
-        folder = make_run(tmp_path / method, method=method)
-        dice = [
-            ExampleDice(name, role, np.arange(50) + 100 * number, 0.5 + lift + rng.random(50) / 10)
-            for number, (name, role) in enumerate((("clinic_000", "small"), ("c", "large")))
-        ]
-        dice[0].dice[0] = np.nan
-        write_dice(folder / DICE, dice)
-        summary = folder / "summary.json"
-        summary.write_text(summary.read_text().replace('"balanced_accuracy"', '"dice"'))
+        make_run(folder := tmp_path / method, method=method)
+        tell_dice(folder, np.append(np.nan, 0.5 + lift + rng.random(50) / 10))
     (verdict,) = (v for v in judge(runs_in(tmp_path), "local") if v.hospital == "clinic_000")
     assert verdict.metric == "dice" and verdict.gain.verdict == "gains"
     assert abs(verdict.gain.value - 0.1) < 0.03

@@ -1,0 +1,94 @@
+"""Draws the gains of a study: each method's, with its interval, by the size of hospitals."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from benchmarks.results.collect import METRICS
+from fedhelp_jax.report.verdict.judge import ALL
+from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN
+from fedhelp_jax.typing import JsonObject
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WIDTH, _ROW, _FRAME = 9.0, 0.21, 1.3  # inches
+# Colours of Okabe and Ito, which colour-blind readers can distinguish.
+_TOLD, _UNCLEAR, _BROADCAST = "#0072B2", "#999999", "#D55E00"
+
+
+def drawn(found: JsonObject) -> dict[str, str]:
+    """Returns an SVG figure of each data set of a study's summary, by the data set's name."""
+    return {data: _figure(found, data) for data in found["groups"]}
+
+
+def _figure(found: JsonObject, data: str) -> str:
+    """Returns the gains in the first metric: a panel for each size, and one for all small ones."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["rows"] if row["data"] == data]
+    metric = next(name for name in METRICS if any(row["metric"] == name for row in rows))
+    cells = {(r["method"], r["rule"], r["group"]): r for r in rows if r["metric"] == metric}
+    counts = found["groups"][data]
+    groups, small = [*counts, ALL["small"]], ALL["small"]
+    over = "staying alone" if found["against"] == ALONE else found["against"]
+    methods = sorted(
+        {method for method, *_ in cells}, key=lambda method: cells[method, AS_RUN, small]["value"]
+    )
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": data, "font.size": 8}):
+        canvas = Figure(figsize=(_WIDTH, _FRAME + _ROW * len(methods)), layout="constrained")
+        FigureCanvasAgg(canvas)
+        panels = canvas.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
+        for panel, group in zip(panels, groups, strict=True):
+            own = {method: cells.get((method, AS_RUN, group)) for method in methods}
+            _panel(panel, own)
+            title = f"{group} ({counts[group]})" if group in counts else group
+            theirs = next(row["theirs"] for row in own.values() if row)
+            panel.set_title(f"{title}\n{over}: {theirs:.3f}", fontsize=8)
+        broadcast = _broadcast(panels[-1], methods, cells)
+        panels[0].set_yticks(range(len(methods)), methods)
+        label = f"gain over {over} in {METRICS[metric]}, with 95 % intervals; blue if 0 is outside"
+        label += "; red: if the broadcast network is deployed" * broadcast
+        canvas.supxlabel(label, fontsize=8)
+        svg = io.StringIO()
+        about = {"Date": None, "Description": fingerprint(found)}
+        canvas.savefig(svg, format="svg", metadata=about)
+    return "\n".join(line.rstrip() for line in svg.getvalue().splitlines()) + "\n"
+
+
+def fingerprint(found: JsonObject) -> str:
+    """Returns what a figure says about the summary that it was drawn from."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _panel(panel: "Axes", gains: Mapping[str, JsonObject | None]) -> None:
+    """Draws each method's gain and interval, in colour if the interval is without 0."""
+    panel.axvline(0, color="black", linewidth=0.6)
+    for place, row in enumerate(gains.values()):
+        if row is not None:
+            told = row["low"] > 0 or row["high"] < 0
+            color = _TOLD if told else _UNCLEAR
+            panel.plot([row["low"], row["high"]], [place, place], color=color, linewidth=1.2)
+            panel.plot(row["value"], place, "o", color=color, markersize=3.5)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_axisbelow(True)
+    panel.grid(axis="y", color="#eeeeee", linewidth=0.6)
+    panel.tick_params(labelsize=7)
+    panel.locator_params(axis="x", nbins=4)
+
+
+def _broadcast(
+    panel: "Axes", methods: Sequence[str], cells: Mapping[tuple[str, str, str], JsonObject]
+) -> bool:
+    """Adds the gains with the broadcast network, and returns whether any of them differ."""
+    found = False
+    for place, method in enumerate(methods):
+        own, other = (cells.get((method, rule, ALL["small"])) for rule in (AS_RUN, "global"))
+        if own and other and own["value"] != other["value"]:
+            found = True
+            panel.plot(other["value"], place, "d", color=_BROADCAST, markersize=4, fillstyle="none")
+    return found
