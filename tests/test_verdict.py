@@ -405,11 +405,33 @@ def test_the_own_threshold_is_chosen_on_validation_images():
     assert estimate("auroc", own, "personal").value == 1.0
 
 
-def test_the_table_says_how_many_images_would_tell():
-    def verdict(value, low, high, needed, seeds=1):
-        g = Gain(value, low, high, 0.5, seeds, 88, needed)
-        return Verdict("xray", "fedhelp", "auroc", "h", "small", 0.9, 0.9 - value, g)
+def verdict(value, low, high, needed=10, seeds=1, hospital="h", fewest=9, metric="auroc"):
+    g = Gain(value, low, high, 0.5, seeds, 88, needed)
+    return Verdict("xray", "fedhelp", metric, hospital, "small", 0.9, 0.9 - value, g, fewest)
 
+
+def test_classes_with_few_test_images_are_told():
+    few = [verdict(0.1, 0.05, 0.15, hospital=f"h{n}", fewest=n) for n in range(1, 7)]
+    (grid,) = grids(few, "local")
+    assert "h1 (1), h2 (2), h3 (3) and 1 more. Look" in grid.notes[-1]
+    (grid,) = grids(few[3:], "local")
+    assert "images: h4 (4). Look" in grid.notes[-1]
+    for fine in ([verdict(0.1, 0.05, 0.15)], [verdict(0.1, 0.05, 0.15, fewest=1, metric="dice")]):
+        (grid,) = grids(fine, "local")
+        assert "Look" not in grid.notes[-1]
+
+
+def test_a_verdict_counts_the_images_of_the_smallest_class(tmp_path):
+    runs = runs_in(study_of(tmp_path, local=0.0, better=1.0))
+    counts = {}
+    for own in (p for run in runs for p in run.predictions if p.split == "test"):
+        counts.setdefault(own.client, []).append(np.bincount(own.labels).min())
+    found = {v.hospital: v.fewest for v in judge(runs, "local") if v.metric == "auroc"}
+    assert {name: found[name] for name in counts} == {n: min(c) for n, c in counts.items()}
+    assert found["all small"] == min(min(c) for n, c in counts.items() if "clinic" in n)
+
+
+def test_the_table_says_how_many_images_would_tell():
     (grid,) = grids(
         [
             verdict(-0.1, -0.15, -0.05, 10),

@@ -46,6 +46,11 @@ class Estimate(NamedTuple):
         )
 
     @property
+    def fewest(self) -> int:
+        """Returns the number of examples in the smallest class."""
+        return int(np.unique(self.strata, return_counts=True)[1].min())
+
+    @property
     def _order(self) -> np.ndarray:
         return np.argsort(self.examples)
 

@@ -44,6 +44,7 @@ class Verdict(NamedTuple):
       ours: The metric under the method; the mean over seeds, and over hospitals.
       theirs: The same under the alternative.
       gain: The difference.
+      fewest: The number of test images in the smallest class that a hospital has, under any seed.
     """
 
     place: str
@@ -54,6 +55,7 @@ class Verdict(NamedTuple):
     ours: float
     theirs: float
     gain: Gain
+    fewest: int
 
     @property
     def is_of_all(self) -> bool:
@@ -216,7 +218,10 @@ def _of_method(
                 ours = _mean([(pair.ours[metric], by_name) for pair, by_name in found])
                 theirs = _mean([(pair.theirs[metric], by_name) for pair, by_name in found])
                 total = gain([by_name for _, by_name in found])
-                verdicts.append(Verdict(place, method, metric, title, role, ours, theirs, total))
+                fewest = min(d.fewest for _, by_name in found for d in by_name.values())
+                verdicts.append(
+                    Verdict(place, method, metric, title, role, ours, theirs, total, fewest)
+                )
     return verdicts
 
 

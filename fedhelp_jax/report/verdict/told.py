@@ -12,6 +12,8 @@ from fedhelp_jax.report.verdict.judge import Verdict, wrong_by_chance
 
 VERDICT = "verdict.csv"
 
+# A class with fewer test images than this says little.
+_FEW = 5
 # More test images than any hospital will have.
 _MANY = 100_000
 
@@ -96,6 +98,7 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict], against: str, rule: 
             "role": v.role,
             "seeds": v.gain.seeds,
             "test_images": v.gain.examples,
+            "fewest_of_a_class": v.fewest,
             "value": v.ours,
             "value_against": v.theirs,
             "gain": v.gain.value,
@@ -130,6 +133,14 @@ def _notes(verdicts: Sequence[Verdict]) -> list[str]:
         notes.append(
             f"If nobody gained or lost, about {by_chance:.0f} of these {len(hospitals)} verdicts "
             "on single hospitals would say otherwise by chance."
+        )
+    few = {v.hospital: v.fewest for v in hospitals if v.fewest < _FEW and v.metric != "dice"}
+    if few:
+        named = ", ".join(f"{name} ({count})" for name, count in list(few.items())[:3])
+        more = f" and {len(few) - 3} more" if len(few) > 3 else ""
+        notes.append(
+            f"Every class has the same weight, even one with fewer than {_FEW} test images: "
+            f"{named}{more}. Look at such hospitals with care."
         )
     return notes
 
