@@ -20,8 +20,8 @@ _TOLD, _UNCLEAR, _BROADCAST = "#0072B2", "#999999", "#D55E00"
 
 
 def drawn(found: JsonObject) -> dict[str, str]:
-    """Returns an SVG figure of each data set of a study's summary, by the data set's name."""
-    return {data: _figure(found, data) for data in found["groups"]}
+    """Returns an SVG figure of each data set on which a study compares methods, by its name."""
+    return {data: _figure(found, data) for data in dict.fromkeys(r["data"] for r in found["rows"])}
 
 
 def _figure(found: JsonObject, data: str) -> str:
