@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from benchmarks.results.collect import METRICS
 from fedhelp_jax.report.verdict.judge import ALL
 from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH, _ROW, _FRAME = 9.0, 0.21, 1.3  # inches
+# Intervals that reach this many times as far as four in five of them are cut.
+_FAR = 3
 # Colours of Okabe and Ito, which colour-blind readers can distinguish.
 _TOLD, _UNCLEAR, _BROADCAST = "#0072B2", "#999999", "#D55E00"
 
@@ -43,9 +47,11 @@ def _figure(found: JsonObject, data: str) -> str:
         canvas = Figure(figsize=(_WIDTH, _FRAME + _ROW * len(methods)), layout="constrained")
         FigureCanvasAgg(canvas)
         panels = canvas.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
+        panels[0].set_xlim(_limits([*cells.values()]))
         for panel, group in zip(panels, groups, strict=True):
             own = {method: cells.get((method, AS_RUN, group)) for method in methods}
             _panel(panel, own)
+            _beyond(panel, own)
             title = f"{group} ({counts[group]})" if group in counts else group
             theirs = next(row["theirs"] for row in own.values() if row)
             panel.set_title(f"{title}\n{over}: {theirs:.3f}", fontsize=8)
@@ -79,6 +85,27 @@ def _panel(panel: "Axes", gains: Mapping[str, JsonObject | None]) -> None:
     panel.grid(axis="y", color="#eeeeee", linewidth=0.6)
     panel.tick_params(labelsize=7)
     panel.locator_params(axis="x", nbins=4)
+
+
+def _limits(rows: Sequence[JsonObject]) -> tuple[float, float]:
+    """Returns what the panels show: all intervals, but not those far beyond most others."""
+    ends = np.array([[row["low"], row["high"]] for row in rows if row["rule"] == AS_RUN])
+    most = _FAR * np.quantile(np.abs(ends), 0.8)
+    low, high = np.clip([ends.min(), ends.max()], -most, most)
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def _beyond(panel: "Axes", gains: Mapping[str, JsonObject | None]) -> None:
+    """Writes at the edge what lies outside of a panel."""
+    low, high = panel.get_xlim()
+    for place, row in enumerate(gains.values()):
+        if row is not None and not low <= row["value"] <= high:
+            left = row["value"] < low
+            text = f"\u2190 {row['value']:+.2f}" if left else f"{row['value']:+.2f} \u2192"
+            edge, side = (low, "left") if left else (high, "right")
+            white = {"color": "white", "pad": 0.5}
+            panel.text(edge, place, text, ha=side, va="center", fontsize=7, bbox=white)
 
 
 def _broadcast(

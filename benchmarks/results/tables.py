@@ -90,13 +90,14 @@ def _contest(rows: Sequence[JsonObject], data: str) -> list[str]:
     ]
     return [
         f"Gain of all small hospitals on {data} with `{OURS}` over each other method, if both "
-        "deploy what the column says; p: of no difference, Holm-adjusted over the methods:",
+        "deploy what the column says; p: of no difference, Holm-adjusted over the methods, not told "
+        "if 1:",
         _table(heads, lines),
     ]
 
 
 def _p_value(p: float) -> str:
-    return "" if math.isnan(p) else f" p {p:.2g}"
+    return " p <0.0001" if p < 1e-4 else f" p {p:.2g}" if p < 1 else ""
 
 
 def _chosen(rows: Sequence[JsonObject], data: str) -> list[str]:
