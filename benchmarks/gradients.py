@@ -8,8 +8,9 @@ shared features theta, over all its private and all public images, at the broadc
 own public heads. `metrics.jsonl` then holds, under ``train.small``, as means over the clients:
 
     cosine         of the public gradient to the private one
-    cosine_halves  of the private gradients of two halves of the images to each other: what the
-                   cosine could be at most, as the client has few images
+    cosine_halves  of the private gradients of two halves of the images to each other. If it is c,
+                   the best direction would have a cosine of about sqrt(2 c / (1 + c)) to the
+                   private gradient, as the client has few images
     ratio          length of the public gradient over that of the private one
 """
 

@@ -1,6 +1,7 @@
 """Tests the tables of docs/results.md: groups by size, the summary of a study, and the page."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -112,37 +113,82 @@ def test_the_settings_that_trials_have_chosen_are_named(study):
     path.write_text(
         "data,method,trial,settings,validation,diverged,chosen\n"
         "made,better,0,learning_rate=0.1 mu=1,0.5,0,0\n"
-        "made,better,1,learning_rate=0.2 mu=1,0.6,0,1\n"
         "made,better,2,learning_rate=0.3 mu=1,,1,0\n"
-        "made,worse,0,learning_rate=0.1,0.5,0,0\n"
-        "made,worse,1,learning_rate=0.2,0.4,0,0\n"
-        "made,worse,2,learning_rate=0.3,0.7,0,1\n"
+        "made,better,1,learning_rate=0.2 mu=1,0.6,0,1\n"
+        "made,worse,0,\"learning_rate=0.1 way=('a', 'b')\",0.5,0,0\n"
+        "made,worse,1,learning_rate=0.2 way=None,0.4,0,0\n"
+        "made,worse,2,learning_rate=0.3 way=True,0.7,0,1\n"
     )
     found = collect(study, "fedhelp compare", "a processor")
     path.unlink()
     lines = tables(found).splitlines()
     assert "| better | `learning_rate=0.2 mu=1` | 0.600, 0.500 |  |" in lines
-    assert "| worse | `learning_rate=0.3` | 0.700, 0.500, 0.400 | `learning_rate` |" in lines
+    assert (
+        "| worse | `learning_rate=0.3 way=True` | 0.700, 0.500, 0.400 | `learning_rate` |" in lines
+    )
 
 
 def test_fedhelp_is_compared_with_each_other_method(tmp_path):
-    for method, lift in {"fedhelp": 1.0, "local": 0.0, "better": 3.0}.items():
+    lifts = {"fedhelp": 1.0, "local": 0.0, "better": 3.0, "centralized": 3.0}
+    for method, lift in lifts.items():
         for seed in range(2):
-            make_run(tmp_path / "made" / method / f"seed{seed}", method=method, lift=lift)
+            folder = tmp_path / "made" / method / f"seed{seed}"
+            make_run(folder, method=method, seed=seed, lift=lift)
     found = collect(tmp_path, "fedhelp compare", "a processor")
     rows = {(r["method"], r["rule"]): r for r in found["contest"] if r["metric"] == "auroc"}
-    assert set(rows) == {(m, r) for m in ("local", "better") for r in ("as_run", "global")}
-    assert rows["local", "as_run"]["low"] > 0 > rows["better", "as_run"]["high"]
-    assert rows["local", "as_run"]["p"] < 0.05
-    (gain,) = (
-        row
-        for row in found["rows"]
-        if (row["method"], row["rule"], row["group"], row["metric"])
-        == ("fedhelp", "as_run", "all small", "auroc")
+    assert set(rows) == {(m, r) for m in lifts if m != "fedhelp" for r in ("as_run", "global")}
+    (v,) = (
+        v
+        for v in judge(read_runs(find_runs([tmp_path]), [tmp_path]), "local", metric="auroc")
+        if (v.method, v.hospital) == ("fedhelp", "all small")
     )
-    assert rows["local", "as_run"]["value"] == gain["value"]
-    (line,) = (line for line in tables(found).splitlines() if line.startswith("| local | **+"))
-    assert f"{gain['value']:+.3f}" in line and " p " in line
+    assert rows["local", "as_run"]["value"] == pytest.approx(v.gain.value, abs=1e-5)
+    assert rows["local", "as_run"]["p"] == pytest.approx(2 * (1 - v.gain.probability), rel=0.01)
+    # Of two methods, as nobody can join `centralized`: twice the smaller p, once the larger.
+    rows["local", "as_run"]["p"], rows["better", "as_run"]["p"] = 0.03, 0.04
+    table = tables(found).split("over each other method")[1].split("\n\n")[1]
+    cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in table.splitlines()}
+    assert cells["local"].endswith(") p 0.06") and cells["better"].endswith(") p 0.06")
+    assert cells["centralized"].endswith(")")  # not in bold, and without a p
+
+
+def test_without_fedhelp_nothing_is_compared_with_it(study):
+    found = collect(study, "fedhelp compare", "a processor")
+    assert found["contest"] == [] and "over each other method" not in tables(found)
+
+
+def test_a_single_small_hospital_is_all_small_ones(tmp_path):
+    for method, lift in {"local": 0.0, "fedhelp": 3.0}.items():
+        make_run(tmp_path / "made" / method / "seed0", method=method, small=1, lift=lift)
+    found = collect(tmp_path, "fedhelp compare", "a processor")
+    gains = {r["group"]: r["value"] for r in found["rows"] if r["metric"] == "auroc"}
+    (own,) = (value for group, value in gains.items() if group.startswith("small"))
+    assert gains["all small"] == own != 0
+    assert "| all small |" in tables(found) and drawn(found)
+    assert "| made |" in guard_record(
+        {"made": found | {"course": [{**c, "up": 1} for c in found["course"]]}}
+    )
+
+
+def test_hospitals_have_the_roles_of_the_alternative(tmp_path):
+    for method in ("local", "zzz"):
+        make_run(folder := tmp_path / "made" / method / "seed0", method=method)
+        if method == "zzz":
+            path = folder / "summary.json"
+            path.write_text(path.read_text().replace('"role": "large"', '"role": "small"'))
+    found = collect(tmp_path, "fedhelp compare", "a processor")
+    assert sum(n for group, n in found["groups"]["made"].items() if "large" in group) == 2
+    (row,) = (
+        r
+        for r in found["rows"]
+        if (r["metric"], r["group"], r["rule"]) == ("auroc", "all small", "as_run")
+    )
+    runs = read_runs(find_runs([tmp_path]), [tmp_path])
+    small = [c["name"] for c in runs[0].summary["per_client"] if c["name"].startswith("clinic")]
+    (v,) = (
+        v for v in judge(runs, "local", metric="auroc", groups={"s": small}) if v.hospital == "s"
+    )
+    assert row["value"] == pytest.approx(v.gain.value, abs=1e-5)
 
 
 def test_only_seeds_of_all_methods_count(tmp_path, capsys):
@@ -150,7 +196,11 @@ def test_only_seeds_of_all_methods_count(tmp_path, capsys):
         for seed in range(seeds):
             make_run(tmp_path / "made" / method / f"seed{seed}", method=method, seed=seed)
     assert collect(tmp_path, "fedhelp compare", "a processor")["runs"] == 4
-    assert "left out, as not all methods have their seeds: 1 runs" in capsys.readouterr().out
+    assert "better lacks seeds, which are left out: 2" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "made" / "better")
+    make_run(tmp_path / "made" / "better" / "seed7", method="better", seed=7)
+    with pytest.raises(ValueError, match="no seed has been run with all methods"):
+        collect(tmp_path, "fedhelp compare", "a processor")
 
 
 def test_a_table_marks_what_can_be_told(study):
@@ -163,9 +213,23 @@ def test_a_table_marks_what_can_be_told(study):
 def test_a_figure_has_a_panel_for_each_size(study):
     found = collect(study, "fedhelp compare", "a processor")
     figure = drawn(found)["made"]
-    for text in ("better", "worse", *found["groups"]["made"], "all small", "AUROC"):
-        assert f"{text}" in figure
+    for text in ("better", "worse", *found["groups"]["made"], "all small", "AUROC", "broadcast"):
+        assert text in figure
     assert drawn(found)["made"] == figure  # the same bytes every time
+
+
+def test_a_figure_tells_what_lies_beyond_its_panels(study):
+    found = collect(study, "fedhelp compare", "a processor")
+    for row in found["rows"]:
+        row |= {"value": 0.01, "low": 0.0, "high": 0.02}
+    assert "\u2190" not in drawn(found)["made"] and "broadcast" not in drawn(found)["made"]
+    row |= {"value": -0.5, "low": -0.6, "high": -0.4, "rule": "as_run", "metric": "auroc"}
+    assert "\u2190 -0.50" in drawn(found)["made"]
+    row |= {"value": 0.02, "low": -0.6, "high": 0.6}
+    assert drawn(found)["made"].count("\u2190") == drawn(found)["made"].count("\u2192") == 1
+    for row in found["rows"]:
+        row |= {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert "better" in drawn(found)["made"]
 
 
 def test_files_are_made_from_all_summaries(study, tmp_path):

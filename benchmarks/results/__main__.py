@@ -18,6 +18,8 @@ _PROCESSOR = flags.DEFINE_string("processor", None, "what the runs were made on"
 def main(_: Sequence[str]) -> None:
     """Writes a summary, or what is made from all of them."""
     if _COLLECT.value:
+        if not _STUDY.value:
+            raise app.UsageError("--collect needs --study")
         folder, command = Path(_COLLECT.value), f"fedhelp compare --study={_STUDY.value}"
         processor = _PROCESSOR.value or "an unnamed processor"
         found = collect(folder, command, processor, _AGAINST.value)

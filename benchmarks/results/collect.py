@@ -3,16 +3,17 @@
 import csv
 import datetime
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedhelp_jax.report.run_data import RunData, find_runs, read_runs
 from fedhelp_jax.report.verdict.gain import Gain
 from fedhelp_jax.report.verdict.hospitals import OWN_THRESHOLD, PRECISION
-from fedhelp_jax.report.verdict.judge import ALL, judge
+from fedhelp_jax.report.verdict.judge import ALL, Verdict, judge
 from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, GUARDED, RULES
 from fedhelp_jax.typing import JsonObject
 
@@ -23,7 +24,9 @@ METRICS = {
     PRECISION: "average precision of rare classes",
     "dice": "Dice",
 }
-# The method that is compared with each other one, and the rules by which they deploy then.
+# The group of all small hospitals.
+SMALL = ALL["small"]
+# The method that is compared with each other one, as run and with the broadcast network.
 OURS, GLOBAL = "fedhelp", "global"
 # Hospitals whose numbers of training images are within this factor are of one size.
 _ALIKE = 1.25
@@ -45,16 +48,24 @@ def of_one_size(runs: Sequence[RunData]) -> dict[str, list[str]]:
 
 
 def collect(folder: Path, command: str, processor: str, against: str = ALONE) -> JsonObject:
-    """Returns the summary of a study: the gains over a method, under each rule, and the course."""
-    runs = read_runs(find_runs([folder]), [folder])
+    """Returns the summary of a study: the gains over a method, under each rule, and the course.
+
+    Raises:
+      ValueError: If no seed has been run with all methods.
+    """
     by_data: dict[str, list[RunData]] = {}
-    for run in runs:
+    for run in read_runs(find_runs([folder]), [folder]):
         if run.summary.get("split") == "test":
             by_data.setdefault(run.place or run.dataset, []).append(run)
     by_data = {data: _of_common_seeds(own) for data, own in by_data.items()}
     done = [run for own in by_data.values() for run in own]
-    groups = {data: of_one_size(own) for data, own in by_data.items()}
-    rows = [row for data, own in by_data.items() for row in _gains_of(own, against, groups[data])]
+    if not done:
+        raise ValueError(f"{folder}: no seed has been run with all methods")
+    # A method may give hospitals other roles.
+    groups = {
+        data: of_one_size([run for run in own if run.label == against] or own)
+        for data, own in by_data.items()
+    }
     versions = done[0].summary.get("versions") or {}
     return {
         "command": command,
@@ -69,8 +80,8 @@ def collect(folder: Path, command: str, processor: str, against: str = ALONE) ->
         },
         "tuned": _tuned(folder),
         "course": _course(done),
-        "contest": [row for own in by_data.values() for row in _contest(own)],
-        "rows": rows,
+        "contest": [r for data, own in by_data.items() for r in _contest(own, groups[data])],
+        "rows": [r for data, own in by_data.items() for r in _gains_of(own, against, groups[data])],
     }
 
 
@@ -80,26 +91,42 @@ def _of_common_seeds(runs: Sequence[RunData]) -> list[RunData]:
     for run in runs:
         by_method.setdefault(run.label, set()).add(run.seed)
     common = set.intersection(*by_method.values())
-    kept = [run for run in runs if run.seed in common]
-    if len(kept) < len(runs):
-        print(f"left out, as not all methods have their seeds: {len(runs) - len(kept)} runs")
-    return kept
+    for method, seeds in by_method.items():
+        lacking = set.union(*by_method.values()) - seeds
+        if lacking:
+            print(f"{method} lacks seeds, which are left out: {', '.join(map(str, lacking))}")
+    return [run for run in runs if run.seed in common]
 
 
-def _contest(runs: Sequence[RunData]) -> list[JsonObject]:
+def _contest(runs: Sequence[RunData], groups: Mapping[str, Sequence[str]]) -> list[JsonObject]:
     """Returns the gain of small hospitals with `OURS` over each other method, and its p-value."""
     ours, rows = [run for run in runs if run.label == OURS], []
-    if not ours:
-        return []
     for method in dict.fromkeys(run.label for run in runs if run.label != OURS):
         pair = [*ours, *(run for run in runs if run.label == method)]
         for rule in (AS_RUN,) if any(run.dice for run in runs) else (AS_RUN, GLOBAL):
-            for v in judge(pair, method, rule):
-                if v.metric in METRICS and v.hospital == ALL["small"]:
-                    row = {"data": v.place, "method": method, "rule": rule, "metric": v.metric}
-                    p = 2 * min(v.gain.probability, 1 - v.gain.probability)
-                    rows.append(row | _numbers(v.gain) | {"p": round(p, 5)})
+            for v in _judged(pair, method, rule, _small(groups)):
+                row = {"data": v.place, "method": method, "rule": rule, "metric": v.metric}
+                p = 2 * min(v.gain.probability, 1 - v.gain.probability)
+                rows.append(row | _numbers(v.gain) | {"p": float(f"{p:.3g}")})
     return rows
+
+
+def _small(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Returns all small hospitals as a group, even if there is only one."""
+    return {SMALL: [n for g, names in groups.items() if g.startswith("small") for n in names]}
+
+
+def _judged(
+    runs: Sequence[RunData], against: str, rule: str, groups: Mapping[str, Sequence[str]]
+) -> list[Verdict]:
+    """Returns the verdicts on groups of hospitals, whatever their roles are under a method."""
+    # The titles of `judge` are not used, because they mean other hospitals if roles differ.
+    own = {f"group {title}": names for title, names in groups.items()}
+    return [
+        v._replace(hospital=v.hospital.removeprefix("group "))
+        for v in judge(runs, against, rule, groups=own)
+        if v.metric in METRICS and v.hospital in own
+    ]
 
 
 def _numbers(gain: Gain) -> JsonObject:
@@ -116,14 +143,11 @@ def _gains_of(
     if any(run.dice for run in runs):
         rules = [AS_RUN]  # of masks, runs keep the Dice of one model
     for rule in rules:
-        titles = [*groups, *ALL.values()] if rule == AS_RUN else [ALL["small"]]
-        for v in judge(runs, against, rule, groups=groups if rule == AS_RUN else {}):
-            if v.metric in METRICS and v.hospital in titles:
-                row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
-                row |= {"group": v.hospital, "ours": round(v.ours, 5), "theirs": round(v.theirs, 5)}
-                rows.append(
-                    row | _numbers(v.gain) | {"seeds": v.gain.seeds, "images": v.gain.examples}
-                )
+        wanted = {**groups, **_small(groups)} if rule == AS_RUN else _small(groups)
+        for v in _judged(runs, against, rule, wanted):
+            row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
+            row |= {"group": v.hospital, "ours": round(v.ours, 5), "theirs": round(v.theirs, 5)}
+            rows.append(row | _numbers(v.gain) | {"seeds": v.gain.seeds, "images": v.gain.examples})
     return rows
 
 
@@ -144,21 +168,34 @@ def _tuned(folder: Path) -> list[JsonObject]:
     for (data, method), rows in trials.items():
         chosen = [row for row in rows if row["chosen"] == "1"]
         if chosen:
-            scores = sorted((float(row["validation"] or "nan") for row in rows), reverse=True)
+            scores = [float(row["validation"]) for row in rows if row["diverged"] != "1"]
             own = {"data": data, "method": method, "settings": chosen[0]["settings"]}
-            own["validation"] = [round(score, 5) for score in scores if math.isfinite(score)]
-            found.append(own | {"edges": _edges(chosen[0], rows)})
+            own["validation"] = [round(score, 5) for score in sorted(scores, reverse=True)]
+            found.append(own | {"edges": _edges(chosen[0]["settings"], rows)})
     return found
 
 
-def _edges(chosen: Mapping[str, str], trials: Sequence[Mapping[str, str]]) -> list[str]:
-    settings = [dict(part.split("=") for part in row["settings"].split()) for row in trials]
+def _edges(chosen: str, trials: Sequence[Mapping[str, str]]) -> list[str]:
+    """Returns the settings that are chosen as small or as large as they have been tried."""
     edges = []
-    for name, value in (part.split("=") for part in chosen["settings"].split()):
-        tried = {float(own[name]) for own in settings if name in own}
-        if len(tried) > 2 and float(value) in (min(tried), max(tried)):
-            edges.append(name)
+    for name, value in _read(chosen).items():
+        tried = {_read(row["settings"]).get(name) for row in trials}
+        if len(tried) > 2 and all(isinstance(v, float) for v in tried):
+            if value in (min(tried), max(tried)):
+                edges.append(name)
     return edges
+
+
+def _read(settings: str) -> dict[str, Any]:
+    """Returns the settings of a trial, numbers as such."""
+    found = {}
+    for part in re.split(r" (?=[\w.]+=)", settings):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def _course(runs: Sequence[RunData]) -> list[JsonObject]:

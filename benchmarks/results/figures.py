@@ -4,12 +4,12 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.results.collect import METRICS
-from fedhelp_jax.report.verdict.judge import ALL
+from benchmarks.results.collect import GLOBAL, METRICS, SMALL
 from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN
 from fedhelp_jax.typing import JsonObject
 
@@ -38,23 +38,23 @@ def _figure(found: JsonObject, data: str) -> str:
     metric = next(name for name in METRICS if any(row["metric"] == name for row in rows))
     cells = {(r["method"], r["rule"], r["group"]): r for r in rows if r["metric"] == metric}
     counts = found["groups"][data]
-    groups, small = [*counts, ALL["small"]], ALL["small"]
+    groups = [*counts, SMALL]
     over = "staying alone" if found["against"] == ALONE else found["against"]
-    methods = sorted(
-        {method for method, *_ in cells}, key=lambda method: cells[method, AS_RUN, small]["value"]
-    )
+    small = {m: cells.get((m, AS_RUN, SMALL), {"value": -1}) for m, *_ in cells}
+    methods = sorted(small, key=lambda method: small[method]["value"])
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": data, "font.size": 8}):
         canvas = Figure(figsize=(_WIDTH, _FRAME + _ROW * len(methods)), layout="constrained")
         FigureCanvasAgg(canvas)
         panels = canvas.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
-        panels[0].set_xlim(_limits([*cells.values()]))
+        shown = [row for (_, rule, _), row in cells.items() if rule in (AS_RUN, GLOBAL)]
+        panels[0].set_xlim(_limits(shown))
         for panel, group in zip(panels, groups, strict=True):
             own = {method: cells.get((method, AS_RUN, group)) for method in methods}
             _panel(panel, own)
             _beyond(panel, own)
             title = f"{group} ({counts[group]})" if group in counts else group
-            theirs = next(row["theirs"] for row in own.values() if row)
-            panel.set_title(f"{title}\n{over}: {theirs:.3f}", fontsize=8)
+            theirs = [f"{row['theirs']:.3f}" for row in own.values() if row]
+            panel.set_title(f"{title}\n{over}: {theirs[0] if theirs else '-'}", fontsize=8)
         broadcast = _broadcast(panels[-1], methods, cells)
         panels[0].set_yticks(range(len(methods)), methods)
         label = f"gain over {over} in {METRICS[metric]}, with 95 % intervals; blue if 0 is outside"
@@ -67,8 +67,9 @@ def _figure(found: JsonObject, data: str) -> str:
 
 
 def fingerprint(found: JsonObject) -> str:
-    """Returns what a figure says about the summary that it was drawn from."""
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    """Returns what a figure says about the summary and the code that it was drawn from."""
+    text = json.dumps(found, sort_keys=True) + Path(__file__).read_text()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _panel(panel: "Axes", gains: Mapping[str, JsonObject | None]) -> None:
@@ -88,24 +89,27 @@ def _panel(panel: "Axes", gains: Mapping[str, JsonObject | None]) -> None:
 
 
 def _limits(rows: Sequence[JsonObject]) -> tuple[float, float]:
-    """Returns what the panels show: all intervals, but not those far beyond most others."""
-    ends = np.array([[row["low"], row["high"]] for row in rows if row["rule"] == AS_RUN])
+    """Returns what the panels show: 0 and all intervals, but not those far beyond most others."""
+    ends = np.array([[row["low"], row["high"]] for row in rows])
     most = _FAR * np.quantile(np.abs(ends), 0.8)
-    low, high = np.clip([ends.min(), ends.max()], -most, most)
-    margin = 0.05 * (high - low)
+    low, high = np.clip([min(0, ends.min()), max(0, ends.max())], -most, most)
+    margin = 0.05 * (high - low) or 0.01
     return low - margin, high + margin
 
 
 def _beyond(panel: "Axes", gains: Mapping[str, JsonObject | None]) -> None:
-    """Writes at the edge what lies outside of a panel."""
+    """Marks intervals that do not end in a panel, with the value if it is outside too."""
     low, high = panel.get_xlim()
     for place, row in enumerate(gains.values()):
-        if row is not None and not low <= row["value"] <= high:
-            left = row["value"] < low
-            text = f"\u2190 {row['value']:+.2f}" if left else f"{row['value']:+.2f} \u2192"
-            edge, side = (low, "left") if left else (high, "right")
-            white = {"color": "white", "pad": 0.5}
-            panel.text(edge, place, text, ha=side, va="center", fontsize=7, bbox=white)
+        if row is None:
+            continue
+        inside = low <= row["value"] <= high
+        value = "" if inside else f"{row['value']:+.2f}"
+        style = {"va": "center", "fontsize": 7, "bbox": {"color": "white", "pad": 0.3}}
+        if row["low"] < low and (inside or row["value"] < low):
+            panel.text(low, place, f"\u2190 {value}".strip(), ha="left", **style)
+        if row["high"] > high and (inside or row["value"] > high):
+            panel.text(high, place, f"{value} \u2192".strip(), ha="right", **style)
 
 
 def _broadcast(
@@ -114,7 +118,7 @@ def _broadcast(
     """Adds the gains with the broadcast network, and returns whether any of them differ."""
     found = False
     for place, method in enumerate(methods):
-        own, other = (cells.get((method, rule, ALL["small"])) for rule in (AS_RUN, "global"))
+        own, other = (cells.get((method, rule, SMALL)) for rule in (AS_RUN, GLOBAL))
         if own and other and own["value"] != other["value"]:
             found = True
             panel.plot(other["value"], place, "d", color=_BROADCAST, markersize=4, fillstyle="none")

@@ -1,6 +1,7 @@
 """The files in docs/results that are made from the summaries there."""
 
 import json
+import re
 from pathlib import Path
 
 from benchmarks.results.figures import drawn
@@ -24,7 +25,7 @@ def generated(folder: Path = RESULTS) -> dict[str, str]:
 
 def figure_name(study: str, data: str) -> str:
     """Returns the name of the file with a figure."""
-    return f"{study}_{data}.svg".replace(" ", "_")
+    return re.sub(r"[^\w.-]+", "_", f"{study}_{data}.svg")
 
 
 def _page(name: str, found: JsonObject, figures: list[str]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.results.collect import GLOBAL, METRICS, OURS
+from benchmarks.results.collect import GLOBAL, METRICS, OURS, SMALL
+from fedhelp_jax.report.comparison import POOLS_DATA
 from fedhelp_jax.report.statistics import holm
-from fedhelp_jax.report.verdict.judge import ALL
 from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, BEST, GUARDED
 from fedhelp_jax.typing import JsonObject
 
@@ -49,14 +49,14 @@ def _gains(
     """Returns the tables of the gains in one metric, by size and by what is deployed."""
     cells = {(row["method"], row["rule"], row["group"]): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    groups = [*counts, ALL["small"]]
+    groups = [*counts, SMALL]
     over = "staying alone" if against == ALONE else f"`{against}`"
     theirs = {row["group"]: row["theirs"] for row in rows if row["rule"] == AS_RUN}
     alternative = [f"{against}, itself", *(_number(theirs.get(g)) for g in groups)]
     by_size = [[m, *(_gain(cells.get((m, AS_RUN, g))) for g in groups)] for m in methods]
-    small = [row for row in rows if row["group"] == ALL["small"]]
+    small = [row for row in rows if row["group"] == SMALL]
     rules = {row["rule"]: row["theirs"] for row in small}
-    by_rule = [[m, *(_gain(cells.get((m, r, ALL["small"]))) for r in rules)] for m in methods]
+    by_rule = [[m, *(_gain(cells.get((m, r, SMALL))) for r in rules)] for m in methods]
     by_rule.insert(0, [f"{against}, itself", *map(_number, rules.values())])
     seeds = max(row["seeds"] for row in rows)
     guard = f" (`{GUARDED}`: or none)" if GUARDED in rules else ""
@@ -81,23 +81,26 @@ def _contest(rows: Sequence[JsonObject], data: str) -> list[str]:
     heads, adjusted = ["method"], {}
     for column in columns:
         own = [cells.get((method, *column)) for method in methods]
-        p_values = holm([math.nan if row is None else row["p"] for row in own])
+        # Nobody can join what pools all data.
+        family = [row["p"] if row and row["method"] != POOLS_DATA else math.nan for row in own]
+        p_values = holm(family)
         adjusted |= {(m, *column): p for m, p in zip(methods, p_values, strict=True)}
         heads.append(f"{METRICS[column[0]]}, `{column[1]}`")
-    lines = [
-        [m, *(_gain(cells.get((m, *c))) + _p_value(adjusted[m, *c]) for c in columns)]
-        for m in methods
-    ]
+    lines = [[m, *(_tested(cells.get((m, *c)), adjusted[m, *c]) for c in columns)] for m in methods]
     return [
         f"Gain of all small hospitals on {data} with `{OURS}` over each other method, if both "
-        "deploy what the column says; p: of no difference, Holm-adjusted over the methods, not told "
-        "if 1:",
+        "deploy what the column says. The intervals are not adjusted; p, of no difference, is "
+        "Holm-adjusted over the methods of a column, and not told if 1. Bold: p < 0.05.",
         _table(heads, lines),
     ]
 
 
-def _p_value(p: float) -> str:
-    return " p <0.0001" if p < 1e-4 else f" p {p:.2g}" if p < 1 else ""
+def _tested(row: JsonObject | None, p: float) -> str:
+    if row is None:
+        return "-"
+    told = f"p {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+    text = f"{_interval(row)} {told}" if p < 1 else _interval(row)
+    return f"**{text}**" if p < 0.05 else text
 
 
 def _chosen(rows: Sequence[JsonObject], data: str) -> list[str]:
@@ -115,7 +118,7 @@ def _chosen(rows: Sequence[JsonObject], data: str) -> list[str]:
 def _courses(rows: Sequence[JsonObject], data: str) -> list[str]:
     """Returns the tables of calibration, learning curves and what else was measured."""
     rounds = list(rows[0]["validation"])[::-1]
-    rounds = rounds[:: -(-len(rounds) // _MOST_ROUNDS)][::-1]
+    rounds = rounds[:: max(1, -(-len(rounds) // _MOST_ROUNDS))][::-1]
     heads = [f"round {number}" for number in rounds]
     calibrated = any(row["ece"] is not None for row in rows)
 
@@ -133,7 +136,7 @@ def _courses(rows: Sequence[JsonObject], data: str) -> list[str]:
         f"{of_test}the headline metric on validation images by round:",
         _table(["method", "up", "down", *errors, *heads], by_round),
     ]
-    for name in rows[0].get("training", {}):
+    for name in dict.fromkeys(name for row in rows for name in row.get("training", {})):
         parts.append(f"`{name}` of small hospitals on {data} by round:")
         measured = [of(row, row.get("training", {}).get(name, {})) for row in rows]
         parts.append(_table(["method", *heads], measured))
@@ -151,8 +154,11 @@ def _number(value: float | None) -> str:
 def _gain(row: JsonObject | None) -> str:
     if row is None:
         return "-"
-    text = f"{row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-    return f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
+    return f"**{_interval(row)}**" if any(_told(row)) else _interval(row)
+
+
+def _interval(row: JsonObject) -> str:
+    return f"{row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "-:") -> str:
@@ -163,8 +169,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "-:
 def guard_record(summaries: Mapping[str, JsonObject]) -> str:
     """Returns a table of what small hospitals gain as run and under the guard, by study.
 
-    A method loses or gains if the interval of its gain over staying alone is without 0. Methods in
-    which hospitals send nothing are left out, as nobody can join them.
+    A method loses or gains if the interval of its gain over staying alone lies below or above 0.
+    Methods in which hospitals send nothing are left out, as nobody can join them.
     """
     lines = []
     for study, found in summaries.items():
@@ -172,7 +178,7 @@ def guard_record(summaries: Mapping[str, JsonObject]) -> str:
         small = [
             row
             for row in found["rows"]
-            if row["group"] == ALL["small"] and (row["data"], row["method"]) in federated
+            if row["group"] == SMALL and (row["data"], row["method"]) in federated
         ]
         for data, metric in dict.fromkeys((row["data"], row["metric"]) for row in small):
             own = [row for row in small if (row["data"], row["metric"]) == (data, metric)]

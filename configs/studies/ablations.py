@@ -37,7 +37,7 @@ def get_study(config: str = "quickstart.py") -> Study:
             "temperature 4": {**_FEDHELP, "algorithm.temperature": 4.0},
             "one step of both": {**_FEDHELP, "algorithm.joint": True},
             "weighted by examples": {**_FEDHELP, "client_weights": "examples"},
-            "all small": {**_FEDHELP, "roles.top_n": 0, "roles.large": ()},
+            "no large hospitals": {**_FEDHELP, "roles.top_n": 0, "roles.large": ()},
             "shared public statistics": {**_FEDHELP, "algorithm.public_batch_stats": "shared"},
             "released code": {**_FEDHELP, "algorithm.released_code": ("all",)},
         },

@@ -1,14 +1,13 @@
-"""Compares FedHelp with staying alone, FedAvg and FML on masks, over three seeds.
+"""Compares FedHelp with FedAvg, FML, pooled data and staying alone on masks, over three seeds.
 
     export FEDHELP_DATA_DIR=/path/to/data
     fedhelp teach --study=configs/studies/masks.py
-    fedhelp compare --study=configs/studies/masks.py --workdir=runs/lungs
-    fedhelp verdict runs/lungs
+    fedhelp compare --study=configs/studies/masks.py --workdir=runs/lung_masks
+    fedhelp verdict runs/lung_masks
 
 The argument after the first colon is a config file in `configs`, with its argument after another
 colon: `lung_masks.py:cpu` (the default), `skin_masks.py:cpu` or `brain3d.py:cpu`. Nothing is tuned,
-because the seed draws the test images as well. A run takes some minutes on one core. The results
-are in docs/results.md.
+because the seed draws the test images as well. It has not been run yet.
 """
 
 from pathlib import Path

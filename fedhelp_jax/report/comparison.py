@@ -36,7 +36,7 @@ _COSTS = (
     ("round_s", "s/round"),
 )
 _TESTED = "small_mean"
-_POOLS_DATA = "centralized"
+POOLS_DATA = "centralized"
 
 
 class Result(NamedTuple):
@@ -137,7 +137,7 @@ def compare_methods(results: Sequence[Result], methods: Sequence[str], reference
     """Returns the rows of one data set: contenders first, then pooled methods, as in `methods`."""
     by_method = {method: [r for r in results if r.method == method] for method in methods}
     by_method = {method: runs for method, runs in by_method.items() if runs}
-    pooled = {m for m, runs in by_method.items() if runs[0].summary["algorithm"] == _POOLS_DATA}
+    pooled = {m for m, runs in by_method.items() if runs[0].summary["algorithm"] == POOLS_DATA}
     rivals = [m for m in by_method if m != reference and m not in pooled]
     ours = {r.seed: r.scores[_TESTED] for r in by_method.get(reference, [])}
     p_values = dict(zip(rivals, holm([_paired(ours, by_method[m]) for m in rivals]), strict=True))

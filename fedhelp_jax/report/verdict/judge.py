@@ -44,7 +44,8 @@ class Verdict(NamedTuple):
       ours: The metric under the method; the mean over seeds, and over hospitals.
       theirs: The same under the alternative.
       gain: The difference.
-      fewest: The number of test images in the smallest class that a hospital has, under any seed.
+      fewest: The number of test images in the smallest class that a hospital has any of, under any
+        seed; of all test images for masks.
     """
 
     place: str

@@ -98,7 +98,7 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict], against: str, rule: 
             "role": v.role,
             "seeds": v.gain.seeds,
             "test_images": v.gain.examples,
-            "fewest_of_a_class": v.fewest,
+            "fewest_of_a_class": "" if v.metric == "dice" else v.fewest,
             "value": v.ours,
             "value_against": v.theirs,
             "gain": v.gain.value,
