@@ -7,8 +7,7 @@
 
 PneumoniaMNIST is shared out at random. Two large hospitals always train on 1,000 images each; 4 or
 16 small ones have 52 images each, or 4 or 10 of them 262, of which a fifth is kept for validation.
-Everything else is as in `pneumonia.py:sixteen`. The
-results are in docs/results.md.
+Everything else is as in `pneumonia.py:sixteen`. The results are in docs/results.md.
 """
 
 from pathlib import Path
