@@ -379,6 +379,8 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
         ("ablations.py:pneumonia.py:sixteen", 85, 0),
         ("scarcity.py", 150, 0),
         ("cost_to_large.py", 120, 0),
+        ("masks.py", 18, 0),
+        ("masks.py:brain3d.py:cpu", 18, 0),
         ("relevance.py", 85, 0),
         ("relevance.py:gradients", 12, 0),
         ("baselines.py", 110, 88),
