@@ -14,7 +14,7 @@ from fedhelp_jax.report.run_data import RunData, find_runs, read_runs
 from fedhelp_jax.report.verdict.gain import Gain
 from fedhelp_jax.report.verdict.hospitals import OWN_THRESHOLD, PRECISION
 from fedhelp_jax.report.verdict.judge import ALL, Verdict, judge
-from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, GUARDED, RULES
+from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, GLOBAL, GUARDED, RULES
 from fedhelp_jax.typing import JsonObject
 
 METRICS = {
@@ -26,8 +26,8 @@ METRICS = {
 }
 # The group of all small hospitals.
 SMALL = ALL["small"]
-# The method that is compared with each other one, as run and with the broadcast network.
-OURS, GLOBAL = "fedhelp", "global"
+# The method that is compared with each other one.
+OURS = "fedhelp"
 # Hospitals whose numbers of training images are within this factor are of one size.
 _ALIKE = 1.25
 
@@ -90,25 +90,32 @@ def _of_common_seeds(runs: Sequence[RunData]) -> list[RunData]:
     by_method: dict[str, set[int]] = {}
     for run in runs:
         by_method.setdefault(run.label, set()).add(run.seed)
-    common = set.intersection(*by_method.values())
+    common, every = (f(*by_method.values()) for f in (set.intersection, set.union))
     for method, seeds in by_method.items():
-        lacking = set.union(*by_method.values()) - seeds
-        if lacking:
+        if lacking := every - seeds:
             print(f"{method} lacks seeds, which are left out: {', '.join(map(str, lacking))}")
     return [run for run in runs if run.seed in common]
 
 
 def _contest(runs: Sequence[RunData], groups: Mapping[str, Sequence[str]]) -> list[JsonObject]:
     """Returns the gain of small hospitals with `OURS` over each other method, and its p-value."""
-    ours, rows = [run for run in runs if run.label == OURS], []
-    for method in dict.fromkeys(run.label for run in runs if run.label != OURS):
-        pair = [*ours, *(run for run in runs if run.label == method)]
-        for rule in (AS_RUN,) if any(run.dice for run in runs) else (AS_RUN, GLOBAL):
-            for v in _judged(pair, method, rule, _small(groups)):
-                row = {"data": v.place, "method": method, "rule": rule, "metric": v.metric}
-                p = 2 * min(v.gain.probability, 1 - v.gain.probability)
-                rows.append(row | _numbers(v.gain) | {"p": float(f"{p:.3g}")})
+    rows = []
+    for rule in (r for r in _rules(runs, OURS) if r in (AS_RUN, GLOBAL)):
+        for v in _judged(runs, OURS, rule, _small(groups)):
+            # What the other method gains over ours is what ours loses to it.
+            gain = v.gain._replace(value=-v.gain.value, low=-v.gain.high, high=-v.gain.low)
+            row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
+            p = 2 * min(v.gain.probability, 1 - v.gain.probability)
+            rows.append(row | _numbers(gain) | {"p": float(f"{p:.3g}")})
     return rows
+
+
+def _rules(runs: Sequence[RunData], against: str) -> Sequence[str]:
+    """Returns the rules of deployment by which methods can be compared."""
+    if any(run.dice for run in runs):
+        return (AS_RUN,)  # of masks, runs keep the Dice of one model
+    # Under the guard, another alternative than staying alone does not deploy by the same rule.
+    return RULES if against == ALONE else [rule for rule in RULES if rule != GUARDED]
 
 
 def _small(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -120,13 +127,8 @@ def _judged(
     runs: Sequence[RunData], against: str, rule: str, groups: Mapping[str, Sequence[str]]
 ) -> list[Verdict]:
     """Returns the verdicts on groups of hospitals, whatever their roles are under a method."""
-    # The titles of `judge` are not used, because they mean other hospitals if roles differ.
-    own = {f"group {title}": names for title, names in groups.items()}
-    return [
-        v._replace(hospital=v.hospital.removeprefix("group "))
-        for v in judge(runs, against, rule, groups=own)
-        if v.metric in METRICS and v.hospital in own
-    ]
+    verdicts = judge(runs, against, rule, groups=groups)
+    return [v for v in verdicts if v.metric in METRICS and v.hospital in groups]
 
 
 def _numbers(gain: Gain) -> JsonObject:
@@ -138,11 +140,7 @@ def _gains_of(
 ) -> list[JsonObject]:
     """Returns the gains on one data set: of all groups as run, of small hospitals by each rule."""
     rows = []
-    # Under the guard, another alternative than staying alone does not deploy by the same rule.
-    rules = RULES if against == ALONE else [r for r in RULES if r != GUARDED]
-    if any(run.dice for run in runs):
-        rules = [AS_RUN]  # of masks, runs keep the Dice of one model
-    for rule in rules:
+    for rule in _rules(runs, against):
         wanted = {**groups, **_small(groups)} if rule == AS_RUN else _small(groups)
         for v in _judged(runs, against, rule, wanted):
             row = {"data": v.place, "method": v.method, "rule": rule, "metric": v.metric}
@@ -166,12 +164,18 @@ def _tuned(folder: Path) -> list[JsonObject]:
             trials.setdefault((row["data"], row["method"]), []).append(row)
     found = []
     for (data, method), rows in trials.items():
-        chosen = [row for row in rows if row["chosen"] == "1"]
-        if chosen:
-            scores = [float(row["validation"]) for row in rows if row["diverged"] != "1"]
-            own = {"data": data, "method": method, "settings": chosen[0]["settings"]}
-            own["validation"] = [round(score, 5) for score in sorted(scores, reverse=True)]
-            found.append(own | {"edges": _edges(chosen[0]["settings"], rows)})
+        chosen = next((row["settings"] for row in rows if row["chosen"] == "1"), None)
+        if chosen is not None:
+            scores = sorted(float(r["validation"]) for r in rows if r["diverged"] != "1")[::-1]
+            found.append(
+                {
+                    "data": data,
+                    "method": method,
+                    "settings": chosen,
+                    "validation": [round(score, 5) for score in scores],
+                    "edges": _edges(chosen, rows),
+                }
+            )
     return found
 
 
@@ -180,9 +184,9 @@ def _edges(chosen: str, trials: Sequence[Mapping[str, str]]) -> list[str]:
     edges = []
     for name, value in _read(chosen).items():
         tried = {_read(row["settings"]).get(name) for row in trials}
-        if len(tried) > 2 and all(isinstance(v, float) for v in tried):
-            if value in (min(tried), max(tried)):
-                edges.append(name)
+        numeric = all(isinstance(v, float) for v in tried)
+        if numeric and len(tried) > 2 and value in (min(tried), max(tried)):
+            edges.append(name)
     return edges
 
 
@@ -249,3 +253,13 @@ def as_lines(found: JsonObject) -> str:
         lines = ",\n  ".join(map(json.dumps, rows))
         parts.append(f' "{name}": [\n  {lines}\n ]')
     return ",\n".join(parts) + "\n}\n"
+
+
+def told(row: JsonObject) -> tuple[bool, bool]:
+    """Returns whether the interval of a row tells a loss, and whether it tells a gain."""
+    return row["high"] < 0, row["low"] > 0
+
+
+def head(group: str, counts: Mapping[str, int]) -> str:
+    """Returns the title of a group with the number of its hospitals, if it is of one size."""
+    return f"{group} ({counts[group]})" if group in counts else group

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.results.collect import GLOBAL, METRICS, SMALL
-from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN
+from benchmarks.results.collect import METRICS, SMALL, head, told
+from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, GLOBAL
 from fedhelp_jax.typing import JsonObject
 
 if TYPE_CHECKING:
@@ -52,21 +52,22 @@ def _figure(found: JsonObject, data: str) -> str:
             own = {method: cells.get((method, AS_RUN, group)) for method in methods}
             _panel(panel, own)
             _beyond(panel, own)
-            title = f"{group} ({counts[group]})" if group in counts else group
             theirs = [f"{row['theirs']:.3f}" for row in own.values() if row]
-            panel.set_title(f"{title}\n{over}: {theirs[0] if theirs else '-'}", fontsize=8)
+            panel.set_title(
+                f"{head(group, counts)}\n{over}: {theirs[0] if theirs else '-'}", fontsize=8
+            )
         broadcast = _broadcast(panels[-1], methods, cells)
         panels[0].set_yticks(range(len(methods)), methods)
         label = f"gain over {over} in {METRICS[metric]}, with 95 % intervals; blue if 0 is outside"
         label += "; red: if the broadcast network is deployed" * broadcast
         canvas.supxlabel(label, fontsize=8)
         svg = io.StringIO()
-        about = {"Date": None, "Description": fingerprint(found)}
+        about = {"Date": None, "Description": _fingerprint(found)}
         canvas.savefig(svg, format="svg", metadata=about)
     return "\n".join(line.rstrip() for line in svg.getvalue().splitlines()) + "\n"
 
 
-def fingerprint(found: JsonObject) -> str:
+def _fingerprint(found: JsonObject) -> str:
     """Returns what a figure says about the summary and the code that it was drawn from."""
     text = json.dumps(found, sort_keys=True) + Path(__file__).read_text()
     return hashlib.sha256(text.encode()).hexdigest()
@@ -75,12 +76,12 @@ def fingerprint(found: JsonObject) -> str:
 def _panel(panel: "Axes", gains: Mapping[str, JsonObject | None]) -> None:
     """Draws each method's gain and interval, in colour if the interval is without 0."""
     panel.axvline(0, color="black", linewidth=0.6)
-    for place, row in enumerate(gains.values()):
-        if row is not None:
-            told = row["low"] > 0 or row["high"] < 0
-            color = _TOLD if told else _UNCLEAR
-            panel.plot([row["low"], row["high"]], [place, place], color=color, linewidth=1.2)
-            panel.plot(row["value"], place, "o", color=color, markersize=3.5)
+    known = [(place, row) for place, row in enumerate(gains.values()) if row is not None]
+    places, rows = [place for place, _ in known], [row for _, row in known]
+    colors = [_TOLD if any(told(row)) else _UNCLEAR for row in rows]
+    ends = ([row[end] for row in rows] for end in ("low", "high"))
+    panel.hlines(places, *ends, colors=colors, linewidth=1.2)
+    panel.scatter([row["value"] for row in rows], places, c=colors, s=12, zorder=3)
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_axisbelow(True)
     panel.grid(axis="y", color="#eeeeee", linewidth=0.6)
@@ -116,10 +117,12 @@ def _broadcast(
     panel: "Axes", methods: Sequence[str], cells: Mapping[tuple[str, str, str], JsonObject]
 ) -> bool:
     """Adds the gains with the broadcast network, and returns whether any of them differ."""
-    found = False
+    found = []
     for place, method in enumerate(methods):
         own, other = (cells.get((method, rule, SMALL)) for rule in (AS_RUN, GLOBAL))
         if own and other and own["value"] != other["value"]:
-            found = True
-            panel.plot(other["value"], place, "d", color=_BROADCAST, markersize=4, fillstyle="none")
-    return found
+            found.append((other["value"], place))
+    if found:
+        places = zip(*found, strict=True)
+        panel.scatter(*places, s=16, marker="d", c="none", edgecolors=_BROADCAST, zorder=3)
+    return bool(found)

@@ -9,7 +9,6 @@ from benchmarks.results.tables import guard_record, tables
 from fedhelp_jax.typing import JsonObject
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-GUARD = "guard.md"
 
 
 def generated(folder: Path = RESULTS) -> dict[str, str]:
@@ -20,7 +19,7 @@ def generated(folder: Path = RESULTS) -> dict[str, str]:
         figures = drawn(found)
         files[f"{name}.md"] = _page(name, found, list(figures))
         files |= {figure_name(name, data): svg for data, svg in figures.items()}
-    return files | {GUARD: f"# The guard's record\n\n{guard_record(summaries)}\n"}
+    return files | {"guard.md": f"# The guard's record\n\n{guard_record(summaries)}\n"}
 
 
 def figure_name(study: str, data: str) -> str:

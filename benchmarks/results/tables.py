@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.results.collect import GLOBAL, METRICS, OURS, SMALL
+from benchmarks.results.collect import METRICS, OURS, SMALL, head, told
 from fedhelp_jax.report.comparison import POOLS_DATA
 from fedhelp_jax.report.statistics import holm
-from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, BEST, GUARDED
+from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, BEST, GLOBAL, GUARDED
 from fedhelp_jax.typing import JsonObject
 
 # The rules that the guard's record compares.
@@ -62,7 +62,7 @@ def _gains(
     guard = f" (`{GUARDED}`: or none)" if GUARDED in rules else ""
     parts = [
         f"Gain over {over} in {about}, {seeds} seeds, by role and training images:",
-        _table(["method", *(_head(g, counts) for g in groups)], [alternative, *by_size]),
+        _table(["method", *(head(g, counts) for g in groups)], [alternative, *by_size]),
     ]
     if len(rules) == 1:
         return parts
@@ -98,8 +98,8 @@ def _contest(rows: Sequence[JsonObject], data: str) -> list[str]:
 def _tested(row: JsonObject | None, p: float) -> str:
     if row is None:
         return "-"
-    told = f"p {p:.2g}" if p >= 1e-4 else "p < 0.0001"
-    text = f"{_interval(row)} {told}" if p < 1 else _interval(row)
+    value = f"p {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+    text = f"{_interval(row)} {value}" if p < 1 else _interval(row)
     return f"**{text}**" if p < 0.05 else text
 
 
@@ -143,10 +143,6 @@ def _courses(rows: Sequence[JsonObject], data: str) -> list[str]:
     return parts
 
 
-def _head(group: str, counts: Mapping[str, int]) -> str:
-    return f"{group} ({counts[group]})" if group in counts else group
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -154,7 +150,7 @@ def _number(value: float | None) -> str:
 def _gain(row: JsonObject | None) -> str:
     if row is None:
         return "-"
-    return f"**{_interval(row)}**" if any(_told(row)) else _interval(row)
+    return f"**{_interval(row)}**" if any(told(row)) else _interval(row)
 
 
 def _interval(row: JsonObject) -> str:
@@ -188,13 +184,8 @@ def guard_record(summaries: Mapping[str, JsonObject]) -> str:
             cells = [study, data, METRICS[metric], str(len(by_rule[GUARDED]))]
             for rows in by_rule.values():
                 gains = [row["value"] for row in rows]
-                losing, gaining = (sum(signed) for signed in zip(*map(_told, rows), strict=True))
+                losing, gaining = (sum(signed) for signed in zip(*map(told, rows), strict=True))
                 cells.append(f"{np.mean(gains):+.3f}, {min(gains):+.3f}, {losing}, {gaining}")
             lines.append(cells)
     heads = [f"`{rule}`: mean, worst, losing, gaining" for rule in _JUDGED]
     return _table(["study", "data", "metric", "methods", *heads], lines)
-
-
-def _told(row: JsonObject) -> tuple[bool, bool]:
-    """Returns whether a loss can be told, and whether a gain can."""
-    return row["high"] < 0, row["low"] > 0

@@ -16,7 +16,7 @@ from fedhelp_jax.report.verdict.influence import (
     balanced_accuracy,
     of_answers,
 )
-from fedhelp_jax.report.verdict.rules import BEST, INTERPOLATED
+from fedhelp_jax.report.verdict.rules import BEST, GLOBAL, INTERPOLATED, OWN
 
 OWN_THRESHOLD = "balanced_accuracy_at_own_threshold"
 PRECISION = "average_precision_of_rare_classes"
@@ -80,10 +80,10 @@ def deployed_model(hospital: Hospital, rule: str, metric: str) -> str:
         known = {model: value for model, value in scores.items() if np.isfinite(value)}
         best = max(known, key=lambda model: known[model], default=hospital.deployed)
         return hospital.deployed if known.get(hospital.deployed) == known.get(best) else best
-    if rule == "global" and "global" in hospital.test:
-        return "global"
-    if rule == "own":
-        return next((name for name in hospital.test if name != "global"), hospital.deployed)
+    if rule == GLOBAL and GLOBAL in hospital.test:
+        return GLOBAL
+    if rule == OWN:
+        return next((name for name in hospital.test if name != GLOBAL), hospital.deployed)
     return hospital.deployed
 
 

@@ -100,7 +100,7 @@ def judge(
         run did if the rule is "guarded".
       metric: The only metric to judge by; None takes all.
       groups: Names of hospitals by the title of a group, which gets a verdict too. All hospitals of
-        a group have the same role.
+        a group have the same role. A group with a title of `ALL` takes the place of that mean.
 
     Raises:
       UserError: If the rule chooses among models, but a run is about masks.
@@ -207,11 +207,8 @@ def _of_method(
         for title, role in titles.items():
             found = []
             for pair in pairs:
-                named = [
-                    n
-                    for n, r in pair.roles.items()
-                    if title in (n, ALL[r]) or n in groups.get(title, ())
-                ]
+                of_role = [n for n, r in pair.roles.items() if title in (n, ALL[r])]
+                named = [n for n in pair.roles if n in groups.get(title, of_role)]
                 differences = _differences(pair, metric, named)
                 if differences:
                     found.append((pair, differences))

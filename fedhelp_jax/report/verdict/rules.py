@@ -6,5 +6,6 @@ ALONE = "local"
 # What a hospital may deploy after a federation: what its run deployed, the network that it trained
 # itself, the broadcast one, the better of these on its validation images, the best of these and of
 # the models between them (``interpolate``), or none if its validation images say so.
-AS_RUN, BEST, INTERPOLATED, GUARDED = "as_run", "best_on_validation", "interpolated", "guarded"
-RULES = (AS_RUN, "own", "global", BEST, INTERPOLATED, GUARDED)
+AS_RUN, OWN, GLOBAL = "as_run", "own", "global"
+BEST, INTERPOLATED, GUARDED = "best_on_validation", "interpolated", "guarded"
+RULES = (AS_RUN, OWN, GLOBAL, BEST, INTERPOLATED, GUARDED)

@@ -98,7 +98,7 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict], against: str, rule: 
             "role": v.role,
             "seeds": v.gain.seeds,
             "test_images": v.gain.examples,
-            "fewest_of_a_class": "" if v.metric == "dice" else v.fewest,
+            "fewest_of_a_class": _fewest(v),
             "value": v.ours,
             "value_against": v.theirs,
             "gain": v.gain.value,
@@ -134,7 +134,8 @@ def _notes(verdicts: Sequence[Verdict]) -> list[str]:
             f"If nobody gained or lost, about {by_chance:.0f} of these {len(hospitals)} verdicts "
             "on single hospitals would say otherwise by chance."
         )
-    few = {v.hospital: v.fewest for v in hospitals if v.fewest < _FEW and v.metric != "dice"}
+    counts = {v.hospital: _fewest(v) for v in hospitals}
+    few = {name: count for name, count in counts.items() if count is not None and count < _FEW}
     if few:
         named = ", ".join(f"{name} ({count})" for name, count in list(few.items())[:3])
         more = f" and {len(few) - 3} more" if len(few) > 3 else ""
@@ -143,6 +144,11 @@ def _notes(verdicts: Sequence[Verdict]) -> list[str]:
             f"{named}{more}. Look at such hospitals with care."
         )
     return notes
+
+
+def _fewest(verdict: Verdict) -> int | None:
+    """Returns how many test images the smallest class has; None for masks."""
+    return None if verdict.metric == "dice" else verdict.fewest
 
 
 def _rounded(count: float) -> int:
