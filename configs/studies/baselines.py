@@ -10,13 +10,13 @@ foundation model's answers about private images take part if it runs at the hosp
 FedProto and FedGH are refused, because U-Nets of two sizes have heads of two widths, and so are the
 pixel probe and `local_priors`, which are for classification; the table then shows the others.
 
-Four trials per method, on validation images, choose its learning rate and, if it has one, the
-weight of what it adds to FedAvg or local training. A method without such a weight gets four rates
-instead of two; FedNCM has nothing to tune. Then every method runs five times. FedAvg and FedHelp
+Six trials per method, on validation images, choose its learning rate and, if it has one, the
+weight of what it adds to FedAvg or local training. A method without such a weight gets six rates
+instead of three; FedNCM has nothing to tune. Then every method runs five times. FedAvg and FedHelp
 are also tuned and run with `local_priors`, and FedHelp with both `local_priors` and nothing public.
-That makes 200 to 230 runs per data set: with deep networks, they take hours on an accelerator and
+That makes 242 to 280 runs per data set: with deep networks, they take hours on an accelerator and
 days on two cores. `fed_isic2019.py:two_layers` and `pneumonia.py:sixteen` take two to three hours
-on two cores, and `miniature.py` minutes. The results are in docs/results.md.
+on two cores; the study `miniature.py` takes minutes. The results are in docs/results.md.
 """
 
 from pathlib import Path
@@ -27,11 +27,11 @@ from fedhelp_jax.experiments.study import Study
 from fedhelp_jax.teachers.resolve import teacher
 
 _CONFIGS = Path(__file__).parents[1]
-_RATES = {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)}
-_SGD_RATES = {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1)}
-_TWO_RATES = {"learning_rate": (3e-3, 1e-2)}
-_FEDHELP = {**_TWO_RATES, "algorithm.lambda_f": (0.5, 1.0)}
-_L2 = {"algorithm.l2": (1e-3, 1e-2, 1e-1, 1.0)}
+_RATES = {"learning_rate": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+_SGD_RATES = {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
+_THREE_RATES = {"learning_rate": (1e-3, 3e-3, 1e-2)}
+_FEDHELP = {**_THREE_RATES, "algorithm.lambda_f": (0.5, 1.0)}
+_L2 = {"algorithm.l2": (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)}
 _GRIDS = {
     "scaffold": _SGD_RATES,
     "per_fedavg": _SGD_RATES,
@@ -39,14 +39,14 @@ _GRIDS = {
     "foundation_probe": _L2,
     "fedncm": {},
     "fedpft": _L2,
-    "pfedme": {"learning_rate": (1e-2, 1e-1), "algorithm.lam": (1.0, 15.0)},
+    "pfedme": {"learning_rate": (1e-2, 1e-1, 1.0), "algorithm.lam": (1.0, 15.0)},
     "fedhelp": _FEDHELP,
     "fedhelp_priors": _FEDHELP,
     "fedhelp_priors_nothing_public": _FEDHELP,
-    "fedprox": {**_TWO_RATES, "algorithm.mu": (0.01, 0.1)},
-    "ditto": {**_TWO_RATES, "algorithm.lam": (0.1, 1.0)},
-    "fedproto": {**_TWO_RATES, "algorithm.lam": (0.1, 1.0)},
-    "fml": {**_TWO_RATES, "algorithm.alpha": (0.5, 0.9)},
+    "fedprox": {**_THREE_RATES, "algorithm.mu": (0.01, 0.1)},
+    "ditto": {**_THREE_RATES, "algorithm.lam": (0.1, 1.0)},
+    "fedproto": {**_THREE_RATES, "algorithm.lam": (0.1, 1.0)},
+    "fml": {**_THREE_RATES, "algorithm.alpha": (0.5, 0.9)},
 }
 _PRIORS = {"algorithm.local_priors": True}
 _FEDHELP_PRIORS = {"algorithm.name": "fedhelp", **_PRIORS}
@@ -68,5 +68,5 @@ def get_study(config: str = "quickstart.py") -> Study:
         methods=methods,
         seeds=range(5),
         grids={name: _GRIDS.get(name, _RATES) for name in methods},
-        trials=4,
+        trials=6,
     )
