@@ -18,7 +18,7 @@ from fedhelp_jax.experiments import result
 from fedhelp_jax.experiments import runner as experiments_runner
 from fedhelp_jax.experiments.config import default_config, to_dict, validate
 from fedhelp_jax.experiments.config_files import read_settings
-from fedhelp_jax.experiments.runner import Interrupted
+from fedhelp_jax.experiments.stopping import Interrupted
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

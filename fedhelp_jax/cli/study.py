@@ -47,7 +47,7 @@ def _with_study(given: Given, do: Callable[["Study", Path], None]) -> int:
     from fedhelp_jax.experiments.study import first_config, stopped_run
 
     prepare_jax(first_config(study), stopped_run(folder))
-    from fedhelp_jax.experiments import runner
+    from fedhelp_jax.experiments.stopping import Interrupted
     from fedhelp_jax.experiments.study import Failed
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
@@ -57,7 +57,7 @@ def _with_study(given: Given, do: Callable[["Study", Path], None]) -> int:
         if not any(isinstance(error, AnswersMissing) for _, error in failed.failures):
             raise
         raise teach_first(failed, f"--study={given['study']}") from None
-    except runner.Interrupted as stop:
+    except Interrupted as stop:
         complain(str(stop))
         return 130
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ def _train(given: Given) -> int:
     config = prepare_jax(config, None if overwrite else folder)
     from fedhelp_jax.core import distributed
     from fedhelp_jax.experiments import result
-    from fedhelp_jax.experiments.runner import Interrupted
+    from fedhelp_jax.experiments.stopping import Interrupted
     from fedhelp_jax.teachers.resolve import AnswersMissing
 
     with distributed.joined(address(given), complain):
@@ -43,9 +43,10 @@ def _train(given: Given) -> int:
 
 def _evaluate(given: Given) -> int:
     from fedhelp_jax.experiments.config_files import load_run
+    from fedhelp_jax.report import run_files
 
     folder = Path(given["workdir"])
-    config = load_run(folder / "config.json", given.rest)
+    config = load_run(folder / run_files.CONFIG, given.rest)
     prepare_jax(config)
     from fedhelp_jax.core import distributed
     from fedhelp_jax.experiments import runner

@@ -8,6 +8,7 @@ from fedhelp_jax.core.errors import UserError, suggest
 from fedhelp_jax.core.storage import StorageError
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.report import run_files
 from fedhelp_jax.report.page.build import write_report
 from fedhelp_jax.report.run_data import find_runs, read_runs
 from fedhelp_jax.report.tables import print_grid
@@ -105,7 +106,7 @@ def report_at_the_end(folder: Path) -> Path | None:
 def _changed(folder: Path) -> list[tuple[str, str, str]]:
     """Returns (key, value, default) of each setting of a run that is not the default."""
     try:
-        config = configs.load(folder / "config.json")
+        config = configs.load(folder / run_files.CONFIG)
     except UserError:
         return []
     ours, theirs = (dict(configs.flat(configs.to_dict(c))) for c in (config, _default(config)))

@@ -82,7 +82,7 @@ def load_run(folder: str | Path) -> "Result":
     """
     folder = Path(folder)
     summary = run_files.read_summary(folder)
-    return Result(folder, configs.load(folder / runner.CONFIG), summary)
+    return Result(folder, configs.load(folder / run_files.CONFIG), summary)
 
 
 class Table(dict[str, list[Any]]):
@@ -116,14 +116,14 @@ class Result:
     @property
     def history(self) -> Table:
         """The losses and metrics by round; metrics are None in rounds without an evaluation."""
-        rows = run_files.read_metrics(self.folder / runner.METRICS)
+        rows = run_files.read_metrics(self.folder / run_files.METRICS)
         names = dict.fromkeys(name for row in rows for name in row)
         return Table({name: [row.get(name) for row in rows] for name in names})
 
     @property
     def clients(self) -> Table:
         """The content of ``clients.csv``: the metrics of each client by model and split."""
-        with (self.folder / runner.CLIENTS).open(encoding="utf-8", newline="") as file:
+        with (self.folder / run_files.CLIENTS).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         columns = Table({name: [row[name] for row in rows] for name in run_files.CLIENT_COLUMNS})
         columns["value"] = [float(value) if value else None for value in columns["value"]]

@@ -9,19 +9,14 @@ import contextlib
 import json
 import logging
 import shutil
-import signal
-import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedhelp_jax.algorithms import ALGORITHMS
 from fedhelp_jax.core import distributed
 from fedhelp_jax.core.compilation import compile_totals, jit
 from fedhelp_jax.core.errors import UserError
@@ -30,6 +25,7 @@ from fedhelp_jax.data.bad_examples import QUARANTINE
 from fedhelp_jax.data.federation import ClientData, Group, Pool, normalize_images
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments import identity
+from fedhelp_jax.experiments.agreement import check_same_sources, check_together
 from fedhelp_jax.experiments.checkpoint import Checkpointer
 from fedhelp_jax.experiments.config import RunConfig
 from fedhelp_jax.experiments.experiment import (
@@ -39,46 +35,30 @@ from fedhelp_jax.experiments.experiment import (
     fitted,
     rounds_at_once,
 )
+from fedhelp_jax.experiments.final_results import TRAFFIC, write_results
 from fedhelp_jax.experiments.plan import payload_line, plan_lines
+from fedhelp_jax.experiments.stopping import Interrupted, StopRequest
 from fedhelp_jax.experiments.tracking import Tracking
-from fedhelp_jax.models.model import Model, Variables, apply_model, multiplied_in
-from fedhelp_jax.report import predictions, run_files
+from fedhelp_jax.models.model import Model, Variables, apply_model
+from fedhelp_jax.report import run_files
 from fedhelp_jax.report.client_distribution import SHARES, write_left_out, write_shares
 from fedhelp_jax.report.console import Progress
 from fedhelp_jax.report.dice import DICE
-from fedhelp_jax.report.masks import PICTURES, final_masks, merged
+from fedhelp_jax.report.masks import PICTURES
 from fedhelp_jax.report.page import files as page
 from fedhelp_jax.report.predictions import PREDICTIONS
-from fedhelp_jax.report.summary import (
-    client_rows,
-    group_summary,
-    headline,
-    per_client,
-    versions,
-)
+from fedhelp_jax.report.run_files import CLIENTS, CONFIG, METRICS, SUMMARY
+from fedhelp_jax.report.summary import group_summary, headline
 from fedhelp_jax.simulation.divergence import Diverged, Divergence
-from fedhelp_jax.simulation.recheck import recheck
 from fedhelp_jax.simulation.round import RoundInfo, RunState
 from fedhelp_jax.typing import JsonObject, Record
 
 _log = logging.getLogger(__name__)
 
-CONFIG, METRICS, CLIENTS, _SUMMARY = (
-    "config.json",
-    "metrics.jsonl",
-    "clients.csv",
-    "summary.json",
-)
 # Called after a round with ``(round, metrics, state)``; the run ends early if it returns True.
 Callback = Callable[[int, Record, RunState], bool | None]
 
 _CHECKPOINTS = "checkpoints"
-# Bytes that a client sends and receives; a method may report them under these keys of its info.
-_TRAFFIC = ("bytes_up", "bytes_down")
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
 
 
 def train(
@@ -110,7 +90,7 @@ def train(
         results. Repeating the command on the folder raises it again.
       Interrupted: After SIGINT or SIGTERM, once the state is saved.
     """
-    _check_together(config, workdir)
+    check_together(config, workdir)
     with folder_lock(workdir):
         return _train(config, workdir, overwrite, split, callbacks, tells_plan)
 
@@ -134,7 +114,7 @@ def _train(
         return build_experiment(identity.as_started(config, workdir))
 
     experiment = distributed.run_on_all(prepare)
-    _check_same_sources(experiment)
+    check_same_sources(experiment)
     experiment = fitted(experiment)
     checkpointer = Checkpointer(workdir / _CHECKPOINTS)
     try:
@@ -158,13 +138,13 @@ def _train(
         if distributed.is_coordinator() and trains:
             shown = Progress(config.rounds, first_round=done, metric=experiment.task.headline)
         nothing = contextlib.nullcontext()
-        with _StopRequest() as stop, shown or nothing, tracking if trains else nothing:
+        with StopRequest() as stop, shown or nothing, tracking if trains else nothing:
             start = done
             experiment = _compiled(experiment, done, trains, shown, tells_plan)
             at = experiment, checkpointer, workdir, state, done
             done, state = _run_rounds(*at, stop, health, callbacks, shown, tracking)
         before = experiment.compile_s if done == start else 0.0  # else it is in the first round
-        summary = _finish(experiment, workdir, state, done, split, health, compile_s=before)
+        summary = write_results(experiment, workdir, state, done, split, health, compile_s=before)
         if _must_stop(experiment.config, health):
             raise Diverged(health.message(done, workdir), summary)
         if distributed.any_process(stop.requested):
@@ -190,7 +170,7 @@ def evaluate(workdir: Path, config: RunConfig | None = None) -> JsonObject:
       Diverged: See `train`.
     """
     found: RunConfig = config or distributed.run_on_all(lambda: configs.load(workdir / CONFIG))
-    _check_together(found, workdir)
+    check_together(found, workdir)
     with folder_lock(workdir):
         return _evaluate(found, workdir)
 
@@ -217,10 +197,10 @@ def _evaluate(config: RunConfig, workdir: Path) -> JsonObject:
         )
     experiment = compiled_ahead(experiment, training=False)
     # A run that was evaluated on validation images must not be evaluated on test images later.
-    before = run_files.read_summary(workdir) if (workdir / _SUMMARY).exists() else {}
+    before = run_files.read_summary(workdir) if (workdir / SUMMARY).exists() else {}
     split = before.get("split", "test")
     at = experiment, workdir, state, done, split, health
-    summary = _finish(*at, compile_s=experiment.compile_s, trained_by=meta["program"])
+    summary = write_results(*at, compile_s=experiment.compile_s, trained_by=meta["program"])
     if _must_stop(config, health):
         raise Diverged(health.message(done, workdir), summary)
     return summary
@@ -268,7 +248,7 @@ def _run_rounds(
     workdir: Path,
     state: RunState,
     done: int,
-    stop: "_StopRequest",
+    stop: StopRequest,
     health: Divergence,
     callbacks: Sequence[Callback],
     shown: Progress | None,
@@ -345,15 +325,10 @@ def _compiled(
 
 def _health(experiment: Experiment, workdir: Path, done: int) -> Divergence:
     """Returns the `Divergence` of a run, restored as it was after ``done`` rounds."""
-    rows = _rows(workdir, done) if distributed.is_coordinator() else []
+    rows = run_files.read_metrics(workdir / METRICS, done) if distributed.is_coordinator() else []
     before = distributed.all_gather_text(json.dumps(rows[-1].get("diverged") if rows else None))[0]
     names = {group.role: group.names for group in experiment.simulation.groups}
     return Divergence(names, json.loads(before), warns=distributed.is_coordinator())
-
-
-def _rows(workdir: Path, done: int) -> list[JsonObject]:
-    """Returns the rows of the first rounds; a killed run may have written more than it saved."""
-    return [row for row in run_files.read_metrics(workdir / METRICS) if row["round"] <= done]
 
 
 def _must_stop(config: RunConfig, health: Divergence) -> bool:
@@ -366,114 +341,13 @@ def _next_stop(config: RunConfig, done: int) -> int:
     return min(config.rounds, done + rounds_at_once(config), *((done // n + 1) * n for n in every))
 
 
-def _finish(
-    experiment: Experiment,
-    workdir: Path,
-    state: RunState,
-    done: int,
-    split: str,
-    health: Divergence,
-    *,
-    compile_s: float,
-    trained_by: Record | None = None,
-) -> JsonObject:
-    """Evaluates the final state and writes the results.
-
-    ``compile_s`` is what was compiled ahead and is not in any round's.
-    """
-    started, compiled = time.perf_counter() - compile_s, compile_totals().seconds - compile_s
-    simulation, config = experiment.simulation, experiment.config
-    results, logits = {}, {}
-    for name in dict.fromkeys(("validation", split)):
-        results[name], logits[name] = simulation.evaluate_examples(state, name)
-    measured = results[split]
-    half = config.model.compute_dtype == "bfloat16"
-    for name, found in results.items():
-        health.measured(f"round {done}, {name}", found)
-    recheck(
-        simulation.phases,
-        simulation.groups,
-        simulation.federation.public,
-        state,
-        experiment.dataset,
-        split,
-        measured,
-        bfloat16=half,
-    )
-    if experiment.task.predict is not None and split == "test":
-        folder = workdir if distributed.is_coordinator() else None
-        found = final_masks(simulation, state, experiment.dataset, folder, config.algorithm.name)
-        results["test"] = measured = merged(measured, found)
-    if not distributed.is_coordinator():
-        return {}
-    names = {group.role: group.names for group in simulation.groups}
-    run_files.write_csv(workdir / CLIENTS, run_files.CLIENT_COLUMNS, client_rows(names, results))
-    if experiment.task.keeps_logits:
-        labels, classes = experiment.dataset.labels, experiment.dataset.label_names
-        found = predictions.of_run(simulation.groups, labels, logits)
-        predictions.write_predictions(workdir / PREDICTIONS, found, classes)
-    rows = _rows(workdir, done)
-    metric = experiment.task.headline
-    sizes = {
-        g.role: tuple(np.asarray(table.size).tolist() for table in (g.train, g.test))
-        for g in simulation.groups
-    }
-    public, answers = experiment.public, experiment.answers
-    summary = {
-        "algorithm": config.algorithm.name,
-        "dataset": experiment.dataset.name,
-        "synthetic": experiment.dataset.synthetic,
-        "public": None if public is None else public.name,
-        "left_out": {
-            "private": len(experiment.dataset.left_out),
-            "public": 0 if public is None else len(public.left_out),
-        },
-        "teacher": None if answers is None else answers.fingerprint,
-        "teacher_agreement": (None if answers is None or public is None else answers.top_1(public)),
-        "teacher_queries": 0 if answers is None or public is None else len(set(public.sha256)),
-        "seed": config.seed,
-        "rounds": config.rounds,
-        "metric": metric,
-        "split": split,
-        **group_summary(health.scores(headline(measured, metric))),
-        "stopped_after": done if done < config.rounds else None,
-        "diverged": {role: len(clients) for role, clients in health.clients.items()},
-        "quarantined": {
-            role: sum(row.get("quarantined", {}).get(role, 0) for row in rows) for role in names
-        },
-        "evaluated": {role: list(models) for role, models in measured.items()},
-        "global": group_summary(
-            health.scores(
-                {
-                    role: models["global"][metric]
-                    for role, models in measured.items()
-                    if "global" in models
-                }
-            )
-        ),
-        "per_client": per_client(names, sizes, measured, health.clients),
-        **{f"{way}_per_round": round(np.mean([row[way] for row in rows])) for way in _TRAFFIC},
-        "program": trained_by or identity.program(experiment),
-        "measured_by": identity.program(experiment),
-        "multiplied_in": multiplied_in(
-            config.model.compute_dtype, config.model.precision, simulation.mapping.platform
-        ),
-        "compile_s": sum(row["compile_s"] for row in rows) + compile_totals().seconds - compiled,
-        "wall_s": sum(row["wall_s"] for row in rows) + time.perf_counter() - started,
-        "versions": versions(),
-    }
-    summary = run_files.plain(summary)
-    run_files.write_json(workdir / _SUMMARY, summary)
-    return summary
-
-
 def _round_losses(experiment: Experiment, info: RoundInfo) -> JsonObject:
     """Returns a round's mean loss over all participants, and the mean of each value by role."""
     details, losses = {}, []
     for group in experiment.simulation.groups:
         took_part = np.asarray(info.participants[group.role]) < len(group.names)
         report = {
-            name: np.asarray(v) for name, v in info.info[group.role].items() if name not in _TRAFFIC
+            name: np.asarray(v) for name, v in info.info[group.role].items() if name not in TRAFFIC
         }
         details[group.role] = {name: float(v[took_part].mean()) for name, v in report.items()}
         losses.extend(report["loss"][took_part].tolist())
@@ -487,10 +361,10 @@ def _traffic(
 
     A method whose traffic changes by round reports it; for others, ``payload`` gives it.
     """
-    total: dict[str, int] = {way: 0 for way in _TRAFFIC}
+    total: dict[str, int] = {way: 0 for way in TRAFFIC}
     for group in experiment.simulation.groups:
         took_part = np.asarray(info.participants[group.role]) < len(group.names)
-        for way, static in zip(_TRAFFIC, payload[group.role], strict=True):
+        for way, static in zip(TRAFFIC, payload[group.role], strict=True):
             said = info.info[group.role].get(way)
             each = np.full(len(took_part), static) if said is None else np.asarray(said)
             total[way] += int(each[took_part].sum())
@@ -514,61 +388,6 @@ def _restore(
     return done, simulation.put(state), meta
 
 
-def _check_together(config: RunConfig, workdir: Path) -> None:
-    """Checks that all processes have the same settings and share one folder.
-
-    Raises:
-      UserError: If they do not.
-    """
-    if jax.process_count() == 1:
-        return
-    if ALGORITHMS[config.algorithm.name].pools_data:
-        raise distributed.Agreed(
-            f"algorithm.name: {config.algorithm.name} needs all clients' data in one place, so "
-            "cannot be --distributed"
-        )
-
-    # The location of data may differ between hosts.
-    ours = {**identity.identity(config), "mapping": configs.to_dict(config)["mapping"]}
-
-    def differences(theirs: str) -> str:
-        return "; ".join(identity.changes(json.loads(theirs), ours))
-
-    distributed.check_same("settings", json.dumps(ours, sort_keys=True), differences)
-    probe = workdir / f".shared.{distributed.all_gather_text(uuid.uuid4().hex)[0]}"
-    if distributed.is_coordinator():
-        probe.touch()
-    distributed.all_gather_text("written")
-
-    def look() -> None:
-        if not probe.exists():
-            raise UserError(
-                f"--workdir={workdir}: is not the folder that process 0 sees under that name; all "
-                "processes must share it"
-            )
-
-    try:
-        distributed.run_on_all(look)
-    finally:
-        if distributed.is_coordinator():
-            probe.unlink()
-
-
-def _check_same_sources(experiment: Experiment) -> None:
-    """Checks that all processes have read the same data.
-
-    Raises:
-      UserError: If they have not.
-    """
-    ours = identity.provenance(experiment)["sources"]
-    shas = {name: source["sha256"] for name, source in ours.items()}
-
-    def differences(theirs: str) -> str:
-        return "; ".join(identity.changes(json.loads(theirs), shas))
-
-    distributed.check_same("what is read", json.dumps(shas), differences)
-
-
 def _check_same_config(config: RunConfig, workdir: Path) -> None:
     path = workdir / CONFIG
     if path.exists():
@@ -576,33 +395,8 @@ def _check_same_config(config: RunConfig, workdir: Path) -> None:
 
 
 def _remove_run(workdir: Path) -> None:
-    own = CONFIG, identity.PROVENANCE, METRICS, CLIENTS, PREDICTIONS, DICE, _SUMMARY, QUARANTINE
+    own = CONFIG, identity.PROVENANCE, METRICS, CLIENTS, PREDICTIONS, DICE, SUMMARY, QUARANTINE
     for name in (*own, *SHARES, page.PAGE):
         (workdir / name).unlink(missing_ok=True)
     for name in (_CHECKPOINTS, PICTURES, page.FOLDER, "tensorboard"):
         shutil.rmtree(workdir / name, ignore_errors=True)
-
-
-class _StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the round; the next kills."""
-
-    _signals = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self):
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._ask) for s in self._signals}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        del frame
-        self.requested = True
-        signal.signal(number, self._before[number])
-        _log.warning("stopping after this round; once more to stop at once, without saving")

@@ -30,6 +30,7 @@ from fedhelp_jax.core.terminal import tell
 from fedhelp_jax.experiments import config as configs
 from fedhelp_jax.experiments import identity, runner
 from fedhelp_jax.experiments.config import RunConfig
+from fedhelp_jax.experiments.stopping import Interrupted
 from fedhelp_jax.experiments.teach import teach as teach_run
 from fedhelp_jax.experiments.unused import refuse_unused
 from fedhelp_jax.report import run_files
@@ -253,7 +254,7 @@ def first_config(study: Study) -> RunConfig:
 def stopped_run(workdir: Path) -> Path | None:
     """Returns the folder of a run of the study that is started but not finished, if any."""
     begun = sorted(path.parent for path in workdir.glob(f"*/*/*/{identity.PROVENANCE}"))
-    return next((folder for folder in begun if not (folder / "summary.json").exists()), None)
+    return next((folder for folder in begun if not (folder / run_files.SUMMARY).exists()), None)
 
 
 # --- which runs there are -----------------------------------------------------------------------
@@ -423,7 +424,7 @@ def _is_done(cell: Cell) -> bool:
     Raises:
       UserError: If its folder holds a run with different settings.
     """
-    config, summary = cell.folder / "config.json", cell.folder / "summary.json"
+    config, summary = cell.folder / run_files.CONFIG, cell.folder / run_files.SUMMARY
     if not config.exists():
         return False
     identity.refuse_other_settings(configs.load(config), cell.config, str(cell.folder))
@@ -465,7 +466,7 @@ def _run_missing(cells: Sequence[Cell], say: Callable[[str], None] = tell) -> Fa
             failures.append((cell, error))
         except Diverged as error:
             say(f"diverged: {error}")  # this is a result too, which the tables show
-        except runner.Interrupted:
+        except Interrupted:
             raise
         except Exception as error:  # such as out of memory, or a bug: the other runs still count
             traceback.print_exc()
@@ -509,7 +510,7 @@ def _results(study: Study, cells: Sequence[Cell], finished: Sequence[Cell]) -> l
             values[role].append(math.nan if value is None else value)
         # A diverged run has no scores for either role, since means over seeds would mix runs.
         scores = group_summary({} if has_diverged(summary) else values)
-        rows = run_files.read_metrics(cell.folder / "metrics.jsonl")
+        rows = run_files.read_metrics(cell.folder / run_files.METRICS)
         # The first round of a process includes tracing and compilation.
         round_s = float(np.median([row["wall_s"] for row in rows[1:] or rows]))
         run = cell.dataset, cell.budget, cell.method, cell.seed

@@ -12,9 +12,10 @@ from fedhelp_jax.report import run_files
 from fedhelp_jax.report.client_distribution import SHARES
 from fedhelp_jax.report.dice import DICE, ExampleDice, read_dice
 from fedhelp_jax.report.predictions import PREDICTIONS, Predictions, read_predictions
+from fedhelp_jax.report.run_files import CLIENTS, CONFIG, METRICS, SUMMARY
 from fedhelp_jax.typing import JsonObject, Record
 
-_MARKS = ("config.json", "metrics.jsonl", "summary.json")
+_MARKS = (CONFIG, METRICS, SUMMARY)
 
 
 class RunData(NamedTuple):
@@ -113,15 +114,15 @@ def read_run(folder: Path) -> RunData:
             missing.append(f"{name} is damaged: {error}.")
             return default
 
-    config = read("config.json", _json, {})
-    history = read("metrics.jsonl", run_files.read_metrics, [])
-    summary = read("summary.json", _json, {}, optional=True)
+    config = read(CONFIG, _json, {})
+    history = read(METRICS, run_files.read_metrics, [])
+    summary = read(SUMMARY, _json, {}, optional=True)
     if not summary and not missing:
         done, asked = _last(history), config.get("rounds", "?")
         more = ", but the run is not evaluated" if done == asked else ""
         missing.append(f"The run is not finished: {done} of {asked} rounds are done{more}.")
     finished = bool(summary)
-    clients = read("clients.csv", _csv, [], optional=not finished)
+    clients = read(CLIENTS, _csv, [], optional=not finished)
     masks = str(summary.get("metric", "")).startswith("dice")
     keeps = finished and not masks
     has_dice = finished and masks and summary.get("split") == "test"

@@ -19,6 +19,8 @@ from fedhelp_jax.typing import JsonObject, Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CONFIG, METRICS, CLIENTS, SUMMARY = "config.json", "metrics.jsonl", "clients.csv", "summary.json"
+
 CLIENT_COLUMNS = ("client", "role", "model", "split", "metric", "value")
 
 
@@ -71,8 +73,12 @@ def append_metrics(path: Path, row: Record) -> None:
     append_line(path, json.dumps(plain(row), allow_nan=False))
 
 
-def read_metrics(path: Path) -> list[JsonObject]:
+def read_metrics(path: Path, last_round: float = math.inf) -> list[JsonObject]:
     """Returns the rows of ``metrics.jsonl``, except for an incomplete last line.
+
+    Args:
+        path: the file.
+        last_round: later rows are left out; a killed run may have written more than it saved.
 
     Raises:
         UserError: Another line is not a JSON object with a round.
@@ -90,13 +96,13 @@ def read_metrics(path: Path) -> list[JsonObject]:
                 break
             raise UserError(f"{path}: line {number} must be a JSON object with a round") from None
         rows.append(row)
-    return rows
+    return [row for row in rows if row["round"] <= last_round]
 
 
 def cut_metrics(path: Path, last_round: int) -> None:
     """Removes all rows after `last_round` from ``metrics.jsonl``, where the run resumes."""
     if path.exists():
-        kept = [row for row in read_metrics(path) if row["round"] <= last_round]
+        kept = read_metrics(path, last_round)
         write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
 
@@ -121,7 +127,7 @@ def read_summary(folder: Path) -> JsonObject:
     Raises:
         UserError: The file is missing, or is not a JSON object.
     """
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
