@@ -29,7 +29,7 @@ def tables(found: JsonObject) -> str:
         rows = [r for r in found["rows"] if (r["data"], r["metric"]) == (data, metric)]
         groups, about = found["groups"][data], f"{METRICS[metric]} on {data}"
         parts += _gains(rows, found["against"], groups, about)
-    for data in dict.fromkeys(row["data"] for row in found.get("contest", [])):
+    for data in dict.fromkeys(row["data"] for row in found["contest"]):
         parts += _contest([row for row in found["contest"] if row["data"] == data], data)
     for data in dict.fromkeys(row["data"] for row in found["course"]):
         parts += _courses([row for row in found["course"] if row["data"] == data], data)
@@ -105,13 +105,12 @@ def _tested(row: JsonObject | None, p: float) -> str:
 
 def _chosen(rows: Sequence[JsonObject], data: str) -> list[str]:
     """Returns a table of the settings that the trials have chosen."""
-    scored = any("validation" in row for row in rows)
     lines = []
     for row in rows:
-        scores = ", ".join(f"{score:.3f}" for score in row.get("validation", []))
-        edges = ", ".join(f"`{name}`" for name in row.get("edges", []))
-        lines.append([row["method"], f"`{row['settings']}`", *([scores, edges] if scored else [])])
-    heads = ["method", "settings", *(["scores of its trials", "at an edge"] if scored else [])]
+        scores = ", ".join(f"{score:.3f}" for score in row["validation"])
+        edges = ", ".join(f"`{name}`" for name in row["edges"])
+        lines.append([row["method"], f"`{row['settings']}`", scores, edges])
+    heads = ["method", "settings", "scores of its trials", "at an edge"]
     return [f"Settings that the trials on {data} have chosen:", _table(heads, lines, align="--")]
 
 
@@ -138,7 +137,8 @@ def _courses(rows: Sequence[JsonObject], data: str) -> list[str]:
     ]
     for name in dict.fromkeys(name for row in rows for name in row.get("training", {})):
         parts.append(f"`{name}` of small hospitals on {data} by round:")
-        measured = [of(row, row.get("training", {}).get(name, {})) for row in rows]
+        own = [row for row in rows if name in row.get("training", {})]
+        measured = [of(row, row["training"][name]) for row in own]
         parts.append(_table(["method", *heads], measured))
     return parts
 
