@@ -9,7 +9,7 @@ from commands import CONFIG, fedhelp, read, train
 from helpers import use_tiny_networks
 
 from fedhelp_jax.core.errors import Failure
-from fedhelp_jax.experiments import runner
+from fedhelp_jax.experiments import final_results
 from fedhelp_jax.experiments import sweep as sweeps
 from fedhelp_jax.experiments.config_files import read_settings
 from fedhelp_jax.experiments.sweep_blocks import Run
@@ -38,7 +38,7 @@ def measured(monkeypatch):
         whole(phases, groups, public, state, dataset, split, measured, **rest)
 
     monkeypatch.setattr(rechecks, "measured_alone", record)
-    for module in (runner, sweeps):
+    for module in (final_results, sweeps):
         monkeypatch.setattr(module, "recheck", remember)
     return found
 
