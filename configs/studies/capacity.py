@@ -29,6 +29,8 @@ _CHANGES = {
 
 
 def _changed(name: str) -> Any:
+    if name not in _CHANGES:
+        raise ValueError(f"{name!r} must be {', '.join(_CHANGES)}")
     config = load_config(f"{_PNEUMONIA}:sixteen")
     config.update_from_flattened_dict(_CHANGES[name])
     return config

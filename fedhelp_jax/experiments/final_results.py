@@ -87,6 +87,7 @@ def write_results(
         found = predictions.of_run(simulation.groups, labels, logits)
         predictions.write_predictions(workdir / PREDICTIONS, found, classes)
     rows = run_files.read_metrics(workdir / run_files.METRICS, done)
+    program = identity.program(experiment)
     summary = run_files.plain(
         {
             **_about(experiment),
@@ -97,8 +98,8 @@ def write_results(
                 role: sum(row.get("quarantined", {}).get(role, 0) for row in rows) for role in names
             },
             **{f"{way}_per_round": round(np.mean([row[way] for row in rows])) for way in TRAFFIC},
-            "program": trained_by or identity.program(experiment),
-            "measured_by": identity.program(experiment),
+            "program": trained_by or program,
+            "measured_by": program,
             "multiplied_in": multiplied_in(
                 config.model.compute_dtype, config.model.precision, simulation.mapping.platform
             ),
