@@ -27,7 +27,12 @@ from fedhelp_jax.report.verdict.hospitals import (
     deployed_model,
     estimate,
 )
-from fedhelp_jax.report.verdict.influence import auroc, average_precision, balanced_accuracy
+from fedhelp_jax.report.verdict.influence import (
+    auroc,
+    average_precision,
+    balanced_accuracy,
+    mean_of_examples,
+)
 from fedhelp_jax.report.verdict.judge import ALL, Verdict, judge
 from fedhelp_jax.report.verdict.rules import GUARDED, RULES
 from fedhelp_jax.report.verdict.told import VERDICT, grids
@@ -217,6 +222,42 @@ def test_intervals_cover_planted_gains_as_often_as_they_say(
         )
         hits += g.low <= truth <= g.high
     assert hits / trials >= 0.91  # 0.95 less 2.6 standard errors of this count
+
+
+@pytest.mark.parametrize(("n", "seeds"), [(6, 1), (18, 1), (18, 3), (80, 3)])
+@pytest.mark.parametrize("lift", [0.0, 0.03])
+def test_intervals_of_dice_cover_planted_gains_and_are_not_much_too_wide(n, seeds, lift):
+    """As for lungs, most images are hard or easy for both models, and a few are failures."""
+    rng = np.random.default_rng((n, seeds, int(100 * lift)))
+    trials, hits, halves = 400, 0, []
+    between = 0.004 if seeds > 1 else 0.0
+    for _ in range(trials):
+        by_seed = []
+        for seed in range(seeds):
+            common = rng.exponential(size=n)
+            ours, theirs = (
+                mean_of_examples(
+                    np.arange(n) + 1000 * seed,
+                    0.9 + skill - 0.04 * common - 0.015 * rng.exponential(size=n),
+                )
+                for skill in rng.normal(0, between, 2) + (lift, 0)
+            )
+            by_seed.append({"a": ours.minus(theirs)})
+            assert ours.minus(theirs).reach == pytest.approx(theirs.minus(ours).reach)
+        g = gain(by_seed)
+        hits += g.low <= lift <= g.high
+        halves.append((g.high - g.low) / 2)
+    assert hits / trials >= 0.93  # 0.95 less 1.8 standard errors of this count
+    error = math.sqrt(2 * (0.015**2 / n + between**2) / seeds)
+    least = stats.t.ppf(0.975, n - 1 if seeds == 1 else seeds - 1) * error
+    assert np.median(halves) < 2.5 * least
+
+
+def test_dice_that_does_not_vary_is_no_proof_of_equality():
+    for values in (np.zeros(9), np.array([0.9])):
+        failed = mean_of_examples(np.arange(len(values)), values)
+        g = gain([{"a": failed.minus(failed)}])
+        assert g.value == 0 and g.low < -0.1 and g.high > 0.1 and g.verdict == UNCLEAR
 
 
 def estimate_of(examples, labels, right):

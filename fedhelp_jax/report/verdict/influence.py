@@ -28,8 +28,8 @@ class Estimate(NamedTuple):
       strata: ``[n]`` the class of each example; the numbers in each class are taken as given.
       influence: ``[n]`` influence of each example, which sum to 0 within each class.
       reach: ``[n]`` the influence of an example if two models disagree on it, while they agree on
-        all others: one is right and the other wrong, or one ranks it among the middle and the other
-        at the end.
+        all others: one is right and the other wrong, one ranks it among the middle and the other at
+        the end, or its two scores are as different as those of two images.
     """
 
     value: float
@@ -68,7 +68,7 @@ class Estimate(NamedTuple):
             self.examples[ours],
             self.strata[ours],
             self.influence[ours] - other.influence[theirs],
-            self.reach[ours],
+            np.maximum(self.reach[ours], other.reach[theirs]),
         )
 
 
@@ -190,13 +190,19 @@ def _centred(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def mean_of_examples(examples: np.ndarray, values: np.ndarray) -> Estimate:
-    """Returns the mean of a score in [0, 1] that each example has, such as an image's Dice."""
+    """Returns the mean of a score in [0, 1] that each example has, such as an image's Dice.
+
+    Two models that disagree on an image hardly ever differ by 1 there, so `reach` has the standard
+    deviation of the difference of two images' scores. If these scores do not vary, it has 1.
+    """
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
+    spread = float(np.std(values, ddof=1)) if n > 1 else 0.0
+    reach = math.sqrt(2) * spread if spread > 0 else 1.0
     return Estimate(
         mean,
         examples,
         np.zeros(n, np.int64),
         (values - mean) / max(n, 1),
-        np.full(n, 1 / max(n, 1)),
+        np.full(n, reach / max(n, 1)),
     )
