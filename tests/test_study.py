@@ -380,7 +380,7 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
         ("scarcity.py", 150, 0),
         ("cost_to_large.py", 120, 0),
         ("capacity.py", 50, 0),
-        ("capacity.py:resnet", 25, 0),
+        ("capacity.py:resnet", 15, 0),
         ("masks.py", 18, 0),
         ("masks.py:brain3d.py:cpu", 18, 0),
         ("relevance.py", 85, 0),

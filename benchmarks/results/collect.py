@@ -260,6 +260,12 @@ def told(row: JsonObject) -> tuple[bool, bool]:
     return row["high"] < 0, row["low"] > 0
 
 
+def shown_groups(counts: Mapping[str, int]) -> list[str]:
+    """Returns the groups of one size, then that of all small hospitals if their sizes differ."""
+    sizes = [group for group in counts if group.startswith("small")]
+    return [*counts, SMALL] if len(sizes) > 1 else list(counts)
+
+
 def head(group: str, counts: Mapping[str, int]) -> str:
     """Returns the title of a group with the number of its hospitals, if it is of one size."""
     return f"{group} ({counts[group]})" if group in counts else group

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.results.collect import METRICS, SMALL, head, told
+from benchmarks.results.collect import METRICS, SMALL, head, shown_groups, told
 from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, GLOBAL
 from fedhelp_jax.typing import JsonObject
 
@@ -29,7 +29,7 @@ def drawn(found: JsonObject) -> dict[str, str]:
 
 
 def _figure(found: JsonObject, data: str) -> str:
-    """Returns the gains in the first metric: a panel for each size, and one for all small ones."""
+    """Returns the gains in the first metric: a panel for each group of hospitals."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def _figure(found: JsonObject, data: str) -> str:
     metric = next(name for name in METRICS if any(row["metric"] == name for row in rows))
     cells = {(r["method"], r["rule"], r["group"]): r for r in rows if r["metric"] == metric}
     counts = found["groups"][data]
-    groups = [*counts, SMALL]
+    groups = shown_groups(counts)
     over = "staying alone" if found["against"] == ALONE else found["against"]
     small = {m: cells.get((m, AS_RUN, SMALL), {"value": -1}) for m, *_ in cells}
     methods = sorted(small, key=lambda method: small[method]["value"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.results.collect import METRICS, OURS, SMALL, head, told
+from benchmarks.results.collect import METRICS, OURS, SMALL, head, shown_groups, told
 from fedhelp_jax.report.comparison import POOLS_DATA
 from fedhelp_jax.report.statistics import holm
 from fedhelp_jax.report.verdict.rules import ALONE, AS_RUN, BEST, GLOBAL, GUARDED
@@ -49,7 +49,7 @@ def _gains(
     """Returns the tables of the gains in one metric, by size and by what is deployed."""
     cells = {(row["method"], row["rule"], row["group"]): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    groups = [*counts, SMALL]
+    groups = shown_groups(counts)
     over = "staying alone" if against == ALONE else f"`{against}`"
     theirs = {row["group"]: row["theirs"] for row in rows if row["rule"] == AS_RUN}
     alternative = [f"{against}, itself", *(_number(theirs.get(g)) for g in groups)]
