@@ -15,6 +15,10 @@ client, batches of 16, 25 rounds.
 `:two_layers` is for studies: like `:cpu`, but with networks of two layers and a fifth of the
 training images kept for validation.
 
+`:sixteen` is for the study `scarcity`: like `:two_layers`, but lesions of all centres are shared
+out at random, in the proportions of `pneumonia.py:sixteen`, among hospitals that are thus alike.
+All are tested on the same images, and train on at most 1,000.
+
 Files, in FEDHELP_DATA_DIR or given by --config.data.path and so on: `ham10000_200x150.zip`
 (images), `fed_isic2019_ham_split.csv` (official split), `pathmnist_1000_clip.npz` (public images),
 `models/mobilenet_v2_1.0_224_quant.tflite` and `models/imagenet_labels.txt` (foundation model).
@@ -30,9 +34,9 @@ from fedhelp_jax.experiments.config import default_config
 
 
 def get_config(scale: str = "paper") -> config_dict.ConfigDict:
-    """Returns the settings; `scale` is "paper" (the defaults), "cpu" or "two_layers"."""
-    if scale not in ("paper", "cpu", "two_layers"):
-        raise ValueError(f"{scale!r} must be paper, cpu or two_layers")
+    """Returns the settings; `scale` is "paper" (the defaults), "cpu", "two_layers" or "sixteen"."""
+    if scale not in ("paper", "cpu", "two_layers", "sixteen"):
+        raise ValueError(f"{scale!r} must be paper, cpu, two_layers or sixteen")
     config = default_config()
     config.data.name = "folder"
     config.data.columns.update(
@@ -61,11 +65,18 @@ def get_config(scale: str = "paper") -> config_dict.ConfigDict:
         config.data.max_train = 600
         config.roles.large = ("center_1", "center_2")  # named, as the cap makes others as large
         config.model.large = "resnet32"
-    if scale == "two_layers":
+    if scale in ("two_layers", "sixteen"):
         config.data.validation_fraction = 0.2
         config.model.small = "cnn_small"
         config.model.large = "cnn_large"
         config.evaluate_every = 5
         config.interpolate = (0.25, 0.5, 0.75)
         config.learning_rate = 3e-3
+    if scale == "sixteen":
+        config.data.columns.site = None
+        config.data.split_by = "fractions"
+        config.data.fractions = 2 * (0.3,) + 2 * (0.1,) + 4 * (0.03,) + 8 * (0.01,)
+        config.data.max_train = 1000
+        config.data.test_on = "all"
+        config.roles.large = ("client_0", "client_1")
     return config

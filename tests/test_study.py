@@ -378,6 +378,7 @@ def test_a_larger_grid_is_drawn_from_the_same_way_each_time():
         ("ablations.py:fed_isic2019.py:cpu", 85, 0),
         ("ablations.py:pneumonia.py:sixteen", 85, 0),
         ("scarcity.py", 150, 0),
+        ("scarcity.py:skin:resnet", 150, 0),
         ("cost_to_large.py", 120, 0),
         ("capacity.py", 50, 0),
         ("capacity.py:resnet", 15, 0),
