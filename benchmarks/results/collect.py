@@ -4,7 +4,7 @@ import csv
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,11 @@ def _rules(runs: Sequence[RunData], against: str) -> Sequence[str]:
 
 def _small(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Returns all small hospitals as a group, even if there is only one."""
-    return {SMALL: [n for g, names in groups.items() if g.startswith("small") for n in names]}
+    return {SMALL: [name for group in _sizes_of_small(groups) for name in groups[group]]}
+
+
+def _sizes_of_small(groups: Iterable[str]) -> list[str]:
+    return [group for group in groups if group.startswith("small")]
 
 
 def _judged(
@@ -262,8 +266,7 @@ def told(row: JsonObject) -> tuple[bool, bool]:
 
 def shown_groups(counts: Mapping[str, int]) -> list[str]:
     """Returns the groups of one size, then that of all small hospitals if their sizes differ."""
-    sizes = [group for group in counts if group.startswith("small")]
-    return [*counts, SMALL] if len(sizes) > 1 else list(counts)
+    return [*counts, SMALL] if len(_sizes_of_small(counts)) > 1 else list(counts)
 
 
 def head(group: str, counts: Mapping[str, int]) -> str:
